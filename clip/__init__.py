@@ -1,0 +1,1 @@
+"""The frozen CLIP that everything stands on."""

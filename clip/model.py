@@ -1,0 +1,312 @@
+"""CLIP as plain modules: attention blocks, the ViT image tower, the text tower.
+
+Parameter names are those of OpenAI's checkpoints (Radford et al., ICML 2021), so that a state dict
+loads without a key map. Nothing here reads files; see `clip.checkpoint`.
+
+The vision tower is stepped through by explicit calls - `embed`, `block` or `blocks`, `project` -
+because every method built on a frozen CLIP wants something between two of its blocks. No hooks.
+"""
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip.resnet import ModifiedResNet
+
+HEAD_WIDTH = 64  # every published CLIP tower has width // 64 heads
+POSITION_ROUNDINGS = ("always", "resampled", "never")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a CLIP; `clip.checkpoint.infer_config` reads them off a state dict.
+
+    `vision_layers` is the number of blocks of a ViT, or the blocks of the four stages of a ResNet
+    (`patch_size` is then None). `activation` is "quick_gelu" (OpenAI) or "gelu" (most of open_clip).
+    """
+
+    embed_dim: int
+    image_resolution: int
+    vision_layers: int | tuple[int, int, int, int]
+    vision_width: int
+    patch_size: int | None
+    context_length: int
+    vocab_size: int
+    text_width: int
+    text_layers: int
+    activation: str = "quick_gelu"
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm computed in float32 whatever the activations are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the activation OpenAI trained CLIP with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with packed query, key and value projections."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = width // HEAD_WIDTH
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, C) -> queries, keys and values, each (B, heads, L, 64)."""
+        batch, length, width = x.shape
+        packed = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3C)
+        packed = packed.view(batch, length, 3, self.heads, width // self.heads)
+        return packed.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, maps: bool = False):
+        """Attend, and on request return the attention map.
+
+        Args:
+            x: (B, L, C).
+            mask: additive, broadcastable to (B, heads, L, L).
+            maps: also return the map; without it fused attention is used.
+
+        Returns:
+            (B, L, C), and (B, L, L) float32 or None: the softmax over keys averaged over heads,
+            *without* the mask, rows = queries.
+        """
+        query, key, value = self.qkv(x)
+        attention = None
+        if not maps:
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        else:
+            scores = (query * query.shape[-1] ** -0.5) @ key.mT  # (B, heads, L, L)
+            weights = scores.softmax(-1, dtype=torch.float32)
+            attention = weights.mean(1)  # (B, L, L)
+            if mask is not None:
+                weights = (scores + mask).softmax(-1, dtype=torch.float32)
+            mixed = weights.to(value.dtype) @ value
+        mixed = mixed.transpose(1, 2).flatten(2)  # (B, L, C)
+        return self.out_proj(mixed), attention
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attn(ln_1(x)), then + mlp(ln_2(x))."""
+
+    def __init__(self, width: int, activation: str):
+        super().__init__()
+        self.attn = Attention(width)
+        self.ln_1 = LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(width, 4 * width),
+                gelu=ACTIVATIONS[activation](),
+                c_proj=nn.Linear(4 * width, width),
+            )
+        )
+        self.ln_2 = LayerNorm(width)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        maps: bool = False,
+        normed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `VisionTransformer.block`."""
+        mixed, attention = self.attn(self.ln_1(x) if normed is None else normed, mask, maps)
+        x = x + mixed
+        return x + self.mlp(self.ln_2(x)), attention
+
+
+class Transformer(nn.Module):
+    """A stack of blocks; a module of its own only because checkpoints name it so."""
+
+    def __init__(self, width: int, layers: int, activation: str):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, activation) for _ in range(layers))
+
+
+class VisionTransformer(nn.Module):
+    """The ViT image tower, for images of any size that is a multiple of the patch."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        width, grid = config.vision_width, config.image_resolution // config.patch_size
+        self.patch_size = config.patch_size
+        self.grid = grid
+        self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(grid**2 + 1, width))
+        self.ln_pre = LayerNorm(width)
+        self.transformer = Transformer(width, config.vision_layers, config.activation)
+        self.ln_post = LayerNorm(width)
+        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
+
+    @property
+    def layers(self) -> int:
+        return len(self.transformer.resblocks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv1.weight.dtype
+
+    def positions(self, height: int, width: int, rounding: str = "always") -> Tensor:
+        """Positional embedding resampled (bilinear) to a grid of height x width patches.
+
+        Args:
+            rounding: when the table is rounded to float16, as the public CLIP-ES does also in
+                float32 models (a relative change of 2^-11): "always", only when "resampled" to
+                another grid, or "never".
+
+        Returns:
+            (1 + height * width, C), the class token's row first.
+        """
+        if rounding not in POSITION_ROUNDINGS:
+            raise ValueError(f"position rounding must be one of {POSITION_ROUNDINGS}, got {rounding!r}")
+        table = self.positional_embedding.float()
+        resampled = (height, width) != (self.grid, self.grid)
+        if resampled:
+            patches = table[1:].T.reshape(1, -1, self.grid, self.grid)
+            patches = F.interpolate(patches, (height, width), mode="bilinear", align_corners=False)
+            table = torch.cat([table[:1], patches.flatten(2)[0].T])
+        if rounding == "always" or (rounding == "resampled" and resampled):
+            table = table.half().float()
+        return table
+
+    def embed(self, images: Tensor, position_rounding: str = "always") -> tuple[Tensor, tuple[int, int]]:
+        """Images -> tokens before the first block.
+
+        Args:
+            images: (B, 3, H', W'), normalised; sides are multiples of the patch.
+            position_rounding: see `positions`.
+
+        Returns:
+            tokens (B, 1 + hw, C) after ln_pre, class token first, patches row by row; the grid (h, w).
+        """
+        if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
+            raise ValueError(
+                f"image sides {tuple(images.shape[-2:])} are not multiples of the patch, {self.patch_size}"
+            )
+        patches = self.conv1(images.to(self.dtype))  # (B, C, h, w)
+        height, width = patches.shape[-2:]
+        tokens = patches.flatten(2).mT  # (B, hw, C)
+        first = self.class_embedding.to(tokens.dtype).expand(len(tokens), 1, -1)
+        tokens = torch.cat([first, tokens], 1)  # (B, 1 + hw, C)
+        tokens = tokens + self.positions(height, width, position_rounding).to(tokens.dtype)
+        return self.ln_pre(tokens), (height, width)
+
+    def block(
+        self,
+        index: int,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        maps: bool = False,
+        normed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run one block.
+
+        Args:
+            index: 0-based; negative counts from the end.
+            tokens: (B, L, C).
+            mask: additive, broadcastable to (B, heads, L, L).
+            maps: return the attention map; without it the block uses fused attention.
+            normed: (B, L, C) to use in place of ln_1(tokens); what Grad-CAM differentiates.
+
+        Returns:
+            tokens (B, L, C); attention (B, L, L) float32 averaged over heads, taken without the
+            mask, or None.
+        """
+        return self.transformer.resblocks[index](tokens, mask, maps, normed)
+
+    def blocks(
+        self,
+        tokens: Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        mask: Tensor | None = None,
+        maps: bool = False,
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Run blocks start..stop - 1, yielding each one's (tokens, attention), see `block`."""
+        for index in range(*slice(start, stop).indices(self.layers)):
+            tokens, attention = self.block(index, tokens, mask, maps)
+            yield tokens, attention
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """(..., C) after the last block -> (..., E) in the space shared with text. Pools nothing."""
+        return self.ln_post(tokens) @ self.proj
+
+    def forward(self, images: Tensor, position_rounding: str = "always") -> Tensor:
+        """(B, 3, H', W') -> the class token's feature (B, E), not normalised, as CLIP classifies."""
+        tokens, _ = self.embed(images, position_rounding)
+        for index in range(self.layers):
+            tokens, _ = self.block(index, tokens)
+        return self.project(tokens[:, 0])
+
+
+class CLIP(nn.Module):
+    """An image tower (`visual`) and a text tower that share an embedding space."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.visual = VisionTransformer(config) if config.patch_size else ModifiedResNet(config)
+        self.transformer = Transformer(config.text_width, config.text_layers, config.activation)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
+        self.positional_embedding = nn.Parameter(
+            0.01 * torch.randn(config.context_length, config.text_width)
+        )
+        self.ln_final = LayerNorm(config.text_width)
+        self.text_projection = nn.Parameter(
+            config.text_width**-0.5 * torch.randn(config.text_width, config.embed_dim)
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    def matrices(self) -> Iterator[nn.Parameter]:
+        """The parameters that half precision applies to: those of convolutions and linear layers,
+        packed attention projections and the two output projections. Norms, embeddings and the
+        logit scale always stay float32 (the split OpenAI's checkpoints are stored with)."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                yield from module.parameters(recurse=False)
+            elif isinstance(module, Attention):
+                yield from (module.in_proj_weight, module.in_proj_bias)
+            elif isinstance(module, VisionTransformer):
+                yield module.proj
+        yield self.text_projection
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Token ids (N, context) -> text features (N, E), not normalised.
+
+        The feature is read at the end-of-text token, which has the largest id.
+
+        Raises:
+            ValueError: when the ids are not `context_length` wide.
+        """
+        context = len(self.positional_embedding)
+        if tokens.shape[-1] != context:
+            raise ValueError(f"text must be {context} tokens long, got {tokens.shape[-1]}")
+        x = self.token_embedding(tokens) + self.positional_embedding  # (N, context, text width)
+        x = x.to(self.text_projection.dtype)
+        causal = torch.full((context, context), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
+        for block in self.transformer.resblocks:
+            x, _ = block(x, mask=causal)
+        x = self.ln_final(x)
+        x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]  # (N, text width)
+        return x @ self.text_projection

@@ -1,0 +1,118 @@
+"""The RN50-type image towers of CLIP: a ResNet with three stem convolutions, average pooling in
+place of strides, and attention pooling at the end (Radford et al., ICML 2021; parameter names are
+those of OpenAI's checkpoints)."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STRIDE = 32  # of the last stage; image sides are rounded to multiples of it
+
+
+class Bottleneck(nn.Module):
+    """1x1 - 3x3 - 1x1 residual unit; a stride is an average pooling after the 3x3 and in front of
+    the shortcut's 1x1."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, planes: int, stride: int):
+        super().__init__()
+        outputs = planes * self.expansion
+        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.pool = nn.AvgPool2d(stride)
+        self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.downsample = None
+        if stride > 1 or inputs != outputs:
+            shortcut = [nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
+            self.downsample = nn.Sequential(*shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(self.pool(x))
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(self.pool(x)))
+        return F.relu(x + shortcut)
+
+
+class AttentionPool(nn.Module):
+    """Attention with the spatial mean as the only query."""
+
+    def __init__(self, grid: int, width: int, heads: int, outputs: int):
+        super().__init__()
+        self.grid, self.heads = grid, heads
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(grid**2 + 1, width))
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, outputs)
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """(1 + height * width, C): the table resampled to the grid and rounded to float16, as the
+        public CLIP-ES does for every tower."""
+        table = self.positional_embedding.float()
+        if (height, width) != (self.grid, self.grid):
+            patches = table[1:].T.reshape(1, -1, self.grid, self.grid)
+            patches = F.interpolate(patches, (height, width), mode="bilinear", align_corners=False)
+            table = torch.cat([table[:1], patches.flatten(2)[0].T])
+        return table.half().float()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, E)."""
+        tokens = features.flatten(2).mT  # (B, hw, C)
+        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1)  # (B, 1 + hw, C)
+        tokens = tokens + self.positions(*features.shape[-2:]).to(tokens.dtype)
+        query, key, value = (
+            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, 64)
+            for projection, x in (
+                (self.q_proj, tokens[:, :1]),
+                (self.k_proj, tokens),
+                (self.v_proj, tokens),
+            )
+        )
+        pooled = F.scaled_dot_product_attention(query, key, value)  # (B, heads, 1, 64)
+        return self.c_proj(pooled.flatten(1))
+
+
+class ModifiedResNet(nn.Module):
+    """The tower; `stages` gives the map that Grad-CAM looks at, `attnpool` the image feature."""
+
+    patch_size = STRIDE
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.vision_width
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        inputs = width
+        for stage, blocks in enumerate(config.vision_layers):
+            planes = width * 2**stage
+            units = []
+            for i in range(blocks):
+                units.append(Bottleneck(inputs, planes, stride=2 if i == 0 and stage > 0 else 1))
+                inputs = planes * Bottleneck.expansion
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*units))
+        grid = config.image_resolution // STRIDE
+        self.attnpool = AttentionPool(grid, inputs, inputs // 64, config.embed_dim)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv1.weight.dtype
+
+    def stages(self, images: Tensor) -> Tensor:
+        """(B, 3, H', W') normalised, sides multiples of 32 -> last stage (B, C, H'/32, W'/32)."""
+        x = images.to(self.dtype)
+        for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
+            x = F.relu(norm(conv(x)))
+        x = F.avg_pool2d(x, 2)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H', W') -> (B, E), not normalised."""
+        return self.attnpool(self.stages(images))

@@ -1,0 +1,1 @@
+"""What every segmenter shares: benchmarks, images, labels, CAM files, masks, scores. Knows no CLIP."""

@@ -1,0 +1,115 @@
+"""A benchmark: the classes of a data set, how they are prompted, and how its files are laid out.
+
+Class indices are 0-based without background (`keys` in CAM files). Index masks hold 0 for
+background, k + 1 for class k and 255 for "unsure"; without a background class they hold k.
+"""
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+IGNORE = 255  # index-mask value of pixels that no loss and no score may count
+LABEL_SOURCES = ("voc_xml", "file", "masks", "coco_json")
+
+
+def voc_palette(colours: int = 256) -> np.ndarray:
+    """The colours PASCAL VOC paints index masks with: the bits of an index, spread over R, G and B.
+
+    Returns:
+        (colours, 3) uint8.
+    """
+    index = np.arange(colours)
+    palette = np.zeros((colours, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return palette
+
+
+@dataclass
+class Benchmark:
+    """Everything the pipeline needs to know of a data set; one YAML file describes a new one.
+
+    Folders are relative to `root` unless absolute. `prompts` are the class names as the text tower
+    reads them (empty: `classes` serve). `labels` says where image-level labels come from:
+    "voc_xml" (`annotation_dir`), "file" (the split lines, `id idx idx ...`), "masks" (the values of
+    `mask_dir`) or "coco_json" (`annotation_file`).
+    """
+
+    name: str
+    classes: list[str]
+    prompts: list[str] = field(default_factory=list)
+    backgrounds: list[str] = field(default_factory=list)
+    templates: list[str] = field(default_factory=lambda: ["a clean origami {}."])
+    box_threshold: float = 0.4  # lambda of the class box mask, relative to the CAM's maximum
+    has_background: bool = True
+    labels: str = "file"
+    root: str = "."
+    image_dir: str = "JPEGImages"
+    mask_dir: str = "SegmentationClass"
+    annotation_dir: str = "Annotations"
+    annotation_file: str = ""
+    split_file: str = ""  # the default of --split_file
+    model: str = ""  # the default of --model; empty: the user says which
+
+    def __post_init__(self):
+        self.prompts = list(self.prompts) or list(self.classes)
+        if len(self.prompts) != len(self.classes):
+            raise ValueError(
+                f"benchmark {self.name}: {len(self.classes)} classes but {len(self.prompts)} prompts"
+            )
+        if self.labels not in LABEL_SOURCES:
+            raise ValueError(
+                f"benchmark {self.name}: labels must be one of {', '.join(LABEL_SOURCES)}, got {self.labels!r}"
+            )
+        if not self.classes:
+            raise ValueError(f"benchmark {self.name} names no classes")
+
+    @property
+    def channels(self) -> int:
+        """Values a clean index mask can hold: the classes, and background where there is one."""
+        return len(self.classes) + self.has_background
+
+    @property
+    def palette(self) -> np.ndarray:
+        """(256, 3) uint8; index 255 is the near-white of VOC's void."""
+        return voc_palette()
+
+    def path(self, name: str) -> Path:
+        """A file or folder of the data set, `root / name` unless `name` is absolute."""
+        return Path(self.root) / name
+
+
+def load(name: str) -> Benchmark:
+    """A benchmark by name or by file.
+
+    Args:
+        name: a `.yaml` file with the fields of `Benchmark` (a relative `root` counts from the
+            file), or a package of this project that defines BENCHMARK: voc12, coco14, shapes.
+
+    Raises:
+        ValueError: unknown name, unreadable file, unknown or wrongly typed field.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return _read_yaml(Path(name))
+    try:
+        return importlib.import_module(name).BENCHMARK
+    except (ImportError, AttributeError):
+        raise ValueError(
+            f"no benchmark {name!r}: give voc12, coco14, shapes or a .yaml file that describes yours"
+        ) from None
+
+
+def _read_yaml(file: Path) -> Benchmark:
+    if not file.is_file():
+        raise ValueError(f"benchmark file {file} does not exist")
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(Benchmark), OmegaConf.load(file))
+        benchmark = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"benchmark file {file}: {str(error).splitlines()[0]}") from None
+    benchmark.root = str(file.parent / benchmark.root)
+    return benchmark
