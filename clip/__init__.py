@@ -1,1 +1,19 @@
 """The frozen CLIP that everything stands on."""
+from clip.checkpoint import PRECISIONS, load, pick_device
+from clip.images import preprocess, target_size
+from clip.model import CLIP, Config
+from clip.prompts import encode_prompts, text_features
+from clip.tokenizer import tokenize
+
+__all__ = [
+    "CLIP",
+    "PRECISIONS",
+    "Config",
+    "encode_prompts",
+    "load",
+    "pick_device",
+    "preprocess",
+    "target_size",
+    "text_features",
+    "tokenize",
+]

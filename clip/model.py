@@ -279,17 +279,16 @@ class CLIP(nn.Module):
         return self.logit_scale.device
 
     def matrices(self) -> Iterator[nn.Parameter]:
-        """The parameters that half precision applies to: those of convolutions and linear layers,
-        packed attention projections and the two output projections. Norms, embeddings and the
-        logit scale always stay float32 (the split OpenAI's checkpoints are stored with)."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                yield from module.parameters(recurse=False)
-            elif isinstance(module, Attention):
-                yield from (module.in_proj_weight, module.in_proj_bias)
-            elif isinstance(module, VisionTransformer):
-                yield module.proj
+        """The parameters that OpenAI stores in float16: convolutions, linear layers, packed
+        attention projections and the output projections. Norms, embeddings and the logit scale
+        are float32."""
+        yield from _matrices(self)
         yield self.text_projection
+
+    def visual_precision(self, dtype: torch.dtype) -> None:
+        """Run the image tower's matrix products in another type; its norms stay float32."""
+        for parameter in _matrices(self.visual):
+            parameter.data = parameter.data.to(dtype)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids (N, context) -> text features (N, E), not normalised.
@@ -310,3 +309,13 @@ class CLIP(nn.Module):
         x = self.ln_final(x)
         x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]  # (N, text width)
         return x @ self.text_projection
+
+
+def _matrices(tower: nn.Module) -> Iterator[nn.Parameter]:
+    for module in tower.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            yield from module.parameters(recurse=False)
+        elif isinstance(module, Attention):
+            yield from (module.in_proj_weight, module.in_proj_bias)
+        elif isinstance(module, VisionTransformer):
+            yield module.proj

@@ -7,6 +7,7 @@ import gzip
 import html
 from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import ftfy
@@ -57,7 +58,7 @@ def piece_ids(piece: str) -> tuple[int, ...]:
     symbols = [byte_symbols()[byte] for byte in piece.encode("utf-8")]
     symbols[-1] += "</w>"
     while len(symbols) > 1:
-        best = min(zip(symbols, symbols[1:], strict=False), key=lambda pair: ranks.get(pair, MERGES))
+        best = min(pairwise(symbols), key=lambda pair: ranks.get(pair, MERGES))
         if best not in ranks:
             break
         merged, i = [], 0
