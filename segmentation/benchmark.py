@@ -5,11 +5,13 @@ background, k + 1 for class k and 255 for "unsure"; without a background class t
 """
 import importlib
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 IGNORE = 255  # index-mask value of pixels that no loss and no score may count
 LABEL_SOURCES = ("voc_xml", "file", "masks", "coco_json")
@@ -52,6 +54,7 @@ class Benchmark:
     mask_dir: str = "SegmentationClass"
     annotation_dir: str = "Annotations"
     annotation_file: str = ""
+    category_ids: list[int] = field(default_factory=list)  # of each class in annotation_file; empty: rank
     split_file: str = ""  # the default of --split_file
     model: str = ""  # the default of --model; empty: the user says which
 
@@ -61,12 +64,20 @@ class Benchmark:
             raise ValueError(
                 f"benchmark {self.name}: {len(self.classes)} classes but {len(self.prompts)} prompts"
             )
-        if self.labels not in LABEL_SOURCES:
-            raise ValueError(
-                f"benchmark {self.name}: labels must be one of {', '.join(LABEL_SOURCES)}, got {self.labels!r}"
-            )
         if not self.classes:
             raise ValueError(f"benchmark {self.name} names no classes")
+        twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
+        if twice:
+            raise ValueError(f"benchmark {self.name} names these classes twice: {', '.join(twice)}")
+        if self.channels > IGNORE:
+            raise ValueError(
+                f"benchmark {self.name}: an index mask holds {IGNORE} values, {self.channels} needed"
+            )
+        if self.category_ids and len(set(self.category_ids)) != len(self.classes):
+            raise ValueError(f"benchmark {self.name}: category_ids must hold one id for each class")
+        if self.labels not in LABEL_SOURCES:
+            known = ", ".join(LABEL_SOURCES)
+            raise ValueError(f"benchmark {self.name}: labels must be one of {known}, got {self.labels!r}")
 
     @property
     def channels(self) -> int:
@@ -87,20 +98,21 @@ def load(name: str) -> Benchmark:
     """A benchmark by name or by file.
 
     Args:
-        name: a `.yaml` file with the fields of `Benchmark` (a relative `root` counts from the
-            file), or a package of this project that defines BENCHMARK: voc12, coco14, shapes.
+        name: a `.yaml` file with the fields of `Benchmark` (a relative `root` or `split_file` counts
+            from the file's folder), or a package of this project that defines BENCHMARK: voc12,
+            coco14, shapes.
 
     Raises:
         ValueError: unknown name, unreadable file, unknown or wrongly typed field.
     """
     if name.endswith((".yaml", ".yml")):
         return _read_yaml(Path(name))
-    try:
-        return importlib.import_module(name).BENCHMARK
-    except (ImportError, AttributeError):
+    module = importlib.import_module(name) if name.isidentifier() and find_spec(name) else None
+    if not isinstance(getattr(module, "BENCHMARK", None), Benchmark):
         raise ValueError(
             f"no benchmark {name!r}: give voc12, coco14, shapes or a .yaml file that describes yours"
-        ) from None
+        )
+    return module.BENCHMARK
 
 
 def _read_yaml(file: Path) -> Benchmark:
@@ -109,7 +121,9 @@ def _read_yaml(file: Path) -> Benchmark:
     try:
         config = OmegaConf.merge(OmegaConf.structured(Benchmark), OmegaConf.load(file))
         benchmark = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError, TypeError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"benchmark file {file}: {str(error).splitlines()[0]}") from None
     benchmark.root = str(file.parent / benchmark.root)
+    if benchmark.split_file:
+        benchmark.split_file = str(file.parent / benchmark.split_file)
     return benchmark

@@ -2,12 +2,18 @@
 
 Pillow decodes everything. EXIF orientation is ignored, because annotations are drawn in stored order.
 """
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+# What Pillow's decoders raise on files that are damaged, cut short, no images or absurdly large.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def find_image(folder: str | Path, name: str) -> Path:
@@ -30,16 +36,28 @@ def read_image(file: str | Path) -> Image.Image:
         FileNotFoundError: no such file.
         ValueError: the file is not an image, or is cut short.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"image {file} does not exist")
-    try:
-        with Image.open(file) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {file} cannot be read: {error}") from None
+    with _opened(file) as image:
+        image.load()
+        return image
+
+
+def read_size(file: str | Path) -> tuple[int, int]:
+    """The (height, width) that an image file's header declares; decodes nothing, raises as `read_image`."""
+    with _opened(file) as image:
+        return image.height, image.width
 
 
 def read_rgb(file: str | Path) -> np.ndarray:
     """Decode an image to (H, W, 3) uint8 RGB; raises as `read_image`."""
     return np.asarray(read_image(file).convert("RGB"))
+
+
+@contextmanager
+def _opened(file: str | Path) -> Iterator[Image.Image]:
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"image {file} does not exist")
+    try:
+        with Image.open(file) as image:
+            yield image
+    except UNREADABLE as error:
+        raise ValueError(f"image {file} cannot be read: {error}") from None

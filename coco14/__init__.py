@@ -1,0 +1,60 @@
+"""MS COCO 2014 as a segmentation benchmark of 80 classes, prompted as CLIP-ES does.
+
+COCO has two numberings. Here, in split files and in masks (index + 1) classes count 0..79 without
+gaps; the official files use 80 of the ids 1..90. `CATEGORY_IDS` is the one table between them.
+
+`python -m coco14.prepare --root DIR` checks a copy of the data, writes the split files and, from the
+instances JSON, the masks.
+"""
+from segmentation.benchmark import Benchmark
+
+CLASSES = [
+    "person", "bicycle", "car", "motorbike", "aeroplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
+    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
+    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
+    "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
+    "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "sofa",
+    "pottedplant", "bed", "diningtable", "toilet", "tvmonitor", "laptop", "mouse", "remote", "keyboard",
+    "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase",
+    "scissors", "teddy bear", "hair drier", "toothbrush",
+]  # fmt: skip
+
+# Verbatim, odd spellings included: the published numbers were made with them.
+PROMPTS = {
+    "person": "person with clothes,people,human",
+    "bird": "bird avian",
+    "backpack": "backpack,bag",
+    "umbrella": "umbrella,parasol",
+    "handbag": "handbag,purse",
+    "tie": "necktie",
+    "snowboard": "sknowboard",
+    "baseball glove": "glove",
+    "spoon": "dessertspoon",
+    "chair": "chair seat",
+    "tvmonitor": "tvmonitor screen",
+    "remote": "remote control",
+    "hair drier": "hairdrier,blowdrier",
+}
+
+BACKGROUNDS = [
+    "ground", "land", "grass", "tree", "building", "wall", "sky", "lake", "water", "river", "sea",
+    "railway", "railroad", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street",
+    "valley", "bridge",
+]  # fmt: skip
+
+_UNRELEASED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # numbered by COCO, annotated nowhere
+CATEGORY_IDS = [i for i in range(1, 91) if i not in _UNRELEASED_IDS]  # [class index] -> official id
+
+BENCHMARK = Benchmark(
+    name="coco14",
+    classes=CLASSES,
+    prompts=[PROMPTS.get(name, name) for name in CLASSES],
+    backgrounds=BACKGROUNDS,
+    box_threshold=0.7,
+    labels="file",
+    image_dir="JPEGImages/train2014",
+    mask_dir="SegmentationClass",
+    category_ids=CATEGORY_IDS,
+    split_file="./coco14/train.txt",
+)

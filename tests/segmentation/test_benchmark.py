@@ -1,0 +1,93 @@
+"""Benchmarks: those of the project, YAML files of users, and what is said of bad ones."""
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segmentation.benchmark import Benchmark, load, voc_palette
+
+FULL = """
+name: leaves
+classes: [oak, maple]
+prompts: [oak leaf, maple leaf]
+backgrounds: [ground, sky]
+templates: ["a photo of a {}."]
+box_threshold: 0.5
+labels: masks
+root: data
+image_dir: images
+mask_dir: masks
+split_file: train.txt
+model: ViT-B/16
+"""
+
+
+def write(folder, text):
+    file = folder / "benchmark.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_palette_is_vocs():
+    palette = voc_palette()
+    assert palette.shape == (256, 3)
+    assert palette.dtype == np.uint8
+    known = {0: (0, 0, 0), 1: (128, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128), 255: (224, 224, 192)}
+    assert {index: tuple(palette[index].tolist()) for index in known} == known
+
+
+def test_yaml_with_every_field(tmp_path):
+    benchmark = load(str(write(tmp_path, FULL)))
+    assert benchmark.prompts == ["oak leaf", "maple leaf"]
+    assert benchmark.channels == 3
+    assert benchmark.path(benchmark.image_dir) == tmp_path / "data" / "images"
+    assert benchmark.path("/elsewhere").is_absolute()
+    assert benchmark.split_file == str(tmp_path / "train.txt")
+    assert benchmark.model == "ViT-B/16"
+
+
+def test_yaml_with_the_least(tmp_path):
+    benchmark = load(str(write(tmp_path, "{name: a, classes: [x, y], has_background: false}")))
+    assert benchmark.prompts == ["x", "y"]
+    assert benchmark.channels == 2
+    assert benchmark.path("") == tmp_path
+    assert benchmark.split_file == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("classes: [x]", "missing mandatory value: name"),
+        ("{name: a, classes: []}", "names no classes"),
+        ("{name: a, classes: [x, x]}", "names these classes twice: x"),
+        ("{name: a, classes: [x, y], prompts: [u]}", "2 classes but 1 prompts"),
+        ("{name: a, classes: [x], labels: guess}", "labels must be one of voc_xml, file"),
+        ("{name: a, classes: [x], typo: 1}", "Key 'typo' not in"),
+        ("{name: a, classes: [x], box_threshold: high}", "could not be converted to Float"),
+        ("{name: a, classes: [x, y], category_ids: [1]}", "one id for each class"),
+        ("[x, y]", r"benchmark\.yaml: "),
+        ("name: [", r"benchmark\.yaml: while parsing"),
+        ("", "missing mandatory value"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load(str(write(tmp_path, text)))
+
+
+def test_no_such_benchmark(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.yaml does not exist"):
+        load(str(tmp_path / "none.yaml"))
+    for name in ("", "os", "os.path", "../voc12", "voc"):
+        with pytest.raises(ValueError, match=r"no benchmark .*: give voc12, coco14, shapes or a \.yaml"):
+            load(name)
+
+
+@given(st.integers(250, 260), st.booleans())
+def test_classes_fit_an_index_mask(count, has_background):
+    names = [str(i) for i in range(count)]
+    if count + has_background <= 255:
+        assert Benchmark("many", names, has_background=has_background).channels == count + has_background
+    else:
+        with pytest.raises(ValueError, match="an index mask holds 255 values"):
+            Benchmark("many", names, has_background=has_background)

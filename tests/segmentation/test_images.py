@@ -1,0 +1,80 @@
+"""The image reader: size and pixels as stored, one sentence for files that are no images."""
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from segmentation import images
+
+PIXELS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+
+
+def encoded(kind: str = "PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(PIXELS).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def test_find_image_tries_every_suffix(tmp_path):
+    for suffix in images.IMAGE_SUFFIXES:
+        (tmp_path / f"image{suffix[1:]}{suffix}").touch()
+        assert images.find_image(tmp_path, f"image{suffix[1:]}").suffix == suffix
+    with pytest.raises(FileNotFoundError, match="no image absent"):
+        images.find_image(tmp_path, "absent")
+
+
+def test_names_with_dots_keep_them(tmp_path):
+    (tmp_path / "a.b.jpg").touch()
+    assert images.find_image(tmp_path, "a.b").name == "a.b.jpg"
+
+
+def test_read_rgb_and_size(tmp_path):
+    file = tmp_path / "a.png"
+    file.write_bytes(encoded())
+    np.testing.assert_array_equal(images.read_rgb(file), PIXELS)
+    assert images.read_size(file) == (5, 7)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "1"])
+def test_images_keep_their_mode_until_rgb_is_asked_for(tmp_path, mode):
+    file = tmp_path / "a.png"
+    Image.fromarray(PIXELS).convert(mode).save(file)
+    assert images.read_image(file).mode == mode
+    assert images.read_rgb(file).shape == (5, 7, 3)
+
+
+def test_exif_orientation_is_ignored(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by a quarter to display
+    file = tmp_path / "a.jpg"
+    file.write_bytes(encoded("JPEG", exif=exif))
+    assert images.read_rgb(file).shape == (5, 7, 3)
+    assert images.read_size(file) == (5, 7)
+
+
+@pytest.mark.parametrize("read", [images.read_image, images.read_rgb, images.read_size])
+def test_files_that_are_no_images(tmp_path, read):
+    with pytest.raises(FileNotFoundError, match=r"none\.png does not exist"):
+        read(tmp_path / "none.png")
+    for content in (b"", b"not an image", encoded()[:20]):
+        file = tmp_path / "bad.png"
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"image .*bad\.png cannot be read"):
+            read(file)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(["PNG", "JPEG"]), st.data())
+def test_damaged_files_give_a_sentence_or_pixels(tmp_path_factory, kind, data):
+    content = bytearray(encoded(kind))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file = tmp_path_factory.getbasetemp() / "damaged"
+    file.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        assert images.read_rgb(file).ndim == 3
+    except ValueError as error:
+        assert "cannot be read" in str(error)

@@ -1,0 +1,36 @@
+"""PASCAL VOC 2012 with the SBD masks ("train_aug"), prompted as CLIP-ES does.
+
+`python -m voc12.prepare --root DIR` checks a copy of the data and writes the split files.
+"""
+from segmentation.benchmark import Benchmark
+
+CLASSES = [
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor",
+]  # fmt: skip
+
+# Words that a bare name lacks to mean one thing to CLIP: CLIP-ES's synonym fusion at sentence level.
+PROMPTS = {
+    "bird": "bird avian",
+    "chair": "chair seat",
+    "person": "person with clothes,people,human",
+    "tvmonitor": "tvmonitor screen",
+}
+
+BACKGROUNDS = [
+    "ground", "land", "grass", "tree", "building", "wall", "sky", "lake", "water", "river", "sea",
+    "railway", "railroad", "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock",
+    "street", "valley", "bridge", "sign",
+]  # fmt: skip
+
+BENCHMARK = Benchmark(
+    name="voc12",
+    classes=CLASSES,
+    prompts=[PROMPTS.get(name, name) for name in CLASSES],
+    backgrounds=BACKGROUNDS,
+    box_threshold=0.4,
+    labels="voc_xml",
+    mask_dir="SegmentationClassAug",
+    split_file="./voc12/train.txt",
+)
