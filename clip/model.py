@@ -3,7 +3,7 @@
 Parameter names are those of OpenAI's checkpoints (Radford et al., ICML 2021), so that a state dict
 loads without a key map. Nothing here reads files; see `clip.checkpoint`.
 
-The vision tower is stepped through by explicit calls - `embed`, `block` or `blocks`, `project` -
+The vision tower is stepped through by explicit calls - `embed`, `block`, `project` -
 because every method built on a frozen CLIP wants something between two of its blocks. No hooks.
 """
 from collections import OrderedDict
@@ -230,19 +230,6 @@ class VisionTransformer(nn.Module):
             mask, or None.
         """
         return self.transformer.resblocks[index](tokens, mask, maps, normed)
-
-    def blocks(
-        self,
-        tokens: Tensor,
-        start: int = 0,
-        stop: int | None = None,
-        mask: Tensor | None = None,
-        maps: bool = False,
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Run blocks start..stop - 1, yielding each one's (tokens, attention), see `block`."""
-        for index in range(*slice(start, stop).indices(self.layers)):
-            tokens, attention = self.block(index, tokens, mask, maps)
-            yield tokens, attention
 
     def project(self, tokens: Tensor) -> Tensor:
         """(..., C) after the last block -> (..., E) in the space shared with text. Pools nothing."""

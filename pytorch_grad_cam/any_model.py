@@ -1,0 +1,113 @@
+"""Grad-CAM and its kin for any torch model, in the interface of the pytorch-grad-cam package.
+
+    with GradCAM(model, target_layers=[model.layer4[-1]]) as cam:
+        maps = cam(images, targets=[ClassifierOutputTarget(281)])  # (B, H, W) in [0, 1]
+
+CLIP itself does not need this: see `pytorch_grad_cam.grad_cam.text_cams`.
+"""
+from collections.abc import Callable, Sequence
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pytorch_grad_cam.methods import METHODS, scale
+
+
+class ClassifierOutputTarget:
+    """The score of one class in a classifier's output."""
+
+    def __init__(self, category: int):
+        self.category = category
+
+    def __call__(self, output: Tensor) -> Tensor:
+        return output[..., self.category]
+
+
+class GradCAM:
+    """CAMs from the gradients at chosen layers.
+
+    Args:
+        model: any module that maps a batch of images (B, 3, H, W) to outputs (B, ...).
+        target_layers: modules whose output is looked at; the maps of several are averaged.
+        reshape_transform: turns a layer's output into (B, C, h, w), for example tokens of a ViT.
+
+    Hooks live only while a call runs, so nothing is left behind in the model.
+    """
+
+    method = "gradcam"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layers: Sequence[nn.Module],
+        reshape_transform: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.model = model
+        self.target_layers = list(target_layers)
+        self.reshape_transform = reshape_transform or (lambda output: output)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return None
+
+    def __call__(
+        self, input_tensor: Tensor, targets: Sequence[Callable[[Tensor], Tensor]] | None = None
+    ) -> np.ndarray:
+        """CAMs of one target per image.
+
+        Args:
+            input_tensor: (B, 3, H, W).
+            targets: per image a function of its output; None takes the class of the largest score.
+
+        Returns:
+            (B, H, W) float32 in [0, 1].
+
+        Raises:
+            ValueError: not one target per image.
+        """
+        if targets is not None and len(targets) != len(input_tensor):
+            raise ValueError(f"{len(targets)} targets for {len(input_tensor)} images: give one for each")
+        outputs: dict[int, Tensor] = {}
+
+        def keep(index: int):
+            def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+                outputs[index] = output
+
+            return hook
+
+        handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(self.target_layers)]
+        try:
+            with torch.enable_grad():  # the input asks for a gradient so that frozen models have one
+                result = self.model(input_tensor.detach().requires_grad_())
+        finally:
+            for handle in handles:
+                handle.remove()
+        if targets is None:
+            targets = [ClassifierOutputTarget(int(scores.argmax())) for scores in result]
+        loss = sum(target(output) for target, output in zip(targets, result, strict=True))
+        activations = [outputs[i] for i in range(len(self.target_layers))]
+        gradients = torch.autograd.grad(loss, activations)
+        height, width = input_tensor.shape[-2:]
+        layers = []
+        for activation, gradient in zip(activations, gradients, strict=True):
+            activation = self.reshape_transform(activation.detach()).float()  # (B, C, h, w)
+            raw = METHODS[self.method](activation, self.reshape_transform(gradient).float())
+            maps = scale(raw.relu()).cpu().numpy()  # (B, h, w)
+            layers.append(np.stack([cv2.resize(cam, (width, height)) for cam in maps]))
+        return scale(torch.from_numpy(np.mean(layers, axis=0)).relu()).numpy()
+
+
+class GradCAMPlusPlus(GradCAM):
+    method = "gradcam++"
+
+
+class XGradCAM(GradCAM):
+    method = "xgradcam"
+
+
+class LayerCAM(GradCAM):
+    method = "layercam"

@@ -1,0 +1,71 @@
+"""What every test may use: golden vectors, and the deterministic CLIPs they were made with."""
+import os
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clip
+from tests import weights
+
+GOLDEN = Path(__file__).parent / "golden" / "clip-es"
+
+#: Image name, (H, W), preset, seed, benchmark and labels of every golden case.
+CASES = {
+    "a": ("es_a", (96, 128), "tiny", 1, "voc12", [8, 1, 5]),
+    "b": ("es_b", (75, 100), "tiny", 1, "voc12", [3]),
+    "c": ("es_c", (100, 67), "tiny", 0, "voc12", [14, 16, 0]),
+    "d": ("es_d", (50, 90), "tiny", 1, "coco14", [0, 8, 52, 61, 77]),
+    "e": ("es_e", (64, 64), "tiny", 2, "voc12", [14]),
+    "v": ("es_v", (80, 112), "vit_b16", 0, "voc12", [12, 6]),
+    "z": ("es_z", (70, 120), "tiny", 3, "voc12", [0, 13, 17]),
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _session(tmp_path_factory):
+    torch.set_num_threads(min(2, os.cpu_count()))
+    os.environ["CLIP_WSSS_CACHE"] = str(tmp_path_factory.mktemp("features"))
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+def parity_state(preset, seed: int) -> dict[str, torch.Tensor]:
+    return {key: torch.as_tensor(value) for key, value in weights.clip_state_dict(preset, seed).items()}
+
+
+@pytest.fixture(scope="session")
+def parity_file(tmp_path_factory):
+    """parity_file(preset, seed) -> a checkpoint file of the deterministic weights."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def file(preset: str, seed: int) -> Path:
+        target = folder / f"{preset}_{seed}.pt"
+        torch.save(parity_state(preset, seed), target)
+        return target
+
+    return file
+
+
+@pytest.fixture(scope="session")
+def parity_clip(parity_file):
+    """parity_clip(preset, seed) -> that checkpoint, loaded."""
+    return cache(lambda preset, seed: clip.load(parity_file(preset, seed), device="cpu"))
+
+
+def parity_image(name: str, size: tuple[int, int]) -> Image.Image:
+    return Image.fromarray(weights.parity_image(name, *size))
+
+
+def relative(mine, reference) -> float:
+    """Largest absolute difference over the largest absolute value of the reference."""
+    mine, reference = (np.asarray(array, np.float64) for array in (mine, reference))
+    assert mine.shape == reference.shape, (mine.shape, reference.shape)
+    return np.abs(mine - reference).max() / max(np.abs(reference).max(), 1e-30)
