@@ -1,0 +1,187 @@
+"""Sharing images among processes: torchrun's ranks, and the processes a rank starts on its machine.
+
+A step is a generator function `work(names, position, *args)`: it handles its images in order and yields
+one `Outcome` after each; what it returns is collected. `position` counts the processes of this machine.
+"""
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Generator, Sequence
+from datetime import timedelta
+from queue import Empty
+from typing import Any, NamedTuple
+
+PATIENCE = 1.0  # seconds between looks at whether the processes still live
+
+
+class Outcome(NamedTuple):
+    """What became of one image: a failure in one sentence (empty: none), and notes worth counting."""
+
+    name: str
+    failure: str = ""
+    notes: tuple[str, ...] = ()
+
+
+Work = Callable[..., Generator[Outcome, None, Any]]
+
+
+def attempt(name: str, work: Callable[..., Sequence[str] | None], *args) -> Outcome:
+    """The outcome of `work(name, *args)`, which returns notes or nothing; its errors fail this image only."""
+    try:
+        return Outcome(name, notes=tuple(work(name, *args) or ()))
+    except Exception as error:  # one bad image never loses a run, whatever is wrong with it
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        return Outcome(name, failure=kind + " ".join(str(error).split()))
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process among those torchrun started; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def shard(items: Sequence, rank: int, world: int) -> list:
+    """The items of process `rank` of `world`: every world-th, so that parts differ by one item at most."""
+    return list(items[rank::world])
+
+
+def gather(value: Any) -> list:
+    """`value` of every torchrun rank, in rank order; waits until all have come this far."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return [value]
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
+    values = [None] * world
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_of(device: str, position: int = 0) -> str:
+    """Resolve --device for the process at `position` of this machine.
+
+    Args:
+        device: "auto" (CUDA where there is any), "cpu", "cuda" (processes take the GPUs in turn) or "cuda:i".
+        position: see `Work`.
+
+    Returns:
+        "cpu" or "cuda:i".
+
+    Raises:
+        ValueError: CUDA is asked for and PyTorch finds none.
+    """
+    import torch  # here, because steps that compute no tensors should not wait for it
+
+    gpus = torch.cuda.device_count()
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    if device.startswith("cuda") and not gpus:
+        raise ValueError(f"--device {device}: PyTorch finds no GPU here, use --device cpu")
+    return f"cuda:{position % gpus}" if device == "cuda" else device
+
+
+def drain(generator: Generator[Outcome, None, Any], take: Callable[[Outcome], None]) -> Any:
+    """Hand each outcome to `take`; returns what the generator returns."""
+    while True:
+        try:
+            outcome = next(generator)
+        except StopIteration as stop:
+            return stop.value
+        take(outcome)
+
+
+def run(
+    work: Work, names: Sequence[str], args: tuple, processes: int, take: Callable[[Outcome], None]
+) -> list:
+    """Do `work(names, position, *args)` in `processes` processes of this machine, `names` shared out.
+
+    Args:
+        work: a module-level function; with several processes, `args` are pickled.
+        names: image ids.
+        args: further arguments of `work`.
+        processes: how many; one means this process. Each gets its share of the CPU threads, unless
+            OMP_NUM_THREADS says otherwise.
+        take: called here with each outcome as it comes.
+
+    Returns:
+        What each call of `work` returned.
+
+    Raises:
+        ValueError, OSError: as `work` raised them in any process.
+        ChildProcessError: a process died.
+    """
+    processes = max(1, min(processes, len(names)))
+    first = int(os.environ.get("LOCAL_RANK", 0)) * processes
+    if processes == 1:
+        return [drain(work(names, first, *args), take)]
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+    queue = context.Queue()
+    workers = [
+        context.Process(
+            target=_child, args=(queue, i, work, shard(names, i, processes), first + i, args), daemon=True
+        )
+        for i in range(processes)
+    ]
+    given = os.environ.get("OMP_NUM_THREADS")
+    share = max(1, cores() // (processes * int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))  # read when a child first loads its libraries
+    try:
+        for worker in workers:
+            worker.start()
+        if given is None:
+            del os.environ["OMP_NUM_THREADS"]
+        return _collect(queue, workers, take)
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+
+
+def _collect(queue, workers: list, take: Callable[[Outcome], None]) -> list:
+    results = {}
+    while len(results) < len(workers):
+        dead = [w for i, w in enumerate(workers) if i not in results and not w.is_alive()]
+        try:
+            index, kind, value = queue.get(timeout=PATIENCE)
+        except Empty:
+            if dead:  # and nothing of theirs is left in the queue
+                raise ChildProcessError(
+                    f"a worker process died (exit code {dead[0].exitcode}; -9 often means out of memory); "
+                    "the same command continues, fewer --num_workers need less memory"
+                ) from None
+            continue
+        if kind == "outcome":
+            take(value)
+        elif kind == "result":
+            results[index] = value
+        else:
+            raise value
+    return [results[index] for index in range(len(workers))]
+
+
+def _child(queue, index: int, work: Work, names: list, position: int, args: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its children
+    parent = multiprocessing.parent_process()
+
+    def take(outcome: Outcome) -> None:
+        queue.put((index, "outcome", outcome))
+        if not parent.is_alive():  # killed: nobody will continue this run but the next one
+            os._exit(1)
+
+    try:
+        queue.put((index, "result", drain(work(names, position, *args), take)))
+    except (ValueError, OSError) as error:
+        kind = ValueError if isinstance(error, ValueError) else OSError  # subclasses may not survive pickling
+        queue.put((index, "error", kind(str(error))))
+    except BaseException as error:
+        traceback.print_exc(file=sys.stderr)
+        told = f"a worker process failed with {type(error).__name__}: {error}"
+        queue.put((index, "error", ChildProcessError(told)))

@@ -1,0 +1,184 @@
+"""One run over many images: the output folder and its settings, progress, failures, exit code."""
+import json
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline import processes
+from pipeline.processes import Outcome, Work
+from segmentation.files import replacing
+
+PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "pydensecrf2")
+SETTINGS = "settings.json"
+FAILED = "failed.txt"
+SHOWN = 5  # names or failures listed before "..."
+
+
+def command(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and exit with what it returns, or 2 for errors that the user can mend.
+
+    Those are told in one sentence; the environment variable CLIP_WSSS_DEBUG=1 shows the traceback too.
+    """
+    try:
+        code = main() or 0
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues where this one stopped", file=sys.stderr)
+        code = 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("CLIP_WSSS_DEBUG") == "1":
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        code = 1 if isinstance(error, ChildProcessError) else 2
+    sys.exit(code)
+
+
+class Run:
+    """One run of a step: `Run(folder, ...)`, `map` what it does over the images, return `finish()`.
+
+    Args:
+        folder: output folder, made if missing; None when the step writes no files.
+        settings: what the outputs depend on, JSON values, among them "benchmark": what
+            `segmentation.benchmark.load` is to be given by later steps.
+        inputs: sha256 by name of the files they depend on, e.g. {"model": ...}.
+        outputs: file patterns of the outputs, e.g. ("*.npy", "*.npz").
+        overwrite: remove what the last run left and start anew.
+
+    Raises:
+        ValueError: `folder` holds outputs of other settings (the sentence names them), or of unknown ones.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        settings: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, str] | None = None,
+        outputs: Sequence[str] = (),
+        overwrite: bool = False,
+    ):
+        self.folder = None if folder is None else Path(folder)
+        self.done = 0
+        self.failures: list[tuple[str, str]] = []
+        self.notes: dict[str, list[str]] = {}
+        self.rank, self.world = processes.rank_and_world()
+        if self.folder is not None and self.rank == 0:
+            _settle(self.folder, dict(settings or {}), dict(inputs or {}), outputs, overwrite)
+        processes.gather(None)  # no rank may write before the folder is settled
+
+    def map(self, work: Work, names: Sequence[str], *args, num_workers: int = 1) -> list:
+        """Do `work(names, position, *args)`, `names` shared out among processes (see `processes.run`).
+
+        Under torchrun every rank takes its part of `names` and may itself have `num_workers` processes.
+
+        Returns:
+            What each call of `work` returned; under torchrun those of all ranks, on all ranks.
+        """
+        names = processes.shard(names, self.rank, self.world)
+        # Rank 0 speaks for all; disable=None is quiet when stderr is no terminal.
+        with tqdm(total=len(names), unit="image", disable=True if self.rank else None) as bar:
+
+            def take(outcome: Outcome) -> None:
+                self.take(outcome)
+                bar.update()
+
+            results = processes.run(work, names, args, num_workers, take)
+        return [result for part in processes.gather(results) for result in part]
+
+    def take(self, outcome: Outcome) -> None:
+        """Count one image."""
+        self.done += 1
+        if outcome.failure:
+            self.failures.append((outcome.name, outcome.failure))
+        for note in outcome.notes:
+            self.notes.setdefault(note, []).append(outcome.name)
+
+    def finish(self) -> int:
+        """Tell what failed and what is worth knowing; write `failed.txt`, or remove it.
+
+        Returns:
+            The exit code: 1 if an image failed, else 0.
+        """
+        parts = processes.gather((self.done, self.failures, self.notes))
+        failures = sorted(failure for _, failed, _ in parts for failure in failed)
+        if self.rank == 0:
+            print(f"{sum(done for done, _, _ in parts)} images, {len(failures)} failed", file=sys.stderr)
+            for note in sorted({note for _, _, notes in parts for note in notes}):
+                names = sorted(name for _, _, notes in parts for name in notes.get(note, ()))
+                print(f"{note}: {len(names)} ({some(names)})", file=sys.stderr)
+            for name, sentence in failures[:SHOWN]:
+                print(f"failed: {name}: {sentence}", file=sys.stderr)
+            if self.folder is not None:
+                _list_failures(self.folder / FAILED, failures)
+        return 1 if failures else 0
+
+
+def read_settings(folder: str | Path) -> dict:
+    """What the run that filled `folder` recorded: "settings", "inputs", "versions"; {} if nothing."""
+    file = Path(folder) / SETTINGS
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): restore it, or remove {folder}") from None
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of `names`, for one line."""
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def _settle(folder: Path, settings: dict, inputs: dict, outputs: Sequence[str], overwrite: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    record = read_settings(folder)
+    existing = (file for pattern in outputs for file in folder.rglob(pattern))
+    if not record:
+        stranger = next(existing, None)
+        if stranger is not None:  # perhaps ground truth, or another project's: neither to keep nor to remove
+            raise ValueError(
+                f"{folder} holds {stranger.name} but no {SETTINGS}: it was not filled by this command, "
+                "choose another folder"
+            )
+    elif overwrite:
+        for file in list(existing):
+            file.unlink()
+    else:
+        _compare(folder, {**record.get("settings", {}), **record.get("inputs", {})}, {**settings, **inputs})
+    record = {"settings": settings, "inputs": inputs, "versions": _versions()}
+    with replacing(folder / SETTINGS) as stream:
+        stream.write(json.dumps(record, indent=2).encode() + b"\n")
+
+
+def _compare(folder: Path, last: dict, now: dict) -> None:
+    now = json.loads(json.dumps(now))  # as the file has it: tuples become lists
+    differ = [key for key in sorted({*last, *now}) if last.get(key) != now.get(key)]
+    if differ:
+        told = ", ".join(f"{key} (was {last.get(key)!r}, now {now.get(key)!r})" for key in differ)
+        raise ValueError(
+            f"{folder} was filled with other settings: {told}; choose another folder, or --overwrite"
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _list_failures(file: Path, failures: list[tuple[str, str]]) -> None:
+    if not failures:
+        file.unlink(missing_ok=True)
+        return
+    with replacing(file) as stream:
+        stream.write("".join(f"{name}\t{sentence}\n" for name, sentence in failures).encode())
+    print(f"all failures: {file}; the same command tries them again", file=sys.stderr)
