@@ -1,0 +1,69 @@
+"""Index masks: 8-bit PNGs whose values are classes, 255 = ignore, with a palette to look at them."""
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from segmentation.benchmark import IGNORE
+from segmentation.files import replacing
+from segmentation.images import read_image
+
+
+def read_mask(file: str | Path) -> np.ndarray:
+    """Read an index mask.
+
+    Args:
+        file: an 8-bit image, palette or grey.
+
+    Returns:
+        (H, W) uint8, the indices (not the palette's colours).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read, or its pixels are no 8-bit indices (RGB, 16-bit, two-level).
+    """
+    image = read_image(file)
+    if image.mode not in ("P", "L"):
+        raise ValueError(
+            f"mask {file} has mode {image.mode}: expected 8-bit class indices, palette or grey"
+        )
+    return np.array(image)
+
+
+def write_mask(file: str | Path, labels: np.ndarray, palette: np.ndarray) -> None:
+    """Write an index mask as palette PNG; the file appears whole or not at all.
+
+    Args:
+        file: where; folders are made.
+        labels: (H, W) uint8.
+        palette: (256, 3) uint8.
+    """
+    image = Image.fromarray(labels)
+    image.putpalette(palette.astype(np.uint8).tobytes())  # now of mode P
+    with replacing(file) as stream:
+        image.save(stream, format="PNG")
+
+
+def overlay(
+    image: np.ndarray,
+    labels: np.ndarray,
+    palette: np.ndarray,
+    opacity: float = 0.6,
+    clear: Sequence[int] = (0, IGNORE),
+) -> np.ndarray:
+    """Paint a mask over its image.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        labels: (H, W) uint8.
+        palette: (256, 3) uint8.
+        opacity: of the paint, in [0, 1].
+        clear: indices that leave the image as it is.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    paint = palette[labels]  # (H, W, 3)
+    weight = np.where(np.isin(labels, clear), 0.0, opacity)[..., None]
+    return np.rint(image * (1 - weight) + paint * weight).astype(np.uint8)

@@ -1,0 +1,69 @@
+"""Segmentation scores from one confusion matrix, which is summed over images as they come."""
+import numpy as np
+
+from segmentation.benchmark import IGNORE
+
+ABSENT = ("drop", "zero", "nan-mean")
+
+
+def confusion(truth: np.ndarray, prediction: np.ndarray, channels: int) -> np.ndarray:
+    """Count pixels by true and predicted class.
+
+    Pixels whose truth is no class (>= channels, usually 255) or whose prediction is 255 are left out;
+    what share the latter are is for the caller to count and tell.
+
+    Args:
+        truth: integers, any shape.
+        prediction: integers of the same shape, in [0, channels) or 255.
+        channels: values a clean mask can hold, n.
+
+    Returns:
+        (n, n) int64, [truth, prediction].
+
+    Raises:
+        ValueError: the shapes differ, or a prediction is neither a class nor 255.
+    """
+    if truth.shape != prediction.shape:
+        raise ValueError(f"ground truth is {truth.shape} but the prediction {prediction.shape} (H, W)")
+    counted = (truth < channels) & (prediction != IGNORE)
+    truth, prediction = truth[counted].astype(np.int64), prediction[counted].astype(np.int64)
+    if prediction.size and prediction.max() >= channels:
+        raise ValueError(f"the prediction holds {prediction.max()}, but there are {channels} classes")
+    return np.bincount(truth * channels + prediction, minlength=channels**2).reshape(channels, channels)
+
+
+def scores(hist: np.ndarray, absent: str = "drop") -> dict:
+    """The usual scores, under the names that WSSS projects print them by; fractions in [0, 1].
+
+    Args:
+        hist: (n, n), see `confusion`.
+        absent: what happens in the mean IoU to classes without ground truth; published systems differ.
+            "drop": left out, even if predicted (CLIP-ES). "nan-mean": left out unless predicted, then 0
+            (nanmean of all IoU). "zero": 0.
+
+    Returns:
+        "Pixel Accuracy", "Mean Accuracy", "Frequency Weighted IoU", "Mean IoU" and "Class IoU" (a dict
+        class -> IoU), floats; NaN where there is nothing to count.
+    """
+    if absent not in ABSENT:
+        raise ValueError(f"absent must be one of {', '.join(ABSENT)}, got {absent!r}")
+    hist = np.asarray(hist, np.float64)
+    true, predicted, hit = hist.sum(axis=1), hist.sum(axis=0), np.diag(hist)
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is NaN: nothing to count
+        accuracy = hit / true
+        iou = hit / (true + predicted - hit)
+        frequency = true / hist.sum()
+        pixel_accuracy = hit.sum() / hist.sum()
+    present = true > 0
+    counted = {"drop": iou[present], "nan-mean": iou[~np.isnan(iou)], "zero": np.nan_to_num(iou)}[absent]
+    return {
+        "Pixel Accuracy": float(pixel_accuracy),
+        "Mean Accuracy": _mean(accuracy[present]),
+        "Frequency Weighted IoU": float((frequency[present] * iou[present]).sum()) if present.any() else np.nan,
+        "Mean IoU": _mean(counted),
+        "Class IoU": {index: float(value) for index, value in enumerate(iou)},
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else float("nan")
