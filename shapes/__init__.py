@@ -1,0 +1,22 @@
+"""The embedded benchmark: a drawn world in VOC layout, and a small CLIP trained on it.
+
+`python -m shapes.draw --root DIR` draws it; any script then takes `--benchmark shapes`. See
+docs/shapes.md.
+"""
+from pathlib import Path
+
+from segmentation.benchmark import Benchmark
+from shapes.world import BACKGROUNDS, CAPTION_TEMPLATES, CLASSES
+
+BENCHMARK = Benchmark(
+    name="shapes",
+    classes=[kind.name for kind in CLASSES],
+    backgrounds=[kind.name for kind in BACKGROUNDS],
+    templates=list(CAPTION_TEMPLATES),
+    box_threshold=0.4,
+    labels="voc_xml",
+    root="output/shapes",
+    mask_dir="SegmentationClass",
+    split_file="output/shapes/ImageSets/Segmentation/train.txt",
+    model=str(Path(__file__).with_name("clip_shapes.pt")),
+)

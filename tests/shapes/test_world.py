@@ -1,0 +1,82 @@
+"""The drawn world: deterministic, any size, masks that agree with the objects."""
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shapes.world import BACKGROUNDS, CAPTION_TEMPLATES, CLASSES, MAX_CLASSES, MAX_OBJECTS, STREAMS, draw
+
+
+def test_classes_and_backgrounds_are_enough_and_share_colours():
+    assert len(CLASSES) >= 10
+    assert len(BACKGROUNDS) >= 6
+    names = [kind.name for kind in (*CLASSES, *BACKGROUNDS)]
+    assert len(set(names)) == len(names)
+    assert len({kind.hue for kind in CLASSES}) < len(CLASSES)
+    looks = [(kind.hue, kind.texture) for kind in CLASSES]
+    assert len(set(looks)) < len(looks), "some pair should differ in shape only"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(0, 10**6), st.sampled_from(sorted(STREAMS)))
+def test_scene_of_any_size_agrees_with_itself(height, width, index, stream):
+    scene = draw(3, index, (height, width), stream)
+    assert scene.image.shape == (height, width, 3)
+    assert scene.image.dtype == scene.mask.dtype == np.uint8
+    assert 1 <= len(scene.objects) <= MAX_OBJECTS
+    assert 1 <= len(scene.labels) <= MAX_CLASSES
+    assert set(np.unique(scene.mask)) - {0} == {label + 1 for label in scene.labels}
+    boxed = np.zeros_like(scene.mask)
+    for drawn in scene.objects:
+        x0, y0, x1, y1 = drawn.box
+        assert 0 <= x0 < x1 <= width
+        assert 0 <= y0 < y1 <= height
+        assert 0 < drawn.visible <= 1
+        assert (scene.mask[y0:y1, x0:x1] == drawn.label + 1).any()
+        boxed[y0:y1, x0:x1] = 1
+    assert not scene.mask[boxed == 0].any(), "every object pixel lies in a box"
+
+
+def test_caption_names_what_is_there():
+    for index in range(30):
+        scene = draw(0, index, (64, 64))
+        present = {CLASSES[label].name for label in scene.labels} | {BACKGROUNDS[scene.background].name}
+        words = set(scene.caption.rstrip(".").replace(",", "").split())
+        names = {kind.name for kind in (*CLASSES, *BACKGROUNDS)}
+        assert words & names == present
+
+
+def test_templates_take_one_name():
+    assert all(template.count("{}") == 1 for template in CAPTION_TEMPLATES)
+
+
+def test_same_arguments_same_scene_and_every_argument_counts():
+    def image(*arguments):
+        return draw(*arguments).image.tobytes()
+
+    base = image(1, 2, (40, 50), "train")
+    assert base == image(1, 2, (40, 50), "train")
+    others = [image(2, 2, (40, 50), "train"), image(1, 3, (40, 50), "train")]
+    others += [image(1, 2, (40, 50), stream) for stream in ("val", "clip")]
+    assert len({base, *others}) == 5
+
+
+def test_streams_share_no_image():
+    arguments = [(seed, i, (24, 24), stream) for stream in STREAMS for seed in (0, 1) for i in range(40)]
+    images = [draw(*args).image.tobytes() for args in arguments]
+    assert len(set(images)) == len(images)
+
+
+def test_objects_stand_out_from_the_background():
+    """Edges are crisp: an object's mean colour is far from its background's, for the CRF to see."""
+    for index in range(20):
+        scene = draw(5, index, (96, 96))
+        background = scene.image[scene.mask == 0].mean(0)
+        for label in scene.labels:
+            inside = scene.image[scene.mask == label + 1].mean(0)
+            assert np.abs(inside - background).max() > 20
+
+
+def test_side_below_one_is_refused():
+    with pytest.raises(ValueError, match="at least one pixel, got 0 x 5"):
+        draw(0, 0, (0, 5))
