@@ -1,0 +1,234 @@
+"""Image-level labels from each source, and the sentence for each way a source can be wrong."""
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from segmentation import labels
+from segmentation.benchmark import Benchmark
+
+CLASSES = ["cat", "dog", "person"]
+
+
+def write(file, content):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content, newline="")
+    return file
+
+
+# --- text files -------------------------------------------------------------------------------------
+
+
+def test_split_lines(tmp_path):
+    file = write(tmp_path / "a.txt", "\ufeffx 3 0 3\r\n\r\n  y  \r\nz\t1\n\n")
+    assert labels.read_split(file) == {"x": [3, 0], "y": [], "z": [1]}
+    assert list(labels.read_split(file)) == ["x", "y", "z"]
+
+
+@given(st.dictionaries(st.text("ab_019.", min_size=1), st.lists(st.integers(0, 9), unique=True), min_size=1))
+def test_split_round_trip(tmp_path_factory, split):
+    file = tmp_path_factory.getbasetemp() / "round.txt"
+    file.write_text("".join(" ".join([name, *map(str, found)]) + "\n" for name, found in split.items()))
+    assert labels.read_split(file, 10) == split
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("x\ny\n\nx 1\n", r"a\.txt line 4: image x was listed before"),
+        ("x 1\ny 3\n", r"a\.txt line 2: class index 3 is out of range, expected 0 to 2"),
+        ("x -1\n", "line 1: class index -1 is out of range"),
+        ("x cat\n", "line 1: expected `name index index ...`, got 'x cat'"),
+        ("/JPEGImages/x.jpg /SegmentationClass/x.png\n", "line 1: expected `name index"),
+        ("x 1.0\n", "line 1: expected"),
+        ("x --1\n", "line 1: expected"),
+        ("x ²\n", "line 1: expected"),
+        (" \n\n", "lists no images"),
+    ],
+)
+def test_bad_split_lines(tmp_path, text, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        labels.read_split(write(tmp_path / "a.txt", text), 3)
+
+
+def test_bad_split_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.txt does not exist"):
+        labels.read_split(tmp_path / "none.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(ValueError, match="is not a text file"):
+        labels.read_split(tmp_path / "binary.txt")
+
+
+def test_without_a_class_count_only_negative_labels_are_out_of_range(tmp_path):
+    assert labels.read_split(write(tmp_path / "a.txt", "x 1000\n")) == {"x": [1000]}
+    with pytest.raises(ValueError, match="expected 0 or more"):
+        labels.read_split(write(tmp_path / "a.txt", "x -1\n"))
+
+
+def test_from_file(tmp_path):
+    read = labels.from_file(write(tmp_path / "a.txt", "x 2 0\ny\n"), 3)
+    assert read("x") == [2, 0]
+    assert read("y") == []
+    with pytest.raises(ValueError, match=r"image z is not listed in .*a\.txt"):
+        read("z")
+
+
+# --- VOC XML ----------------------------------------------------------------------------------------
+
+PERSON_AND_DOG = """<annotation>
+  <size><width>7</width><height>5</height><depth>3</depth></size>
+  <object><name>person</name><difficult>0</difficult>
+    <part><name>cat</name></part><part><name>head</name></part></object>
+  <object><name> dog </name><difficult>1</difficult><truncated>1</truncated></object>
+  <object><name>person</name></object>
+</annotation>"""
+
+
+def test_voc_xml_counts_every_object_and_no_part(tmp_path):
+    file = write(tmp_path / "x.xml", PERSON_AND_DOG)
+    assert labels.from_voc_xml(tmp_path, CLASSES)("x") == [2, 1]
+    assert labels.read_voc_xml(file) == (["person", "dog"], (5, 7))
+
+
+def test_voc_xml_without_objects_or_size(tmp_path):
+    file = write(tmp_path / "x.xml", "<annotation><size><width>7</width></size></annotation>")
+    assert labels.read_voc_xml(file) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (PERSON_AND_DOG.replace("person", "unicorn"), r"x\.xml names the class 'unicorn'"),
+        ("<annotation><object/></annotation>", "an object without a name"),
+        ("<html/>", "is not a VOC annotation: its root is <html>"),
+        (PERSON_AND_DOG[:100], r"annotation .*x\.xml cannot be read"),
+        ("", "cannot be read"),
+    ],
+)
+def test_bad_voc_xml(tmp_path, text, sentence):
+    write(tmp_path / "x.xml", text)
+    with pytest.raises(ValueError, match=sentence):
+        labels.from_voc_xml(tmp_path, CLASSES)("x")
+
+
+def test_voc_xml_reads_no_other_file(tmp_path):
+    secret = write(tmp_path / "secret", "cat")
+    text = f'<!DOCTYPE a [<!ENTITY e SYSTEM "{secret.as_uri()}">]>{PERSON_AND_DOG.replace("person", "&e;")}'
+    write(tmp_path / "x.xml", text)
+    with pytest.raises(ValueError, match="an object without a name"):
+        labels.from_voc_xml(tmp_path, CLASSES)("x")
+
+
+def test_missing_voc_xml(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"x\.xml does not exist"):
+        labels.from_voc_xml(tmp_path, CLASSES)("x")
+    with pytest.raises(FileNotFoundError, match=r"annotation folder .*none does not exist"):
+        labels.from_voc_xml(tmp_path / "none", CLASSES)
+
+
+# --- masks ------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.booleans(), st.lists(st.integers(0, 255), min_size=1, max_size=12))
+def test_mask_values(has_background, values):
+    painted = sorted({value - has_background for value in values if value != 255} - {-1})
+    mask = np.array([values], np.uint8)
+    if painted and painted[-1] >= 20:
+        with pytest.raises(ValueError, match=r"mask m\.png holds the value \d+, which stands for no class"):
+            labels.mask_labels(mask, has_background, 20, "m.png")
+    else:
+        assert labels.mask_labels(mask, has_background, 20, "m.png") == painted
+
+
+def test_from_masks(tmp_path):
+    Image.fromarray(np.array([[0, 3], [255, 1]], np.uint8)).save(tmp_path / "x.png")
+    assert labels.from_masks(tmp_path, True, 3)("x") == [0, 2]
+    assert labels.from_masks(tmp_path, False, 4)("x") == [0, 1, 3]
+    with pytest.raises(ValueError, match=r"holds the value 3, .* expected 0 to 2, or 255"):
+        labels.from_masks(tmp_path, True, 2)("x")
+    with pytest.raises(OSError, match=r"y\.png"):
+        labels.from_masks(tmp_path, True, 3)("y")
+    with pytest.raises(FileNotFoundError, match="mask folder"):
+        labels.from_masks(tmp_path / "none", True, 3)
+
+
+# --- COCO instances ---------------------------------------------------------------------------------
+
+
+def instances(**changes):
+    return {
+        "images": [
+            {"id": 7, "file_name": "train2014/x.jpg", "height": 5, "width": 7},
+            {"id": 8, "file_name": "y.jpg", "height": 5, "width": 7},
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 90, "iscrowd": 1},
+            {"id": 2, "image_id": 7, "category_id": 13},
+            {"id": 3, "image_id": 7, "category_id": 13},
+        ],
+        "categories": [{"id": 90}, {"id": 13}, {"id": 11}],
+    } | changes
+
+
+def test_from_coco_json(tmp_path):
+    file = write(tmp_path / "a.json", json.dumps(instances()))
+    read = labels.from_coco_json(file, 3)
+    assert read("x") == [1, 2]  # 11, 13, 90 -> 0, 1, 2
+    assert read("y") == []
+    assert labels.from_coco_json(file, 3, [13, 90, 11])("x") == [0, 1]
+    assert labels.from_coco_json(file, 4, [13, 90, 11, 5])("x") == [0, 1]
+    with pytest.raises(ValueError, match=r"image z is not listed in .*a\.json"):
+        read("z")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (json.dumps(instances())[:50], r"a\.json is not a COCO instances file"),
+        ("[]", "is not a COCO instances file"),
+        (json.dumps({"images": []}), "is not a COCO instances file .KeyError: 'annotations'|'categories'"),
+        (json.dumps(instances(images=[])), "is not a COCO instances file"),
+        (json.dumps(instances(categories=[{"id": 13}])), "annotation 1 is of the unknown category 90"),
+        (json.dumps(instances(categories=[{"id": 13}, {"id": 90}])), "2 categories that do not match the 3"),
+    ],
+)
+def test_bad_coco_json(tmp_path, content, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        labels.from_coco_json(write(tmp_path / "a.json", content), 3)
+
+
+def test_missing_coco_json(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
+        labels.from_coco_json(tmp_path / "none.json", 3)
+
+
+# --- what the benchmark says ------------------------------------------------------------------------
+
+
+def test_reader_follows_the_benchmark(tmp_path):
+    write(tmp_path / "Annotations" / "x.xml", PERSON_AND_DOG)
+    write(tmp_path / "a.json", json.dumps(instances()))
+    (tmp_path / "SegmentationClass").mkdir()
+    Image.fromarray(np.array([[0, 3]], np.uint8)).save(tmp_path / "SegmentationClass" / "x.png")
+    split = {"x": [0], "y": []}
+    expected = {"voc_xml": [2, 1], "file": [0], "masks": [2], "coco_json": [1, 2]}
+    for source, found in expected.items():
+        benchmark = Benchmark("b", CLASSES, labels=source, root=str(tmp_path), annotation_file="a.json")
+        read = labels.reader(benchmark, split)
+        assert read("x") == found
+        assert pickle.loads(pickle.dumps(read))("x") == found
+        assert labels.reader(benchmark, split, write(tmp_path / "own.txt", "x 1"))("x") == [1]
+
+
+def test_reader_of_a_split_without_usable_labels():
+    with pytest.raises(ValueError, match="the split file gives no labels"):
+        labels.reader(Benchmark("b", CLASSES), {"x": [], "y": []})
+    with pytest.raises(ValueError, match="image x of the split file: class index 3 is out of range"):
+        labels.reader(Benchmark("b", CLASSES), {"x": [3]})
+    with pytest.raises(ValueError, match="image z is not listed in the split file"):
+        labels.reader(Benchmark("b", CLASSES), {"x": [2]})("z")

@@ -1,0 +1,206 @@
+"""VOC12: the benchmark's data, and `prepare` on small copies that are whole or damaged."""
+import hashlib
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segmentation import labels
+from segmentation.benchmark import load
+from voc12 import prepare
+
+TRAIN, VAL, EXTRA = ["2007_000032", "2007_000039"], ["2007_000033"], ["2008_000002"]
+HEIGHT, WIDTH = 6, 8
+XML = """<annotation><size><width>8</width><height>6</height></size>
+<object><name>person</name><part><name>head</name></part></object>
+<object><name>dog</name><difficult>1</difficult><truncated>1</truncated></object></annotation>"""
+
+
+def test_benchmark():
+    voc = load("voc12")
+    assert (len(voc.classes), len(voc.backgrounds), voc.channels, voc.box_threshold) == (20, 25, 21, 0.4)
+    assert voc.classes[14] == "person"
+    assert voc.prompts[14] == "person with clothes,people,human"
+    assert [a for a, b in zip(voc.classes, voc.prompts, strict=True) if a != b] == [
+        "bird", "chair", "person", "tvmonitor",
+    ]  # fmt: skip
+    assert voc.templates == ["a clean origami {}."]
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A whole copy of a VOC with four images; `.root` and `.out` are its folder and that of the lists."""
+    root = tmp_path / "VOC2012"
+    images = ("JPEGImages", "Annotations", "SegmentationClass", "SegmentationClassAug")
+    for folder in (*images, "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    lists = {"train": TRAIN, "val": VAL, "trainval": sorted(TRAIN + VAL)}
+    for split, names in lists.items():
+        (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[1:3], mask[3] = 15, 255
+    for name in TRAIN + VAL + EXTRA:
+        Image.new("RGB", (WIDTH, HEIGHT), "red").save(root / "JPEGImages" / f"{name}.jpg")
+        (root / "Annotations" / f"{name}.xml").write_text(XML)
+        Image.fromarray(mask).save(root / "SegmentationClassAug" / f"{name}.png")
+        if name not in EXTRA:
+            Image.fromarray(mask).save(root / "SegmentationClass" / f"{name}.png")
+    return SimpleNamespace(root=root, out=tmp_path / "lists")
+
+
+def run(copy, *flags, workers=1):
+    arguments = ["--root", str(copy.root), "--out", str(copy.out), "--num_workers", str(workers), *flags]
+    return prepare.main(arguments)
+
+
+def test_whole_copy(copy, capsys):
+    assert run(copy) == 0
+    written = {file.stem: file.read_text() for file in copy.out.iterdir()}
+    splits = {"train": TRAIN, "val": VAL, "trainval": sorted(TRAIN + VAL), "train_aug": sorted(TRAIN + EXTRA)}
+    for split, names in splits.items():
+        assert written.pop(split) == "".join(f"{name}\n" for name in names)
+        assert written.pop(f"{split}_labels") == "".join(f"{name} 14 11\n" for name in names)
+    assert not written
+    said = capsys.readouterr().out
+    assert said.count("sha256 is NOT the published one") == 4
+    assert "no problems found" in said
+
+
+def test_label_files_give_what_the_annotations_give(copy):
+    run(copy)
+    voc = load("voc12")
+    from_xml = labels.from_voc_xml(copy.root / "Annotations", voc.classes)
+    from_file = labels.from_file(copy.out / "train_aug_labels.txt", len(voc.classes))
+    assert all(from_xml(name) == from_file(name) for name in labels.read_split(copy.out / "train_aug.txt"))
+
+
+def test_published_lists_are_recognised(copy, capsys, monkeypatch):
+    digest = hashlib.sha256("".join(f"{name}\n" for name in TRAIN).encode()).hexdigest()
+    monkeypatch.setitem(prepare.PUBLISHED, "train", (2, digest))
+    assert run(copy) == 0
+    said = capsys.readouterr().out
+    assert "train.txt: 2 images; sha256 is the published one" in said
+    assert "val.txt: 1 images; sha256 is NOT the published one, so this is another list" in said
+
+
+def test_line_ends_of_the_image_sets_do_not_matter(copy):
+    file = copy.root / "ImageSets/Segmentation/train.txt"
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    assert run(copy) == 0
+    assert (copy.out / "train.txt").read_bytes() == b"2007_000032\n2007_000039\n"
+
+
+def test_processes_change_nothing(copy, capsys):
+    (copy.root / "JPEGImages/2007_000039.jpg").write_bytes(b"")
+    assert run(copy) == 1
+    alone = {file.name: file.read_bytes() for file in copy.out.iterdir()}
+    assert run(copy, workers=2) == 1
+    assert {file.name: file.read_bytes() for file in copy.out.iterdir()} == alone
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_without_augmented_masks(copy, capsys, emptied):
+    shutil.rmtree(copy.root / "SegmentationClassAug")
+    if emptied:
+        (copy.root / "SegmentationClassAug").mkdir()
+    assert run(copy) == 0
+    assert "train_aug cannot be made: no masks in" in capsys.readouterr().out
+    assert sorted(file.stem for file in copy.out.glob("*_labels.txt")) == [
+        "train_labels", "trainval_labels", "val_labels",
+    ]  # fmt: skip
+
+
+def remove(file):
+    file.unlink()
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def paint(value, shape=(HEIGHT, WIDTH)):
+    return lambda file: Image.fromarray(np.full(shape, value, np.uint8)).save(file)
+
+
+def text(content):
+    return lambda file: file.write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        ("JPEGImages/2007_000039.jpg", remove, "missing image: 1\n    no image 2007_000039"),
+        ("JPEGImages/2007_000039.jpg", text("no image"), "bad image: 1"),
+        ("Annotations/2007_000039.xml", remove, "missing annotation: 1"),
+        ("Annotations/2007_000039.xml", truncate, "bad annotation: 1"),
+        ("Annotations/2007_000039.xml", text(XML.replace("dog", "wolf")), "names the class 'wolf'"),
+        ("Annotations/2007_000039.xml", text("<annotation/>"), "2007_000039.xml names no object"),
+        (
+            "Annotations/2007_000039.xml",
+            text(XML.replace("<height>6", "<height>7")),
+            "2007_000039: height x width differ: image 6 x 8, annotation 7 x 8, SegmentationClass 6 x 8",
+        ),
+        ("SegmentationClass/2007_000039.png", remove, "missing mask: 1"),
+        ("SegmentationClass/2007_000039.png", truncate, "bad mask: 1"),
+        ("SegmentationClass/2007_000039.png", paint(21), "holds the value 21, which stands for no class"),
+        ("SegmentationClassAug/2008_000002.png", paint(0, (8, 6)), "SegmentationClassAug 8 x 6"),
+        ("SegmentationClassAug/2007_000033.png", remove, "missing mask: 1"),
+        ("ImageSets/Segmentation/val.txt", remove, "missing split: 1"),
+        ("ImageSets/Segmentation/train.txt", text("a\na\n"), "train.txt line 2: image a was listed before"),
+    ],
+)
+def test_one_thing_wrong(copy, capsys, file, damage, said):
+    damage(copy.root / file)
+    assert run(copy) == 1
+    out = capsys.readouterr().out
+    assert said in out
+    assert "1 problems, all listed in" in out
+    assert len((copy.out / "problems.txt").read_text().splitlines()) == 1
+
+
+def test_images_whose_annotation_is_bad_have_no_line_in_the_label_file(copy):
+    (copy.root / "Annotations/2007_000039.xml").unlink()
+    run(copy)
+    assert (copy.out / "train.txt").read_text() == "2007_000032\n2007_000039\n"
+    assert (copy.out / "train_labels.txt").read_text() == "2007_000032 14 11\n"
+
+
+def test_pixels_are_looked_at_when_asked(copy, capsys):
+    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    Image.fromarray(noise).save(copy.root / "JPEGImages/2007_000039.jpg", quality=100)
+    (copy.root / "JPEGImages/2007_000039.jpg").open("rb+").truncate(700)  # only the header is whole
+    assert run(copy) == 0
+    assert run(copy, "--check_images") == 1
+    assert "bad image: 1" in capsys.readouterr().out
+    Image.new("RGB", (WIDTH, HEIGHT)).save(copy.root / "JPEGImages/2007_000039.jpg")
+    assert run(copy, "--check_images") == 0
+    assert not (copy.out / "problems.txt").exists()
+
+
+def test_many_problems_of_a_kind_are_counted(copy, capsys):
+    for name in TRAIN + VAL + EXTRA:
+        (copy.root / "JPEGImages" / f"{name}.jpg").unlink()
+    assert run(copy) == 1
+    assert "missing image: 4" in (said := capsys.readouterr().out)
+    assert "... and 1 more" in said
+    assert len((copy.out / "problems.txt").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--root", "{root}/none"], "has no JPEGImages folder"),
+        (["--root", "{root}/.."], "has no JPEGImages folder; is it .*VOC2012"),
+        (["--root", "{root}", "--num_workers", "0"], "expected a number of 1 or more, got '0'"),
+        ([], "--root"),
+        (["--root", "{root}", "--out", "{root}/Annotations/2007_000032.xml/x"], "2007_000032.xml"),
+    ],
+)
+def test_wrong_usage(copy, capsys, flags, sentence):
+    with pytest.raises(SystemExit) as stop:
+        prepare.main([flag.format(root=copy.root) for flag in flags])
+    assert stop.value.code == 2
+    assert re.search(sentence, capsys.readouterr().err.splitlines()[-1])
