@@ -59,7 +59,7 @@ def scores(hist: np.ndarray, absent: str = "drop") -> dict:
     return {
         "Pixel Accuracy": float(pixel_accuracy),
         "Mean Accuracy": _mean(accuracy[present]),
-        "Frequency Weighted IoU": float((frequency[present] * iou[present]).sum()) if present.any() else np.nan,
+        "Frequency Weighted IoU": float((frequency * iou)[present].sum()) if present.any() else float("nan"),
         "Mean IoU": _mean(counted),
         "Class IoU": {index: float(value) for index, value in enumerate(iou)},
     }
