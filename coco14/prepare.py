@@ -1,0 +1,236 @@
+"""python -m coco14.prepare --root COCO: check a copy of COCO 2014, write its splits, make its masks.
+
+Expects ROOT/JPEGImages/{train2014,val2014} and either masks ROOT/SegmentationClass/<image>.png
+(0 = background, class index + 1, 255 = ignore) or the instances JSON (--annotations), from which the
+masks are then made. Making them can be interrupted and goes on where it stopped. Masks that were there
+before are left as they are.
+
+Writes to --out: {train,val}.txt, lines `name index index ...` with class indices 0..79. The labels come
+from the values of the masks or from the JSON (--labels). The published lists appear to come from
+masks; JSON labels name more classes, and their lists never hash like the published ones.
+
+Exit code 0: fine; 1: problems were found (all listed in OUT/problems.txt; what can be written is);
+2: wrong usage. A list whose sha256 is not the published one is said, and is no problem.
+"""
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from coco14 import BENCHMARK, CATEGORY_IDS, CLASS_INDEX, CLASSES
+from coco14.masks import OVERLAPS, Overlap, paint
+from segmentation.files import replacing
+from segmentation.images import IMAGE_SUFFIXES, find_image
+from segmentation.labels import (
+    CocoImage,
+    CocoInstances,
+    Split,
+    coco_indices,
+    coco_labels,
+    mask_labels,
+    read_coco_json,
+)
+from segmentation.masks import read_mask, write_mask
+from segmentation.prepare import (
+    Inspection,
+    Problem,
+    differing_sizes,
+    each,
+    image_size,
+    make_parser,
+    noting,
+    report,
+    write_split,
+)
+
+# Lines and sha256 of the lists that CLIP-ES distributes (github.com/linyq2117/CLIP-ES, coco14/*.txt).
+PUBLISHED = {
+    "train": (82081, "6e2c180d260cf870c3802ddca1bf32a2b5c6f1356a7498eca04fca4c7a484320"),
+    "val": (40137, "a8877a8b90baea45e7d9cb59654532644e1f8f765c7fd0380c4507d7e78393bb"),
+}
+
+
+class Task(NamedTuple):
+    """One image to look at."""
+
+    name: str
+    size: tuple[int, int] | None  # (height, width) according to the JSON, when there is one
+    annotated: bool  # the JSON says that it holds objects, so a mask must be there
+
+
+def prefix(split: str) -> str:
+    """How the names of a split's images begin."""
+    return f"COCO_{split}2014_"
+
+
+def stems(folder: Path, split: str, suffixes: tuple[str, ...]) -> set[str]:
+    """Names of the files of a split in a folder (none when there is no such folder)."""
+    files = folder.glob(f"{prefix(split)}*")
+    return {file.stem for file in files if file.suffix in suffixes}
+
+
+def read_instances(file: Path) -> tuple[str, CocoInstances]:
+    """An instances JSON and the split it belongs to; ValueError when that is none of COCO 2014's."""
+    instances = read_coco_json(file)
+    coco_indices(instances, len(CLASSES), CATEGORY_IDS, file)
+    for split in PUBLISHED:
+        if instances.images and all(name.startswith(prefix(split)) for name in instances.images):
+            return split, instances
+    raise ValueError(
+        f"annotation file {file} is not of COCO 2014: its images are not all named {prefix('train')}... "
+        f"or all {prefix('val')}..."
+    )
+
+
+# --- masks ------------------------------------------------------------------------------------------
+
+
+def paint_file(folder: Path, overlap: Overlap, item: tuple[str, CocoImage]) -> list[Problem]:
+    """Paint and write the mask of one image; returns the problems met."""
+    name, image = item
+    problems: list[Problem] = []
+    with noting(problems, "annotation"):
+        try:
+            mask = paint(image, CLASS_INDEX, overlap)
+        except ValueError as error:
+            raise ValueError(f"image {name}: {error}") from None
+        write_mask(folder / f"{name}.png", mask, BENCHMARK.palette)
+    return problems
+
+
+def paint_split(
+    folder: Path, split: str, instances: CocoInstances, overlap: Overlap, workers: int
+) -> list[Problem]:
+    """Make the masks of a split that are not there yet, unless the user brought masks of their own.
+
+    `folder/painted_<split>2014.json` tells our masks from those, and with which `overlap` they were painted.
+    """
+    record = folder / f"painted_{split}2014.json"
+    present = stems(folder, split, (".png",))
+    if present and not record.is_file():
+        print(f"{split}: {folder} holds {len(present)} masks that were not made here: left as they are")
+        return []
+    if record.is_file():
+        before = json.loads(record.read_text()).get("overlap")
+        if before != overlap:
+            raise ValueError(
+                f"the {split} masks in {folder} were painted with --overlap {before}: "
+                f"give that again, or delete them and {record.name}"
+            )
+    else:
+        with replacing(record) as stream:
+            stream.write(json.dumps({"overlap": overlap}).encode())
+    missing = [(name, image) for name, image in instances.images.items() if name not in present]
+    problems: list[Problem] = []
+    draw = partial(paint_file, folder, overlap)
+    for _, found in each(draw, missing, workers, f"painting {split}"):
+        problems += found
+    print(f"{split}: {len(missing)} masks made in {folder}, {len(present)} were there")
+    return problems
+
+
+# --- splits -----------------------------------------------------------------------------------------
+
+
+def inspect(root: Path, split: str, decode: bool, task: Task) -> Inspection:
+    """Look at an image and its mask; the labels are those of the mask, None without one."""
+    problems: list[Problem] = []
+    sizes = {"annotation": task.size} if task.size else {}
+    labels = None
+    with noting(problems, "image"):
+        sizes["image"] = image_size(find_image(root / "JPEGImages" / f"{split}2014", task.name), decode)
+    file = root / "SegmentationClass" / f"{task.name}.png"
+    if task.annotated or file.is_file():
+        with noting(problems, "mask"):
+            mask = read_mask(file)
+            sizes["mask"] = mask.shape
+            labels = mask_labels(mask, True, len(CLASSES), file)
+    return Inspection(labels, problems + differing_sizes(task.name, sizes))
+
+
+def prepare_split(split: str, args: argparse.Namespace, instances: CocoInstances | None) -> list[Problem]:
+    """Paint if asked, check, and write `out/<split>.txt`; returns the problems met.
+
+    Args:
+        args: see `main`.
+        instances: the split's annotations, when given.
+    """
+    folder = args.root / "SegmentationClass"
+    problems: list[Problem] = []
+    if instances:
+        problems += paint_split(folder, split, instances, args.overlap, args.num_workers)
+    masks = stems(folder, split, (".png",))
+    route = args.labels or ("masks" if masks else "json")
+    if (route == "masks" and not masks) or (route == "json" and not instances):
+        print(f"{split}: not made, as there are no {'masks' if route == 'masks' else 'annotations'} of it")
+        return problems
+
+    if instances:
+        images = instances.images.items()
+        tasks = [Task(name, image.size, bool(image.annotations and masks)) for name, image in images]
+    else:
+        images = stems(args.root / "JPEGImages" / f"{split}2014", split, IMAGE_SUFFIXES)
+        tasks = [Task(name, None, False) for name in images | masks]
+    tasks.sort()  # by name, that is by image id
+    labels: Split = {}
+    without_mask = 0
+    look = partial(inspect, args.root, split, args.check_images)
+    for task, found in each(look, tasks, args.num_workers, f"checking {split}"):
+        problems += found.problems
+        without_mask += found.labels is None
+        if route == "masks" and found.labels:
+            labels[task.name] = found.labels
+    if route == "json":
+        every = {task.name: coco_labels(instances.images[task.name], CLASS_INDEX) for task in tasks}
+        labels = {name: present for name, present in every.items() if present}
+    elif without_mask:
+        print(f"{split}: {without_mask} images have no readable mask and are left out")
+    print(f"{split}: labels from {'the values of the masks' if route == 'masks' else 'the instances JSON'}")
+    write_split(args.out / f"{split}.txt", labels, PUBLISHED[split])
+    return problems
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse flags, prepare both splits; returns the exit code (wrong usage exits with 2 at once)."""
+    parser = make_parser("coco14", __doc__)
+    parser.add_argument(
+        "--annotations", type=Path, nargs="+", default=[], metavar="JSON",
+        help="instances_train2014.json and/or instances_val2014.json: make masks, check against them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--labels", choices=("masks", "json"), help="where labels come from (masks if there are any)"
+    )
+    parser.add_argument(
+        "--overlap", choices=OVERLAPS, default=OVERLAPS[0],
+        help="whose a pixel is that several objects cover, when masks are made (%(default)s)",
+    )  # fmt: skip
+    args = parser.parse_args(arguments)
+    if not (args.root / "JPEGImages").is_dir():
+        parser.error(f"--root {args.root} is no copy of COCO 2014: it has no JPEGImages folder")
+    if args.labels == "json" and not args.annotations:
+        parser.error("--labels json needs --annotations")
+    if not args.annotations and not (args.root / "SegmentationClass").is_dir():
+        parser.error(f"--root {args.root} has no SegmentationClass folder: give --annotations to make it")
+
+    problems: list[Problem] = []
+    done = set()
+    try:
+        for file in args.annotations:  # one at a time: each takes gigabytes
+            split, instances = read_instances(file)
+            if split in done:
+                raise ValueError(f"annotation file {file}: the {split} split was given before")
+            problems += prepare_split(split, args, instances)
+            done.add(split)
+            del instances
+        for split in PUBLISHED:
+            if split not in done:
+                problems += prepare_split(split, args, None)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return report(problems, args.out / "problems.txt")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

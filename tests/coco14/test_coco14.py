@@ -1,0 +1,319 @@
+"""COCO14: the benchmark's data, painting of masks, and `prepare` on small copies."""
+import hashlib
+import json
+import os
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as rle_codec
+
+from coco14 import CATEGORY_IDS, CLASS_INDEX, prepare
+from coco14.masks import OVERLAPS, paint, rasterise
+from segmentation import labels
+from segmentation.benchmark import load
+from segmentation.labels import CocoImage
+
+# Of pycocotools' arrays under NumPy 2; nothing that callers can mend.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+HEIGHT, WIDTH = 8, 10
+TRAIN = [f"COCO_train2014_{i:012d}" for i in (9, 25, 30, 100)]
+VAL = ["COCO_val2014_000000000042"]
+LABELS = {TRAIN[0]: [0, 16], TRAIN[1]: [79], TRAIN[2]: [], TRAIN[3]: [0]}  # TRAIN[2] holds no object
+
+
+def test_benchmark():
+    coco = load("coco14")
+    assert (len(coco.classes), len(coco.backgrounds), coco.channels, coco.box_threshold) == (80, 23, 81, 0.7)
+    assert coco.backgrounds == [b for b in load("voc12").backgrounds if b not in ("keyboard", "sign")]
+    changed = {i for i, (a, b) in enumerate(zip(coco.classes, coco.prompts, strict=True)) if a != b}
+    assert changed == {0, 14, 24, 25, 26, 27, 31, 35, 44, 56, 62, 65, 78}
+    assert coco.prompts[31] == "sknowboard"
+
+
+def test_official_ids():
+    assert len(CATEGORY_IDS) == 80 == len(CLASS_INDEX)
+    names = load("coco14").classes
+    known = {1: "person", 11: "fire hydrant", 13: "stop sign", 27: "backpack", 44: "bottle", 90: "toothbrush"}
+    assert {i: names[CLASS_INDEX[i]] for i in known} == known
+    assert all(CLASS_INDEX[category] == index for index, category in enumerate(CATEGORY_IDS))
+
+
+# --- painting ---------------------------------------------------------------------------------------
+
+
+def box(left, top, right, bottom):
+    """A polygon covering columns [left, right) and rows [top, bottom)."""
+    return [[left, top, right, top, right, bottom, left, bottom]]
+
+
+def run_lengths(mask):
+    """COCO's uncompressed RLE: column-major run lengths, beginning with zeros."""
+    flat = mask.flatten(order="F").astype(int)
+    ends = np.flatnonzero(np.diff(flat, prepend=0, append=1 - flat[-1]))
+    return {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
+
+
+def objects(*pairs):
+    return CocoImage(
+        (HEIGHT, WIDTH), [{"id": i, "category_id": c, "segmentation": s} for i, (c, s) in enumerate(pairs)]
+    )
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 9))
+def test_run_lengths_are_exact(seed, height, width):
+    mask = np.random.default_rng(seed).integers(0, 2, (height, width), np.uint8)
+    compressed = rle_codec.encode(np.asfortranarray(mask))
+    compressed["counts"] = compressed["counts"].decode()  # as JSON holds it
+    for shape in (run_lengths(mask), compressed):
+        image = CocoImage((height, width), [{"id": 1, "category_id": 90, "segmentation": shape}])
+        np.testing.assert_array_equal(paint(image, CLASS_INDEX), mask * 80)
+
+
+def test_polygons_cover_their_pixels():
+    expected = np.zeros((HEIGHT, WIDTH), np.uint8)
+    expected[1:4, 2:6] = expected[5:7, 8:10] = 1
+    image = objects((1, box(2, 1, 6, 4) + box(8, 5, 10, 7)))
+    np.testing.assert_array_equal(paint(image, CLASS_INDEX), expected)
+
+
+def test_points_and_lines_cover_nothing():
+    assert not paint(objects((1, [[1, 1, 5, 5]]), (2, [])), CLASS_INDEX).any()
+    assert paint(objects(), CLASS_INDEX).shape == (HEIGHT, WIDTH)
+
+
+def test_whose_a_pixel_is():
+    image = objects((2, box(2, 2, 6, 6)), (1, box(0, 0, 8, 8)), (3, box(4, 4, 7, 7)))
+    centre = {overlap: paint(image, CLASS_INDEX, overlap)[5, 5] for overlap in OVERLAPS}
+    assert centre == {"smallest": 3, "first": 2, "last": 3}
+    corner = {overlap: paint(image, CLASS_INDEX, overlap)[3, 3] for overlap in OVERLAPS}
+    assert corner == {"smallest": 2, "first": 2, "last": 1}
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.permutations(range(4)))
+def test_the_smallest_object_never_vanishes(order):
+    shapes = [(1, box(0, 0, 10, 8)), (2, box(0, 0, 8, 6)), (3, box(1, 1, 5, 4)), (4, box(2, 2, 4, 3))]
+    painted = paint(objects(*(shapes[i] for i in order)), CLASS_INDEX)
+    assert set(np.unique(painted)) == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        (None, "annotation 5 cannot be rasterised"),
+        ({"size": [3, 3], "counts": [9]}, "its size .* is not the image's"),
+        ({"size": [HEIGHT, WIDTH], "counts": [3]}, "run lengths do not cover the image"),
+        ({"counts": [3]}, "cannot be rasterised"),
+        ([["a"] * 6], "cannot be rasterised"),
+        ([3], "cannot be rasterised"),
+    ],
+)
+def test_bad_shapes(shape, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        rasterise({"id": 5, "segmentation": shape}, (HEIGHT, WIDTH))
+
+
+# --- prepare ----------------------------------------------------------------------------------------
+
+
+def instances(names, annotations):
+    return {
+        "images": [
+            {"id": int(name[-12:]), "file_name": f"{name}.jpg", "height": HEIGHT, "width": WIDTH}
+            for name in reversed(names)
+        ],
+        "annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations)],
+        "categories": [{"id": i} for i in CATEGORY_IDS],
+    }
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A COCO of four train images and one val image, with annotations and without masks."""
+    root = tmp_path / "COCO"
+    for split, names in (("train", TRAIN), ("val", VAL)):
+        (root / "JPEGImages" / f"{split}2014").mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (WIDTH, HEIGHT)).save(root / "JPEGImages" / f"{split}2014" / f"{name}.jpg")
+    crowd = np.zeros((HEIGHT, WIDTH), np.uint8)
+    crowd[4:] = 1
+    annotations = [
+        {"image_id": 9, "category_id": 18, "segmentation": box(1, 1, 5, 4)},
+        {"image_id": 9, "category_id": 1, "segmentation": run_lengths(crowd), "iscrowd": 1},
+        {"image_id": 25, "category_id": 90, "segmentation": box(0, 0, 3, 3)},
+        {"image_id": 100, "category_id": 1, "segmentation": box(2, 2, 4, 4)},
+        {"image_id": 100, "category_id": 1, "segmentation": box(5, 5, 7, 7)},
+    ]
+    train, val = tmp_path / "instances_train2014.json", tmp_path / "instances_val2014.json"
+    train.write_text(json.dumps(instances(TRAIN, annotations)))
+    val.write_text(
+        json.dumps(instances(VAL, [{"image_id": 42, "category_id": 3, "segmentation": box(0, 0, 4, 4)}]))
+    )
+    return SimpleNamespace(
+        root=root, out=tmp_path / "lists", train=train, val=val, masks=root / "SegmentationClass"
+    )
+
+
+def run(copy, *flags, workers=1):
+    arguments = ["--root", copy.root, "--out", copy.out, "--num_workers", workers, *flags]
+    return prepare.main([str(argument) for argument in arguments])
+
+
+def lines(table):
+    return "".join(" ".join([name, *map(str, found)]) + "\n" for name, found in table.items() if found)
+
+
+def paint_all(copy):
+    """Give the copy masks, as a user who downloaded them would have."""
+    assert run(copy, "--annotations", copy.train, copy.val) == 0
+    for record in copy.masks.glob("*.json"):
+        record.unlink()
+
+
+def test_from_annotations(copy, capsys):
+    assert run(copy, "--annotations", copy.train, copy.val) == 0
+    assert sorted(file.stem for file in copy.masks.glob("*.png")) == TRAIN + VAL
+    assert (copy.out / "train.txt").read_text() == lines(LABELS)
+    assert (copy.out / "val.txt").read_text() == f"{VAL[0]} 2\n"
+    mask = Image.open(copy.masks / f"{TRAIN[0]}.png")
+    assert mask.mode == "P"
+    assert np.unique(mask).tolist() == [0, 1, 17]
+    said = capsys.readouterr().out
+    assert "train: 4 masks made in" in said
+    assert "train: labels from the values of the masks" in said
+    assert "train.txt: 3 images; sha256 is NOT the published one" in said
+    assert labels.read_split(copy.out / "train.txt", 80)[TRAIN[0]] == [0, 16]
+
+
+def test_from_masks_alone(copy, capsys):
+    paint_all(copy)
+    (copy.masks / f"{TRAIN[2]}.png").unlink()  # downloaded masks may leave out images without objects
+    capsys.readouterr()
+    assert run(copy) == 0
+    assert (copy.out / "train.txt").read_text() == lines(LABELS)
+    said = capsys.readouterr().out
+    assert "train: 1 images have no readable mask and are left out" in said
+    assert "val: labels from the values of the masks" in said
+
+
+def test_routes_differ_where_a_class_was_painted_over(copy, capsys):
+    paint_all(copy)
+    Image.fromarray(np.full((HEIGHT, WIDTH), 17, np.uint8)).save(copy.masks / f"{TRAIN[0]}.png")
+    assert run(copy, "--annotations", copy.train) == 0
+    assert (copy.out / "train.txt").read_text() == lines(LABELS | {TRAIN[0]: [16]})
+    assert run(copy, "--annotations", copy.train, "--labels", "json") == 0
+    assert (copy.out / "train.txt").read_text() == lines(LABELS)
+    said = capsys.readouterr().out
+    assert "train: labels from the instances JSON" in said
+    assert "val: not made, as there are no annotations of it" in said
+
+
+def test_published_lists_are_recognised(copy, capsys, monkeypatch):
+    monkeypatch.setitem(prepare.PUBLISHED, "train", (3, hashlib.sha256(lines(LABELS).encode()).hexdigest()))
+    run(copy, "--annotations", copy.train)
+    assert "train.txt: 3 images; sha256 is the published one" in capsys.readouterr().out
+
+
+def test_painting_goes_on_where_it_stopped(copy, capsys):
+    run(copy, "--annotations", copy.train)
+    whole = {file.name: file.read_bytes() for file in copy.masks.glob("*.png")}
+    (copy.masks / f"{TRAIN[0]}.png").unlink()
+    kept = copy.masks / f"{TRAIN[1]}.png"
+    os.utime(kept, (1, 1))
+    capsys.readouterr()
+    assert run(copy, "--annotations", copy.train, workers=2) == 0
+    assert "train: 1 masks made in" in capsys.readouterr().out
+    assert kept.stat().st_mtime == 1
+    assert {file.name: file.read_bytes() for file in copy.masks.glob("*.png")} == whole
+
+
+def test_masks_of_two_conventions_are_not_mixed(copy, capsys):
+    run(copy, "--annotations", copy.train, "--overlap", "first")
+    with pytest.raises(SystemExit) as stop:
+        run(copy, "--annotations", copy.train)
+    assert stop.value.code == 2
+    assert "were painted with --overlap first" in capsys.readouterr().err
+
+
+def test_masks_of_the_user_are_left_alone(copy, capsys):
+    paint_all(copy)
+    (copy.masks / f"{TRAIN[0]}.png").unlink()
+    capsys.readouterr()
+    assert run(copy, "--annotations", copy.train) == 1
+    assert not (copy.masks / f"{TRAIN[0]}.png").exists()
+    said = capsys.readouterr().out
+    assert "holds 3 masks that were not made here: left as they are" in said
+    assert "missing mask: 1" in said
+
+
+def first_image(copy):
+    return copy.root / "JPEGImages" / "train2014" / f"{TRAIN[0]}.jpg"
+
+
+def damage_annotation(copy):
+    content = json.loads(copy.train.read_text())
+    content["annotations"][0]["segmentation"] = {"size": [1, 1], "counts": [1]}
+    copy.train.write_text(json.dumps(content))
+
+
+def mask_of(value, shape=(HEIGHT, WIDTH)):
+    def write(copy):
+        paint_all(copy)
+        Image.fromarray(np.full(shape, value, np.uint8)).save(copy.masks / f"{TRAIN[0]}.png")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda copy: first_image(copy).unlink(), "missing image: 1"),
+        (lambda copy: first_image(copy).write_bytes(b"no"), "bad image: 1"),
+        (damage_annotation, f"image {TRAIN[0]}: annotation 0 cannot be rasterised: its size"),
+        (mask_of(81), "holds the value 81, which stands for no class: expected 0 to 80, or 255"),
+        (mask_of(1, (5, 5)), "differ: annotation 8 x 10, image 8 x 10, mask 5 x 5"),
+    ],
+)
+def test_things_wrong(copy, capsys, damage, said):
+    damage(copy)
+    assert run(copy, "--annotations", copy.train) == 1
+    assert said in capsys.readouterr().out
+    assert TRAIN[0] in (copy.out / "problems.txt").read_text()
+    assert labels.read_split(copy.out / "train.txt")[TRAIN[1]] == [79]
+
+
+def test_an_image_without_its_mask_and_a_mask_without_its_image(copy, capsys):
+    paint_all(copy)
+    (copy.root / f"JPEGImages/train2014/{TRAIN[1]}.jpg").unlink()
+    assert run(copy) == 1
+    assert "missing image: 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--root", "{root}/none"], "has no JPEGImages folder"),
+        ([], "has no SegmentationClass folder: give --annotations to make it"),
+        (["--labels", "json"], "--labels json needs --annotations"),
+        (["--annotations", "{root}/none.json"], r"none\.json does not exist"),
+        (["--annotations", "{train}", "{train}"], "the train split was given before"),
+        (["--annotations", "{root}/2017.json"], "is not of COCO 2014"),
+        (["--annotations", "{root}/few.json"], "1 categories that do not match the 80 classes"),
+        (["--overlap", "none"], "invalid choice"),
+    ],
+)
+def test_wrong_usage(copy, capsys, flags, sentence):
+    (copy.root / "2017.json").write_text(json.dumps(instances(["000000000009"], [])))
+    few = instances(TRAIN, []) | {"categories": [{"id": 12}]}
+    (copy.root / "few.json").write_text(json.dumps(few))
+    with pytest.raises(SystemExit) as stop:
+        run(copy, *(flag.format(root=copy.root, train=copy.train) for flag in flags))
+    assert stop.value.code == 2
+    assert re.search(sentence, capsys.readouterr().err.splitlines()[-1])
