@@ -7,7 +7,7 @@ before are left as they are.
 
 Writes to --out: {train,val}.txt, lines `name index index ...` with class indices 0..79. The labels come
 from the values of the masks or from the JSON (--labels). The published lists appear to come from
-masks; JSON labels name more classes, and their lists never hash like the published ones.
+masks: labels of the JSON name classes that larger objects hide there, so expect another sha256.
 
 Exit code 0: fine; 1: problems were found (all listed in OUT/problems.txt; what can be written is);
 2: wrong usage. A list whose sha256 is not the published one is said, and is no problem.

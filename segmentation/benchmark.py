@@ -73,6 +73,8 @@ class Benchmark:
             raise ValueError(
                 f"benchmark {self.name}: an index mask holds {IGNORE} values, {self.channels} needed"
             )
+        if not self.templates or any("{}" not in template for template in self.templates):
+            raise ValueError(f"benchmark {self.name}: each template needs a {{}} where the class name goes")
         if self.category_ids and len(set(self.category_ids)) != len(self.classes):
             raise ValueError(f"benchmark {self.name}: category_ids must hold one id for each class")
         if self.labels not in LABEL_SOURCES:

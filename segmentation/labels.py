@@ -46,7 +46,7 @@ def reader(benchmark: Benchmark, split: Split, labels_file: str | Path | None = 
     if not any(split.values()):
         raise ValueError(
             f"the split file gives no labels, and benchmark {benchmark.name} has no other source of them: "
-            "write lines like `name 3 17`, or name a file of such lines as labels file"
+            "write lines like `name 3 17`, or give a file of such lines with --labels"
         )
     for name, labels in split.items():
         _check_range(labels, count, f"image {name} of the split file")

@@ -1,6 +1,10 @@
 """Benchmarks: those of the project, YAML files of users, and what is said of bad ones."""
+from dataclasses import fields
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,6 +66,7 @@ def test_yaml_with_the_least(tmp_path):
         ("{name: a, classes: [x, x]}", "names these classes twice: x"),
         ("{name: a, classes: [x, y], prompts: [u]}", "2 classes but 1 prompts"),
         ("{name: a, classes: [x], labels: guess}", "labels must be one of voc_xml, file"),
+        ("{name: a, classes: [x], templates: [a photo]}", "each template needs a {}"),
         ("{name: a, classes: [x], typo: 1}", "Key 'typo' not in"),
         ("{name: a, classes: [x], box_threshold: high}", "could not be converted to Float"),
         ("{name: a, classes: [x, y], category_ids: [1]}", "one id for each class"),
@@ -91,3 +96,10 @@ def test_classes_fit_an_index_mask(count, has_background):
     else:
         with pytest.raises(ValueError, match="an index mask holds 255 values"):
             Benchmark("many", names, has_background=has_background)
+
+
+def test_the_documented_example_is_complete(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    text = page.split("```yaml\n")[1].split("```")[0]
+    assert set(yaml.safe_load(text)) == {field.name for field in fields(Benchmark)}
+    assert load(str(write(tmp_path, text))).classes == ["oak", "maple", "birch"]
