@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from clip.download import resolve
@@ -23,6 +23,17 @@ PRECISIONS = {
     "tf32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
+}
+#: Element types of the storages that TorchScript pickles name.
+STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
 }
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in OpenAI's files
 
@@ -195,7 +206,7 @@ def read_state(file: Path | str) -> dict[str, Tensor]:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     return read_torchscript(archive)
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
+    except Exception:  # damaged files fail in any way they like
         raise ValueError(
             f"{file} is not a readable checkpoint: it is cut short, or neither a TorchScript archive, "
             "a state dict of plain tensors nor a safetensors file"
@@ -230,9 +241,8 @@ class _ArchiveReader(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if module.startswith("__torch__"):
             return _Module
-        if module == "torch" and name.endswith("Storage"):
-            dtype = getattr(torch, name).dtype
-            return dtype
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda storage, offset, size, stride, *_: torch.as_strided(
                 storage.values, size, stride, offset

@@ -35,7 +35,9 @@ def test_token_ids_of_awkward_texts():
         clip.tokenize(long)
 
 
-@pytest.mark.parametrize(("preset", "seed"), [("tiny", 0), ("tiny", 1), ("tiny", 2), ("tiny", 3), ("vit_b16", 0)])
+@pytest.mark.parametrize(
+    ("preset", "seed"), [("tiny", 0), ("tiny", 1), ("tiny", 2), ("tiny", 3), ("vit_b16", 0)]
+)
 def test_text_features(parity_clip, preset, seed):
     reference, model = golden("text"), parity_clip(preset, seed)
     compared = 0

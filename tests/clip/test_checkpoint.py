@@ -1,0 +1,214 @@
+"""Checkpoint files of every supported kind, and of the kinds people give by mistake."""
+import json
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import clip
+from clip.model import CLIP, Config
+from clip.prompts import encode_prompts, fingerprint, text_features
+from tests.conftest import parity_state
+
+SMALL_VIT = Config(32, 32, 2, 64, 8, 77, 49408, 64, 1)
+SMALL_RESNET = Config(32, 64, (1, 1, 1, 1), 16, None, 77, 49408, 64, 1)
+
+
+def small_state(config: Config = SMALL_VIT) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return CLIP(config).state_dict()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL_VIT,
+        SMALL_RESNET,
+        Config(32, 14 * 3, 2, 128, 14, 77, 49408, 64, 1),  # the patch of ViT-L/14
+        Config(32, 64, 1, 64, 32, 77, 49408, 64, 1),  # the patch of ViT-B/32
+    ],
+)
+def test_sizes_are_inferred(config, tmp_path):
+    torch.save(small_state(config), tmp_path / "model.pt")
+    assert clip.load(tmp_path / "model.pt", device="cpu").config == config
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("ViT-B/16", Config(512, 224, 12, 768, 16, 77, 49408, 512, 12)),
+        ("ViT-B/32", Config(512, 224, 12, 768, 32, 77, 49408, 512, 12)),
+        ("ViT-L/14@336px", Config(768, 336, 24, 1024, 14, 77, 49408, 768, 12)),
+        ("RN50", Config(1024, 224, (3, 4, 6, 3), 64, None, 77, 49408, 512, 12)),
+        ("RN50x4", Config(640, 288, (4, 6, 10, 6), 80, None, 77, 49408, 640, 12)),
+    ],
+)
+def test_sizes_of_the_published_models(name, config):
+    """Shapes only, nothing allocated."""
+    with torch.device("meta"):
+        state = CLIP(config).state_dict()
+    assert clip.checkpoint.infer_config(state, "quick_gelu") == config
+
+
+class Archived(torch.nn.Module):
+    """Parameters under the names of a state dict, as a module tree that can be scripted."""
+
+    def __init__(self, state):
+        super().__init__()
+        for key, value in state.items():
+            *parents, leaf = key.split(".")
+            module = self
+            for parent in parents:
+                if parent not in dict(module.named_children()):
+                    module.add_module(parent, torch.nn.Module())
+                module = getattr(module, parent)
+            module.register_parameter(leaf, torch.nn.Parameter(value, requires_grad=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_torchscript_archive_of_half_precision(tmp_path):
+    state = {key: value.half() for key, value in parity_state("tiny", 1).items()}
+    torch.save(dict(state), tmp_path / "state.pt")
+    module = Archived(state)
+    for name in ("input_resolution", "context_length", "vocab_size"):  # as OpenAI's archives have
+        module.register_buffer(name, torch.tensor(1))
+    torch.jit.script(module).save(str(tmp_path / "archive.pt"))
+    with zipfile.ZipFile(tmp_path / "archive.pt") as archive:
+        assert any(name.endswith("constants.pkl") for name in archive.namelist())
+    loaded = clip.load(tmp_path / "archive.pt", device="cpu").state_dict()
+    expected = clip.load(tmp_path / "state.pt", device="cpu").state_dict()
+    assert loaded.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(loaded[key], value), key
+
+
+def test_archive_that_wants_to_run_code_is_refused(tmp_path):
+    file = tmp_path / "evil.pt"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("m/data.pkl", b"cos\nsystem\n(S'echo hacked'\ntR.")
+        archive.writestr("m/constants.pkl", b"")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        clip.load(file, device="cpu")
+
+
+def test_wrapped_and_prefixed_state_dicts(tmp_path):
+    state = small_state()
+    reference = clip.checkpoint.from_state_dict(state, "quick_gelu").state_dict()
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "plain.safetensors")
+    parallel = {f"module.{k}": v for k, v in state.items()}
+    torch.save({"state_dict": parallel, "epoch": 3}, tmp_path / "train.pt")
+    tower = ("transformer.", "token_embedding", "positional_embedding", "ln_final", "text_projection")
+    custom = {f"text.{k}" if k.startswith(tower) else k: v for k, v in state.items()}
+    torch.save(custom, tmp_path / "custom.pt")
+    for name in ("plain.safetensors", "train.pt", "custom.pt"):
+        loaded = clip.load(tmp_path / name, device="cpu", round_weights=False).state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in reference.items()), name
+
+
+def test_rounding_of_weights_is_an_option(tmp_path):
+    state = small_state()
+    torch.save(state, tmp_path / "model.pt")
+    rounded = clip.load(tmp_path / "model.pt", device="cpu").state_dict()
+    plain = clip.load(tmp_path / "model.pt", device="cpu", round_weights=False).state_dict()
+    for key in ("visual.conv1.weight", "text_projection", "transformer.resblocks.0.attn.in_proj_weight"):
+        assert torch.equal(rounded[key], state[key].half().float())
+        assert torch.equal(plain[key], state[key]) and not torch.equal(plain[key], rounded[key])
+    for key in ("visual.positional_embedding", "token_embedding.weight", "visual.ln_pre.weight"):
+        assert torch.equal(rounded[key], state[key])
+
+
+def test_activation_of_open_clip_models(tmp_path):
+    """An open_clip configuration decides between GELU and QuickGELU; such files are not rounded."""
+    file, sidecar = tmp_path / "open_clip_pytorch_model.pt", tmp_path / "open_clip_config.json"
+    torch.save(small_state(), file)
+    config = {"embed_dim": 32, "vision_cfg": {}, "text_cfg": {}}
+    sidecar.write_text(json.dumps({"model_cfg": config}))
+    model = clip.load(file, device="cpu")
+    assert model.config.activation == "gelu"
+    assert torch.equal(model.state_dict()["visual.proj"], small_state()["visual.proj"])
+    sidecar.write_text(json.dumps({"model_cfg": {**config, "quick_gelu": True}}))
+    assert clip.load(file, device="cpu").config.activation == "quick_gelu"
+    assert clip.load(f"ViT-B-16:{file}", device="cpu").config.activation == "gelu"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("config", [SMALL_VIT, SMALL_RESNET])
+def test_precision_is_of_the_image_tower(tmp_path, precision, config):
+    torch.save(small_state(config), tmp_path / "model.pt")
+    full = clip.load(tmp_path / "model.pt", device="cpu")
+    half = clip.load(tmp_path / "model.pt", device="cpu", precision=precision)
+    images = torch.randn(2, 3, 64, 96)
+    assert half.visual(images).dtype == clip.PRECISIONS[precision]
+    similarity = torch.cosine_similarity(half.visual(images).float(), full.visual(images))
+    assert similarity.min() > 0.99
+    assert fingerprint(half) == fingerprint(full)
+
+
+def broken_files(folder):
+    state = small_state()
+    torch.save(state, folder / "good.pt")
+    whole = (folder / "good.pt").read_bytes()
+    (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "picture.pt").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    torch.save({k: v for k, v in state.items() if k != "visual.conv1.weight"}, folder / "no_conv.pt")
+    torch.save({k: v for k, v in state.items() if "c_fc" not in k}, folder / "no_mlp.pt")
+    torch.save({**state, "head.weight": torch.ones(3)}, folder / "extra.pt")
+    torch.save({**state, "visual.proj": torch.ones(63, 32)}, folder / "shape.pt")
+    torch.save({"weight": torch.ones(3)}, folder / "other.pt")
+    torch.save([1, 2], folder / "list.pt")
+    save_file({"weight": torch.ones(3)}, folder / "other.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"\xff" * 64)
+    return {
+        "truncated.pt": "cut short",
+        "empty.pt": "not a readable checkpoint",
+        "picture.pt": "not a readable checkpoint",
+        "no_conv.pt": "has no visual.conv1.weight",
+        "no_mlp.pt": "6 weights are missing",
+        "extra.pt": "1 are unknown (head.weight)",
+        "shape.pt": "visual.proj has shape (63, 32)",
+        "other.pt": "is not a CLIP checkpoint",
+        "list.pt": "holds a list",
+        "other.safetensors": "is not a CLIP checkpoint",
+        "broken.safetensors": "not a readable checkpoint",
+    }
+
+
+def test_wrong_files_get_one_sentence(tmp_path):
+    for name, sentence in broken_files(tmp_path).items():
+        with pytest.raises(ValueError) as caught:
+            clip.load(tmp_path / name, device="cpu")
+        message = str(caught.value)
+        assert sentence in message and name in message and "\n" not in message, message
+
+
+def test_unknown_names_and_settings(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no model 'nothing\.pt'"):
+        clip.load("nothing.pt")
+    torch.save(small_state(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="precision must be one of"):
+        clip.load(tmp_path / "model.pt", precision="int8")
+    with pytest.raises(ValueError, match="not a device"):
+        clip.load(tmp_path / "model.pt", device="gpu")
+
+
+def test_text_features_are_cached_per_model_template_and_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIP_WSSS_CACHE", str(tmp_path))
+    torch.save(small_state(), tmp_path / "model.pt")
+    model = clip.load(tmp_path / "model.pt", device="cpu")
+    first = text_features(model, ["cat", "dog"], ["a {}."])
+    assert torch.equal(first, encode_prompts(model, ["cat", "dog"], ["a {}."]))
+    files = {file.name: file for file in tmp_path.glob("text-*.npy")}
+    assert len(files) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("clip.prompts.encode_prompts", None)  # must not be needed
+        assert torch.equal(text_features(model, ["cat", "dog"], ["a {}."]), first)
+    next(iter(files.values())).write_bytes(b"damaged")
+    assert torch.equal(text_features(model, ["cat", "dog"], ["a {}."]), first)
+    for names, template in ((["cat"], "a {}."), (["cat", "dog"], "the {}.")):
+        text_features(model, names, [template])
+    assert len(list(tmp_path.glob("text-*.npy"))) == 3

@@ -1,0 +1,85 @@
+"""Downloads, from a server that the test runs."""
+import hashlib
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from clip import download
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    folder = tmp_path / "served"
+    folder.mkdir()
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread.start()
+    yield folder, f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def serve(folder, content: bytes, name: str, checksum: str | None = None) -> str:
+    """Put a file where OpenAI's layout has it; returns its address below the server."""
+    checksum = checksum or hashlib.sha256(content).hexdigest()
+    (folder / checksum).mkdir(exist_ok=True)
+    (folder / checksum / name).write_bytes(content)
+    return f"{checksum}/{name}"
+
+
+def test_public_name_is_downloaded_once_and_checked(server, tmp_path, monkeypatch):
+    folder, address = server
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(download, "OPENAI", address)
+    path = serve(folder, b"weights" * 1000, "ViT-B-16.pt")
+    monkeypatch.setitem(download.OPENAI_MODELS, "ViT-B/16", path)
+    file = download.resolve("ViT-B/16").file
+    assert file == tmp_path / ".cache" / "clip" / "ViT-B-16.pt"
+    assert file.read_bytes() == b"weights" * 1000
+    (folder / path).unlink()
+    assert download.resolve("ViT-B/16").file == file  # from the cache, without the server
+    file.write_bytes(b"damaged")  # a damaged cache is not trusted
+    with pytest.raises(OSError, match="cannot download"):
+        download.resolve("ViT-B/16")
+
+
+def test_wrong_checksum_leaves_nothing(server, tmp_path):
+    folder, address = server
+    path = serve(folder, b"other bytes", "ViT-B-16.pt", checksum="0" * 64)
+    with pytest.raises(OSError, match="another sha256"):
+        download.fetch(f"{address}/{path}", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_checksum_prefix_in_a_file_name(server, tmp_path):
+    folder, address = server
+    digest = hashlib.sha256(b"abc").hexdigest()[:8]
+    (folder / f"vit_b_16-{digest}.pt").write_bytes(b"abc")
+    assert download.fetch(f"{address}/vit_b_16-{digest}.pt", tmp_path / "cache").read_bytes() == b"abc"
+    (folder / "vit_b_16-00000000.pt").write_bytes(b"abc")
+    with pytest.raises(OSError, match="another sha256"):
+        download.fetch(f"{address}/vit_b_16-00000000.pt", tmp_path / "cache")
+
+
+def test_unreachable_server_is_one_sentence(tmp_path):
+    with pytest.raises(OSError, match="cannot download") as caught:
+        download.fetch("http://127.0.0.1:9/model.pt", tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+
+
+def test_open_clip_names(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model 'ViT-Q'"):
+        download.resolve("ViT-Q:openai")
+    with pytest.raises(FileNotFoundError, match="no weights 'nothing'"):
+        download.resolve("ViT-B-16:nothing")
+    (tmp_path / "file.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="own towers"):
+        download.resolve(f"ViT-B-16-SigLIP:{tmp_path / 'file.pt'}")
+    assert download.resolve(f"ViT-B-16:{tmp_path / 'file.pt'}").config["embed_dim"] == 512
