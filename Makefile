@@ -1,0 +1,80 @@
+# make setup   the Python environment .venv, once
+# make demo    steps 1, 2a and 2b on a drawn world, and a page of pictures: output/demo/report.html
+# make test    lint, and all tests
+# make lint, make format, make clean
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# Found before .venv comes first on the path: it makes .venv.
+PYTHON := $(or $(PYTHON),$(shell command -v python3))
+CXX := $(if $(filter default,$(origin CXX)),c++,$(CXX))
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+WORLD := output/demo/world
+SPLIT := $(WORLD)/ImageSets/Segmentation/train.txt
+TRUTH := $(WORLD)/SegmentationClass
+IMAGES := $(WORLD)/JPEGImages
+RESULTS := output/demo
+DEMO_IMAGES := 160
+
+.PHONY: help setup demo test lint format clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+setup: .venv/installed
+
+# The stamp is newer than requirements.txt exactly when what is installed is what it lists.
+.venv/installed: requirements.txt
+	@[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo 'error: Python 3.10 or newer is needed; name one: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+		echo 'error: this Python has no venv module; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
+	@command -v $(firstword $(CXX)) > /dev/null || { \
+		echo 'error: a C++ compiler is needed (pydensecrf2 is built from source); on Debian and Ubuntu: apt install g++' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys, sysconfig, os; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { \
+		echo 'error: the C headers of this Python are needed (pydensecrf2 is built from source); on Debian and Ubuntu: apt install python3-dev' >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -q -r requirements.txt
+	@touch $@
+
+demo: setup
+	rm -rf $(RESULTS)
+	python -m shapes.draw --root $(WORLD) --train $(DEMO_IMAGES) --val 0
+
+	# Step 1: class activation maps, from the images and the names of what they contain
+	python generate_cams.py --benchmark shapes --img_root $(IMAGES) --split_file $(SPLIT) \
+		--cam_out_dir $(RESULTS)/cams --keep_initial
+
+	# Step 2a: how good are they, before and after refinement by attention affinity?
+	python eval_cam.py --dataset shapes --cam_out_dir $(RESULTS)/cams --cam_type highres \
+		--split_file $(SPLIT) --gt_root $(TRUTH) --json $(RESULTS)/initial.json
+	python eval_cam.py --dataset shapes --cam_out_dir $(RESULTS)/cams --cam_type attn_highres \
+		--split_file $(SPLIT) --gt_root $(TRUTH) --json $(RESULTS)/refined.json
+
+	# Step 2b: the dense CRF - its score, then pseudo masks with 255 where it is unsure
+	python eval_cam_with_crf.py --dataset shapes --cam_out_dir $(RESULTS)/cams --image_root $(IMAGES) \
+		--split_file $(SPLIT) --gt_root $(TRUTH) --eval_only --json $(RESULTS)/crf.json
+	python eval_cam_with_crf.py --dataset shapes --cam_out_dir $(RESULTS)/cams --image_root $(IMAGES) \
+		--split_file $(SPLIT) --pseudo_mask_save_path $(RESULTS)/pseudo_masks
+
+	python -m pipeline.report --dataset shapes --img_root $(IMAGES) --split_file $(SPLIT) \
+		--cam_out_dir $(RESULTS)/cams --pseudo_mask_dir $(RESULTS)/pseudo_masks --gt_root $(TRUTH) \
+		--scores $(RESULTS)/initial.json $(RESULTS)/refined.json $(RESULTS)/crf.json \
+		--out $(RESULTS)/report.html
+	@echo "Open $(CURDIR)/$(RESULTS)/report.html in a browser."
+
+test: setup lint
+	python -m pytest
+
+lint: setup
+	ruff check .
+
+format: setup
+	ruff check --fix .
+
+clean:
+	rm -rf .venv output .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
