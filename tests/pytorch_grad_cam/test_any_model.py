@@ -1,0 +1,75 @@
+"""Grad-CAM for any torch model, against what the formulas give by hand."""
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pytorch_grad_cam import ClassifierOutputTarget, GradCAM, GradCAMPlusPlus, LayerCAM, XGradCAM
+
+
+class Linear(nn.Module):
+    """Convolution, then a linear readout of the mean: its Grad-CAM is known exactly."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.conv(x).mean((2, 3)))
+
+
+def expected(model, images, category):
+    activations = model.conv(images).detach()
+    raw = torch.einsum("c,bchw->bhw", model.head.weight[category].detach(), activations).relu()
+    low, high = raw.amin((1, 2), keepdim=True), raw.amax((1, 2), keepdim=True)
+    return ((raw - low) / (high - low)).numpy()
+
+
+@pytest.mark.parametrize("method", [GradCAM, XGradCAM])
+def test_linear_model_is_met_exactly(method):
+    """The gradient is the same everywhere, so weighing by activation changes nothing."""
+    model, images = Linear(), torch.randn(2, 3, 8, 10)
+    with method(model=model, target_layers=[model.conv]) as cam:
+        maps = cam(input_tensor=images, targets=[ClassifierOutputTarget(1)] * 2)
+    assert maps.shape == (2, 8, 10) and maps.dtype == np.float32
+    np.testing.assert_allclose(maps, expected(model, images, 1), atol=1e-5)
+
+
+def test_best_class_is_the_default_target():
+    model, images = Linear(), torch.randn(2, 3, 8, 10)
+    best = model(images).argmax(1).tolist()
+    cam = GradCAM(model, [model.conv])
+    chosen = cam(images, [ClassifierOutputTarget(category) for category in best])
+    np.testing.assert_array_equal(cam(images), chosen)
+
+
+@pytest.mark.parametrize("method", [GradCAM, GradCAMPlusPlus, XGradCAM, LayerCAM])
+def test_transformers_and_frozen_models(method):
+    """Tokens are reshaped to a grid; several layers are averaged; hooks and gradients do not stay."""
+    block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), Transpose(), block, Mean(), nn.Linear(16, 3))
+    model.eval().requires_grad_(False)
+    grid = lambda tokens: tokens.mT.unflatten(-1, (4, 6))  # noqa: E731
+    cam = method(model, [model[2], model[3]], reshape_transform=grid)
+    maps = cam(torch.randn(1, 3, 16, 24), [ClassifierOutputTarget(2)])
+    assert maps.shape == (1, 16, 24) and maps.min() >= 0 and maps.max() <= 1
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Transpose(nn.Module):
+    def forward(self, x):
+        return x.mT
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(1)
+
+
+def test_one_target_per_image():
+    model = Linear()
+    with pytest.raises(ValueError, match="1 targets for 2 images"):
+        GradCAM(model, [model.conv])(torch.randn(2, 3, 8, 8), [ClassifierOutputTarget(0)])

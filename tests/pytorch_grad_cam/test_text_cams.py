@@ -1,0 +1,136 @@
+"""Batches, padding, other methods, other towers and half precision of text-driven Grad-CAM."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clip.model import CLIP, Config
+from pytorch_grad_cam import METHODS, text_cams
+from pytorch_grad_cam.grad_cam import encode, feature_gradients, full_gradients, mean_gradients
+from tests.clip.test_checkpoint import SMALL_RESNET, SMALL_VIT
+
+
+def network(config: Config, scale: float = 2.0) -> CLIP:
+    """A network with random weights large enough that CAMs are no noise."""
+    torch.manual_seed(3)
+    model = CLIP(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.startswith("visual.") and parameter.dim() > 1:
+            parameter.mul_(scale)
+    return model
+
+
+def features(count: int, width: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(count, width, generator=generator), dim=-1)
+
+
+@pytest.mark.parametrize("config", [SMALL_VIT, SMALL_RESNET])
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_and_padding_change_nothing(config, method):
+    model = network(config, 1.0)
+    images, text, backgrounds = torch.randn(3, 3, 64, 96), features(9, 32), features(4, 32, 1)
+    rows = [[0, 1, 2], [3], [4, 5]]
+    padded = torch.zeros(3, 3, 32)
+    present = torch.zeros(3, 3, dtype=torch.bool)
+    for image, labels in enumerate(rows):
+        padded[image, : len(labels)] = text[labels]
+        present[image, : len(labels)] = True
+    batch = text_cams(model, images, padded, backgrounds, present, method)
+    for image, labels in enumerate(rows):
+        single = text_cams(model, images[image : image + 1], text[labels][None], backgrounds, method=method)
+        torch.testing.assert_close(batch.cams[image, : len(labels)], single.cams[0], rtol=0, atol=2e-4)
+        assert not batch.cams[image, len(labels) :].any()
+        if single.attention is not None:
+            torch.testing.assert_close(batch.attention[image], single.attention[0])
+        chances = batch.probabilities[image][torch.cat([present[image], torch.ones(4, dtype=torch.bool)])]
+        torch.testing.assert_close(chances, single.probabilities[0])
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("size", [(8, 8), (8, 40), (24, 32)])
+def test_closed_form_is_the_mean_of_the_automatic_gradient(activation, size):
+    config = Config(32, 32, 3, 128, 8, 77, 49408, 64, 1, activation)
+    model = network(config).double()
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)):
+        norm.weight.add_(0.1 * torch.randn_like(norm.weight))
+    model = model.float()
+    images, text, backgrounds = torch.randn(2, 3, *size), features(4, 32).view(2, 2, 32), features(3, 32, 1)
+    encoded = encode(model.visual, images)
+    _, weights, probabilities, attention = mean_gradients(model, encoded.tokens, text, backgrounds)
+    _, gradients, expected, expected_attention = full_gradients(
+        model, encoded.tokens, encoded.grid, text, backgrounds
+    )
+    torch.testing.assert_close(probabilities, expected)
+    torch.testing.assert_close(attention, expected_attention)
+    reference = gradients.mean((-2, -1))
+    assert (weights - reference).abs().max() <= 1e-4 * reference.abs().max()
+
+
+@pytest.mark.parametrize("averaged", [1, 2, 8])
+def test_attention_is_the_mean_of_the_last_blocks(averaged):
+    model = network(SMALL_VIT)
+    images = torch.randn(1, 3, 24, 16)
+    result = text_cams(model, images, features(1, 32)[None], features(2, 32, 1), averaged=averaged)
+    tokens, _ = model.visual.embed(images)
+    maps = []
+    for index in range(model.visual.layers):
+        tokens, attention = model.visual.block(index, tokens, maps=True)
+        maps.append(attention)
+    expected = torch.stack(maps[-averaged:]).mean(0)[:, 1:, 1:]
+    torch.testing.assert_close(result.attention, expected)
+
+
+def test_improbable_labels_do_not_vanish_in_half_precision():
+    """A label of probability about 1e-10: float16 gradients of the probability itself would be zero."""
+    model = network(SMALL_VIT, 1.0)
+    model.logit_scale.fill_(2.5)
+    images, backgrounds = torch.randn(1, 3, 32, 48), features(3, 32, 1)
+    pooled = mean_feature(model, images)
+    text = F.normalize(torch.stack([pooled, -pooled]) + 0.3 * features(2, 32, 2), dim=-1)[None]
+    full = text_cams(model, images, text, backgrounds)
+    assert full.probabilities[0, 1] < 1e-9
+    model.visual_precision(torch.float16)
+    for method in ("gradcam", "layercam"):
+        assert text_cams(model, images, text, backgrounds, method=method).raw[0, 1].abs().max() > 0
+    half = text_cams(model, images, text, backgrounds)
+    similarity = torch.cosine_similarity(half.raw.flatten(2), full.raw.flatten(2), dim=-1)
+    assert similarity.min() > 0.99
+
+
+def mean_feature(model, images):
+    tokens, _ = model.visual.embed(images)
+    for index in range(model.visual.layers):
+        tokens, _ = model.visual.block(index, tokens)
+    return F.normalize(model.visual.project(tokens[0, 1:]).mean(0), dim=-1)
+
+
+def test_resnet_gradients_are_those_of_the_probability():
+    model = network(SMALL_RESNET, 1.0)
+    stage = model.visual.stages(torch.randn(1, 3, 64, 96))
+    text, backgrounds = features(2, 32)[None], features(3, 32, 1)
+    gradients, probabilities = feature_gradients(model, stage, text, backgrounds)
+    stage = stage.clone().requires_grad_()
+    feature = F.normalize(model.visual.attnpool(stage), dim=-1)
+    logits = model.logit_scale.exp() * feature @ torch.cat([text[0], backgrounds]).T
+    expected = logits.softmax(-1)
+    torch.testing.assert_close(probabilities, expected)
+    for label in range(2):
+        (gradient,) = torch.autograd.grad(expected[0, label], stage, retain_graph=True)
+        assert (gradients[0, label] - gradient[0]).abs().max() <= 1e-4 * gradient.abs().max()
+
+
+def test_nothing_is_left_behind_in_the_model():
+    model = network(SMALL_VIT)
+    keys = set(model.state_dict())
+    text_cams(model, torch.randn(1, 3, 16, 16), features(2, 32)[None], features(2, 32, 1), method="layercam")
+    assert set(model.state_dict()) == keys
+    for module in model.modules():
+        assert not module._forward_hooks and not module._backward_hooks
+    for parameter in model.parameters():
+        assert parameter.grad is None and not parameter.requires_grad
+
+
+def test_unknown_method_is_one_sentence():
+    model, text = network(SMALL_VIT), features(1, 32)
+    with pytest.raises(ValueError, match="CAM method must be one of gradcam"):
+        text_cams(model, torch.randn(1, 3, 8, 8), text[None], text, method="x")
