@@ -61,8 +61,9 @@ def gather(value: Any) -> list:
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores for this process: its part of those that torchrun's ranks on this machine share."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def device_of(device: str, position: int = 0) -> str:
@@ -131,8 +132,8 @@ def run(
         for i in range(processes)
     ]
     given = os.environ.get("OMP_NUM_THREADS")
-    share = max(1, cores() // (processes * int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    os.environ.setdefault("OMP_NUM_THREADS", str(share))  # read when a child first loads its libraries
+    share = str(max(1, cores() // processes))
+    os.environ.setdefault("OMP_NUM_THREADS", share)  # read when a child first loads its libraries
     try:
         for worker in workers:
             worker.start()
