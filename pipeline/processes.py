@@ -3,6 +3,7 @@
 A step is a generator function `work(names, position, *args)`: it handles its images in order and yields
 one `Outcome` after each; what it returns is collected. `position` counts the processes of this machine.
 """
+
 import multiprocessing
 import os
 import signal

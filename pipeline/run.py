@@ -1,4 +1,5 @@
 """One run over many images: the output folder and its settings, progress, failures, exit code."""
+
 import json
 import os
 import platform

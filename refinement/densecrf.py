@@ -4,6 +4,7 @@ Fully connected pairwise terms with Gaussian kernels, mean-field inference on th
 (Kraehenbuehl and Koltun, NeurIPS 2011). Published systems differ in kernels, iterations and in what
 they feed in; each is a preset.
 """
+
 from dataclasses import dataclass
 
 import numpy as np

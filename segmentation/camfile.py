@@ -8,6 +8,7 @@ Two formats, read alike:
 
 Full holds exactly what reading compact gives, so nothing downstream depends on the choice.
 """
+
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Files that are whole or not there: what is written under a temporary name and renamed."""
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

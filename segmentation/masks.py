@@ -1,4 +1,5 @@
 """Index masks: 8-bit PNGs whose values are classes, 255 = ignore, with a palette to look at them."""
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,9 +26,7 @@ def read_mask(file: str | Path) -> np.ndarray:
     """
     image = read_image(file)
     if image.mode not in ("P", "L"):
-        raise ValueError(
-            f"mask {file} has mode {image.mode}: expected 8-bit class indices, palette or grey"
-        )
+        raise ValueError(f"mask {file} has mode {image.mode}: expected 8-bit class indices, palette or grey")
     return np.array(image)
 
 

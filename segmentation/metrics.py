@@ -1,4 +1,5 @@
 """Segmentation scores from one confusion matrix, which is summed over images as they come."""
+
 import numpy as np
 
 from segmentation.benchmark import IGNORE

@@ -1,4 +1,5 @@
 """The dense CRF against the golden vectors, and on shapes that images come in."""
+
 from dataclasses import replace
 
 import numpy as np

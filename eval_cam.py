@@ -1,0 +1,46 @@
+"""Step 2a, CAMs or index masks against ground truth: python eval_cam.py --help"""
+
+import argparse
+
+from pipeline.evaluate import ARITHMETIC, MASKS, Evaluation, backgrounds, benchmark_of, evaluate, split_names
+from pipeline.flags import HelpFormatter
+from pipeline.run import command
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Step 2a: the mIoU of CAMs against ground truth, for several background scores in one "
+        "pass over the files; the best is marked and told in full.",
+        formatter_class=HelpFormatter,
+    )
+    flag = parser.add_argument
+    flag("--cam_out_dir", default="./cam_out", help="folder of the CAM files (full or compact), or of masks")
+    flag("--cam_type", default="attn_highres", help=f"maps to evaluate: attn_highres, highres, any other key "
+         f"of the files, or {MASKS} for index masks, whose pixels of 255 are left out")  # fmt: skip
+    flag("--split_file", help="image ids, one a line (without it: the benchmark's)")
+    flag("--cam_eval_thres", type=float, default=2.0, help="background scores to try: 1 and more, exponents "
+         "1, 2 (1 to 10 for maps other than attn); below 1, constants 0.05, 0.10, ..., 0.60")  # fmt: skip
+    flag("--gt_root", help="folder of the ground-truth masks (without it: the benchmark's)")
+    flag("--dataset", metavar="NAME|FILE.yaml", help="voc12, coco14, shapes or a YAML file (without it: the "
+         "one recorded in the CAM folder)")  # fmt: skip
+    flag("--arithmetic", choices=ARITHMETIC, default="float16", help="type in which background and classes "
+         "are compared; published numbers use float16")  # fmt: skip
+    flag("--json", metavar="FILE", help="write the scores there")
+    flag("--allow_missing", action="store_true", help="leave out images that lack a CAM or ground truth")
+    flag("--num_workers", type=int, default=1, help="processes")
+    args = parser.parse_args()
+    _, benchmark = benchmark_of(args.cam_out_dir, args.dataset)
+    evaluation = Evaluation(
+        benchmark=benchmark,
+        cam_dir=args.cam_out_dir,
+        gt_root=args.gt_root or str(benchmark.path(benchmark.mask_dir)),
+        cam_type=args.cam_type,
+        backgrounds=backgrounds(args.cam_eval_thres, args.cam_type, benchmark.has_background),
+        arithmetic=args.arithmetic,
+    )
+    names = split_names(args.split_file, benchmark)
+    return evaluate(evaluation, names, args.json, args.allow_missing, args.num_workers)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,294 @@
+"""Step 2a: CAM files, or index masks, and ground truth -> scores."""
+
+import json
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.processes import Outcome, attempt
+from pipeline.run import Run, read_settings, some
+from segmentation import benchmark as benchmarks
+from segmentation import camfile
+from segmentation.benchmark import IGNORE, Benchmark
+from segmentation.files import replacing
+from segmentation.labels import read_split
+from segmentation.masks import read_mask
+from segmentation.metrics import confusion, scores
+
+ARITHMETIC = ("float16", "float32")
+MASKS = "png"  # the cam type that stands for index masks instead of CAM files
+SUMMARY = ("Mean IoU", "Pixel Accuracy", "Mean Accuracy", "Frequency Weighted IoU")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated, and how; pickled when there are several processes.
+
+    Attributes:
+        benchmark: the data set.
+        cam_dir: folder of the CAM files, or of the masks.
+        gt_root: folder of the ground-truth masks.
+        cam_type: maps to take from the CAM files; "bg" in it says that they have their own background
+            channel; "png" evaluates index masks.
+        backgrounds: background scores to try, see `background`; (None,) where there is nothing to try.
+        arithmetic: "float16" compares background and classes in the type CAMs are stored in, as the
+            published numbers do; "float32" moves single pixels at ties.
+    """
+
+    benchmark: Benchmark
+    cam_dir: str
+    gt_root: str
+    cam_type: str = "attn_highres"
+    backgrounds: tuple[float | None, ...] = (1.0, 2.0)
+    arithmetic: str = "float16"
+
+
+def backgrounds(threshold: float, cam_type: str, has_background: bool = True) -> tuple[float | None, ...]:
+    """The background scores that the public evaluation tries for a given --cam_eval_thres.
+
+    The value only selects the list: exponents 1 and 2 (1 to 10 for maps without attention refinement)
+    for 1 and more, constants 0.05, 0.10, ..., 0.60 below 1.
+    """
+    if cam_type == MASKS or "bg" in cam_type or not has_background:
+        return (None,)
+    if threshold >= 1:
+        return tuple(float(exponent) for exponent in range(1, 3 if "attn" in cam_type else 11))
+    return tuple(round(0.05 * step, 2) for step in range(1, 13))
+
+
+def background(top: np.ndarray, score: float, arithmetic: str = "float16") -> np.ndarray:
+    """The background's score at each pixel.
+
+    Args:
+        top: (...) the highest score of any class.
+        score: >= 1: an exponent e, the background is (1 - top)^e; below 1: that constant everywhere.
+        arithmetic: "float16" rounds the difference, then the power.
+
+    Returns:
+        (...) of dtype `arithmetic`.
+    """
+    dtype = np.dtype(arithmetic)
+    if score < 1:
+        return np.full(top.shape, score, dtype)
+    difference = (1 - top.astype(np.float32)).astype(dtype)
+    return (difference.astype(np.float32) ** score).astype(dtype)
+
+
+def predictions(keys: np.ndarray, maps: np.ndarray, evaluation: Evaluation) -> Iterator[np.ndarray]:
+    """Index predictions from CAMs, one for each of the evaluation's background scores.
+
+    Ties go to the background, then to the earlier key.
+
+    Args:
+        keys: (K,) class indices.
+        maps: (K, ...) float16; (K + 1, ...) if they have a background channel.
+
+    Yields:
+        (...) int64, indices as the benchmark's masks have them.
+    """
+    maps = maps.astype(np.float32)  # exact, and compared much faster than float16
+    offset = int(evaluation.benchmark.has_background)
+    indices = keys + offset
+    if "bg" in evaluation.cam_type:
+        indices = np.append(0, indices)
+    if not len(maps):
+        yield from (np.full(maps.shape[1:], 0 if offset else IGNORE) for _ in evaluation.backgrounds)
+        return
+    best = indices[maps.argmax(axis=0)]
+    top = maps.max(axis=0)
+    for score in evaluation.backgrounds:
+        if score is None:
+            yield best
+        else:
+            yield np.where(background(top, score, evaluation.arithmetic) >= top, 0, best)
+
+
+def evaluate_images(
+    names: Sequence[str], position: int, evaluation: Evaluation
+) -> Generator[Outcome, None, tuple[np.ndarray, np.ndarray]]:
+    """Count the pixels of `names`; see `pipeline.processes`.
+
+    Returns:
+        hist (B, n, n) int64 [truth, prediction] for the B background scores, and pixels (2,) int64:
+        those of known truth that are predicted 255 (and left out), and all of known truth.
+    """
+    channels = evaluation.benchmark.channels
+    hists = np.zeros((len(evaluation.backgrounds), channels, channels), np.int64)
+    pixels = np.zeros(2, np.int64)
+
+    def count(name: str) -> None:
+        truth = read_mask(Path(evaluation.gt_root) / f"{name}.png")
+        known = truth < channels
+        if evaluation.cam_type == MASKS:
+            prediction = read_mask(Path(evaluation.cam_dir) / f"{name}.png")
+            _same_size(truth.shape, prediction.shape)
+            found = [prediction[known]]
+        else:
+            keys, maps = camfile.read(evaluation.cam_dir, name, evaluation.cam_type)
+            _same_size(truth.shape, maps.shape[1:])
+            found = list(predictions(keys, maps[:, known], evaluation))
+        # Only when all is computed may anything be added: a bad image must not be half counted.
+        added = np.stack([confusion(truth[known], prediction, channels) for prediction in found])
+        hists[:] += added
+        pixels[:] += (int((found[0] == IGNORE).sum()), int(known.sum()))
+
+    for name in names:
+        yield attempt(name, count)
+    return hists, pixels
+
+
+def evaluate(
+    evaluation: Evaluation,
+    names: Sequence[str],
+    json_file: str | Path | None = None,
+    allow_missing: bool = False,
+    num_workers: int = 1,
+) -> int:
+    """Evaluate, print a table, write JSON.
+
+    Args:
+        evaluation: see there.
+        names: image ids.
+        json_file: where the scores are written, if anywhere.
+        allow_missing: leave out images without prediction or ground truth, and tell how many.
+        num_workers: processes.
+
+    Returns:
+        The exit code: 1 if an image could not be evaluated.
+
+    Raises:
+        FileNotFoundError: predictions or ground truth are missing.
+    """
+    if evaluation.cam_type == MASKS:
+        names, without = present(names, evaluation.cam_dir, allow_missing, "masks")
+    else:
+        names, without = present(names, evaluation.cam_dir, allow_missing, "CAMs")
+    names, untrue = present(names, evaluation.gt_root, allow_missing, "ground-truth masks")
+    run = Run(None)
+    parts = run.map(evaluate_images, names, evaluation, num_workers=num_workers)
+    code = run.finish()
+    if run.rank == 0:
+        hists, pixels = (sum(counts) for counts in zip(*parts, strict=True))
+        results = [scores(hist) for hist in hists]
+        report = {
+            "benchmark": evaluation.benchmark.name,
+            "cam_type": evaluation.cam_type,
+            "arithmetic": evaluation.arithmetic,
+            "images": len(names),
+            "missing": without + untrue,
+        }
+        tell(report, evaluation.backgrounds, results, pixels, evaluation.benchmark, json_file)
+    return code
+
+
+def tell(
+    report: dict,
+    backgrounds: Sequence[float | None],
+    results: list[dict],
+    pixels: np.ndarray,
+    benchmark: Benchmark,
+    json_file: str | Path | None,
+) -> None:
+    """Print scores as tables, the best background in full, and write them as JSON.
+
+    Args:
+        report: what else the JSON file is to hold.
+        backgrounds: (B,) what was tried; None where there is nothing to try.
+        results: (B,) see `segmentation.metrics.scores`.
+        pixels: (2,) predicted 255, all.
+        benchmark: names the classes.
+        json_file: where, if anywhere. NaN becomes null.
+    """
+    classes = ["background"] * benchmark.has_background + list(benchmark.classes)
+    best = max(range(len(results)), key=lambda index: (np.nan_to_num(results[index]["Mean IoU"]), -index))
+    if len(results) > 1:
+        print(f"{'background':<12}{'':<8}" + "".join(f"{name:<24}" for name in SUMMARY))
+        for index, (score, result) in enumerate(zip(backgrounds, results, strict=True)):
+            line = f"{_named(score):<12}{'best' * (index == best):<8}"
+            print((line + "".join(f"{result[name]:<24}" for name in SUMMARY)).rstrip())
+        print(f"\nbackground {_named(backgrounds[best])}:")
+    width = max(len(name) for name in (*classes, *SUMMARY)) + 2
+    for index, iou in results[best]["Class IoU"].items():
+        print(f"{classes[index]:<{width}}{iou}")
+    print()
+    for name in SUMMARY:
+        print(f"{name:<{width}}{results[best][name]}")
+    ignored = float(pixels[0] / pixels[1]) if pixels[1] else 0.0
+    if ignored:
+        print(f"{'predicted 255':<{width}}{ignored} (share of pixels, left out)")
+    if json_file is None:
+        return
+    entries = []
+    for score, result in zip(backgrounds, results, strict=True):
+        named = {classes[index]: iou for index, iou in result["Class IoU"].items()}
+        entries.append({"background": score, **result, "Class IoU": named})
+    content = {**report, "ignored": ignored, "best": entries[best], "all": entries}
+    with replacing(json_file) as stream:
+        stream.write(json.dumps(_without_nan(content), indent=2, allow_nan=False).encode() + b"\n")
+
+
+def benchmark_of(folder: str | Path, dataset: str | None) -> tuple[str, Benchmark]:
+    """The benchmark given by --dataset, else the one recorded by the run that filled `folder`.
+
+    Returns:
+        What to call it (see `segmentation.benchmark.load`), and the benchmark.
+
+    Raises:
+        ValueError: neither names one.
+    """
+    name = dataset or read_settings(folder).get("settings", {}).get("benchmark")
+    if not name:
+        raise ValueError(f"{folder} does not record its benchmark: give --dataset NAME or FILE.yaml")
+    return name, benchmarks.load(name)
+
+
+def split_names(split_file: str | None, benchmark: Benchmark) -> list[str]:
+    """The image ids of --split_file, else of the benchmark's."""
+    if not (split_file or benchmark.split_file):
+        raise ValueError(f"benchmark {benchmark.name} has no split file of its own: give --split_file")
+    return list(read_split(split_file or benchmark.split_file))
+
+
+def present(
+    names: Sequence[str], folder: str | Path, allow_missing: bool, what: str
+) -> tuple[list[str], list[str]]:
+    """Divide images into those that have a file in `folder` and those that lack it.
+
+    Args:
+        what: "CAMs", or what PNGs are called.
+
+    Raises:
+        FileNotFoundError: some lack it and `allow_missing` is False, or all do.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"folder {folder}, which should hold the {what}, does not exist")
+    found, missing = [], []
+    for name in names:
+        exists = camfile.exists(folder, name) if what == "CAMs" else (Path(folder) / f"{name}.png").is_file()
+        (found if exists else missing).append(name)
+    if missing and (not allow_missing or not found):
+        raise FileNotFoundError(
+            f"{folder} lacks the {what} of {len(missing)} of {len(names)} images: {some(missing)}; "
+            "make them, or leave these images out by --allow_missing"
+        )
+    return found, missing
+
+
+def _same_size(truth: tuple[int, int], prediction: tuple[int, int]) -> None:
+    if truth != prediction:
+        raise ValueError(f"the ground truth is {truth} but the prediction {prediction} (height, width)")
+
+
+def _named(score: float | None) -> str:
+    return "" if score is None else f"^{score:g}" if score >= 1 else f"{score:g}"
+
+
+def _without_nan(value):
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and np.isnan(value) else value

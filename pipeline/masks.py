@@ -1,0 +1,192 @@
+"""Step 2b: CAM files and images -> dense CRF -> pseudo masks, or their scores."""
+
+import hashlib
+import json
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.evaluate import background, present, tell
+from pipeline.processes import Outcome, attempt
+from pipeline.run import Run, read_settings
+from refinement.densecrf import PRESETS, Preset, densecrf
+from segmentation import camfile
+from segmentation.benchmark import IGNORE, Benchmark
+from segmentation.images import find_image, read_rgb
+from segmentation.masks import read_mask, write_mask
+from segmentation.metrics import confusion, scores
+
+CONFIDENCE = 0.95  # of the CRF posterior; CLIP-ES (the paper's mu is on the CAM instead)
+
+
+@dataclass(frozen=True)
+class MaskJob:
+    """Everything a process needs to make masks; pickled when there are several.
+
+    Attributes:
+        benchmark: the data set.
+        cam_dir: folder of the CAM files.
+        image_root: folder of the images.
+        output: folder of the masks; None makes none, and scores the labels before the 255 rule.
+        gt_root: folder of the ground-truth masks; None gives no scores.
+        cam_type: maps to take from the CAM files.
+        confidence: a pixel whose highest posterior is lower becomes 255.
+        crf: how the dense CRF runs; its unary type is also the type the background is computed in.
+    """
+
+    benchmark: Benchmark
+    cam_dir: str
+    image_root: str
+    output: str | None
+    gt_root: str | None = None
+    cam_type: str = "attn_highres"
+    confidence: float = CONFIDENCE
+    crf: Preset = PRESETS["clip_es"]
+
+
+def refine_labels(
+    image: np.ndarray, keys: np.ndarray, maps: np.ndarray, job: MaskJob
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of one image by the dense CRF.
+
+    The background is 1 - the highest CAM, whichever exponent evaluates best; nothing is normalised.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        keys: (K,) class indices.
+        maps: (K, H, W) float16; (K + 1, H, W) if they have a background channel.
+
+    Returns:
+        labels (H, W) uint8, as the benchmark's masks have them, and their posterior (H, W) float32.
+    """
+    offset = int(job.benchmark.has_background)
+    indices, probabilities = keys + offset, maps.astype(job.crf.unary_type)
+    if "bg" in job.cam_type:
+        indices = np.append(0, indices)
+    elif offset:
+        rest = background(maps.max(axis=0, initial=0), 1, job.crf.unary_type)
+        indices, probabilities = np.append(0, indices), np.concatenate([rest[None], probabilities])
+    if max(indices, default=0) >= job.benchmark.channels:
+        raise ValueError(f"the CAM file holds class {max(keys)}, which {job.benchmark.name} does not have")
+    posterior = densecrf(image, probabilities, job.crf)  # (C, H, W)
+    return indices.astype(np.uint8)[posterior.argmax(axis=0)], posterior.max(axis=0)
+
+
+def make_images(
+    names: Sequence[str], position: int, job: MaskJob
+) -> Generator[Outcome, None, tuple[np.ndarray, np.ndarray]]:
+    """Make the masks of `names` that are not there yet, and count their pixels; see `pipeline.processes`.
+
+    Returns:
+        hist (n, n) int64 [truth, prediction], and pixels (2,) int64: those of known truth that are 255
+        (and left out), and all of known truth. Zero without ground truth.
+    """
+    channels = job.benchmark.channels
+    hist, pixels = np.zeros((channels, channels), np.int64), np.zeros(2, np.int64)
+
+    def crf_labels(name: str) -> tuple[np.ndarray, np.ndarray]:
+        keys, maps = camfile.read(job.cam_dir, name, job.cam_type)
+        return refine_labels(read_rgb(find_image(job.image_root, name)), keys, maps, job)
+
+    def make(name: str) -> list[str]:
+        if job.output is None:
+            labels, _ = crf_labels(name)
+        else:
+            file = Path(job.output) / f"{name}.png"
+            if not file.is_file():
+                labels, posterior = crf_labels(name)
+                labels[posterior < job.confidence] = IGNORE
+                write_mask(file, labels, job.benchmark.palette)
+            elif job.gt_root is not None:
+                labels = read_mask(file)
+        if job.gt_root is None:
+            return []
+        truth_file = Path(job.gt_root) / f"{name}.png"
+        if not truth_file.is_file():  # evaluation alone has asked for it before
+            return ["images without ground truth"]
+        truth = read_mask(truth_file)
+        hist[:] += confusion(truth, labels, channels)
+        known = truth < channels
+        pixels[:] += (int((labels[known] == IGNORE).sum()), int(known.sum()))
+        return []
+
+    for name in names:
+        yield attempt(name, make)
+    return hist, pixels
+
+
+def make_masks(
+    job: MaskJob,
+    names: Sequence[str],
+    benchmark_name: str,
+    json_file: str | Path | None = None,
+    allow_missing: bool = False,
+    overwrite: bool = False,
+    num_workers: int = 1,
+) -> int:
+    """Make pseudo masks, or only score the CRF; print the scores, if there is ground truth; write JSON.
+
+    With `job.output` the masks as written are scored, their pixels of 255 left out; without it, as the
+    published numbers are, every pixel.
+
+    Args:
+        job: see there.
+        names: image ids.
+        benchmark_name: recorded in the mask folder, see `segmentation.benchmark.load`.
+        json_file: where the scores are written, if anywhere.
+        allow_missing: leave out images without CAM, and without ground truth where only scores are made.
+        overwrite: remove the masks that are there.
+        num_workers: processes; the files do not depend on it.
+
+    Returns:
+        The exit code: 1 if an image failed.
+
+    Raises:
+        FileNotFoundError: CAMs or folders are missing.
+        ValueError: `job.output` holds masks made with other settings.
+    """
+    names, missing = present(names, job.cam_dir, allow_missing, "CAMs")
+    if not Path(job.image_root).is_dir():
+        raise FileNotFoundError(f"image folder {job.image_root} does not exist: give --image_root")
+    if job.output is None:
+        names, untrue = present(names, job.gt_root, allow_missing, "ground-truth masks")
+        missing += untrue
+    elif job.gt_root is not None and not Path(job.gt_root).is_dir():
+        raise FileNotFoundError(
+            f"ground-truth folder {job.gt_root} does not exist: give another --gt_root or none"
+        )
+    run = Run(
+        job.output,
+        settings={
+            "benchmark": benchmark_name,
+            "cam_type": job.cam_type,
+            "confidence": job.confidence,
+            "crf": asdict(job.crf),
+        },
+        inputs={"cams": _fingerprint(job.cam_dir)},
+        outputs=("*.png",),
+        overwrite=overwrite,
+    )
+    parts = run.map(make_images, names, job, num_workers=num_workers)
+    code = run.finish()
+    if run.rank == 0 and job.gt_root is not None:
+        hist, pixels = (sum(counts) for counts in zip(*parts, strict=True))
+        report = {
+            "benchmark": job.benchmark.name,
+            "cam_type": job.cam_type,
+            "confidence": None if job.output is None else job.confidence,
+            "crf": asdict(job.crf),
+            "images": len(names),
+            "missing": missing,
+        }
+        tell(report, (None,), [scores(hist)], pixels, job.benchmark, json_file)
+    return code
+
+
+def _fingerprint(cam_dir: str) -> str:
+    """sha256 of what the CAMs in `cam_dir` were made with; empty where nothing is recorded."""
+    record = read_settings(cam_dir)
+    made = {key: record[key] for key in ("settings", "inputs") if key in record}
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest() if made else ""

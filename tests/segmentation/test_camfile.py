@@ -1,0 +1,141 @@
+"""CAM files: both formats say the same, old and foreign files are read, no file runs code."""
+
+import io
+import os
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segmentation import camfile
+from tests.conftest import golden
+
+
+def test_resize_is_the_golden_one():
+    arrays = golden("scaling")
+    for key in [name[len("scaled_") :] for name in arrays if name.startswith("scaled_")]:
+        width, height = arrays[f"size_wh_{key}"]
+        resized = camfile.resize(arrays[f"scaled_{key}"][None], (int(height), int(width)))
+        np.testing.assert_allclose(resized[0], arrays[f"resized_{key}"], atol=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    labels=st.integers(0, 20),
+    grid=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    zero=st.booleans(),
+)
+def test_full_holds_what_compact_gives(tmp_path_factory, labels, grid, size, zero):
+    random = np.random.default_rng(labels)
+    maps = random.random((labels, *grid), np.float32) * (not zero)
+    keys = random.permutation(20)[:labels]
+    folder = tmp_path_factory.mktemp("cams")
+    for format in camfile.FORMATS:
+        camfile.write(folder / format, "a", keys, {"attn_highres": maps, "highres": maps / 2}, size, format)
+    full, compact = (camfile.read(folder / format, "a") for format in camfile.FORMATS)
+    assert full[0].dtype == np.int64 and (full[0] == keys).all() and (compact[0] == keys).all()
+    assert full[1].dtype == np.float16 and full[1].shape == (labels, *size)
+    assert (full[1] == compact[1]).all()
+    assert (full[1] == camfile.resize(maps, size).astype(np.float16)).all()
+    assert (camfile.read(folder / "full", "a", "highres")[1] <= 0.5).all()
+
+
+def test_full_is_the_public_format(tmp_path):
+    file = camfile.write(tmp_path, "a", [3, 1], {"attn_highres": np.ones((2, 2, 2), np.float32)}, (4, 6))
+    content = np.load(file, allow_pickle=True).item()
+    assert file.name == "a.npy" and set(content) == {"keys", "attn_highres"}
+    assert content["keys"].dtype == np.int64 and content["keys"].tolist() == [3, 1]
+    assert content["attn_highres"].dtype == np.float16 and content["attn_highres"].shape == (2, 4, 6)
+
+
+def test_the_same_maps_give_the_same_bytes(tmp_path):
+    maps = {"attn_highres": np.random.default_rng(0).random((2, 3, 3), np.float32)}
+    for format in camfile.FORMATS:
+        one, two = (camfile.write(tmp_path / part, "a", [0, 1], maps, (9, 9), format) for part in "xy")
+        assert one.read_bytes() == two.read_bytes()
+        assert sorted(os.listdir(one.parent))[-1] == one.name  # and no temporary file is left
+
+
+def test_names_may_have_folders(tmp_path):
+    maps = {"attn_highres": np.ones((1, 1, 1), np.float32)}
+    assert not camfile.exists(tmp_path, "2012/a.b")
+    camfile.write(tmp_path, "2012/a.b", [0], maps, (2, 2), "compact")
+    assert camfile.exists(tmp_path, "2012/a.b")
+    assert camfile.read(tmp_path, "2012/a.b")[1].shape == (1, 2, 2)
+
+
+def save(file, payload: bytes):
+    """A .npy file of one object, with any pickle inside."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|O", "fortran_order": False, "shape": ()})
+    file.write_bytes(stream.getvalue() + payload)
+
+
+def test_files_of_older_numpy_are_read(tmp_path):
+    content = {"keys": np.array([1, 7]), "attn_highres": np.zeros((2, 3, 4), np.float16)}
+    payload = pickle.dumps(np.array(content, dtype=object), protocol=3)
+    # NumPy 1 named its module numpy.core; the pickle of protocol 3 holds names in text.
+    save(tmp_path / "a.npy", payload.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    keys, maps = camfile.read(tmp_path, "a")
+    assert keys.tolist() == [1, 7] and maps.shape == (2, 3, 4)
+
+
+def test_a_list_of_keys_and_float32_maps_are_read(tmp_path):
+    content = {"keys": [np.int64(4)], "attn_highres": np.full((1, 2, 2), 0.3, np.float32)}
+    np.save(tmp_path / "a.npy", content, allow_pickle=True)
+    keys, maps = camfile.read(tmp_path, "a")
+    assert keys.tolist() == [4] and maps.dtype == np.float16
+
+
+class Malicious:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("function, argument", [(os.system, "touch {}"), (eval, "open('{}', 'w')")])
+def test_a_file_that_would_run_code_is_refused(tmp_path, function, argument):
+    trace = tmp_path / "trace"
+    content = {"keys": Malicious(function, argument.format(trace)), "attn_highres": np.zeros((1, 1, 1))}
+    np.save(tmp_path / "a.npy", content, allow_pickle=True)
+    with pytest.raises(ValueError, match=r"a\.npy cannot be read as CAM file: it asks for"):
+        camfile.read(tmp_path, "a")
+    np.savez(tmp_path / "b.npz", keys=np.array([Malicious(function, argument.format(trace))], dtype=object))
+    with pytest.raises(ValueError, match=r"b\.npz cannot be read as CAM file"):
+        camfile.read(tmp_path, "b")
+    assert not trace.exists()
+
+
+def test_damaged_and_wrong_files_are_told(tmp_path):
+    maps = {"attn_highres": np.ones((1, 2, 2), np.float32)}
+    for format, suffix in camfile.FORMATS.items():
+        file = camfile.write(tmp_path, format, [0], maps, (4, 4), format)
+        whole = file.read_bytes()
+        for end in (0, 5, len(whole) // 2, len(whole) - 1):
+            file.write_bytes(whole[:end])
+            with pytest.raises(ValueError, match=f"{format}{suffix}"):
+                camfile.read(tmp_path, format)
+    with pytest.raises(FileNotFoundError, match="no CAM file of nowhere"):
+        camfile.read(tmp_path, "nowhere")
+
+    def refuse(match, content, cam_type="attn_highres"):
+        np.save(tmp_path / "b.npy", content, allow_pickle=True)
+        with pytest.raises(ValueError, match=match):
+            camfile.read(tmp_path, "b", cam_type)
+
+    refuse("an array of float64", np.zeros(3))
+    refuse("no dict", None)
+    refuse("holds no keys", {"cams": np.zeros((1, 2, 2))})
+    refuse("holds no cams, but attn_highres", {"keys": [0], "attn_highres": np.zeros((1, 2, 2))}, "cams")
+    refuse("does not hold 2 maps", {"keys": [0, 1], "attn_highres": np.zeros((1, 2, 2))})
+    refuse("does not hold 2 maps", {"keys": [0], "bg_highres": np.zeros((1, 2, 2))}, "bg_highres")
+    refuse("is damaged", {"keys": ["cat"], "attn_highres": np.zeros((1, 2, 2))})
+    with pytest.raises(ValueError, match="full or compact"):
+        camfile.write(tmp_path, "c", [0], maps, (4, 4), "tiny")
+    with pytest.raises(ValueError, match="does not hold 2 maps"):
+        camfile.write(tmp_path, "c", [0, 1], maps, (4, 4))

@@ -1,0 +1,54 @@
+"""Index masks survive writing and reading; other pictures are refused."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from segmentation.benchmark import voc_palette
+from segmentation.masks import overlay, read_mask, write_mask
+
+PALETTE = voc_palette()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**31), st.booleans())
+def test_round_trip(tmp_path_factory, height, width, seed, ignored):
+    labels = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
+    if ignored:
+        labels[:] = 255
+    file = tmp_path_factory.mktemp("masks") / "deep" / "a.png"
+    write_mask(file, labels, PALETTE)
+    assert (read_mask(file) == labels).all()
+    with Image.open(file) as image:
+        assert image.mode == "P" and (np.asarray(image.convert("RGB")) == PALETTE[labels]).all()
+    assert [path.name for path in file.parent.iterdir()] == ["a.png"]
+
+
+def test_grey_masks_are_read(tmp_path):
+    labels = np.array([[0, 20, 255]], np.uint8)
+    Image.fromarray(labels).save(tmp_path / "grey.png")
+    assert (read_mask(tmp_path / "grey.png") == labels).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "I;16", "1", "LA"])
+def test_other_pictures_are_refused(tmp_path, mode):
+    Image.new(mode, (3, 2)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="expected 8-bit class indices"):
+        read_mask(tmp_path / "a.png")
+
+
+def test_missing_and_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_mask(tmp_path / "a.png")
+    write_mask(tmp_path / "a.png", np.arange(200, dtype=np.uint8).reshape(10, 20), PALETTE)
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_mask(tmp_path / "a.png")
+
+
+def test_overlay_paints_classes_only():
+    image = np.full((1, 3, 3), 100, np.uint8)
+    painted = overlay(image, np.array([[0, 1, 255]], np.uint8), PALETTE, opacity=0.5)
+    assert painted[0].tolist() == [[100] * 3, [114, 50, 50], [100] * 3]

@@ -1,0 +1,62 @@
+"""Confusion matrices and scores against the golden vectors and against counting by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segmentation.metrics import confusion, scores
+from tests.conftest import golden
+
+SUMMARY = ("Pixel Accuracy", "Mean Accuracy", "Frequency Weighted IoU", "Mean IoU")
+
+
+def test_golden_scores():
+    arrays = golden("eval_cam")
+    for dataset in ("voc", "coco"):
+        for threshold in ("1", "2", "3", "0.05", "0.3", "0.45"):
+            name = f"{dataset}_thr{threshold}"
+            result = scores(arrays[f"{name}_hist"])
+            summary = [result[key] for key in SUMMARY]
+            np.testing.assert_allclose(summary, arrays[f"{name}_summary"], atol=1e-12)
+            np.testing.assert_allclose(list(result["Class IoU"].values()), arrays[f"{name}_iou"], atol=1e-12)
+            assert abs(result["Mean IoU"] - arrays[f"{name}_miou"]) < 1e-12
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 21), st.integers(0, 2**31))
+def test_confusion_counts(height, width, channels, seed):
+    random = np.random.default_rng(seed)
+    values = np.append(np.arange(channels), 255).astype(np.uint8)
+    truth, prediction = random.choice(values, (2, height, width))
+    expected = np.zeros((channels, channels), np.int64)
+    for true, predicted in zip(truth.ravel(), prediction.ravel(), strict=True):
+        if true != 255 and predicted != 255:
+            expected[true, predicted] += 1
+    assert (confusion(truth, prediction, channels) == expected).all()
+
+
+def test_all_of_255_counts_nothing():
+    ignored, zeros = np.full((3, 4), 255, np.uint8), np.zeros((3, 4), np.uint8)
+    assert confusion(ignored, zeros, 5).sum() == confusion(zeros, ignored, 5).sum() == 0
+    result = scores(np.zeros((5, 5), np.int64))
+    assert all(np.isnan(result[key]) for key in SUMMARY)
+
+
+def test_policies_for_absent_classes():
+    # Class 0 half right, class 1 absent but predicted, class 2 absent and never predicted.
+    hist = np.array([[1, 1, 0], [0, 0, 0], [0, 0, 0]])
+    assert scores(hist, "drop")["Mean IoU"] == 0.5
+    assert scores(hist, "nan-mean")["Mean IoU"] == 0.25
+    assert scores(hist, "zero")["Mean IoU"] == 0.5 / 3
+    iou = scores(hist)["Class IoU"]
+    assert iou[0] == 0.5 and iou[1] == 0 and np.isnan(iou[2])
+
+
+def test_wrong_use_is_told():
+    zeros = np.zeros((2, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"ground truth is \(2, 3\)"):
+        confusion(zeros, zeros.T, 3)
+    with pytest.raises(ValueError, match="holds 7, but there are 3 classes"):
+        confusion(zeros, zeros + 7, 3)
+    with pytest.raises(ValueError, match="absent must be one of"):
+        scores(np.eye(2), "ignore")
