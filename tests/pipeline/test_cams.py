@@ -1,0 +1,237 @@
+"""Step 1 through its command line, and its options."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import clip
+from pipeline.cams import INITIAL, REFINED, CamSettings, image_cams
+from pipeline.cams_cli import main
+from segmentation import camfile
+from tests.clip.test_checkpoint import SMALL_RESNET, SMALL_VIT, small_state
+from tests.conftest import CASES, golden, parity_image
+from tests.pipeline.conftest import write_voc
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(monkeypatch, voc: Path, out: Path, model: Path, *flags: str, benchmark: str = "voc12") -> int:
+    """generate_cams_voc12.py in this process."""
+    command = ["generate_cams", "--img_root", voc / "JPEGImages", "--split_file", voc / "split.txt"]
+    command += ["--cam_out_dir", out, "--model", model, "--device", "cpu", *flags]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    return main(benchmark)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*.np?")}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_cams_end_to_end(case, tmp_path, monkeypatch, parity_file):
+    name, size, preset, seed, data, labels = CASES[case]
+    reference = golden(f"case_{case}")
+    voc = write_voc(tmp_path / "voc", {name: (size, labels if data == "voc12" else [])})
+    if data == "coco14":
+        (voc / "split.txt").write_text(" ".join(map(str, [name, *labels])))
+    out = tmp_path / "cams"
+    assert run(monkeypatch, voc, out, parity_file(preset, seed), "--keep_initial", benchmark=data) == 0
+    content = np.load(out / f"{name}.npy", allow_pickle=True).item()  # as other projects read it
+    assert content["keys"].dtype == np.int64 and content[REFINED].dtype == np.float16
+    np.testing.assert_array_equal(content["keys"], reference["keys"])
+    difference = content[REFINED].astype(float) - reference["attn_highres"].astype(float)
+    assert np.abs(difference).max() <= 1.5e-3
+    if "highres" in reference:
+        assert np.abs(content[INITIAL].astype(float) - reference["highres"]).max() <= 1e-3
+
+
+def test_processes_and_formats_agree(voc, tmp_path, monkeypatch, parity_file):
+    model = parity_file("tiny", 1)
+    assert run(monkeypatch, voc, tmp_path / "one", model) == 0
+    assert run(monkeypatch, voc, tmp_path / "two", model, "--num_workers", "2") == 0
+    assert files(tmp_path / "one") == files(tmp_path / "two") and len(files(tmp_path / "one")) == 3
+    assert run(monkeypatch, voc, tmp_path / "compact", model, "--cam_format", "compact") == 0
+    for name in ("es_a", "es_b", "other"):
+        for full, compact in zip(
+            camfile.read(tmp_path / "one", name), camfile.read(tmp_path / "compact", name), strict=True
+        ):
+            np.testing.assert_array_equal(full, compact)
+
+
+def test_bad_images_do_not_stop_a_run(voc, tmp_path, monkeypatch, parity_file, capsys):
+    (voc / "JPEGImages" / "es_b.png").write_bytes(b"not an image")
+    (voc / "Annotations" / "other.xml").write_text("<annotation></annotation>")
+    out = tmp_path / "cams"
+    assert run(monkeypatch, voc, out, parity_file("tiny", 1)) == 1
+    assert set(files(out)) == {"es_a.npy"}
+    assert "es_b" in (out / "failed.txt").read_text()
+    told = capsys.readouterr().err
+    assert "1 failed" in told and "images without labels: 1 (other)" in told
+    parity_image("es_b", (75, 100)).save(voc / "JPEGImages" / "es_b.png")  # mended, and run again
+    assert run(monkeypatch, voc, out, parity_file("tiny", 1)) == 0
+    assert set(files(out)) == {"es_a.npy", "es_b.npy"} and not (out / "failed.txt").exists()
+
+
+def test_all_zero_cams_are_reported(tmp_path, monkeypatch, parity_file, capsys):
+    voc = write_voc(tmp_path / "voc", {"es_z": ((70, 120), [0, 13, 17])})
+    assert run(monkeypatch, voc, tmp_path / "cams", parity_file("tiny", 3)) == 0
+    assert "all-zero CAM: 1 (es_z)" in capsys.readouterr().err
+    assert not camfile.read(tmp_path / "cams", "es_z")[1][1].any()
+
+
+def test_other_settings_or_weights_need_another_folder(voc, tmp_path, monkeypatch, parity_file):
+    out = tmp_path / "cams"
+    assert run(monkeypatch, voc, out, parity_file("tiny", 1)) == 0
+    with pytest.raises(ValueError, match="refine"):
+        run(monkeypatch, voc, out, parity_file("tiny", 1), "--refine", "mhsa")
+    with pytest.raises(ValueError, match="model"):
+        run(monkeypatch, voc, out, parity_file("tiny", 2))
+    before = files(out)
+    assert run(monkeypatch, voc, out, parity_file("tiny", 1), "--refine", "mhsa", "--overwrite") == 0
+    assert files(out).keys() == before.keys() and files(out) != before
+    record = json.loads((out / "settings.json").read_text())
+    assert record["settings"]["refine"] == "mhsa" and len(record["inputs"]["model"]) == 64
+
+
+def test_labels_file_replaces_the_annotations(voc, tmp_path, monkeypatch, parity_file):
+    (tmp_path / "labels.txt").write_text("es_a 7\nes_b 3 4\nother\n")
+    out = tmp_path / "cams"
+    assert run(monkeypatch, voc, out, parity_file("tiny", 1), "--labels", str(tmp_path / "labels.txt")) == 0
+    assert camfile.read(out, "es_a")[0].tolist() == [7] and camfile.read(out, "es_b")[0].tolist() == [3, 4]
+    assert not camfile.exists(out, "other")
+
+
+def test_own_benchmark_in_yaml(voc, tmp_path, monkeypatch, parity_file):
+    (voc / "mine.yaml").write_text(
+        "name: mine\nclasses: [cat, dog]\nbackgrounds: [grass, sky]\ntemplates: ['a photo of a {}.']\n"
+        f"split_file: {voc / 'lines.txt'}\nmodel: {parity_file('tiny', 1)}\n"
+    )
+    (voc / "lines.txt").write_text("es_a 0 1\nes_b 1\n")
+    out = tmp_path / "cams"
+    argv = ["generate_cams.py", "--benchmark", str(voc / "mine.yaml"), "--cam_out_dir", str(out)]
+    monkeypatch.setattr(sys, "argv", [*argv, "--device", "cpu"])
+    assert main() == 0
+    assert camfile.read(out, "es_a")[0].tolist() == [0, 1] and camfile.read(out, "es_b")[0].tolist() == [1]
+
+
+def test_killed_runs_continue_to_the_same_files(tmp_path, parity_file):
+    """SIGKILL at ten random moments; the files are those of an undisturbed run, byte for byte."""
+    names = {f"image_{i:02}": ((60 + 3 * i, 90 + 2 * i), [i % 20, (7 * i + 3) % 20]) for i in range(24)}
+    voc = write_voc(tmp_path / "voc", names)
+    command = [sys.executable, str(ROOT / "generate_cams_voc12.py"), "--device", "cpu"]
+    command += ["--img_root", str(voc / "JPEGImages"), "--split_file", str(voc / "split.txt")]
+    command += ["--model", str(parity_file("tiny", 1))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(out: Path) -> subprocess.Popen:
+        return subprocess.Popen([*command, "--cam_out_dir", str(out)], env=environment, cwd=tmp_path)
+
+    begin = time.monotonic()
+    assert start(tmp_path / "undisturbed").wait() == 0
+    duration = time.monotonic() - begin
+    expected = files(tmp_path / "undisturbed")
+    assert len(expected) == len(names)
+    chance, out, killed = random.Random(0), tmp_path / "killed", 0
+    while killed < 10:
+        process = start(out)
+        try:
+            assert process.wait(chance.uniform(0.3, 0.95) * duration) == 0
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+            continue
+        assert files(out) == expected  # finished before its turn to be killed: begin anew
+        shutil.rmtree(out)
+    assert start(out).wait() == 0
+    assert files(out) == expected
+    assert not list(out.glob("*.tmp"))
+
+
+def test_mistakes_are_told_in_one_sentence(tmp_path, voc, parity_file):
+    script = [sys.executable, str(ROOT / "generate_cams_voc12.py"), "--cam_out_dir", str(tmp_path / "o")]
+    good = ["--img_root", str(voc / "JPEGImages"), "--split_file", str(voc / "split.txt")]
+    (tmp_path / "broken.pt").write_bytes(b"x" * 1000)
+    for flags, sentence in (
+        ([*good, "--model", str(tmp_path / "broken.pt")], "not a readable checkpoint"),
+        ([*good, "--model", "ViT-Z/99"], "no model 'ViT-Z/99'"),
+        ([*good[2:], "--model", str(tmp_path / "any.pt"), "--img_root", "nowhere"], "image folder nowhere"),
+    ):
+        done = subprocess.run([*script, *flags], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert sentence in done.stderr and "Traceback" not in done.stderr
+
+
+def test_resnet_towers_have_cams_but_no_affinity(voc, tmp_path, monkeypatch):
+    torch.save(small_state(SMALL_RESNET), tmp_path / "rn.pt")
+    with pytest.raises(ValueError, match="--refine none"):
+        run(monkeypatch, voc, tmp_path / "o", tmp_path / "rn.pt")
+    assert run(monkeypatch, voc, tmp_path / "out", tmp_path / "rn.pt", "--refine", "none") == 0
+    keys, maps = camfile.read(tmp_path / "out", "es_a", INITIAL)
+    assert keys.tolist() == [8, 1, 5] and maps.shape == (3, 96, 128) and maps.max() > 0.9
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A model, class features and background features."""
+    torch.manual_seed(0)
+    model = clip.checkpoint.from_state_dict(small_state(SMALL_VIT), "quick_gelu").eval()
+    features = torch.nn.functional.normalize(torch.randn(23, 32), dim=-1)
+    return model.requires_grad_(False), features[:20], features[20:]
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 20), st.sampled_from(["caa", "mhsa", "none"]))
+@settings(deadline=None, max_examples=40)
+def test_any_size_and_number_of_labels(small, height, width, labels, refine):
+    model, text, backgrounds = small
+    image = parity_image("any", (height, width))
+    maps = image_cams(model, image, text[:labels], backgrounds, CamSettings(refine=refine))
+    (cams,) = maps.values()
+    assert cams.shape == (labels, -(-height // 8), -(-width // 8)) and cams.dtype == np.float32
+    assert np.isfinite(cams).all() and cams.min() >= 0 and cams.max() <= 1
+
+
+@given(st.permutations(range(6)))
+@settings(deadline=None, max_examples=15)
+def test_label_order_permutes_the_maps_and_nothing_else(small, order):
+    model, text, backgrounds = small
+    image = parity_image("order", (50, 70))
+    (straight,) = image_cams(model, image, text[:6], backgrounds, CamSettings()).values()
+    (permuted,) = image_cams(model, image, text[order], backgrounds, CamSettings()).values()
+    np.testing.assert_allclose(permuted, straight[order], atol=1e-3)
+
+
+def test_scales_and_flip(small):
+    model, text, backgrounds = small
+    image = parity_image("es_a", (96, 128))
+
+    def cams(image, **options):
+        (maps,) = image_cams(model, image, text[:2], backgrounds, CamSettings(**options)).values()
+        return maps
+
+    fused = cams(image, scales=(0.5, 1.0, 1.5), flip=True)
+    assert fused.shape == (2, 18, 24)  # the grid of the largest scale
+    assert fused.min() == 0 and fused.max() > 0.999
+    # A mirrored image gives the mirrored map once both views are averaged.
+    mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    np.testing.assert_allclose(cams(mirrored, flip=True)[..., ::-1], cams(image, flip=True), atol=1e-3)
+
+
+def test_too_large_images_are_shrunk(small):
+    model, text, backgrounds = small
+    image = parity_image("large", (160, 240))
+    (maps,) = image_cams(model, image, text[:1], backgrounds, CamSettings(max_patches=150)).values()
+    rows, columns = maps.shape[1:]
+    assert 100 < rows * columns <= 150 and abs(columns / rows - 1.5) < 0.2
