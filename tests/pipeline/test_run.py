@@ -1,0 +1,244 @@
+"""Runs: settings that guard a folder, failures that are listed, processes that share the work."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.processes import attempt, device_of, shard
+from pipeline.run import Run, command, read_settings
+
+ROOT = Path(__file__).parents[2]
+NAMES = [str(number) for number in range(11)]
+
+
+def work(names, position, factor, trouble=""):
+    """A step that sums its names; `trouble` says what goes wrong."""
+    total = 0
+
+    def add(name):
+        nonlocal total
+        if name == "7" and trouble == "bad image":
+            raise ValueError("image 7 is\nbroken")
+        if name == "7" and trouble == "bug":
+            raise KeyError("seven")
+        if name == "7" and trouble == "killed":
+            os.kill(os.getpid(), 9)
+        total += int(name) * factor
+        return ["odd"] if int(name) % 2 else None
+
+    if trouble == "bad model":
+        raise FileNotFoundError("model x.pt does not exist")
+    if trouble == "worker bug":
+        raise KeyError("model")
+    for name in names:
+        yield attempt(name, add)
+    return total
+
+
+@given(st.lists(st.integers(), max_size=40), st.integers(1, 12))
+def test_shards_are_a_partition(items, world):
+    parts = [shard(items, rank, world) for rank in range(world)]
+    assert sorted(item for part in parts for item in part) == sorted(items)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_results_and_outcomes(tmp_path, capfd, num_workers):
+    run = Run(tmp_path / "out")
+    assert sum(run.map(work, NAMES, 2, num_workers=num_workers)) == 110
+    assert run.finish() == 0
+    told = capfd.readouterr().err
+    assert "11 images, 0 failed" in told and "odd: 5 (1, 3, 5, 7, 9)" in told
+    assert "image/s" not in told  # no progress bar, for this is no terminal
+    assert not (tmp_path / "out" / "failed.txt").exists()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_one_bad_image_is_listed_until_a_rerun_mends_it(tmp_path, capsys, num_workers):
+    run = Run(tmp_path)
+    assert sum(run.map(work, NAMES, 1, "bad image", num_workers=num_workers)) == 55 - 7
+    assert run.finish() == 1
+    assert (tmp_path / "failed.txt").read_text() == "7\timage 7 is broken\n"
+    assert "failed: 7: image 7 is broken" in capsys.readouterr().err
+    run = Run(tmp_path)
+    run.map(work, NAMES, 1, "bug")
+    assert run.finish() == 1 and run.failures == [("7", "KeyError: 'seven'")]
+    run = Run(tmp_path)
+    run.map(work, ["7"], 1)
+    assert run.finish() == 0 and not (tmp_path / "failed.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "trouble, error, match",
+    [
+        ("killed", ChildProcessError, "died .exit code -9"),
+        ("bad model", OSError, r"x\.pt does not exist"),
+        ("worker bug", ChildProcessError, "KeyError: 'model'"),
+    ],
+)
+def test_a_process_that_fails_fails_the_run(trouble, error, match):
+    with pytest.raises(error, match=match):
+        Run(None).map(work, NAMES, 1, trouble, num_workers=2)
+
+
+def test_no_images_is_no_work():
+    run = Run(None)
+    assert run.map(work, [], 1, num_workers=4) == [0] and run.finish() == 0
+
+
+def test_settings_guard_the_folder(tmp_path):
+    folder = tmp_path / "cams"
+    settings = {"benchmark": "voc12", "scales": (1.0,), "flip": False}
+    Run(folder, settings, {"model": "abc"}, outputs=("*.npy",))
+    record = read_settings(folder)
+    assert record["settings"]["benchmark"] == "voc12" and record["inputs"] == {"model": "abc"}
+    assert {"python", "numpy", "torch"} <= set(record["versions"])
+    (folder / "a.npy").touch()
+    (folder / "note.txt").touch()
+    Run(folder, settings, {"model": "abc"}, outputs=("*.npy",))  # the same again
+    assert (folder / "a.npy").exists()
+    with pytest.raises(ValueError, match=r"flip \(was False, now True\), model \(was 'abc', now 'abd'\)"):
+        Run(folder, {**settings, "flip": True}, {"model": "abd"}, outputs=("*.npy",))
+    Run(folder, {**settings, "flip": True}, {"model": "abd"}, outputs=("*.npy",), overwrite=True)
+    assert not (folder / "a.npy").exists() and (folder / "note.txt").exists()
+    assert read_settings(folder)["settings"]["flip"] is True
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_unknown_origin_is_left_alone(tmp_path, overwrite):
+    (tmp_path / "truth.png").touch()
+    with pytest.raises(ValueError, match=r"holds truth\.png but no settings\.json"):
+        Run(tmp_path, {}, outputs=("*.png",), overwrite=overwrite)
+    assert [file.name for file in tmp_path.iterdir()] == ["truth.png"]
+
+
+def test_damaged_settings_are_told(tmp_path):
+    (tmp_path / "settings.json").write_text('{"settings": {')
+    with pytest.raises(ValueError, match=r"settings\.json is damaged"):
+        Run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error, code, told",
+    [
+        (None, 0, ""),
+        (ValueError("bad flag"), 2, "error: bad flag"),
+        (FileNotFoundError("no file"), 2, "error: no file"),
+        (ChildProcessError("died"), 1, "error: died"),
+        (KeyboardInterrupt(), 130, "the same command continues"),
+    ],
+)
+def test_command(error, code, told, capsys, monkeypatch):
+    def main():
+        if error:
+            raise error
+
+    monkeypatch.delenv("CLIP_WSSS_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as end:
+        command(main)
+    assert end.value.code == code
+    err = capsys.readouterr().err
+    assert told in err and "Traceback" not in err
+
+
+def test_command_returns_the_code_of_main_and_shows_tracebacks_on_request(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as end:
+        command(lambda: 1)
+    assert end.value.code == 1
+    monkeypatch.setenv("CLIP_WSSS_DEBUG", "1")
+    with pytest.raises(SystemExit):
+        command(lambda: int("x"))
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [device_of("auto", position) for position in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert device_of("cpu", 1) == "cpu" and device_of("cuda:1", 0) == "cuda:1"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert device_of("auto", 3) == "cpu"
+    with pytest.raises(ValueError, match="finds no GPU"):
+        device_of("cuda")
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from pipeline.run import Run, command
+from tests.pipeline.test_run import NAMES, work
+def main():
+    run = Run({folder!r}, {{"a": 1}})
+    results = run.map(work, NAMES, 1, "bad image")
+    print("rank", run.rank, len(results), sum(results))
+    return run.finish()
+if __name__ == "__main__":
+    command(main)
+"""
+
+
+def test_ranks_of_torchrun_share_the_images(tmp_path):
+    script = tmp_path / "step.py"
+    script.write_text(SCRIPT.format(root=str(ROOT), folder=str(tmp_path / "out")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    ranks = []
+    for rank in ("0", "1"):  # with the environment that torchrun gives each process
+        environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+        command_line = [sys.executable, str(script)]
+        pipe = subprocess.PIPE
+        ranks.append(subprocess.Popen(command_line, env=environment, stdout=pipe, stderr=pipe, text=True))
+    outputs = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1], outputs
+    assert [out for out, _ in outputs] == ["rank 0 2 48\n", "rank 1 2 48\n"]
+    assert "11 images, 1 failed" in outputs[0][1] and "failed" not in outputs[1][1]
+    assert (tmp_path / "out" / "failed.txt").read_text() == "7\timage 7 is broken\n"
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["settings"] == {"a": 1}
+
+
+def slow_work(names, position, folder):
+    for name in names:
+        yield attempt(name, lambda name: (Path(folder) / f"{name}_{os.getpid()}").touch())
+        time.sleep(0.2)
+
+
+def test_children_of_a_killed_run_end(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pipeline.run import Run
+from tests.pipeline.test_run import NAMES, slow_work
+Run(None).map(slow_work, NAMES * 50, {str(tmp_path)!r}, num_workers=2)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while len(children := {int(file.name.split("_")[1]) for file in tmp_path.iterdir()}) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    while any(_runs(child) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+        return "Z" not in Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
