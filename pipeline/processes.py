@@ -78,16 +78,16 @@ def device_of(device: str, position: int = 0) -> str:
         "cpu" or "cuda:i".
 
     Raises:
-        ValueError: CUDA is asked for and PyTorch finds none.
+        ValueError: no such device, or CUDA is asked for and PyTorch finds none.
     """
     import torch  # here, because steps that compute no tensors should not wait for it
 
-    gpus = torch.cuda.device_count()
-    if device == "auto":
-        device = "cuda" if gpus else "cpu"
-    if device.startswith("cuda") and not gpus:
-        raise ValueError(f"--device {device}: PyTorch finds no GPU here, use --device cpu")
-    return f"cuda:{position % gpus}" if device == "cuda" else device
+    from clip import pick_device
+
+    picked = pick_device(device)
+    if picked.type == "cuda" and picked.index is None:
+        return f"cuda:{position % torch.cuda.device_count()}"
+    return str(picked)
 
 
 def drain(generator: Generator[Outcome, None, Any], take: Callable[[Outcome], None]) -> Any:

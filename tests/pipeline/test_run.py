@@ -161,11 +161,12 @@ def test_command_returns_the_code_of_main_and_shows_tracebacks_on_request(capsys
 
 def test_devices(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert [device_of("auto", position) for position in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert device_of("cpu", 1) == "cpu" and device_of("cuda:1", 0) == "cuda:1"
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert device_of("auto", 3) == "cpu"
-    with pytest.raises(ValueError, match="finds no GPU"):
+    with pytest.raises(ValueError, match="sees none"):
         device_of("cuda")
 
 
