@@ -1,0 +1,50 @@
+"""The floors of docs/architecture.md: a package imports only from floors below, or from itself."""
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    "clip": 1,
+    "segmentation": 1,
+    "refinement": 1,
+    "pytorch_grad_cam": 2,
+    "voc12": 2,
+    "coco14": 2,
+    "shapes": 2,
+    "pipeline": 3,
+    "bench": 5,
+}
+
+
+def imports(file: Path) -> set[str]:
+    """Top-level names of the packages that a module imports."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_point_downwards(package):
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        for name in imports(file) & FLOORS.keys() - {package}:
+            assert FLOORS[name] < FLOORS[package], f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_every_package_has_its_floor():
+    packages = {folder.parent.name for folder in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert packages == FLOORS.keys()
+
+
+def test_nothing_imports_a_script():
+    scripts = {file.stem for file in ROOT.glob("*.py")}
+    for package in FLOORS:
+        for file in (ROOT / package).rglob("*.py"):
+            assert not imports(file) & scripts
