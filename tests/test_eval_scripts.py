@@ -1,0 +1,132 @@
+"""eval_cam.py and eval_cam_with_crf.py as a user calls them, on the five golden VOC images."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import voc12
+from segmentation import camfile
+from segmentation.masks import read_mask, write_mask
+from tests.conftest import CASES, golden, parity_image
+
+ROOT = Path(__file__).parents[1]
+VOC_CASES = "abcez"
+
+
+def script(name, *arguments, code=0):
+    """Run a script; returns what it printed on stdout and stderr."""
+    command_line = [sys.executable, str(ROOT / name), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command_line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return golden("e2e")
+
+
+@pytest.fixture(scope="module")
+def data(arrays, tmp_path_factory):
+    """CAM files in both formats as step 1 leaves them, images, ground truth and a split file."""
+    root = tmp_path_factory.mktemp("voc")
+    (root / "images").mkdir()
+    for case in VOC_CASES:
+        image, size, *_ = CASES[case]
+        stored = golden(f"case_{case}")
+        maps = {"attn_highres": stored["attn_highres"].astype(np.float32)}
+        for format in camfile.FORMATS:
+            camfile.write(root / format, image, stored["keys"], maps, size, format)
+        parity_image(image, size).save(root / "images" / f"{image}.png")
+        write_mask(root / "truth" / f"{image}.png", arrays[f"gt_{case}"], voc12.BENCHMARK.palette)
+    (root / "full" / "settings.json").write_text('{"settings": {"benchmark": "voc12"}}')
+    (root / "split.txt").write_text("".join(f"{CASES[case][0]}\n" for case in VOC_CASES))
+    return root
+
+
+@pytest.mark.parametrize(
+    "format, extra", [("full", []), ("compact", ["--dataset", "voc12", "--num_workers", 2])]
+)
+def test_eval_cam(arrays, data, tmp_path, format, extra):
+    common = ["--split_file", data / "split.txt", "--gt_root", data / "truth", "--json", tmp_path / "s.json"]
+    result = script("eval_cam.py", "--cam_out_dir", data / format, *common, *extra)
+    tried = json.loads((tmp_path / "s.json").read_text())["all"]
+    for exponent, scores in zip((1, 2), tried, strict=True):
+        expected = float(arrays[f"cam_thr{exponent}_miou"])
+        assert scores["background"] == exponent and abs(scores["Mean IoU"] - expected) < 1e-12
+        names = ("Pixel Accuracy", "Mean Accuracy", "Frequency Weighted IoU", "Mean IoU")
+        np.testing.assert_allclose(
+            [scores[name] for name in names], arrays[f"cam_thr{exponent}_summary"], atol=1e-12
+        )
+    assert result.stdout.splitlines()[0].startswith("background")
+    assert "5 images, 0 failed" in result.stderr
+
+
+def test_eval_cam_with_crf_scores(arrays, data, tmp_path):
+    script(
+        *(
+            "eval_cam_with_crf.py",
+            "--cam_out_dir",
+            data / "full",
+            "--eval_only",
+            "--image_root",
+            data / "images",
+        ),
+        *("--split_file", data / "split.txt", "--gt_root", data / "truth", "--json", tmp_path / "s.json"),
+    )
+    scores = json.loads((tmp_path / "s.json").read_text())["best"]
+    assert abs(scores["Mean IoU"] - float(arrays["crf_miou"])) < 1e-12
+
+
+def test_eval_cam_with_crf_masks_and_their_evaluation(arrays, data, tmp_path):
+    masks = tmp_path / "masks"
+    common = ["--split_file", data / "split.txt", "--image_root", data / "images"]
+    for format, workers in (("full", 1), ("compact", 3)):
+        out = masks / format
+        script(
+            *("eval_cam_with_crf.py", "--cam_out_dir", data / format, "--dataset", "voc12", *common),
+            *("--pseudo_mask_save_path", out, "--num_workers", workers, "--cam_eval_thres", 2),
+        )
+        for case in VOC_CASES:
+            assert (read_mask(out / f"{CASES[case][0]}.png") == arrays[f"pseudo_{case}"]).all()
+    full, compact = (
+        {file.name: file.read_bytes() for file in (masks / f).glob("*.png")} for f in camfile.FORMATS
+    )
+    assert full == compact and len(full) == 5
+
+    # The mask folder records its benchmark, and its masks are evaluated without their 255.
+    split = ["--split_file", data / "split.txt", "--gt_root", data / "truth"]
+    result = script("eval_cam.py", "--cam_out_dir", masks / "full", "--cam_type", "png", *split)
+    assert "predicted 255" in result.stdout
+
+
+def test_wrong_use_is_one_sentence_and_exit_code_2(data, tmp_path):
+    split = ["--split_file", data / "split.txt", "--gt_root", data / "truth"]
+    told = script("eval_cam.py", "--cam_out_dir", data / "compact", *split, code=2).stderr
+    assert told.startswith("error: ") and "--dataset" in told and told.count("\n") == 1
+    told = script(
+        "eval_cam.py", "--cam_out_dir", data / "nowhere", "--dataset", "voc12", *split, code=2
+    ).stderr
+    assert told.startswith("error: ") and "nowhere" in told and told.count("\n") == 1
+    told = script("eval_cam_with_crf.py", "--cam_out_dir", data / "full", code=2).stderr
+    assert "--pseudo_mask_save_path" in told
+    told = script(
+        *("eval_cam_with_crf.py", "--cam_out_dir", data / "full", "--image_root", data / "images"),
+        *("--split_file", data / "split.txt", "--pseudo_mask_save_path", data / "truth"),
+        code=2,
+    ).stderr
+    assert "settings.json" in told and len(list((data / "truth").iterdir())) == 5  # ground truth is safe
+
+
+def test_help():
+    assert "--cam_eval_thres" in script("eval_cam.py", "--help").stdout
+    assert "--confidence" in script("eval_cam_with_crf.py", "--help").stdout
