@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 import voc12
+from pipeline.evaluate import Evaluation, evaluate_images
+from pipeline.masks import MaskJob, make_images
+from pipeline.processes import drain
 from segmentation import camfile
 from segmentation.masks import read_mask, write_mask
 from tests.conftest import CASES, golden, parity_image
@@ -51,6 +54,18 @@ def data(arrays, tmp_path_factory):
     (root / "full" / "settings.json").write_text('{"settings": {"benchmark": "voc12"}}')
     (root / "split.txt").write_text("".join(f"{CASES[case][0]}\n" for case in VOC_CASES))
     return root
+
+
+def test_every_pixel_is_where_the_golden_vectors_have_it(arrays, data):
+    names = [CASES[case][0] for case in VOC_CASES]
+    cams, truth = str(data / "full"), str(data / "truth")
+    hists, _ = drain(
+        evaluate_images(names, 0, Evaluation(voc12.BENCHMARK, cams, truth)), lambda outcome: None
+    )
+    assert (hists == np.stack([arrays["cam_thr1_hist"], arrays["cam_thr2_hist"]])).all()
+    job = MaskJob(voc12.BENCHMARK, cams, str(data / "images"), output=None, gt_root=truth)
+    hist, _ = drain(make_images(names, 0, job), lambda outcome: None)
+    assert (hist == arrays["crf_hist"]).all()
 
 
 @pytest.mark.parametrize(
