@@ -176,7 +176,8 @@ def evaluate(
             "benchmark": evaluation.benchmark.name,
             "cam_type": evaluation.cam_type,
             "arithmetic": evaluation.arithmetic,
-            "images": len(names),
+            "images": len(names) - len(run.failures),
+            "failed": [name for name, _ in run.failures],
             "missing": without + untrue,
         }
         tell(report, evaluation.backgrounds, results, pixels, evaluation.benchmark, json_file)

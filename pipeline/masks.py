@@ -178,7 +178,8 @@ def make_masks(
             "cam_type": job.cam_type,
             "confidence": None if job.output is None else job.confidence,
             "crf": asdict(job.crf),
-            "images": len(names),
+            "images": len(names) - len(run.failures),
+            "failed": [name for name, _ in run.failures],
             "missing": missing,
         }
         tell(report, (None,), [scores(hist)], pixels, job.benchmark, json_file)

@@ -102,11 +102,13 @@ class Run:
     def finish(self) -> int:
         """Tell what failed and what is worth knowing; write `failed.txt`, or remove it.
 
+        From here on `failures` holds those of all torchrun ranks.
+
         Returns:
             The exit code: 1 if an image failed, else 0.
         """
         parts = processes.gather((self.done, self.failures, self.notes))
-        failures = sorted(failure for _, failed, _ in parts for failure in failed)
+        self.failures = failures = sorted(failure for _, failed, _ in parts for failure in failed)
         if self.rank == 0:
             print(f"{sum(done for done, _, _ in parts)} images, {len(failures)} failed", file=sys.stderr)
             for note in sorted({note for _, _, notes in parts for note in notes}):

@@ -158,7 +158,9 @@ def test_one_bad_image_is_left_out_and_reported(arrays, folders, tmp_path, capsy
     assert (hists == count(evaluation, "014")[0]).all()
     assert "(32, 48) but the prediction (48, 32)" in outcomes[2].failure
     assert "3.png cannot be read" in outcomes[3].failure
-    assert evaluate(evaluation, list("01234")) == 1
+    assert evaluate(evaluation, list("01234"), tmp_path / "s.json") == 1
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert scores["images"] == 3 and scores["failed"] == ["2", "3"]
     assert "5 images, 2 failed" in capsys.readouterr().err
 
 
