@@ -3,7 +3,7 @@
 Parameter names are those of OpenAI's checkpoints (Radford et al., ICML 2021), so that a state dict
 loads without a key map. Nothing here reads files; see `clip.checkpoint`.
 
-The vision tower is stepped through by explicit calls - `embed`, `block`, `project` -
+The vision tower is stepped through by explicit calls - `embed`, `block` or `blocks`, `project` -
 because every method built on a frozen CLIP wants something between two of its blocks. No hooks.
 """
 from collections import OrderedDict
@@ -231,6 +231,22 @@ class VisionTransformer(nn.Module):
         """
         return self.transformer.resblocks[index](tokens, mask, maps, normed)
 
+    def blocks(
+        self,
+        tokens: Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        mask: Tensor | None = None,
+        maps: bool = False,
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Run blocks start, ..., stop - 1, yielding what each gives, see `block`.
+
+        Indices are those of a slice: None runs to the end, -1 leaves out the last block.
+        """
+        for index in range(*slice(start, stop).indices(self.layers)):
+            tokens, attention = self.block(index, tokens, mask, maps)
+            yield tokens, attention
+
     def project(self, tokens: Tensor) -> Tensor:
         """(..., C) after the last block -> (..., E) in the space shared with text. Pools nothing."""
         return self.ln_post(tokens) @ self.proj
@@ -238,8 +254,7 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor, position_rounding: str = "always") -> Tensor:
         """(B, 3, H', W') -> the class token's feature (B, E), not normalised, as CLIP classifies."""
         tokens, _ = self.embed(images, position_rounding)
-        for index in range(self.layers):
-            tokens, _ = self.block(index, tokens)
+        *_, (tokens, _) = self.blocks(tokens)
         return self.project(tokens[:, 0])
 
 

@@ -38,7 +38,8 @@ def encode_prompts(model: CLIP, names: Sequence[str], templates: Sequence[str]) 
     texts = [template.format(name) for name in names for template in templates]
     tokens = tokenize(texts, model.config.context_length).to(model.device)
     features = torch.cat([model.encode_text(batch) for batch in tokens.split(PROMPTS_PER_BATCH)])
-    features = F.normalize(features.float(), dim=-1).view(len(names), len(templates), -1)  # (N, T, E)
+    features = F.normalize(features.float(), dim=-1)
+    features = features.view(len(names), len(templates), features.shape[-1])  # (N, T, E)
     return F.normalize(features.mean(1), dim=-1)
 
 

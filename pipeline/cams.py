@@ -76,15 +76,7 @@ def _view_cams(
     model: CLIP, image: Image.Image, factor: float, text: Tensor, backgrounds: Tensor, settings: CamSettings
 ) -> dict[str, Tensor]:
     """CAM type -> (views, K, h, w) at one scale, the flipped view turned back."""
-    is_vit = isinstance(model.visual, VisionTransformer)
-    size = clip.target_size(
-        image.height,
-        image.width,
-        model.visual.patch_size,
-        factor,
-        least=1 if is_vit else RESNET_LEAST,
-        most=settings.max_patches,
-    )
+    size = _size(model, image, factor, settings.max_patches)
     pixels = clip.preprocess(image, size)[None].to(model.device)  # (1, 3, H', W')
     if settings.flip:
         pixels = torch.cat([pixels, pixels.flip(-1)])
@@ -105,6 +97,12 @@ def _view_cams(
         masks = box_masks(result.cams, settings.box_threshold, settings.cover_edge) if caa else None
         maps[REFINED] = scale(refine(result.cams, result.attention, masks))
     return {name: torch.cat([cams[:1], cams[1:].flip(-1)]) for name, cams in maps.items()}
+
+
+def _size(model: CLIP, image: Image.Image, factor: float, most: int | None = None) -> tuple[int, int]:
+    """(H', W') that the image is resized to, see `clip.target_size`."""
+    least = 1 if isinstance(model.visual, VisionTransformer) else RESNET_LEAST
+    return clip.target_size(image.height, image.width, model.visual.patch_size, factor, least, most)
 
 
 def _fuse(views: list[np.ndarray]) -> np.ndarray:
@@ -153,17 +151,14 @@ def generate(names: Sequence[str], position: int, job: CamJob) -> Generator[Outc
         final = maps[INITIAL if job.settings.refine == "none" else REFINED]
         if not final.any((1, 2)).all():
             notes.append("images with an all-zero CAM")
-        if _patches(image, model) > job.settings.max_patches * max(job.settings.scales) ** -2:
+        largest = max(job.settings.scales)
+        if _size(model, image, largest, job.settings.max_patches) != _size(model, image, largest):
             notes.append(f"images shrunk to {job.settings.max_patches} patches (--max_patches)")
         return notes
 
     pending = set(missing)
     for name in names:
         yield attempt(name, make) if name in pending else Outcome(name)
-
-
-def _patches(image: Image.Image, model: CLIP) -> float:
-    return image.height * image.width / model.visual.patch_size**2
 
 
 def _check_refinement(model: CLIP, settings: CamSettings) -> None:

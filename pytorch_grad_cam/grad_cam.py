@@ -62,14 +62,14 @@ def encode(
         position_rounding: see `VisionTransformer.positions`.
     """
     tokens, grid = visual.embed(images, position_rounding)
-    total, maps = None, 0
-    for index in range(visual.layers - 1):
-        wanted = index >= visual.layers - averaged
-        tokens, attention = visual.block(index, tokens, maps=wanted)
-        if wanted:
-            total = attention if total is None else total.add_(attention)
-            maps += 1
-    return Encoded(tokens, total, maps, grid)
+    first = min(max(0, visual.layers - averaged), visual.layers - 1)
+    fused = visual.blocks(tokens, stop=first)
+    for tokens, _ in fused:
+        pass
+    total, mapped = None, visual.blocks(tokens, first, -1, maps=True)
+    for tokens, attention in mapped:
+        total = attention if total is None else total.add_(attention)
+    return Encoded(tokens, total, visual.layers - 1 - first, grid)
 
 
 def text_cams(
