@@ -2,9 +2,10 @@
 
 import argparse
 
-from pipeline.evaluate import ARITHMETIC, MASKS, Evaluation, backgrounds, benchmark_of, evaluate, split_names
+from pipeline.evaluate import ARITHMETIC, MASKS, Evaluation, backgrounds, benchmark_of, evaluate
 from pipeline.flags import HelpFormatter
 from pipeline.run import command
+from segmentation.labels import split_of
 
 
 def main() -> int:
@@ -38,7 +39,7 @@ def main() -> int:
         backgrounds=backgrounds(args.cam_eval_thres, args.cam_type, benchmark.has_background),
         arithmetic=args.arithmetic,
     )
-    names = split_names(args.split_file, benchmark)
+    names = list(split_of(benchmark, args.split_file))
     return evaluate(evaluation, names, args.json, args.allow_missing, args.num_workers)
 
 

@@ -3,12 +3,13 @@
 import argparse
 from dataclasses import replace
 
-from pipeline.evaluate import benchmark_of, split_names
+from pipeline.evaluate import benchmark_of
 from pipeline.flags import HelpFormatter
 from pipeline.masks import CONFIDENCE, MaskJob, make_masks
 from pipeline.processes import cores
 from pipeline.run import command
 from refinement.densecrf import IMAGE_MODES, PRESETS, UNARY_TYPES
+from segmentation.labels import split_of
 
 
 def main() -> int:
@@ -60,7 +61,7 @@ def main() -> int:
         confidence=args.confidence,
         crf=replace(preset, image_mode=args.crf_image, unary_type=args.crf_unary),
     )
-    names = split_names(args.split_file, benchmark)
+    names = list(split_of(benchmark, args.split_file))
     return make_masks(
         job, names, name, args.json, args.allow_missing, args.overwrite, num_workers=args.num_workers
     )

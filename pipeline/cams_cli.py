@@ -34,10 +34,7 @@ def main(name: str | None = None) -> int:
     model = args.model or benchmark.model
     if not model:
         parser.error("--model: give a CLIP checkpoint file, or a public name such as ViT-B/16")
-    split_file = args.split_file or benchmark.split_file
-    if not split_file:
-        parser.error("--split_file: give a file of image ids, one a line")
-    split = labels.read_split(split_file)
+    split = labels.split_of(benchmark, args.split_file)
     image_root = Path(args.img_root or benchmark.path(benchmark.image_dir))
     if not image_root.is_dir():
         parser.error(f"--img_root: image folder {image_root} does not exist")
@@ -71,11 +68,11 @@ def main(name: str | None = None) -> int:
     run = Run(
         args.cam_out_dir,
         settings={
-            "benchmark": name,
+            "benchmark": _anywhere(name) if name.endswith((".yaml", ".yml")) else name,
             "cam_format": args.cam_format,
             "precision": args.precision,
             "round_weights": args.round_weights,
-            "labels": args.labels or benchmark.labels,
+            "labels": _anywhere(args.labels) if args.labels else benchmark.labels,
             **asdict(settings),
         },
         inputs={"model": sha256(resolve(model).file)},
@@ -135,6 +132,11 @@ def _scales(text: str) -> tuple[float, ...]:
     if min(scales) <= 0:
         raise argparse.ArgumentTypeError("expected positive numbers separated by commas")
     return scales
+
+
+def _anywhere(file: str) -> str:
+    """A path that later steps find from any folder."""
+    return str(Path(file).absolute())
 
 
 def _rooted_at(benchmark: Benchmark, image_root: Path) -> Benchmark:

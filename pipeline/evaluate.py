@@ -13,7 +13,6 @@ from segmentation import benchmark as benchmarks
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.files import replacing
-from segmentation.labels import read_split
 from segmentation.masks import read_mask
 from segmentation.metrics import confusion, scores
 
@@ -237,19 +236,15 @@ def benchmark_of(folder: str | Path, dataset: str | None) -> tuple[str, Benchmar
         What to call it (see `segmentation.benchmark.load`), and the benchmark.
 
     Raises:
+        FileNotFoundError: no such folder.
         ValueError: neither names one.
     """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"folder {folder}, which should hold the CAMs, does not exist")
     name = dataset or read_settings(folder).get("settings", {}).get("benchmark")
     if not name:
         raise ValueError(f"{folder} does not record its benchmark: give --dataset NAME or FILE.yaml")
     return name, benchmarks.load(name)
-
-
-def split_names(split_file: str | None, benchmark: Benchmark) -> list[str]:
-    """The image ids of --split_file, else of the benchmark's."""
-    if not (split_file or benchmark.split_file):
-        raise ValueError(f"benchmark {benchmark.name} has no split file of its own: give --split_file")
-    return list(read_split(split_file or benchmark.split_file))
 
 
 def present(

@@ -91,6 +91,24 @@ def read_split(path: str | Path, classes_count: int | None = None) -> Split:
     return split
 
 
+def split_of(benchmark: Benchmark, path: str | Path | None = None) -> Split:
+    """The split file at `path`, else the benchmark's own.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_split`, or the benchmark has none.
+    """
+    if path:
+        return read_split(path)
+    if not benchmark.split_file:
+        raise ValueError(f"benchmark {benchmark.name} has no split file of its own: give --split_file")
+    if not Path(benchmark.split_file).is_file():
+        raise FileNotFoundError(
+            f"{benchmark.split_file}, the split file of benchmark {benchmark.name}, does not exist: prepare "
+            "the data (docs/data.md), or give --split_file"
+        )
+    return read_split(benchmark.split_file)
+
+
 def from_file(path: str | Path, classes_count: int) -> LabelReader:
     """Labels from lines `name index index ...`; raises as `read_split`, at once.
 
