@@ -14,6 +14,8 @@ from torch import Tensor
 
 from clip.model import HEAD_WIDTH, LayerNorm, QuickGELU, VisionTransformer
 
+LABELS_AT_ONCE = 4  # bounds memory: each holds some n x 4C arrays
+
 
 def _normalise(layer: LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     """x before the affine part of a layer norm, and 1 / standard deviation; both float32."""
@@ -51,20 +53,26 @@ class LastBlock:
         self.visual, self.block = visual, block
         normed = block.ln_1(tokens)  # (B, L, C)
         query, key, value = block.attn.qkv(normed)  # (B, heads, L, 64)
-        weights = ((query * HEAD_WIDTH**-0.5) @ key.mT).softmax(-1, dtype=torch.float32)
-        self.attention = weights.mean(1)
-        weights = weights.to(value.dtype)
-        # Patches alone are scored, so from here the class token is no query any more.
         self.query, self.key, self.value = query[:, :, 1:], key, value
-        self.weights = weights[:, :, 1:]  # (B, heads, n, L)
-        self.mixed = self.weights @ value  # (B, heads, n, 64)
-        attended = block.attn.out_proj(self.mixed.transpose(1, 2).flatten(2))  # (B, n, C)
+        self.weights, self.mixed = [], []  # of each head: (B, n, L) and (B, n, 64)
+        total = 0
+        for head in range(block.attn.heads):
+            scores = (query[:, head] * HEAD_WIDTH**-0.5) @ key[:, head].mT  # (B, L, L)
+            weights = scores.softmax(-1, dtype=torch.float32)
+            total = total + weights
+            # Patches alone are scored, so from here the class token is no query any more.
+            self.weights.append(weights[:, 1:].to(value.dtype))
+            self.mixed.append(self.weights[-1] @ value[:, head])
+        self.attention = total / block.attn.heads
+        attended = block.attn.out_proj(torch.cat(self.mixed, -1))  # (B, n, C)
         middle = tokens[:, 1:] + attended
         self.middle, self.middle_inverse = _normalise(block.ln_2, middle)
         hidden = block.mlp.c_fc(self._affine(block.ln_2, self.middle).to(middle.dtype))  # (B, n, 4C)
         output = middle + block.mlp.c_proj(block.mlp.gelu(hidden))
         self.slope = _activation_slope(block.mlp.gelu, hidden)
         self.output, self.output_inverse = _normalise(visual.ln_post, output)
+        # What c_proj passes back of the normalised tokens, which is the same for every label.
+        self.passed = self.output.to(visual.dtype) @ block.mlp.c_proj.weight  # (B, n, 4C)
         self.normed = normed[:, 1:].float()
         pooled = self._affine(visual.ln_post, self.output).mean(1)  # (B, C)
         self.pooled = pooled @ visual.proj.float()
@@ -82,22 +90,22 @@ class LastBlock:
         Returns:
             (B, K, C) float32.
         """
+        chunks = directions.split(LABELS_AT_ONCE, 1)
+        return torch.cat([self._mean_gradient(chunk) for chunk in chunks], 1)
+
+    def _mean_gradient(self, directions: Tensor) -> Tensor:
         block, dtype = self.block, self.visual.dtype
-        batch, labels, _ = directions.shape
         patches, width = self.output.shape[1:]
 
         # Through ln_post: a constant vector per label minus a multiple of each normalised token.
         constant = (directions @ self.visual.proj.float().T) * self.visual.ln_post.weight  # (B, K, C)
         along = (constant @ self.output.mT / width)[..., None]  # (B, K, n, 1)
         constant = (constant - constant.mean(-1, keepdim=True))[:, :, None]  # (B, K, 1, C)
-        output, inverse = self.output[:, None], self.output_inverse[:, None]
-        upstream = (constant - along * output) * inverse  # (B, K, n, C), times n
+        inverse = self.output_inverse[:, None]
+        upstream = (constant - along * self.output[:, None]) * inverse  # (B, K, n, C), times n
 
-        # Through the MLP. upstream @ c_proj is put together from its two parts, so that the product
-        # with the tokens is made once for all labels.
-        c_proj = block.mlp.c_proj.weight  # (C, 4C)
-        shared = (self.output.to(dtype) @ c_proj)[:, None]  # (B, 1, n, 4C)
-        hidden = (constant.to(dtype) @ c_proj) - along.to(dtype) * shared
+        # Through the MLP, the two parts of `upstream` apart.
+        hidden = (constant.to(dtype) @ block.mlp.c_proj.weight) - along.to(dtype) * self.passed[:, None]
         hidden = hidden * (inverse.to(dtype) * self.slope.to(dtype)[:, None])  # (B, K, n, 4C)
         normed = (hidden @ block.mlp.c_fc.weight).float() * block.ln_2.weight  # (B, K, n, C)
         middle = self.middle[:, None]
@@ -105,24 +113,36 @@ class LastBlock:
         centred = centred - middle * (normed * middle).mean(-1, keepdim=True)
         upstream = upstream + centred * self.middle_inverse[:, None]
 
-        # Through attention. With S the scores, A the weights, o their output and d its gradient,
-        # dS = A * (d V^T - r), r = d . o; rows of dS sum to zero. Only sums over patches are kept.
+        # Through attention, head by head.
         mixed = upstream.to(dtype) @ block.attn.out_proj.weight  # (B, K, n, C)
-        heads = self.weights.shape[1]
-        mixed = mixed.view(batch, labels, patches, heads, HEAD_WIDTH)
-        mixed = mixed.permute(0, 3, 2, 1, 4)  # d: (B, heads, n, K, 64)
-        weights = self.weights
-        inner = torch.einsum("bhnkd,bhnd->bhnk", mixed, self.mixed)  # r
-        back = weights.mT @ mixed.flatten(3)  # A^T d: (B, heads, L, K * 64)
-        back = back.view(*back.shape[:3], labels, HEAD_WIDTH)
-        columns = torch.einsum("bhlkd,bhld->bhlk", back, self.value) - weights.mT @ inner
-        to_class = weights[..., :1]  # (B, heads, n, 1), attention to the class token
-        class_score = torch.einsum("bhnkd,bhd->bhnk", mixed, self.value[:, :, 0])
-        class_column = to_class * (class_score - inner)  # dS at the class token's column
-        query = HEAD_WIDTH**-0.5 * (columns.mT @ self.key)  # (B, heads, K, 64)
-        key = -(HEAD_WIDTH**-0.5) * (class_column.mT @ self.query)
-        value = torch.einsum("bhn,bhnkd->bhkd", 1 - to_class[..., 0], mixed)
-        packed = torch.stack([query, key, value], 1)  # (B, 3, heads, K, 64)
-        packed = packed.permute(0, 3, 1, 2, 4).flatten(2)  # (B, K, 3C)
-        gradient = packed.float() @ block.attn.in_proj_weight.float()  # (B, K, C)
+        mixed = mixed.unflatten(-1, (-1, HEAD_WIDTH)).permute(0, 3, 2, 1, 4)  # (B, heads, n, K, 64)
+        sums = [self._attention_sums(head, mixed[:, head]) for head in range(mixed.shape[1])]
+        packed = torch.stack(sums, 3).flatten(3)  # (B, 3, K, heads, 64) -> (B, 3, K, C)
+        packed = packed.transpose(1, 2).flatten(2).float()  # (B, K, 3C)
+        gradient = packed @ block.attn.in_proj_weight.float()  # (B, K, C)
         return gradient / patches**2  # once for the mean feature, once for the mean gradient
+
+    def _attention_sums(self, head: int, gradient: Tensor) -> Tensor:
+        """Gradients of one head's queries, keys and values, each summed over the patches.
+
+        With S the scores, A the weights, o the output, d its gradient and r = d . o, the gradient of
+        the scores is dS = A * (d V^T - r). Its rows sum to zero, so a sum over patches is minus the
+        class token's column; its columns sum to V . (A^T d) - A^T r.
+
+        Args:
+            gradient: (B, n, K, 64), d.
+
+        Returns:
+            (B, 3, K, 64).
+        """
+        weights = self.weights[head]  # (B, n, L)
+        query, key, value = self.query[:, head], self.key[:, head], self.value[:, head]
+        along = torch.einsum("bnkd,bnd->bnk", gradient, self.mixed[head])  # r
+        back = (weights.mT @ gradient.flatten(2)).unflatten(-1, gradient.shape[2:])  # (B, L, K, 64)
+        columns = torch.einsum("blkd,bld->blk", back, value) - weights.mT @ along
+        to_class = weights[..., :1]  # (B, n, 1)
+        class_column = to_class * (torch.einsum("bnkd,bd->bnk", gradient, value[:, 0]) - along)
+        queries = HEAD_WIDTH**-0.5 * (columns.mT @ key)  # (B, K, 64)
+        keys = -(HEAD_WIDTH**-0.5) * (class_column.mT @ query)
+        values = torch.einsum("bn,bnkd->bkd", 1 - to_class[..., 0], gradient)
+        return torch.stack([queries, keys, values], 1)
