@@ -46,7 +46,7 @@ demo: setup
 
 	# Step 1: class activation maps, from the images and the names of what they contain
 	python generate_cams.py --benchmark shapes --img_root $(IMAGES) --split_file $(SPLIT) \
-		--cam_out_dir $(RESULTS)/cams --keep_initial
+		--cam_out_dir $(RESULTS)/cams --keep_initial --num_workers 2
 
 	# Step 2a: how good are they, before and after refinement by attention affinity?
 	python eval_cam.py --dataset shapes --cam_out_dir $(RESULTS)/cams --cam_type highres \
