@@ -1,0 +1,103 @@
+"""What a stranger is told is true: commands parse, links lead somewhere, requirements suffice."""
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+IMPORT_NAMES = {
+    "PIL": "pillow", "cv2": "opencv-python-headless", "open_clip": "open_clip_torch",
+    "pydensecrf": "pydensecrf2",
+    "yaml": "omegaconf",  # which brings it and whose errors it raises
+}  # fmt: skip
+
+
+def commands(text: str) -> list[list[str]]:
+    """The `python ...` command lines of a page or a Makefile, split into words."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    lines = re.findall(r"^[ \t>$]*(?:torchrun [^\n]*?)?python3? ((?:-m )?[^\n]+)$", joined, re.MULTILINE)
+    return [shlex.split(line) for line in lines if not line.startswith("-c")]
+
+
+@cache
+def help_of(script: str) -> str:
+    """What `python <script> --help` prints."""
+    done = subprocess.run(
+        [sys.executable, *script.split(), "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def scripts_and_flags() -> dict[str, set[str]]:
+    """Script -> every flag that the pages and the Makefile give it."""
+    found: dict[str, set[str]] = {}
+    for page in [*PAGES, ROOT / "Makefile"]:
+        for words in commands(page.read_text()):
+            script, rest = (" ".join(words[:2]), words[2:]) if words[0] == "-m" else (words[0], words[1:])
+            if script.split()[-1] in ("pip", "venv", "pytest"):
+                continue
+            found.setdefault(script, set()).update(word for word in rest if word.startswith("--"))
+    return found
+
+
+FLAGS = scripts_and_flags()
+
+
+def test_the_numbered_steps_are_told():
+    assert {"generate_cams_voc12.py", "generate_cams_coco14.py", "generate_cams.py", "eval_cam.py",
+            "eval_cam_with_crf.py", "-m voc12.prepare", "-m coco14.prepare"} <= FLAGS.keys()  # fmt: skip
+
+
+@pytest.mark.parametrize("script", sorted(FLAGS))
+def test_every_flag_that_is_told_exists(script):
+    known = set(re.findall(r"--[a-z][a-z0-9_-]*", help_of(script)))
+    assert FLAGS[script] <= known, FLAGS[script] - known
+
+
+def test_every_option_of_step_1_is_explained():
+    known = set(re.findall(r"--[a-z][a-z0-9_-]*", help_of("generate_cams.py"))) - {"--help"}
+    told = (ROOT / "docs" / "cams.md").read_text()
+    assert not {flag for flag in known if flag not in told}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
+
+
+def requirements() -> list[str]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [match.group() for line in lines if (match := re.match(r"[A-Za-z0-9_-]+", line))]
+
+
+@pytest.mark.parametrize("package", requirements())
+def test_requirements_are_installed(package):
+    assert metadata.version(package)
+
+
+def test_every_import_is_required():
+    required = {name.lower().replace("_", "-") for name in requirements()}
+    own = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    missing = set()
+    for file in ROOT.glob("[a-z]*/**/*.py"):
+        if "output" in file.parts:
+            continue
+        for name in re.findall(r"^\s*(?:from|import) ([A-Za-z_]\w*)", _code(file.read_text()), re.MULTILINE):
+            package = IMPORT_NAMES.get(name, name).lower().replace("_", "-")
+            if name not in sys.stdlib_module_names and name not in own and package not in required:
+                missing.add(f"{file.relative_to(ROOT)}: {name}")
+    assert not missing
+
+
+def _code(text: str) -> str:
+    """A module without its triple-quoted strings, where a line may begin with "from"."""
+    return re.sub(r'""".*?"""', "", text, flags=re.DOTALL)
