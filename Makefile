@@ -36,6 +36,7 @@ setup: .venv/installed
 		echo 'error: a C++ compiler is needed (pydensecrf2 is built from source); on Debian and Ubuntu: apt install g++' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys, sysconfig, os; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { \
 		echo 'error: the C headers of this Python are needed (pydensecrf2 is built from source); on Debian and Ubuntu: apt install python3-dev' >&2; exit 1; }
+	@echo 'Setting up .venv with the packages of requirements.txt: the first time, a download of several GB.'
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -q -r requirements.txt
 	@touch $@
