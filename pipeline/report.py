@@ -163,16 +163,17 @@ def sample(sources: Sources, name: str, job: MaskJob) -> dict:
     return shown
 
 
-def read_stage(title: str, file: str | Path) -> dict:
+def read_stage(title: str, file: str | Path, classes: Sequence[str]) -> dict:
     """One column of the page's scores.
 
     Args:
         title: of the column.
         file: what `eval_cam.py --json` or `eval_cam_with_crf.py --eval_only --json` wrote.
+        classes: names it must have scores of.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it holds no scores.
+        ValueError: it holds no scores, or those of other classes.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"score file {file} does not exist: evaluation writes it with --json")
@@ -180,9 +181,12 @@ def read_stage(title: str, file: str | Path) -> dict:
         best = json.loads(Path(file).read_text())["best"]
         chosen = best.get("background")  # an exponent from 1 on, a constant below; see `pipeline.evaluate`
         note = "" if chosen is None else f"background {'exponent' if chosen >= 1 else 'score'} {chosen:g}"
-        return {"title": title, "mean": best["Mean IoU"], "classes": best["Class IoU"], "note": note}
+        ious = {name: best["Class IoU"][name] for name in classes}
+        return {"title": title, "mean": best["Mean IoU"], "classes": ious, "note": note}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{file} holds no scores: give what evaluation wrote with --json") from None
+        raise ValueError(
+            f"{file} holds no scores of these classes: give what evaluation wrote with --json"
+        ) from None
 
 
 def render(sources: Sources, names: Sequence[str], score_files: Sequence[str] = (), images: int = 8) -> str:
@@ -221,7 +225,7 @@ def render(sources: Sources, names: Sequence[str], score_files: Sequence[str] = 
     return environment.get_template("report.html.j2").render(
         benchmark=benchmark,
         image_count=len(names),
-        stages=[read_stage(title, file) for title, file in zip(STAGES, score_files, strict=False)],
+        stages=[read_stage(title, file, classes) for title, file in zip(STAGES, score_files, strict=False)],
         choice=f"{len(chosen)} of {len(names)} images, at even steps {order}.",
         legend=[
             {"name": name, "colour": _css(colour)}

@@ -144,14 +144,15 @@ def test_spread_takes_even_steps_ends_included():
     assert report.spread(names, 20) == names
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"best": {}}', '{"best": null}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"best": {}}', '{"best": null}',
+    '{"best": {"Mean IoU": 1.0, "Class IoU": {"horse": 1.0}}}'])  # fmt: skip
 def test_a_file_without_scores_is_said(tmp_path, content):
     file = tmp_path / "scores.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=r"scores\.json holds no scores"):
-        report.read_stage("CRF", file)
+        report.read_stage("CRF", file, ["background"])
     with pytest.raises(FileNotFoundError, match="--json"):
-        report.read_stage("CRF", tmp_path / "none.json")
+        report.read_stage("CRF", tmp_path / "none.json", [])
 
 
 def test_command_writes_the_page(results, tmp_path, monkeypatch, capsys):
