@@ -14,9 +14,9 @@ block would say little:
 2. patches against names: the log-sum-exp over patches of patch-to-name similarities says whether
    a name is somewhere in the image.
 3. mean patch feature against captions and names, the score that CLIP-ES differentiates.
-4. attention between patches (mean over heads and the last 8 blocks) should join patches that the model
-   itself gives the same name among those of the caption. Attention of a large CLIP does so by itself;
-   that of a small one is diffuse, and would blur a CAM instead of refining it.
+4. attention between patches (mean over heads and the last 8 blocks) should join patches of like colour
+   that the model itself gives the same name among those of the caption. Attention of a large CLIP
+   does so by itself; that of a small one is diffuse, and would blur a CAM instead of refining it.
 """
 import argparse
 import csv
@@ -52,6 +52,7 @@ NAMES = [kind.name for kind in (*CLASSES, *BACKGROUNDS)]
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # of CLIP's preprocessing
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 MAX_SCALE = math.log(100)  # of the logits, as in CLIP
+LIKENESS = 0.5  # how far the mean colours of like patches lie apart, in normalised units
 AVERAGED_BLOCKS = 8  # whose attention CLIP-ES averages
 LOG_FIELDS = ("step", "loss", "caption", "patch", "mean", "attention", "recall", "probe", "seconds")
 
@@ -60,7 +61,7 @@ LOG_FIELDS = ("step", "loss", "caption", "patch", "mean", "attention", "recall",
 class Recipe:
     """What a run depends on."""
 
-    steps: int = 2400
+    steps: int = 450
     batch: int = 96
     seed: int = 0
     learning_rate: float = 1e-3
@@ -74,7 +75,6 @@ class Recipe:
     patch_weight: float = 0.5
     mean_weight: float = 0.25
     attention_weight: float = 1.0
-    attention_start: int = 150  # step; earlier the patches know no names
 
 
 def build(seed: int) -> CLIP:
@@ -89,6 +89,10 @@ def build(seed: int) -> CLIP:
         with torch.no_grad():
             block.attn.in_proj_weight[:width] = block.attn.in_proj_weight[width : 2 * width]
     nn.init.normal_(model.token_embedding.weight, std=0.02)
+    with torch.no_grad():
+        # Textures are weak beside the contrast of colours: let the first filters see them twice as well.
+        filters = model.visual.conv1.weight
+        filters += filters - filters.mean((2, 3), keepdim=True)
     return model
 
 
@@ -167,16 +171,21 @@ def contrast(logits: Tensor, matches: Tensor) -> Tensor:
     return (rows(logits, matches) + rows(logits.T, matches.T)) / 2
 
 
-def grouping(attention: Tensor, logits: Tensor, tags: Tensor) -> Tensor:
-    """Divergence of attention from the relation "these patches bear the same name".
+def grouping(attention: Tensor, logits: Tensor, tags: Tensor, images: Tensor) -> Tensor:
+    """Divergence of attention from the relation "these patches bear the same name and look alike".
+
+    Names alone would feed on themselves: what attention mixes is named alike, and then grouped.
 
     Args:
         attention: (B, n, n) non-negative.
         logits: (B, n, N) of patches against names; no gradient flows into them.
         tags: (B, N) bool, names of the caption; no other can be a patch's.
+        images: (B, 3, S, S), normalised.
     """
     names = logits.detach().masked_fill(~tags[:, None], -1e4).softmax(-1)  # (B, n, N)
-    same = (names @ names.mT) ** 2
+    colours = F.avg_pool2d(images, CONFIG.patch_size).flatten(2).mT  # (B, n, 3)
+    alike = torch.exp(-torch.cdist(colours, colours) ** 2 / (2 * LIKENESS**2))
+    same = (names @ names.mT) ** 2 * alike
     size = same.sum(-1, keepdim=True)  # (B, n, 1), patches of the same name
     target = same / size
     attention = attention / attention.sum(-1, keepdim=True)
@@ -185,7 +194,7 @@ def grouping(attention: Tensor, logits: Tensor, tags: Tensor) -> Tensor:
     return ((divergence * weights).sum(-1) / weights.sum(-1)).mean()
 
 
-def losses(model: CLIP, batch: Batch, recipe: Recipe, step: int) -> tuple[Tensor, dict[str, float]]:
+def losses(model: CLIP, batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     """The weighted sum of the four terms, and what to log of them."""
     with torch.autocast("cpu", torch.bfloat16):
         text = encode_text(model, batch.texts)  # (N + B, E)
@@ -203,13 +212,13 @@ def losses(model: CLIP, batch: Batch, recipe: Recipe, step: int) -> tuple[Tensor
         "caption": contrast(scores, matches),
         "patch": contrast(somewhere, batch.tags),
         "mean": contrast(scale * mean_feature @ text.T, matches),
-        "attention": grouping(attention, patch_scores, batch.tags),
+        "attention": grouping(attention, patch_scores, batch.tags, batch.images),
     }
     loss = (
         terms["caption"]
         + recipe.patch_weight * terms["patch"]
         + recipe.mean_weight * terms["mean"]
-        + recipe.attention_weight * (step >= recipe.attention_start) * terms["attention"]
+        + recipe.attention_weight * terms["attention"]
     )
     best = scores[:, :names].argmax(1, keepdim=True)
     recall = batch.tags.gather(1, best).float().mean()
@@ -276,7 +285,7 @@ def train(recipe: Recipe, out: Path, log_every: int = 50, probe_every: int = 500
     for step in range(start, recipe.steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(recipe, step)
-        loss, row = losses(model, draw_batch(recipe, step), recipe, step)
+        loss, row = losses(model, draw_batch(recipe, step), recipe)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -7,7 +7,7 @@ import torch
 from shapes import train_clip
 from shapes.train_clip import NAMES, Recipe, contrast, draw_batch, grouping, learning_rate, train
 
-SMALL = Recipe(steps=2, batch=4, side=16, big_side=24, warm_up=1, attention_start=1)
+SMALL = Recipe(steps=2, batch=4, side=16, big_side=24, warm_up=1)
 
 
 @pytest.fixture(autouse=True)
@@ -66,14 +66,18 @@ def test_contrast_leaves_other_matches_out():
     assert contrast(-logits, matches) > 5
 
 
-def test_grouping_wants_attention_within_a_name():
+def test_grouping_wants_attention_within_a_name_and_a_colour():
     logits = torch.full((1, 4, len(NAMES)), -20.0)
     logits[0, :2, 0] = logits[0, 2:, 1] = 20.0
     tags = torch.zeros(1, len(NAMES), dtype=torch.bool)
     tags[0, :2] = True
-    block = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))[None] / 2
-    assert grouping(block, logits, tags) < 1e-4
-    assert grouping(torch.full((1, 4, 4), 0.25), logits, tags) > 0.5
+    image = torch.zeros(1, 3, 16, 16)  # four patches
+    pairs = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))[None] / 2
+    assert grouping(pairs, logits, tags, image) < 1e-4
+    assert grouping(torch.full((1, 4, 4), 0.25), logits, tags, image) > 0.5
+    image[..., 8:] = 9  # now no two patches of one name look alike
+    assert grouping(pairs, logits, tags, image) > 0.5
+    assert grouping(torch.eye(4)[None], logits, tags, image) < 1e-4
 
 
 def test_learning_rate_rises_then_falls():

@@ -12,9 +12,11 @@ def test_classes_and_backgrounds_are_enough_and_share_colours():
     assert len(BACKGROUNDS) >= 6
     names = [kind.name for kind in (*CLASSES, *BACKGROUNDS)]
     assert len(set(names)) == len(names)
-    assert len({kind.hue for kind in CLASSES}) < len(CLASSES)
-    looks = [(kind.hue, kind.texture) for kind in CLASSES]
-    assert len(set(looks)) < len(looks), "some pair should differ in shape only"
+    colours = [(kind.hue, kind.saturation, kind.value) for kind in CLASSES]
+    assert len(set(colours)) <= len(CLASSES) - 4, "four pairs share a colour"
+    for field in ("shape", "texture"):
+        looks = {(colour, getattr(kind, field)) for colour, kind in zip(colours, CLASSES, strict=True)}
+        assert len(looks) == len(CLASSES), f"the {field} tells classes of one colour apart"
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,95 @@
+"""The committed checkpoint localises, refinement and CRF work: floors that a broken stage cannot reach.
+
+Floors and controls come from 200-image train splits of three seeds (docs/shapes.md); a test draws fewer.
+Run with `-s` to see the figures.
+"""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import clip
+from pipeline.cams import INITIAL, REFINED, CamSettings, image_cams
+from pipeline.evaluate import Evaluation, predictions
+from pipeline.masks import MaskJob, refine_labels
+from segmentation import camfile
+from segmentation.images import find_image, read_image, read_rgb
+from segmentation.labels import from_voc_xml, read_split
+from segmentation.masks import read_mask
+from segmentation.metrics import confusion, scores
+from shapes import BENCHMARK
+from shapes.draw import write
+from shapes.train_clip import build
+
+IMAGES = 20
+FLOORS = {"initial": 0.70, "refined": 0.70, "crf": 0.80}
+CONTROL_CEILING = 0.30  # no stage of a control comes near a floor
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2])
+def world(request, tmp_path_factory):
+    """A train split: [(image file, true labels, mask)]."""
+    root = tmp_path_factory.mktemp(f"world{request.param}")
+    write(root, train=IMAGES, val=0, seed=request.param)
+    data = replace(BENCHMARK, root=str(root))
+    labels = from_voc_xml(data.path(data.annotation_dir), data.classes)
+    names = read_split(data.path("ImageSets/Segmentation/train.txt"))
+    return [
+        (
+            find_image(data.path(data.image_dir), name),
+            labels(name),
+            read_mask(data.path(data.mask_dir) / f"{name}.png"),
+        )
+        for name in names
+    ]
+
+
+def measure(model: clip.CLIP, world: list, shuffled: bool = False) -> dict[str, float]:
+    """mIoU of each stage; the CAMs with the better background exponent of 1 and 2."""
+    text = clip.encode_prompts(model, BENCHMARK.prompts, BENCHMARK.templates)
+    backgrounds = clip.encode_prompts(model, BENCHMARK.backgrounds, BENCHMARK.templates)
+    settings = CamSettings(box_threshold=BENCHMARK.box_threshold, keep_initial=True)
+    evaluation = Evaluation(BENCHMARK, cam_dir="", gt_root="")
+    job = MaskJob(BENCHMARK, cam_dir="", image_root="", output=None)
+    hists: dict = {}
+
+    def count(stage, truth, labels):
+        hists[stage] = hists.get(stage, 0) + confusion(truth, labels, BENCHMARK.channels)
+
+    others = world[1:] + world[:1]
+    for (file, labels, truth), (_, other, _) in zip(world, others, strict=True):
+        keys = np.array(other if shuffled else labels)
+        maps = image_cams(model, read_image(file), text[keys], backgrounds, settings)
+        full = {kind: camfile.resize(cams, truth.shape).astype(np.float16) for kind, cams in maps.items()}
+        for stage, kind in (("initial", INITIAL), ("refined", REFINED)):
+            for exponent, found in enumerate(predictions(keys, full[kind], evaluation)):
+                count((stage, exponent), truth, found)
+        count(("crf", 0), truth, refine_labels(read_rgb(file), keys, full[REFINED], job)[0])
+    best: dict[str, float] = {}
+    for (stage, _), hist in hists.items():
+        best[stage] = max(best.get(stage, 0), scores(hist)["Mean IoU"])
+    print({stage: round(value, 3) for stage, value in best.items()})
+    return best
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.set_num_threads(1)
+    return clip.load(BENCHMARK.model, device="cpu")
+
+
+def test_trained_clip_localises_and_each_stage_helps(world, trained):
+    found = measure(trained, world)
+    for stage, floor in FLOORS.items():
+        assert found[stage] >= floor, (stage, found)
+    assert found["crf"] > found["refined"]
+
+
+def test_shuffled_labels_fail(world, trained):
+    assert max(measure(trained, world, shuffled=True).values()) < CONTROL_CEILING
+
+
+def test_untrained_clip_fails(world):
+    model = build(seed=0).eval().requires_grad_(False)
+    assert max(measure(model, world).values()) < CONTROL_CEILING
