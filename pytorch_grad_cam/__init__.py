@@ -1,8 +1,9 @@
 """Class activation maps: text-driven Grad-CAM on CLIP, its refinement by attention, and Grad-CAM for
 any other model. Mathematics only: no files, no data sets."""
-from pytorch_grad_cam.any_model import ClassifierOutputTarget, GradCAM, GradCAMPlusPlus, LayerCAM, XGradCAM
+from pytorch_grad_cam.any_model import GradCAM, GradCAMPlusPlus, LayerCAM, XGradCAM
 from pytorch_grad_cam.grad_cam import TextCAMs, text_cams
 from pytorch_grad_cam.methods import METHODS
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 __all__ = [
     "METHODS",

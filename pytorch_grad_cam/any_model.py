@@ -10,19 +10,13 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 import torch
+import ttach
 from torch import Tensor, nn
 
 from pytorch_grad_cam.methods import METHODS, scale
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-
-class ClassifierOutputTarget:
-    """The score of one class in a classifier's output."""
-
-    def __init__(self, category: int):
-        self.category = category
-
-    def __call__(self, output: Tensor) -> Tensor:
-        return output[..., self.category]
+BRIGHTNESS = (0.9, 1, 1.1)  # factors of aug_smooth, those of the package
 
 
 class GradCAM:
@@ -55,13 +49,17 @@ class GradCAM:
         return None
 
     def __call__(
-        self, input_tensor: Tensor, targets: Sequence[Callable[[Tensor], Tensor]] | None = None
+        self,
+        input_tensor: Tensor,
+        targets: Sequence[Callable[[Tensor], Tensor]] | None = None,
+        aug_smooth: bool = False,
     ) -> np.ndarray:
         """CAMs of one target per image.
 
         Args:
             input_tensor: (B, 3, H, W).
             targets: per image a function of its output; None takes the class of the largest score.
+            aug_smooth: average over the image and its mirror image in three brightnesses each.
 
         Returns:
             (B, H, W) float32 in [0, 1].
@@ -71,11 +69,23 @@ class GradCAM:
         """
         if targets is not None and len(targets) != len(input_tensor):
             raise ValueError(f"{len(targets)} targets for {len(input_tensor)} images: give one for each")
+        if not aug_smooth:
+            return self._maps(input_tensor, targets).numpy()
+        views = ttach.Compose([ttach.HorizontalFlip(), ttach.Multiply(BRIGHTNESS)])
+        maps = [
+            view.deaugment_mask(self._maps(view.augment_image(input_tensor), targets)[:, None])[:, 0]
+            for view in views
+        ]
+        return torch.stack(maps).mean(0).numpy()
+
+    def _maps(self, input_tensor: Tensor, targets: Sequence[Callable[[Tensor], Tensor]] | None) -> Tensor:
+        """(B, H, W) in [0, 1], mean over the layers."""
         outputs: dict[int, Tensor] = {}
 
         def keep(index: int):
-            def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
                 outputs[index] = output
+                return output.clone()  # what follows may work in place
 
             return hook
 
@@ -98,7 +108,7 @@ class GradCAM:
             raw = METHODS[self.method](activation, self.reshape_transform(gradient).float())
             maps = scale(raw.relu()).cpu().numpy()  # (B, h, w)
             layers.append(np.stack([cv2.resize(cam, (width, height)) for cam in maps]))
-        return scale(torch.from_numpy(np.mean(layers, axis=0)).relu()).numpy()
+        return scale(torch.from_numpy(np.mean(layers, axis=0)).relu())
 
 
 class GradCAMPlusPlus(GradCAM):

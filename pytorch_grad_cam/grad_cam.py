@@ -139,9 +139,10 @@ def mean_gradients(
     length = last.pooled.norm(dim=-1, keepdim=True)  # (B, 1)
     feature = last.pooled / length
     probabilities = _logits(model, feature, candidates, labels, present).softmax(-1)
-    # d logit_k - sum_j p_j d logit_j, along the text features, then through the normalisation.
-    rivals = probabilities[:, None] @ candidates  # (B, 1, E)
-    directions = candidates[:, :labels] - rivals  # (B, K, E)
+    # d logit_k - sum_j p_j d logit_j, along the text features, then through the normalisation. The
+    # difference is taken between numbers, not between vectors, which at p_k near 1 are almost equal.
+    shares = torch.eye(candidates.shape[1], device=candidates.device)[:labels] - probabilities[:, None]
+    directions = shares @ candidates  # (B, K, K + M) @ (B, K + M, E)
     directions = directions - (directions @ feature[:, :, None]) * feature[:, None]
     directions = directions * (model.logit_scale.exp() / length)[:, None]
     # The gradient is linear in the direction: unit length keeps it inside half precision's range,

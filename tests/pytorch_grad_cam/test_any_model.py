@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from pytorch_grad_cam import ClassifierOutputTarget, GradCAM, GradCAMPlusPlus, LayerCAM, XGradCAM
+from pytorch_grad_cam import GradCAM, GradCAMPlusPlus, LayerCAM, XGradCAM
+from pytorch_grad_cam.methods import METHODS
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 
 class Linear(nn.Module):
@@ -67,6 +69,56 @@ class Transpose(nn.Module):
 class Mean(nn.Module):
     def forward(self, x):
         return x.mean(1)
+
+
+def by_hand(method, activations, gradients):
+    """The published formulas, one channel and place after the other."""
+    channels, rows, columns = activations.shape
+    raw = np.zeros((rows, columns))
+    for c in range(channels):
+        a, g = activations[c], gradients[c]
+        weight = {
+            "gradcam": lambda a, g: g.mean(),
+            "xgradcam": lambda a, g: (g * a).sum() / (a.sum() + 1e-7),
+            "gradcam++": lambda a, g: sum(
+                g[y, x] ** 2 / (2 * g[y, x] ** 2 + a.sum() * g[y, x] ** 3 + 1e-6) * max(g[y, x], 0)
+                for y in range(rows)
+                for x in range(columns)
+            ),
+            "layercam": lambda a, g: np.maximum(g, 0),
+        }[method](a, g)
+        raw += weight * a
+    return raw
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_formulas_on_signed_gradients(method):
+    generator = torch.Generator().manual_seed(1)
+    activations = torch.rand(5, 3, 4, generator=generator)
+    gradients = torch.randn(5, 3, 4, generator=generator)
+    expected = by_hand(method, activations.double().numpy(), gradients.double().numpy())
+    np.testing.assert_allclose(METHODS[method](activations, gradients), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_followed_by_work_in_place():
+    """The activations looked at are those the layer gave, not what a later ReLU made of them."""
+    torch.manual_seed(0)
+    conv, head = nn.Conv2d(3, 4, 3, padding=1), nn.Sequential(nn.Flatten(), nn.Linear(4 * 80, 2))
+    images, target = torch.randn(1, 3, 8, 10), [ClassifierOutputTarget(1)]
+    maps = [
+        GradCAM(nn.Sequential(conv, nn.ReLU(inplace=inplace), head), [conv])(images, target)
+        for inplace in (False, True)
+    ]
+    np.testing.assert_array_equal(*maps)
+
+
+def test_smoothing_over_mirror_image_and_brightness():
+    model, images, target = Linear(), torch.randn(1, 3, 8, 10), [ClassifierOutputTarget(1)]
+    cam = GradCAM(model, [model.conv])
+    views = [cam(images * factor, target) for factor in (0.9, 1, 1.1)]
+    views += [cam(images.flip(-1) * factor, target)[..., ::-1] for factor in (0.9, 1, 1.1)]
+    smooth = cam(input_tensor=images, targets=target, aug_smooth=True)
+    np.testing.assert_allclose(smooth, np.mean(views, axis=0), atol=1e-6)
 
 
 def test_one_target_per_image():

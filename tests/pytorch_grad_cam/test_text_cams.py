@@ -1,4 +1,6 @@
 """Batches, padding, other methods, other towers and half precision of text-driven Grad-CAM."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,6 +66,24 @@ def test_closed_form_is_the_mean_of_the_automatic_gradient(activation, size):
     torch.testing.assert_close(attention, expected_attention)
     reference = gradients.mean((-2, -1))
     assert (weights - reference).abs().max() <= 1e-4 * reference.abs().max()
+
+
+def test_closed_form_of_an_almost_certain_label():
+    """At p near 1 the difference logit_k - sum_j p_j logit_j is small beside its terms."""
+    model = network(Config(32, 32, 3, 128, 8, 77, 49408, 64, 1))
+    images, backgrounds = torch.randn(1, 3, 32, 56), features(3, 32, 1)
+    pooled = mean_feature(model, images)
+    text = F.normalize(pooled + torch.tensor([[0.4], [0.8]]) * features(2, 32, 2), dim=-1)[None]
+    first, second = (text[0] @ pooled).tolist()
+    model.logit_scale.fill_(math.log(8 / (first - second)))  # p of the second: about e^-8
+    tokens = encode(model.visual, images).tokens
+    _, weights, probabilities, _ = mean_gradients(model, tokens, text, backgrounds)
+    assert 0.999 < probabilities.max() < 1
+    _, gradients, _, _ = full_gradients(model, tokens, (4, 7), text, backgrounds)
+    reference = gradients.mean((-2, -1))
+    for label in range(2):
+        difference = (weights - reference)[0, label].abs().max()
+        assert difference <= 1e-4 * reference[0, label].abs().max()
 
 
 @pytest.mark.parametrize("averaged", [1, 2, 8])

@@ -1,0 +1,1 @@
+"""Where users of the pytorch-grad-cam package look for its targets."""

@@ -1,0 +1,12 @@
+"""What a CAM explains: a function from one image's output to a scalar."""
+from torch import Tensor
+
+
+class ClassifierOutputTarget:
+    """The score of one class in a classifier's output."""
+
+    def __init__(self, category: int):
+        self.category = category
+
+    def __call__(self, output: Tensor) -> Tensor:
+        return output[..., self.category]
