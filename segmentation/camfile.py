@@ -106,6 +106,16 @@ def exists(folder: str | Path, name: str) -> bool:
     return find(folder, name) is not None
 
 
+def keys(folder: str | Path, name: str) -> list[int] | None:
+    """The class indices of the maps that image `name` has; None without a CAM file.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    file = find(folder, name)
+    return None if file is None else _keys_of(_content(file, only="keys"), file).tolist()
+
+
 def read(folder: str | Path, name: str, cam_type: str = "attn_highres") -> tuple[np.ndarray, np.ndarray]:
     """Read the CAMs of one image, full or compact.
 
@@ -124,14 +134,12 @@ def read(folder: str | Path, name: str, cam_type: str = "attn_highres") -> tuple
     file = find(folder, name)
     if file is None:
         raise FileNotFoundError(f"no CAM file of {name} ({' or '.join(FORMATS.values())}) in {folder}")
-    content = _read_full(file) if file.suffix == FORMATS["full"] else _read_compact(file)
-    if "keys" not in content:
-        raise ValueError(f"{file} is no CAM file: it holds no keys")
+    content = _content(file)
+    keys = _keys_of(content, file)
     if cam_type not in content:
         types = ", ".join(key for key in content if key not in ("keys", "size"))
         raise ValueError(f"{file} holds no {cam_type}, but {types or 'nothing else'}: give --cam_type")
     try:
-        keys = np.asarray(content["keys"]).astype(np.int64).reshape(-1)
         maps = np.asarray(content[cam_type])
         if "size" in content:
             height, width = (int(side) for side in content["size"])
@@ -140,13 +148,31 @@ def read(folder: str | Path, name: str, cam_type: str = "attn_highres") -> tuple
     except (TypeError, ValueError, cv2.error) as error:
         raise ValueError(f"{file} is damaged: {str(error).strip().splitlines()[-1]}") from None
     expected = len(keys) + ("bg" in cam_type)
-    if maps.ndim != 3 or len(maps) != expected or (keys < 0).any():
+    if maps.ndim != 3 or len(maps) != expected:
         raise ValueError(f"{file}: {cam_type} of shape {maps.shape} does not hold {expected} maps")
     return keys, maps
 
 
 def _path(folder: str | Path, name: str, format: str) -> Path:
     return Path(folder) / f"{name}{FORMATS[format]}"
+
+
+def _content(file: Path, only: str | None = None) -> dict:
+    """What a CAM file holds; `only` that entry, where the format can be read in parts."""
+    return _read_full(file) if file.suffix == FORMATS["full"] else _read_compact(file, only)
+
+
+def _keys_of(content: dict, file: Path) -> np.ndarray:
+    """(K,) int64."""
+    if "keys" not in content:
+        raise ValueError(f"{file} is no CAM file: it holds no keys")
+    try:
+        keys = np.asarray(content["keys"]).astype(np.int64).reshape(-1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if (keys < 0).any():
+        raise ValueError(f"{file} is damaged: it holds the class index {keys.min()}")
+    return keys
 
 
 def _read_full(file: Path) -> dict:
@@ -164,9 +190,9 @@ def _read_full(file: Path) -> dict:
     return content
 
 
-def _read_compact(file: Path) -> dict:
+def _read_compact(file: Path, only: str | None) -> dict:
     try:
         with np.load(file, allow_pickle=False) as content:
-            return dict(content)
+            return {entry: content[entry] for entry in content.files if only in (None, entry)}
     except Exception as error:  # zipfile, zlib and NumPy each have their own
         raise ValueError(f"{file} cannot be read as CAM file: {error}") from None
