@@ -7,7 +7,6 @@
 The same arguments give the same bytes. Images of train and val never meet, whatever the seeds.
 """
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from segmentation.benchmark import voc_palette
+from segmentation.files import replacing
 from shapes.world import CLASSES, DIFFICULT_BELOW, Scene, draw, generator
 
 SPLITS = ("train", "val")
@@ -95,17 +95,18 @@ def write(root: Path, train: int, val: int, sides: tuple[int, int] = (96, 160), 
 
 
 def _write_lines(file: Path, lines: list[str]) -> None:
-    part = file.with_suffix(".part")
-    part.write_text("".join(f"{line}\n" for line in lines))
-    os.replace(part, file)
+    with replacing(file) as stream:
+        stream.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def _sides(text: str) -> tuple[int, int]:
-    low, _, high = text.partition("-")
-    sides = int(low), int(high or low)
-    if not 1 <= sides[0] <= sides[1]:
-        raise ValueError
-    return sides
+    try:
+        low, high = (int(side) for side in (text.split("-") * 2)[:2])
+    except ValueError:
+        low, high = 0, 0
+    if not 1 <= low <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of image sides such as 96-160, or one side")
+    return low, high
 
 
 def main() -> None:
@@ -116,7 +117,10 @@ def main() -> None:
     parser.add_argument("--size", type=_sides, default=(96, 160), help="range of both sides, such as 96-160")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    write(args.root, args.train, args.val, args.size, args.seed)
+    try:
+        write(args.root, args.train, args.val, args.size, args.seed)
+    except OSError as error:
+        parser.error(str(error))
     print(f"drew {args.train} train and {args.val} val images in {args.root}")
 
 

@@ -21,7 +21,6 @@ block would say little:
 import argparse
 import csv
 import math
-import os
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from clip.model import CLIP, Config
 from clip.prompts import encode_prompts
 from clip.tokenizer import tokenize
+from segmentation.files import replacing
 from shapes.world import BACKGROUNDS, CAPTION_TEMPLATES, CLASSES, draw
 
 CONFIG = Config(
@@ -321,9 +321,8 @@ def _read_resume(file: Path, recipe: Recipe) -> dict:
 
 
 def _save(state: dict, file: Path) -> None:
-    part = file.with_name(file.name + ".part")
-    torch.save(state, part)
-    os.replace(part, file)
+    with replacing(file) as stream:
+        torch.save(state, stream)
 
 
 def _write_log(file: Path, rows: list[dict]) -> None:
@@ -343,7 +342,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(Recipe(steps=args.steps, batch=args.batch, seed=args.seed), args.out)
+    try:
+        train(Recipe(steps=args.steps, batch=args.batch, seed=args.seed), args.out)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -243,13 +243,40 @@ def _outline(kind: Kind, x: float, y: float, radius: float, rng: np.random.Gener
     return [contour @ turn.T + (x, y) for contour in SHAPES[kind.shape]]
 
 
-def describe(names: list[str], background: str, rng: np.random.Generator) -> str:
-    """A caption: one of CAPTION_TEMPLATES filled with names, background or both."""
-    *first, last = names or [background]
-    phrase = f"{', '.join(first)} and {last}" if first else last
-    if names and background:
-        phrase = f"{phrase} on {background}"
-    return CAPTION_TEMPLATES[rng.integers(len(CAPTION_TEMPLATES))].format(phrase)
+def _silhouette(contours: list[np.ndarray], x: float, y: float, size: tuple[int, int]) -> tuple:
+    """The pixels of an object around (x, y) in an image of `size`, at least one.
+
+    Returns:
+        window, a pair of slices, and inside, bool of the window's shape.
+    """
+    height, width = size
+    corners = np.concatenate(contours)
+    x0, y0 = np.maximum(np.floor(corners.min(0)).astype(int), 0)
+    x1, y1 = np.minimum(np.ceil(corners.max(0)).astype(int) + 1, (width, height))
+    inside = np.zeros((y1 - y0, x1 - x0), np.uint8)
+    bits = 4  # of a pixel's fraction; OpenCV draws fixed-point corners
+    fixed = [np.round((contour - (x0, y0)) * 2**bits).astype(np.int32) for contour in contours]
+    cv2.fillPoly(inside, fixed, 1, shift=bits)
+    if not inside.any():  # thinner than a pixel
+        inside[int(y) - y0, int(x) - x0] = 1
+    return (slice(y0, y1), slice(x0, x1)), inside.astype(bool)
+
+
+def _seen(instances: np.ndarray, labels: list[int], areas: list[int]) -> list[Drawn]:
+    """The objects of which some pixel is left.
+
+    Args:
+        instances: (H, W) uint8, 0 or the object's number from 1.
+        labels, areas: class of each object, and its pixels before others were drawn over it.
+    """
+    objects = []
+    for number, (label, area) in enumerate(zip(labels, areas, strict=True), 1):
+        pixels = (instances == number).view(np.uint8)
+        x, y, width, height = cv2.boundingRect(pixels)
+        if width:
+            visible = int(np.count_nonzero(pixels)) / area
+            objects.append(Drawn(label, (x, y, x + width, y + height), visible))
+    return objects
 
 
 def draw(seed: int, index: int, size: tuple[int, int], stream: str = "train") -> Scene:
@@ -270,7 +297,7 @@ def draw(seed: int, index: int, size: tuple[int, int], stream: str = "train") ->
     rng = generator(seed, index, stream)
     background = int(rng.integers(len(BACKGROUNDS)))
     image = _paint(BACKGROUNDS[background], height, width, rng)
-    instances = np.zeros((height, width), np.uint8)  # 0, or 1 + the number of the object
+    instances = np.zeros((height, width), np.uint8)
     chosen = rng.permutation(len(CLASSES))[: rng.integers(1, MAX_CLASSES + 1)]
     again = rng.integers(0, len(chosen), rng.integers(0, MAX_OBJECTS - len(chosen) + 1))
     labels, areas, placed = [], [], []
@@ -279,29 +306,20 @@ def draw(seed: int, index: int, size: tuple[int, int], stream: str = "train") ->
         if place is None:
             continue
         x, y, _ = place
-        contours = _outline(CLASSES[label], *place, rng)
-        corners = np.concatenate(contours)
-        x0, y0 = np.maximum(np.floor(corners.min(0)).astype(int), 0)
-        x1, y1 = np.minimum(np.ceil(corners.max(0)).astype(int) + 1, (width, height))
-        inside = np.zeros((y1 - y0, x1 - x0), np.uint8)
-        fixed = [np.round((contour - (x0, y0)) * 16).astype(np.int32) for contour in contours]
-        cv2.fillPoly(inside, fixed, 1, shift=4)
-        if not inside.any():  # thinner than a pixel
-            inside[int(y) - y0, int(x) - x0] = 1
-        inside = inside.astype(bool)
+        window, inside = _silhouette(_outline(CLASSES[label], *place, rng), x, y, size)
         placed.append(place)
         labels.append(int(label))
         areas.append(int(inside.sum()))
-        image[y0:y1, x0:x1][inside] = _paint(CLASSES[label], *inside.shape, rng)[inside]
-        instances[y0:y1, x0:x1][inside] = len(labels)
-    objects = []
-    for number, (label, area) in enumerate(zip(labels, areas, strict=True), 1):
-        seen = (instances == number).view(np.uint8)
-        x0, y0, box_width, box_height = cv2.boundingRect(seen)
-        if box_width:
-            box = (x0, y0, x0 + box_width, y0 + box_height)
-            objects.append(Drawn(label, box, int(np.count_nonzero(seen)) / area))
+        image[window][inside] = _paint(CLASSES[label], *inside.shape, rng)[inside]
+        instances[window][inside] = len(labels)
+    objects = _seen(instances, labels, areas)
     mask = np.array([0, *(label + 1 for label in labels)], np.uint8)[instances]
     names = [CLASSES[label].name for label in dict.fromkeys(drawn.label for drawn in objects)]
-    caption = describe(names, BACKGROUNDS[background].name, rng)
-    return Scene(image, mask, objects, background, caption)
+    return Scene(image, mask, objects, background, describe(names, BACKGROUNDS[background].name, rng))
+
+
+def describe(names: list[str], background: str, rng: np.random.Generator) -> str:
+    """A caption: one of CAPTION_TEMPLATES filled with what there is, "ball, kite and ring on sand"."""
+    *first, last = names
+    phrase = f"{', '.join(first)} and {last}" if first else last
+    return CAPTION_TEMPLATES[rng.integers(len(CAPTION_TEMPLATES))].format(f"{phrase} on {background}")

@@ -1,4 +1,5 @@
 """The world on disk: VOC layout that the project's own readers accept, the same bytes each time."""
+import argparse
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from segmentation.images import read_rgb
 from segmentation.labels import from_voc_xml, read_split
 from segmentation.masks import read_mask
 from shapes import BENCHMARK
-from shapes.draw import image_size, write
+from shapes.draw import _sides, image_size, write
 from shapes.world import draw
 
 
@@ -74,3 +75,14 @@ def test_sizes_vary_and_stay_in_range():
     assert all(96 <= side <= 160 for size in sizes for side in size)
     assert len(set(sizes)) > 40
     assert image_size((64, 64), 0, 0, "val") == (64, 64)
+
+
+@pytest.mark.parametrize(("text", "sides"), [("96-160", (96, 160)), ("64", (64, 64))])
+def test_size_flag(text, sides):
+    assert _sides(text) == sides
+
+
+@pytest.mark.parametrize("text", ["", "0", "9-3", "a-b", "96x160"])
+def test_size_flag_refuses_what_is_no_range(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="no range of image sides"):
+        _sides(text)
