@@ -20,23 +20,33 @@ from segmentation.files import replacing
 
 FORMATS = {"full": ".npy", "compact": ".npz"}
 
-# All that a pickled dict of arrays needs. NumPy 1 and 2 name the module of the two functions differently;
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding}, which no CAM file needs")
+    return text.encode("latin1")
+
+
+# All that a pickled dict of arrays needs. NumPy 1 and 2 name the modules of their functions differently;
 # asking an array for its own recipe finds them in both.
-_MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
 _ALLOWED = {
-    "_reconstruct": np.empty(0).__reduce__()[0],
-    "scalar": np.int64(0).__reduce__()[0],
-    "ndarray": np.ndarray,
-    "dtype": np.dtype,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _latin1,  # how protocols 0 to 2 store bytes,
+    ("__builtin__", "bytes"): lambda: b"",  # and how they store none
 }
+for _core in ("numpy.core", "numpy._core"):
+    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = np.empty(0).__reduce__()[0]
+    _ALLOWED[f"{_core}.multiarray", "scalar"] = np.int64(0).__reduce__()[0]
+    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = np.empty(0).__reduce_ex__(5)[0]  # protocol 5
 
 
 class _Unpickler(pickle.Unpickler):
     """Rebuilds containers and NumPy arrays; anything else a pickle asks for is refused."""
 
     def find_class(self, module: str, name: str):
-        if module in _MODULES and name in _ALLOWED:
-            return _ALLOWED[name]
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CAM file needs")
 
 

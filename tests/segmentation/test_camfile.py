@@ -1,5 +1,6 @@
 """CAM files: both formats say the same, old and foreign files are read, no file runs code."""
 
+import codecs
 import io
 import os
 import pickle
@@ -96,13 +97,26 @@ def save(file, payload: bytes):
     file.write_bytes(stream.getvalue() + payload)
 
 
-def test_files_of_older_numpy_are_read(tmp_path):
-    content = {"keys": np.array([1, 7]), "attn_highres": np.zeros((2, 3, 4), np.float16)}
-    payload = pickle.dumps(np.array(content, dtype=object), protocol=3)
-    # NumPy 1 named its module numpy.core; the pickle of protocol 3 holds names in text.
-    save(tmp_path / "a.npy", payload.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
-    keys, maps = camfile.read(tmp_path, "a")
-    assert keys.tolist() == [1, 7] and maps.shape == (2, 3, 4)
+@pytest.mark.parametrize("labels", [0, 2])
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("package", [b"numpy._core", b"numpy.core"])
+def test_files_of_every_pickle_protocol_are_read(tmp_path, labels, protocol, package):
+    maps = np.arange(labels * 12).reshape(labels, 3, 4).astype(np.float16)
+    content = {"keys": np.arange(labels) + 200, "attn_highres": maps}
+    payload = pickle.dumps(np.array(content, dtype=object), protocol)
+    current = np.empty(0).__reduce__()[0].__module__.removesuffix(".multiarray").encode()
+    if protocol >= 4 and package != current:
+        pytest.skip("from protocol 4 on, names are stored with their length")
+    save(tmp_path / "a.npy", payload.replace(current, package))
+    keys, read = camfile.read(tmp_path, "a")
+    assert (keys == content["keys"]).all() and (read == maps).all() and read.shape == maps.shape
+
+
+def test_bytes_are_decoded_from_latin1_only(tmp_path):
+    content = {"keys": [0], "attn_highres": Malicious(codecs.encode, "abc", "rot13")}
+    np.save(tmp_path / "a.npy", content, allow_pickle=True)
+    with pytest.raises(ValueError, match="asks for the encoding rot13"):
+        camfile.read(tmp_path, "a")
 
 
 def test_a_list_of_keys_and_float32_maps_are_read(tmp_path):
