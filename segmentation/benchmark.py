@@ -73,8 +73,12 @@ class Benchmark:
             raise ValueError(
                 f"benchmark {self.name}: an index mask holds {IGNORE} values, {self.channels} needed"
             )
-        if not self.templates or any("{}" not in template for template in self.templates):
-            raise ValueError(f"benchmark {self.name}: each template needs a {{}} where the class name goes")
+        for template in self.templates or [""]:
+            if not _takes_name(template):
+                raise ValueError(
+                    f"benchmark {self.name}: template {template!r} needs one {{}}, "
+                    "where the class name goes, and no other braces"
+                )
         if self.category_ids and len(set(self.category_ids)) != len(self.classes):
             raise ValueError(f"benchmark {self.name}: category_ids must hold one id for each class")
         if self.labels not in LABEL_SOURCES:
@@ -94,6 +98,13 @@ class Benchmark:
     def path(self, name: str) -> Path:
         """A file or folder of the data set, `root / name` unless `name` is absolute."""
         return Path(self.root) / name
+
+
+def _takes_name(template: str) -> bool:
+    try:
+        return "name" in template.format("name")
+    except (LookupError, ValueError, AttributeError):  # what str.format raises on fields it cannot fill
+        return False
 
 
 def load(name: str) -> Benchmark:

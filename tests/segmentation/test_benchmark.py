@@ -66,7 +66,7 @@ def test_yaml_with_the_least(tmp_path):
         ("{name: a, classes: [x, x]}", "names these classes twice: x"),
         ("{name: a, classes: [x, y], prompts: [u]}", "2 classes but 1 prompts"),
         ("{name: a, classes: [x], labels: guess}", "labels must be one of voc_xml, file"),
-        ("{name: a, classes: [x], templates: [a photo]}", "each template needs a {}"),
+        ("{name: a, classes: [x], templates: [a photo]}", "benchmark a: template 'a photo' needs one {}"),
         ("{name: a, classes: [x], typo: 1}", "Key 'typo' not in"),
         ("{name: a, classes: [x], box_threshold: high}", "could not be converted to Float"),
         ("{name: a, classes: [x, y], category_ids: [1]}", "one id for each class"),
@@ -78,6 +78,13 @@ def test_yaml_with_the_least(tmp_path):
 def test_bad_yaml(tmp_path, text, sentence):
     with pytest.raises(ValueError, match=sentence):
         load(str(write(tmp_path, text)))
+
+
+@pytest.mark.parametrize("template", ["{} {x}", "{} {}", "{} {", "{0} {}", "{{}}", "{.x} {}", "a photo", ""])
+def test_templates_that_no_class_name_fits(template):
+    with pytest.raises(ValueError, match="benchmark a: template") as told:
+        Benchmark("a", ["x"], templates=["a {}.", template])
+    assert repr(template) in str(told.value)
 
 
 def test_no_such_benchmark(tmp_path):
