@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
 # What Pillow's decoders raise on files that are damaged, cut short, no images or absurdly large.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -34,15 +34,23 @@ def read_image(file: str | Path) -> Image.Image:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not an image, or is cut short.
+        ValueError: the file is not an image, is cut short, or has more than 8 bits of grey.
     """
+    image = decode(file)
+    if image.mode.startswith(("I", "F")):  # Pillow would clip their values to 255 without a word
+        raise ValueError(f"image {file} has more than 8 bits (mode {image.mode}): convert it to 8 bits")
+    return image
+
+
+def decode(file: str | Path) -> Image.Image:
+    """Decode any picture, also one that is no image to look at; raises as `read_image`, whatever its mode."""
     with _opened(file) as image:
         image.load()
         return image
 
 
 def read_size(file: str | Path) -> tuple[int, int]:
-    """The (height, width) that an image file's header declares; decodes nothing, raises as `read_image`."""
+    """The (height, width) that an image file's header declares; decodes nothing, raises as `decode`."""
     with _opened(file) as image:
         return image.height, image.width
 

@@ -8,14 +8,14 @@ from PIL import Image
 
 from segmentation.benchmark import IGNORE
 from segmentation.files import replacing
-from segmentation.images import read_image
+from segmentation.images import decode
 
 
 def read_mask(file: str | Path) -> np.ndarray:
     """Read an index mask.
 
     Args:
-        file: an 8-bit image, palette or grey.
+        file: an image of at most 8 bits, palette or grey.
 
     Returns:
         (H, W) uint8, the indices (not the palette's colours).
@@ -24,10 +24,19 @@ def read_mask(file: str | Path) -> np.ndarray:
         FileNotFoundError: no such file.
         ValueError: it cannot be read, or its pixels are no 8-bit indices (RGB, 16-bit, two-level).
     """
-    image = read_image(file)
+    image = decode(file)
     if image.mode not in ("P", "L"):
         raise ValueError(f"mask {file} has mode {image.mode}: expected 8-bit class indices, palette or grey")
-    return np.array(image)
+    labels = np.array(image)
+    if image.mode == "L" and image.format == "PNG":
+        labels //= 255 // (2 ** _bit_depth(file) - 1)  # Pillow spreads grey of 2 or 4 bits over 0 to 255
+    return labels
+
+
+def _bit_depth(file: str | Path) -> int:
+    """Bits a sample, as the header of a PNG has them."""
+    with open(file, "rb") as stream:
+        return stream.read(25)[24]  # after the signature (8), the header chunk's length, name, width, height
 
 
 def write_mask(file: str | Path, labels: np.ndarray, palette: np.ndarray) -> None:

@@ -21,9 +21,16 @@ def encoded(kind: str = "PNG", **options) -> bytes:
 def test_find_image_tries_every_suffix(tmp_path):
     for suffix in images.IMAGE_SUFFIXES:
         (tmp_path / f"image{suffix[1:]}{suffix}").touch()
-        assert images.find_image(tmp_path, f"image{suffix[1:]}").suffix == suffix
+        found = images.find_image(tmp_path, f"image{suffix[1:]}")
+        assert found.is_file() and found.suffix.lower() == suffix.lower()
     with pytest.raises(FileNotFoundError, match="no image absent"):
         images.find_image(tmp_path, "absent")
+
+
+@pytest.mark.parametrize("suffix", [".JPG", ".JPEG", ".PNG"])
+def test_suffixes_of_cameras_are_found(tmp_path, suffix):
+    (tmp_path / f"a{suffix}").touch()
+    assert images.find_image(tmp_path, "a").is_file()
 
 
 def test_names_with_dots_keep_them(tmp_path):
@@ -44,6 +51,16 @@ def test_images_keep_their_mode_until_rgb_is_asked_for(tmp_path, mode):
     Image.fromarray(PIXELS).convert(mode).save(file)
     assert images.read_image(file).mode == mode
     assert images.read_rgb(file).shape == (5, 7, 3)
+
+
+@pytest.mark.parametrize("mode, suffix", [("I;16", "png"), ("I", "tif"), ("F", "tif")])
+def test_more_than_eight_bits_of_grey_are_refused(tmp_path, mode, suffix):
+    file = tmp_path / f"a.{suffix}"
+    Image.new(mode, (3, 2), 3000).save(file)
+    for read in (images.read_image, images.read_rgb):
+        with pytest.raises(ValueError, match=rf"a\.{suffix} has more than 8 bits .*: convert it to 8 bits"):
+            read(file)
+    assert images.decode(file).mode.startswith(mode[0])
 
 
 def test_exif_orientation_is_ignored(tmp_path):

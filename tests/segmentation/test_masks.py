@@ -1,5 +1,8 @@
 """Index masks survive writing and reading; other pictures are refused."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -30,6 +33,35 @@ def test_grey_masks_are_read(tmp_path):
     labels = np.array([[0, 20, 255]], np.uint8)
     Image.fromarray(labels).save(tmp_path / "grey.png")
     assert (read_mask(tmp_path / "grey.png") == labels).all()
+
+
+def png(values: np.ndarray, depth: int, palette: bool) -> bytes:
+    """A PNG of `values` (H, W) at `depth` bits a pixel, packed by hand: not every Pillow writes grey of few."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + checksum
+
+    bits = np.unpackbits(values[..., None].astype(np.uint8), axis=-1)[..., 8 - depth :]
+    rows = np.packbits(bits.reshape(len(values), -1), axis=1)
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)  # each with filter 0
+    height, width = values.shape
+    header = struct.pack(">IIBBBBB", width, height, depth, 3 if palette else 0, 0, 0, 0)
+    colours = chunk(b"PLTE", PALETTE[: 2**depth].tobytes()) if palette else b""
+    pixels = chunk(b"IDAT", zlib.compress(lines))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + colours + pixels + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("palette", [True, False])
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_indices_of_any_bit_depth_are_read(tmp_path, depth, palette):
+    labels = np.arange(5 * 2**depth).reshape(-1, 5) % 2**depth
+    (tmp_path / "a.png").write_bytes(png(labels, depth, palette))
+    if depth == 1 and not palette:
+        with pytest.raises(ValueError, match="expected 8-bit class indices"):
+            read_mask(tmp_path / "a.png")
+    else:
+        assert (read_mask(tmp_path / "a.png") == labels).all()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "I;16", "1", "LA"])
