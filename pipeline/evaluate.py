@@ -242,7 +242,7 @@ def benchmark_of(folder: str | Path, dataset: str | None) -> tuple[str, Benchmar
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"folder {folder}, which should hold the CAMs, does not exist")
     name = dataset or read_settings(folder).get("settings", {}).get("benchmark")
-    if not name:
+    if not name or not isinstance(name, str):
         raise ValueError(f"{folder} does not record its benchmark: give --dataset NAME or FILE.yaml")
     return name, benchmarks.load(name)
 
@@ -265,8 +265,9 @@ def present(
         exists = camfile.exists(folder, name) if what == "CAMs" else (Path(folder) / f"{name}.png").is_file()
         (found if exists else missing).append(name)
     if missing and (not allow_missing or not found):
+        none = " (images without labels have none)" if what == "CAMs" else ""
         raise FileNotFoundError(
-            f"{folder} lacks the {what} of {len(missing)} of {len(names)} images: {some(missing)}; "
+            f"{folder} lacks the {what} of {len(missing)} of {len(names)} images: {some(missing)}{none}; "
             "make them, or leave these images out by --allow_missing"
         )
     return found, missing

@@ -145,8 +145,10 @@ def make_masks(
 
     Raises:
         FileNotFoundError: CAMs or folders are missing.
-        ValueError: `job.output` holds masks made with other settings.
+        ValueError: `job.output` is the folder of the CAMs, or holds masks made with other settings.
     """
+    if job.output is not None and Path(job.output).resolve() == Path(job.cam_dir).resolve():
+        raise ValueError(f"{job.output} holds the CAMs: give the masks a folder of their own")
     names, missing = present(names, job.cam_dir, allow_missing, "CAMs")
     if not Path(job.image_root).is_dir():
         raise FileNotFoundError(f"image folder {job.image_root} does not exist: give --image_root")
@@ -168,6 +170,7 @@ def make_masks(
         inputs={"cams": _fingerprint(job.cam_dir)},
         outputs=("*.png",),
         overwrite=overwrite,
+        step="masks",
     )
     parts = run.map(make_images, names, job, num_workers=num_workers)
     code = run.finish()

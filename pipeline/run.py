@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from pipeline import processes
 from pipeline.processes import Outcome, Work
-from segmentation.files import replacing
+from segmentation.files import replacing, sweep
 
 PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "pydensecrf2")
 SETTINGS = "settings.json"
@@ -49,10 +49,12 @@ class Run:
             `segmentation.benchmark.load` is to be given by later steps.
         inputs: sha256 by name of the files they depend on, e.g. {"model": ...}.
         outputs: file patterns of the outputs, e.g. ("*.npy", "*.npz").
-        overwrite: remove what the last run left and start anew.
+        overwrite: remove the outputs of the last run and start anew.
+        step: what fills the folder, e.g. "cams"; no other step may fill it, nor overwrite it.
 
     Raises:
-        ValueError: `folder` holds outputs of other settings (the sentence names them), or of unknown ones.
+        ValueError: `folder` holds outputs of other settings (the sentence names them), of another step, or of
+            unknown origin.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Run:
         inputs: Mapping[str, str] | None = None,
         outputs: Sequence[str] = (),
         overwrite: bool = False,
+        step: str = "",
     ):
         self.folder = None if folder is None else Path(folder)
         self.done = 0
@@ -69,7 +72,8 @@ class Run:
         self.notes: dict[str, list[str]] = {}
         self.rank, self.world = processes.rank_and_world()
         if self.folder is not None and self.rank == 0:
-            _settle(self.folder, dict(settings or {}), dict(inputs or {}), outputs, overwrite)
+            record = {"step": step, "settings": dict(settings or {}), "inputs": dict(inputs or {})}
+            _settle(self.folder, record, outputs, overwrite)
         processes.gather(None)  # no rank may write before the folder is settled
 
     def map(self, work: Work, names: Sequence[str], *args, num_workers: int = 1) -> list:
@@ -122,12 +126,22 @@ class Run:
 
 
 def read_settings(folder: str | Path) -> dict:
-    """What the run that filled `folder` recorded: "settings", "inputs", "versions"; {} if nothing."""
+    """What the run that filled `folder` recorded: "step", "settings", "inputs", "versions"; {} if nothing.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
     file = Path(folder) / SETTINGS
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text()))
+        record = json.loads(file.read_text())
+        if not isinstance(record, dict):
+            raise ValueError("it holds no dict")
+        for part in ("settings", "inputs", "versions"):
+            if not isinstance(record.get(part, {}), dict):
+                raise ValueError(f"its {part} are no dict")
+        return record
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): restore it, or remove {folder}") from None
 
@@ -137,28 +151,44 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
-def _settle(folder: Path, settings: dict, inputs: dict, outputs: Sequence[str], overwrite: bool) -> None:
+def _settle(folder: Path, record: dict, outputs: Sequence[str], overwrite: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    record = read_settings(folder)
-    existing = (file for pattern in outputs for file in folder.rglob(pattern))
-    if not record:
-        stranger = next(existing, None)
-        if stranger is not None:  # perhaps ground truth, or another project's: neither to keep nor to remove
+    sweep(folder)
+    last = read_settings(folder)
+    existing = [file for pattern in outputs for file in folder.rglob(pattern)]
+    if not last:
+        if existing:  # perhaps ground truth, or another project's: neither to keep nor to remove
             raise ValueError(
-                f"{folder} holds {stranger.name} but no {SETTINGS}: it was not filled by this command, "
+                f"{folder} holds {existing[0].name} but no {SETTINGS}: it was not filled by this command, "
                 "choose another folder"
             )
+    elif last.get("step", "") != record["step"]:
+        raise ValueError(
+            f"{folder} is the folder of another step ({last.get('step') or 'unnamed'}, not "
+            f"{record['step'] or 'unnamed'}): choose another folder"
+        )
     elif overwrite:
-        for file in list(existing):
-            file.unlink()
-    else:
-        _compare(folder, {**record.get("settings", {}), **record.get("inputs", {})}, {**settings, **inputs})
-    record = {"settings": settings, "inputs": inputs, "versions": _versions()}
+        _remove(folder, existing)
+    elif existing:  # a run that failed before its first output binds nobody
+        _compare(folder, last, record)
     with replacing(folder / SETTINGS) as stream:
-        stream.write(json.dumps(record, indent=2).encode() + b"\n")
+        stream.write(json.dumps({**record, "versions": _versions()}, indent=2).encode() + b"\n")
+
+
+def _remove(folder: Path, files: list[Path]) -> None:
+    """Remove `files` of `folder`; if some lie deeper, whose origin is unknown, remove none."""
+    deeper = next((file for file in files if file.parent != folder), None)
+    if deeper is not None:
+        raise ValueError(
+            f"{folder} also holds {deeper.relative_to(folder)}, and --overwrite removes nothing from folders "
+            "within: move it away, or choose another folder"
+        )
+    for file in files:
+        file.unlink()
 
 
 def _compare(folder: Path, last: dict, now: dict) -> None:
+    last, now = ({**record.get("settings", {}), **record.get("inputs", {})} for record in (last, now))
     now = json.loads(json.dumps(now))  # as the file has it: tuples become lists
     differ = [key for key in sorted({*last, *now}) if last.get(key) != now.get(key)]
     if differ:

@@ -167,8 +167,11 @@ def test_one_bad_image_is_left_out_and_reported(arrays, folders, tmp_path, capsy
 def test_missing_files_are_an_error_unless_allowed(folders, tmp_path, capsys):
     evaluation = Evaluation(voc12.BENCHMARK, str(folders / "cams"), str(folders / "truth"))
     names = [*"01234", *"abcdefg"]
-    with pytest.raises(FileNotFoundError, match=r"lacks the CAMs of 7 of 12 images: a, b, c, d, e, \.\.\."):
+    told = r"lacks the CAMs of 7 of 12 images: a, b, c, d, e, \.\.\. \(images without labels have none\);"
+    with pytest.raises(FileNotFoundError, match=told):
         evaluate(evaluation, names)
+    with pytest.raises(FileNotFoundError, match="lacks the ground-truth masks of 1 of 1 images: a; make"):
+        present(["a"], folders / "truth", False, "ground-truth masks")
     assert evaluate(evaluation, names, tmp_path / "s.json", allow_missing=True) == 0
     assert json.loads((tmp_path / "s.json").read_text())["missing"] == list("abcdefg")
     with pytest.raises(FileNotFoundError, match="lacks the CAMs of 1 of 1"):
@@ -178,6 +181,9 @@ def test_missing_files_are_an_error_unless_allowed(folders, tmp_path, capsys):
 
 
 def test_the_benchmark_is_given_or_recorded(tmp_path):
+    with pytest.raises(ValueError, match="give --dataset"):
+        benchmark_of(tmp_path, None)
+    (tmp_path / "settings.json").write_text('{"settings": {"benchmark": 3}}')
     with pytest.raises(ValueError, match="give --dataset"):
         benchmark_of(tmp_path, None)
     (tmp_path / "settings.json").write_text('{"settings": {"benchmark": "coco14"}}')

@@ -64,7 +64,6 @@ def test_processes_and_resuming_give_the_same_bytes(job, tmp_path):
         other = replace(job, output=str(tmp_path / part))
         if done:
             make_masks(other, done, "voc12")
-            (tmp_path / part / f"{NAMES[2]}.png.tmp").write_bytes(b"what a killed run leaves")
         before = {name: os.stat(tmp_path / part / f"{name}.png").st_mtime_ns for name in done}
         assert make_masks(other, NAMES, "voc12", num_workers=3) == 0
         assert content(tmp_path / part) == undisturbed and not list((tmp_path / part).glob("*.tmp"))
@@ -104,6 +103,16 @@ def test_other_settings_and_other_cams_are_not_mixed(arrays, job, tmp_path):
         make_masks(job, NAMES, "voc12")
     assert make_masks(replace(job, confidence=0.0), NAMES, "voc12", overwrite=True) == 0
     assert not any((read_mask(tmp_path / "masks" / f"{name}.png") == 255).any() for name in NAMES)
+
+
+def test_masks_never_go_to_the_folder_of_the_cams(job, tmp_path):
+    (tmp_path / "cams" / "mine.png").touch()
+    before = {file: file.read_bytes() for file in (tmp_path / "cams").iterdir()}
+    for output in (tmp_path / "cams", tmp_path / "images" / ".." / "cams"):
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match="cams holds the CAMs: give the masks a folder of their own"):
+                make_masks(replace(job, output=str(output)), NAMES, "voc12", overwrite=overwrite)
+    assert before == {file: file.read_bytes() for file in (tmp_path / "cams").iterdir()}
 
 
 def test_missing_files_are_told(job, tmp_path):

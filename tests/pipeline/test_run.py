@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.processes import attempt, device_of, shard
 from pipeline.run import Run, command, read_settings
+from segmentation.files import replacing
 
 ROOT = Path(__file__).parents[2]
 NAMES = [str(number) for number in range(11)]
@@ -120,8 +121,55 @@ def test_a_folder_of_unknown_origin_is_left_alone(tmp_path, overwrite):
     assert [file.name for file in tmp_path.iterdir()] == ["truth.png"]
 
 
-def test_damaged_settings_are_told(tmp_path):
-    (tmp_path / "settings.json").write_text('{"settings": {')
+def test_a_folder_of_another_step_is_left_alone(tmp_path):
+    Run(tmp_path, {"a": 1}, outputs=("*.npy",), step="cams")
+    (tmp_path / "truth.png").touch()
+    before = (tmp_path / "settings.json").read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"folder of another step \(cams, not masks\)"):
+            Run(tmp_path, {"a": 1}, outputs=("*.png",), overwrite=overwrite, step="masks")
+    assert (tmp_path / "truth.png").exists() and (tmp_path / "settings.json").read_bytes() == before
+
+
+def test_overwrite_removes_nothing_from_folders_within(tmp_path):
+    Run(tmp_path, {"a": 1}, outputs=("*.png",), step="masks")
+    (tmp_path / "mine").mkdir()
+    files = [tmp_path / "a.png", tmp_path / "mine" / "b.png"]
+    for file in files:
+        file.touch()
+    with pytest.raises(ValueError, match=r"also holds mine.b\.png, and --overwrite removes nothing"):
+        Run(tmp_path, {"a": 2}, outputs=("*.png",), overwrite=True, step="masks")
+    assert all(file.exists() for file in files)
+    with pytest.raises(ValueError, match=r"other settings: a \(was 1, now 2\)"):
+        Run(tmp_path, {"a": 2}, outputs=("*.png",), step="masks")
+    files[1].unlink()
+    Run(tmp_path, {"a": 2}, outputs=("*.png",), overwrite=True, step="masks")
+    assert not files[0].exists()
+
+
+def test_a_run_without_outputs_does_not_bind_the_next(tmp_path):
+    Run(tmp_path, {"a": 1}, {"model": "wrong"}, outputs=("*.npy",))
+    (tmp_path / "failed.txt").touch()
+    Run(tmp_path, {"a": 2}, {"model": "right"}, outputs=("*.npy",))
+    assert read_settings(tmp_path)["settings"] == {"a": 2}
+
+
+def test_what_a_killed_run_left_is_swept(tmp_path):
+    Run(tmp_path)
+    (settings,) = tmp_path.iterdir()
+    with replacing(tmp_path / "a.npy"):
+        (left,) = set(tmp_path.iterdir()) - {settings}
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    left = left.with_name(left.name.replace(str(os.getpid()), str(process.pid)))
+    left.touch()
+    Run(tmp_path)
+    assert not left.exists() and (tmp_path / "a.npy").exists()
+
+
+@pytest.mark.parametrize("text", ['{"settings": {', "[1]", "3", '{"settings": 3}', '{"inputs": [1]}'])
+def test_damaged_settings_are_told(tmp_path, text):
+    (tmp_path / "settings.json").write_text(text)
     with pytest.raises(ValueError, match=r"settings\.json is damaged"):
         Run(tmp_path)
 
@@ -166,7 +214,7 @@ def test_devices(monkeypatch):
     assert device_of("cpu", 1) == "cpu" and device_of("cuda:1", 0) == "cuda:1"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert device_of("auto", 3) == "cpu"
-    with pytest.raises(ValueError, match="sees none"):
+    with pytest.raises(ValueError, match="use --device cpu"):
         device_of("cuda")
 
 

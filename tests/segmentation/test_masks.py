@@ -36,7 +36,7 @@ def test_grey_masks_are_read(tmp_path):
 
 
 def png(values: np.ndarray, depth: int, palette: bool) -> bytes:
-    """A PNG of `values` (H, W) at `depth` bits a pixel, packed by hand: not every Pillow writes grey of few."""
+    """A PNG of `values` (H, W) at `depth` bits a pixel, packed by hand: not every Pillow writes few."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(name + content))
