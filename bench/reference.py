@@ -34,7 +34,7 @@ def reference_cams(
     rows, columns = size[0] // patch, size[1] // patch
     maps = []
     with torch.no_grad():
-        tokens, _ = visual.embed(clip.preprocess(image, size)[None])
+        tokens, _ = visual.embed(clip.preprocess(image, size, model.config.mean, model.config.std)[None])
         for index in range(visual.layers - 1):
             tokens, attention = visual.block(index, tokens, maps=True)
             maps.append(attention)

@@ -4,18 +4,17 @@ Read are OpenAI's TorchScript archives, plain state dicts (also DataParallel's, 
 checkpoints that wrap one), open_clip state dicts and safetensors. A file is data: an archive is
 opened for its tensors and its code is never run; pickles are read by restricted readers only.
 """
-import json
 import pickle
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from clip.download import resolve
-from clip.model import ACTIVATIONS, CLIP, Config
+from clip.download import Source, resolve
+from clip.model import CLIP, HEAD_WIDTH, Config
 from clip.resnet import STRIDE
 
 PRECISIONS = {
@@ -35,7 +34,9 @@ STORAGES = {
     "IntStorage": torch.int32,
     "LongStorage": torch.int64,
 }
-NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in OpenAI's files
+#: Keys that CLIP files hold beside weights: numbers in OpenAI's, the causal mask in open_clip's, and a
+#: table that the public CLIP-ES registers while it runs.
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "positional_embedding_new")
 
 
 def load(
@@ -64,11 +65,8 @@ def load(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     source = resolve(str(name))
-    open_clip = source.config or _sidecar_config(source.file)
-    state = clean_keys(read_state(source.file))
-    activation = "gelu" if open_clip and not open_clip.get("quick_gelu", False) else "quick_gelu"
-    model = from_state_dict(state, activation, source.file)
-    if round_weights if round_weights is not None else not open_clip:
+    model = from_state_dict(clean_keys(read_state(source.file)), source.file, **source.conventions)
+    if rounds(source, round_weights):
         round_matrices(model)
     target = pick_device(device)
     model.visual_precision(PRECISIONS[precision])
@@ -77,20 +75,31 @@ def load(
     return model.eval().requires_grad_(False).to(target)
 
 
+def rounds(source: Source, round_weights: bool | None) -> bool:
+    """Whether `load` rounds the matrix weights of this source."""
+    return not source.open_clip if round_weights is None else round_weights
+
+
 def pick_device(device: str) -> torch.device:
     """"auto" -> CUDA where there is any, else CPU; other names as torch knows them.
 
     Raises:
-        ValueError: not a device, or CUDA without a GPU.
+        ValueError: neither a CPU nor a CUDA device, or CUDA without such a GPU.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         picked = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"--device {device!r} is not a device: use auto, cpu, cuda or cuda:0") from None
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device} asks for a GPU, but torch sees none: use --device cpu")
+        picked = None
+    if picked is None or picked.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device!r} is not a device for this: use auto, cpu, cuda or cuda:0")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if picked.type == "cuda" and (picked.index or 0) >= count:
+        raise ValueError(
+            f"--device {device} asks for a GPU that torch does not see (it sees {count}): use --device cpu, "
+            "or another one"
+        )
     return picked
 
 
@@ -101,17 +110,20 @@ def round_matrices(model: CLIP) -> None:
             parameter.copy_(parameter.half())
 
 
-def from_state_dict(state: dict[str, Tensor], activation: str, file: Path | str = "state dict") -> CLIP:
+def from_state_dict(state: dict[str, Tensor], file: Path | str = "state dict", **conventions) -> CLIP:
     """Build the CLIP that a cleaned state dict belongs to, in float32.
+
+    Args:
+        conventions: fields of `Config` that weights do not show: activation, mean, std.
 
     Raises:
         ValueError: keys or shapes are not those of a CLIP; `file` is named in the sentence.
     """
-    config = infer_config(state, activation, file)
+    config = replace(infer_config(state, file), **conventions)
     with torch.device("meta"):
         model = CLIP(config)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    state = {key: value for key, value in state.items() if key not in NOT_WEIGHTS}
+    state = {key: value for key, value in state.items() if key.split(".")[-1] not in NOT_WEIGHTS}
     for key in expected.keys() - state.keys():
         if key.endswith("num_batches_tracked"):  # counts training steps; inference does without
             state[key] = torch.zeros((), dtype=torch.long)
@@ -127,6 +139,8 @@ def from_state_dict(state: dict[str, Tensor], activation: str, file: Path | str 
                 f"{file} is not a CLIP checkpoint that fits together: {key} has shape "
                 f"{tuple(state[key].shape)}, expected {shape}"
             )
+        if not (state[key].is_floating_point() or key.endswith("num_batches_tracked")):
+            raise ValueError(f"{file} is not a CLIP checkpoint: {key} holds {state[key].dtype}, not floats")
     floats = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     model.load_state_dict(floats, strict=True, assign=True)
     return model
@@ -136,20 +150,18 @@ def _first(keys: set[str]) -> str:
     return f" ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})" if keys else ""
 
 
-def infer_config(state: dict[str, Tensor], activation: str, file: Path | str = "state dict") -> Config:
-    """Read the sizes of a CLIP off its state dict.
+def infer_config(state: dict[str, Tensor], file: Path | str = "state dict") -> Config:
+    """Read the sizes of a CLIP off its state dict; what it does not show is OpenAI's.
 
     Raises:
         ValueError: a key that every CLIP has is missing.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
     def count(prefix: str) -> int:  # distinct numbers that follow the prefix
         return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
 
     try:
-        if "visual.proj" in state:
+        if "visual.attnpool.positional_embedding" not in state:
             vision_width, _, _, patch = state["visual.conv1.weight"].shape
             layers = count("visual.transformer.resblocks.")
             resolution = patch * round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
@@ -158,7 +170,7 @@ def infer_config(state: dict[str, Tensor], activation: str, file: Path | str = "
             vision_width, patch = len(state["visual.layer1.0.conv1.weight"]), None
             rows = len(state["visual.attnpool.positional_embedding"])
             resolution = STRIDE * round((rows - 1) ** 0.5)
-        return Config(
+        config = Config(
             embed_dim=state["text_projection"].shape[1],
             image_resolution=resolution,
             vision_layers=layers,
@@ -168,7 +180,6 @@ def infer_config(state: dict[str, Tensor], activation: str, file: Path | str = "
             vocab_size=len(state["token_embedding.weight"]),
             text_width=len(state["ln_final.weight"]),
             text_layers=count("transformer.resblocks."),
-            activation=activation,
         )
     except KeyError as error:
         raise ValueError(
@@ -178,15 +189,18 @@ def infer_config(state: dict[str, Tensor], activation: str, file: Path | str = "
         raise ValueError(
             f"{file} is not a CLIP checkpoint: its weights have shapes that no CLIP has"
         ) from None
+    widths = (config.text_width, *([config.vision_width] if config.patch_size else []))
+    if any(width % HEAD_WIDTH or not width for width in widths):
+        raise ValueError(f"{file} is not a CLIP checkpoint: a tower's width is no multiple of {HEAD_WIDTH}")
+    return config
 
 
 def clean_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Undo what wrappers do to key names: DataParallel's `module.`, open_clip's `text.` tower."""
     cleaned = {}
     for key, value in state.items():
-        key = key.replace("module.", "").removeprefix("text.")
         if isinstance(value, Tensor):
-            cleaned[key] = value
+            cleaned[str(key).replace("module.", "").removeprefix("text.")] = value
     return cleaned
 
 
@@ -206,12 +220,17 @@ def read_state(file: Path | str) -> dict[str, Tensor]:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     return read_torchscript(archive)
         state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{file} is not a readable checkpoint: it is damaged, or holds Python objects beside its tensors "
+            "(settings, say), which are never run; save its state dict alone"
+        ) from None
     except Exception:  # damaged files fail in any way they like
         raise ValueError(
             f"{file} is not a readable checkpoint: it is cut short, or neither a TorchScript archive, "
             "a state dict of plain tensors nor a safetensors file"
         ) from None
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
@@ -249,8 +268,12 @@ class _ArchiveReader(pickle.Unpickler):
             )
         if (module, name) == ("collections", "OrderedDict"):
             return dict
+        if module == "torch.jit._pickle" and name == "restore_type_tag":  # (value, type) -> value
+            return lambda value, _: value
         if module == "torch.jit._pickle":  # build_intlist and its kin: typed lists of plain values
             return list
+        if (module, name) == ("torch", "device"):
+            return lambda *_: None
         raise pickle.UnpicklingError(f"unexpected global {module}.{name}")
 
     def persistent_load(self, identifier):
@@ -276,11 +299,3 @@ def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
 
     collect(_ArchiveReader(archive, root).load(), "")
     return state
-
-
-def _sidecar_config(file: Path) -> dict | None:
-    """The `model_cfg` of an `open_clip_config.json` beside the file, as model hubs lay them out."""
-    sidecar = file.with_name("open_clip_config.json")
-    if not sidecar.is_file():
-        return None
-    return json.loads(sidecar.read_text()).get("model_cfg")

@@ -1,9 +1,11 @@
 """Model names -> checkpoint files, downloaded once into the cache that CLIP's users already have."""
 import hashlib
+import json
 import os
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 from tqdm import tqdm
@@ -23,12 +25,27 @@ OPENAI_MODELS = {
 }
 
 
+# What an open_clip configuration may say of towers that are CLIP's own; anything else is another model.
+TOWER_KEYS = {
+    "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"},
+    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
+}
+TOWER_VALUES = {"head_width": 64, "mlp_ratio": 4.0, "vocab_size": 49408}
+
+
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on disk, and open_clip's configuration of the model where one is known."""
+    """A checkpoint on disk, and what its weights do not show.
+
+    Attributes:
+        file: the checkpoint.
+        open_clip: whether open_clip trained it.
+        conventions: fields of `clip.model.Config` that differ from OpenAI's.
+    """
 
     file: Path
-    config: dict | None = None
+    open_clip: bool = False
+    conventions: dict[str, Any] = field(default_factory=dict)
 
 
 def model_cache() -> Path:
@@ -48,7 +65,7 @@ def resolve(name: str) -> Source:
         OSError: the download failed or does not have the published checksum.
     """
     if Path(name).is_file():
-        return Source(Path(name))
+        return _with_sidecar(Path(name))
     if name in OPENAI_MODELS:
         return Source(fetch(f"{OPENAI}/{OPENAI_MODELS[name]}", model_cache()))
     model, colon, tag = name.partition(":")
@@ -60,28 +77,59 @@ def resolve(name: str) -> Source:
     )
 
 
+def _with_sidecar(file: Path) -> Source:
+    """A file, with the `open_clip_config.json` beside it if model hubs' layout was kept."""
+    sidecar = file.with_name("open_clip_config.json")
+    if not sidecar.is_file():
+        return Source(file)
+    try:
+        content = json.loads(sidecar.read_text())
+        preprocessing = content.get("preprocess_cfg", {})
+        return Source(file, True, _conventions(content["model_cfg"], preprocessing, sidecar))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{sidecar} is not a configuration of open_clip: mend or remove it") from None
+
+
 def _resolve_open_clip(model: str, tag: str) -> Source:
     import open_clip  # seconds to import, so only for those who ask for its models
 
     config = open_clip.get_model_config(model)
     if config is None:
         raise FileNotFoundError(f"open_clip knows no model {model!r} (asked for {model}:{tag})")
-    vision = config.get("vision_cfg", {})
-    if "timm_model_name" in vision or vision.get("head_width", 64) != 64 or "hf_model_name" in config.get(
-        "text_cfg", {}
-    ):
-        raise ValueError(f"open_clip's {model} is not built from CLIP's own towers, so it cannot be run here")
+    name = f"open_clip's {model}"
     if Path(tag).is_file():
-        return Source(Path(tag), config)
+        return Source(Path(tag), True, _conventions(config, {}, name))
     published = open_clip.pretrained.get_pretrained_cfg(model, tag)
     if not published:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
         raise FileNotFoundError(f"open_clip has no weights {tag!r} of {model}; it has {tags}")
-    config = {**config, "quick_gelu": config.get("quick_gelu") or published.get("quick_gelu", False)}
+    if published.get("quick_gelu"):
+        config = {**config, "quick_gelu": True}
+    conventions = _conventions(config, published, name)
     if published.get("url"):
-        return Source(fetch(published["url"], model_cache()), config)
+        return Source(fetch(published["url"], model_cache()), True, conventions)
     file = open_clip.pretrained.download_pretrained(published, cache_dir=str(model_cache()))
-    return Source(Path(file), config)
+    return Source(Path(file), True, conventions)
+
+
+def _conventions(config: dict, preprocessing: dict, name: str | Path) -> dict[str, Any]:
+    """Read the conventions off open_clip's configuration of a model.
+
+    Raises:
+        ValueError: the model is not built from CLIP's own towers.
+    """
+    for tower, known in TOWER_KEYS.items():
+        for key, value in config[tower].items():
+            if key not in known or value != TOWER_VALUES.get(key, value):
+                raise ValueError(
+                    f"{name} is not built from CLIP's own towers ({tower} says {key} = {value}), so it "
+                    "cannot be run here"
+                )
+    conventions = {"activation": "quick_gelu" if config.get("quick_gelu") else "gelu"}
+    for statistic in ("mean", "std"):
+        if preprocessing.get(statistic):
+            conventions[statistic] = tuple(preprocessing[statistic])
+    return conventions
 
 
 def fetch(url: str, folder: Path) -> Path:

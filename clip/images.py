@@ -6,8 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB, of the data CLIP was trained on
-STD = (0.26862954, 0.26130258, 0.27577711)
+from clip.model import Config
 
 
 def target_size(
@@ -33,13 +32,19 @@ def target_size(
     return rows * patch, columns * patch
 
 
-def preprocess(image: Image.Image, size: tuple[int, int]) -> Tensor:
+def preprocess(
+    image: Image.Image,
+    size: tuple[int, int],
+    mean: tuple[float, float, float] = Config.mean,
+    std: tuple[float, float, float] = Config.std,
+) -> Tensor:
     """Resize (Pillow's bicubic, in the image's own mode) and normalise.
 
     Args:
         image: any mode; grey stays grey and a palette stays a palette until it is resized, as
             published results have it (a palette is thereby resized by nearest neighbour).
         size: (H', W').
+        mean, std: of RGB in [0, 1], as the model was trained with; the default is OpenAI's.
 
     Returns:
         (3, H', W') float32.
@@ -47,5 +52,5 @@ def preprocess(image: Image.Image, size: tuple[int, int]) -> Tensor:
     height, width = size
     resized = image.resize((width, height), Image.Resampling.BICUBIC).convert("RGB")
     pixels = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1) / 255  # (3, H', W')
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     return (pixels - mean) / std

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clip.positions import resample_positions
 from clip.resnet import ModifiedResNet
 
 HEAD_WIDTH = 64  # every published CLIP tower has width // 64 heads
-POSITION_ROUNDINGS = ("always", "resampled", "never")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Config:
     """Sizes of a CLIP; `clip.checkpoint.infer_config` reads them off a state dict.
 
     `vision_layers` is the number of blocks of a ViT, or the blocks of the four stages of a ResNet
-    (`patch_size` is then None). `activation` is "quick_gelu" (OpenAI) or "gelu" (most of open_clip).
+    (`patch_size` is then None). The last three are conventions that weights do not show, with
+    OpenAI's as default: `activation` is "quick_gelu" or "gelu", `mean` and `std` normalise RGB.
     """
 
     embed_dim: int
@@ -38,6 +39,8 @@ class Config:
     text_width: int
     text_layers: int
     activation: str = "quick_gelu"
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -186,34 +189,15 @@ class VisionTransformer(nn.Module):
         return self.conv1.weight.dtype
 
     def positions(self, height: int, width: int, rounding: str = "always") -> Tensor:
-        """Positional embedding resampled (bilinear) to a grid of height x width patches.
-
-        Args:
-            rounding: when the table is rounded to float16, as the public CLIP-ES does also in
-                float32 models (a relative change of 2^-11): "always", only when "resampled" to
-                another grid, or "never".
-
-        Returns:
-            (1 + height * width, C), the class token's row first.
-        """
-        if rounding not in POSITION_ROUNDINGS:
-            raise ValueError(f"position rounding must be one of {POSITION_ROUNDINGS}, got {rounding!r}")
-        table = self.positional_embedding.float()
-        resampled = (height, width) != (self.grid, self.grid)
-        if resampled:
-            patches = table[1:].T.reshape(1, -1, self.grid, self.grid)
-            patches = F.interpolate(patches, (height, width), mode="bilinear", align_corners=False)
-            table = torch.cat([table[:1], patches.flatten(2)[0].T])
-        if rounding == "always" or (rounding == "resampled" and resampled):
-            table = table.half().float()
-        return table
+        """(1 + height * width, C): the positional table, see `resample_positions`."""
+        return resample_positions(self.positional_embedding, self.grid, height, width, rounding)
 
     def embed(self, images: Tensor, position_rounding: str = "always") -> tuple[Tensor, tuple[int, int]]:
         """Images -> tokens before the first block.
 
         Args:
             images: (B, 3, H', W'), normalised; sides are multiples of the patch.
-            position_rounding: see `positions`.
+            position_rounding: see `resample_positions`.
 
         Returns:
             tokens (B, 1 + hw, C) after ln_pre, class token first, patches row by row; the grid (h, w).

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clip.positions import resample_positions
+
 STRIDE = 32  # of the last stage; image sides are rounded to multiples of it
 
 
@@ -49,21 +51,15 @@ class AttentionPool(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.c_proj = nn.Linear(width, outputs)
 
-    def positions(self, height: int, width: int) -> Tensor:
-        """(1 + height * width, C): the table resampled to the grid and rounded to float16, as the
-        public CLIP-ES does for every tower."""
-        table = self.positional_embedding.float()
-        if (height, width) != (self.grid, self.grid):
-            patches = table[1:].T.reshape(1, -1, self.grid, self.grid)
-            patches = F.interpolate(patches, (height, width), mode="bilinear", align_corners=False)
-            table = torch.cat([table[:1], patches.flatten(2)[0].T])
-        return table.half().float()
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, E)."""
+    def forward(self, features: Tensor, position_rounding: str = "always") -> Tensor:
+        """(B, C, h, w) -> (B, E); for the rounding see `resample_positions`."""
         tokens = features.flatten(2).mT  # (B, hw, C)
         tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1)  # (B, 1 + hw, C)
-        tokens = tokens + self.positions(*features.shape[-2:]).to(tokens.dtype)
+        height, width = features.shape[-2:]
+        positions = resample_positions(
+            self.positional_embedding, self.grid, height, width, position_rounding
+        )
+        tokens = tokens + positions.to(tokens.dtype)
         query, key, value = (
             projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, 64)
             for projection, x in (
@@ -113,6 +109,6 @@ class ModifiedResNet(nn.Module):
         x = F.avg_pool2d(x, 2)
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, position_rounding: str = "always") -> Tensor:
         """(B, 3, H', W') -> (B, E), not normalised."""
-        return self.attnpool(self.stages(images))
+        return self.attnpool(self.stages(images), position_rounding)

@@ -35,7 +35,7 @@ class CamSettings:
         cover_edge: let box masks reach the grid's last row and column (the public code does not).
         scales, flip: views whose maps are averaged; the public code has one.
         keep_initial: store the initial CAM beside the refined one.
-        position_rounding: see `VisionTransformer.positions`.
+        position_rounding: see `clip.positions`.
         max_patches: a larger image is shrunk to this many.
     """
 
@@ -77,7 +77,8 @@ def _view_cams(
 ) -> dict[str, Tensor]:
     """CAM type -> (views, K, h, w) at one scale, the flipped view turned back."""
     size = _size(model, image, factor, settings.max_patches)
-    pixels = clip.preprocess(image, size)[None].to(model.device)  # (1, 3, H', W')
+    pixels = clip.preprocess(image, size, model.config.mean, model.config.std)
+    pixels = pixels[None].to(model.device)  # (1, 3, H', W')
     if settings.flip:
         pixels = torch.cat([pixels, pixels.flip(-1)])
     result = text_cams(
@@ -131,9 +132,10 @@ class CamJob:
 
 
 def generate(names: Sequence[str], position: int, job: CamJob) -> Generator[Outcome, None, None]:
-    """Make the CAM files of `names` that are not there yet; see `pipeline.processes`."""
-    missing = [name for name in names if not camfile.exists(job.output, name)]
-    if missing:
+    """Make the CAM files of `names` that are not there yet, and those whose labels have changed; see
+    `pipeline.processes`."""
+    pending = {name for name in names if not _is_made(job, name)}
+    if pending:
         model = clip.load(job.model, device_of(job.device, position), job.precision, job.round_weights)
         _check_refinement(model, job.settings)
         templates = job.benchmark.templates
@@ -156,9 +158,16 @@ def generate(names: Sequence[str], position: int, job: CamJob) -> Generator[Outc
             notes.append(f"images shrunk to {job.settings.max_patches} patches (--max_patches)")
         return notes
 
-    pending = set(missing)
     for name in names:
         yield attempt(name, make) if name in pending else Outcome(name)
+
+
+def _is_made(job: CamJob, name: str) -> bool:
+    try:
+        made = camfile.keys(job.output, name)
+        return made is not None and made == job.labels(name)
+    except (ValueError, OSError):
+        return False  # a damaged file is made anew; labels that cannot be read fail when they are needed
 
 
 def _check_refinement(model: CLIP, settings: CamSettings) -> None:

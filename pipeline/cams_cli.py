@@ -1,11 +1,13 @@
 """The flags that the three generate_cams scripts share."""
 import argparse
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import clip
+from clip.checkpoint import rounds
 from clip.download import resolve, sha256
-from clip.model import POSITION_ROUNDINGS
+from clip.positions import POSITION_ROUNDINGS
 from pipeline.cams import INITIAL, REFINEMENTS, CamJob, CamSettings, generate
 from pipeline.flags import HelpFormatter
 from pipeline.run import Run
@@ -41,6 +43,7 @@ def main(name: str | None = None) -> int:
     if args.img_root:
         benchmark = _rooted_at(benchmark, image_root)
     threshold = benchmark.box_threshold if args.box_threshold is None else args.box_threshold
+    source = resolve(model)
     settings = CamSettings(
         refine=args.refine,
         method=args.cam_method,
@@ -71,11 +74,15 @@ def main(name: str | None = None) -> int:
             "benchmark": _anywhere(name) if name.endswith((".yaml", ".yml")) else name,
             "cam_format": args.cam_format,
             "precision": args.precision,
-            "round_weights": args.round_weights,
+            "weights_rounded": rounds(source, ROUND_WEIGHTS[args.round_weights]),
+            "conventions": source.conventions,
+            "prompts": benchmark.prompts,
+            "backgrounds": benchmark.backgrounds,
+            "templates": benchmark.templates,
             "labels": _anywhere(args.labels) if args.labels else benchmark.labels,
             **asdict(settings),
         },
-        inputs={"model": sha256(resolve(model).file)},
+        inputs={"model": sha256(source.file)},
         outputs=tuple(f"*{suffix}" for suffix in camfile.FORMATS.values()),
         overwrite=args.overwrite,
     )
@@ -99,7 +106,7 @@ def _parser(name: str | None) -> argparse.ArgumentParser:
     flag("--cam_out_dir", required=True, help="folder for the CAM files, made if missing")
     flag("--model", help="CLIP checkpoint file, public name (ViT-B/16, RN50, ...) or open_clip model:tag")
     flag("--labels", help="file of lines `id index index ...` that replaces the benchmark's labels")
-    flag("--num_workers", type=int, default=1, help="processes; with several GPUs they take turns")
+    flag("--num_workers", type=_count, default=1, help="processes; with several GPUs they take turns")
     flag("--device", default="auto", help="auto, cpu, cuda or cuda:i")
     flag("--precision", choices=clip.PRECISIONS, default="fp32", help="of the image tower")
     flag("--cam_format", choices=camfile.FORMATS, default="full", help="full: the public .npy; compact: "
@@ -112,25 +119,41 @@ def _parser(name: str | None) -> argparse.ArgumentParser:
     flag("--cam_method", choices=METHODS, default="gradcam", help="how gradients weigh activations")
     flag("--cam_scales", type=_scales, default="1.0", help="scales to average, e.g. 0.5,1.0,1.5")
     flag("--flip", action="store_true", help="average with the CAMs of the mirrored image")
-    flag("--averaged_blocks", type=int, default=AVERAGED_BLOCKS, help="last blocks that make the affinity")
-    flag("--box_threshold", type=float, help="lambda of the class boxes (without it: the benchmark's)")
+    flag("--averaged_blocks", type=_count, default=AVERAGED_BLOCKS, help="last blocks that make the affinity")
+    flag("--box_threshold", type=_share, help="lambda of the class boxes (without it: the benchmark's)")
     flag("--cover_edge", action="store_true", help="let class boxes reach the grid's last row and column, "
          "which the public code cuts off")  # fmt: skip
     flag("--position_rounding", choices=POSITION_ROUNDINGS, default="always", help="round the positional "
          "table to float16")  # fmt: skip
     flag("--round_weights", choices=ROUND_WEIGHTS, default="auto", help="round matrix weights to float16; "
          "auto: those of OpenAI-layout files, as the public code does")  # fmt: skip
-    flag("--max_patches", type=int, default=10_000, help="images with more are shrunk to this many")
+    flag("--max_patches", type=_count, default=10_000, help="images with more are shrunk to this many")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("expected a whole number, 1 or more")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError("expected a number from 0 to 1")
+    return share
 
 
 def _scales(text: str) -> tuple[float, ...]:
     try:
         scales = tuple(float(part) for part in text.split(","))
     except ValueError:
-        scales = (0.0,)
-    if min(scales) <= 0:
-        raise argparse.ArgumentTypeError("expected positive numbers separated by commas")
+        scales = (math.nan,)
+    if not all(0.1 <= factor <= 10 for factor in scales):
+        raise argparse.ArgumentTypeError("expected numbers from 0.1 to 10, separated by commas")
     return scales
 
 
@@ -140,6 +163,12 @@ def _anywhere(file: str) -> str:
 
 
 def _rooted_at(benchmark: Benchmark, image_root: Path) -> Benchmark:
-    """The benchmark with its other folders (annotations, masks) where they lie beside its images."""
-    depth = len(Path(benchmark.image_dir).parts)
-    return replace(benchmark, root=str(image_root.absolute().parents[depth - 1]))
+    """The benchmark with the annotations and masks that lie beside the given images, if they do: the
+    public scripts are told nothing but the image folder."""
+    folder = {"voc_xml": benchmark.annotation_dir, "masks": benchmark.mask_dir}.get(benchmark.labels)
+    root = image_root.absolute()
+    for _ in Path(benchmark.image_dir).parts:
+        root = root.parent
+    if folder is None or not (root / folder).is_dir():
+        return benchmark
+    return replace(benchmark, root=str(root))

@@ -59,7 +59,7 @@ def encode(
     Args:
         images: (B, 3, H', W'), see `clip.preprocess`.
         averaged: blocks, counted from the end and with the very last, whose attention is averaged.
-        position_rounding: see `VisionTransformer.positions`.
+        position_rounding: see `clip.positions`.
     """
     tokens, grid = visual.embed(images, position_rounding)
     first = min(max(0, visual.layers - averaged), visual.layers - 1)
@@ -101,7 +101,9 @@ def text_cams(
     if not isinstance(model.visual, VisionTransformer):
         with torch.no_grad():
             features = model.visual.stages(images)  # (B, C, h, w)
-        gradients, probabilities = feature_gradients(model, features, text, backgrounds, present)
+        gradients, probabilities = feature_gradients(
+            model, features, text, backgrounds, present, position_rounding
+        )
         raw = METHODS[method](features.float()[:, None], gradients)
         return TextCAMs(activation_map(raw), raw, probabilities, None)
     encoded = encode(model.visual, images, averaged, position_rounding)
@@ -181,7 +183,12 @@ def full_gradients(
 
 
 def feature_gradients(
-    model: CLIP, features: Tensor, text: Tensor, backgrounds: Tensor, present: Tensor | None = None
+    model: CLIP,
+    features: Tensor,
+    text: Tensor,
+    backgrounds: Tensor,
+    present: Tensor | None = None,
+    position_rounding: str = "always",
 ) -> tuple[Tensor, Tensor]:
     """The same for a ResNet tower, with respect to its last stage.
 
@@ -193,7 +200,7 @@ def feature_gradients(
     """
     with torch.enable_grad():
         features = features.detach().requires_grad_()
-        pooled = model.visual.attnpool(features).float()
+        pooled = model.visual.attnpool(features, position_rounding).float()
         return _softmax_gradients(model, pooled, features, text, backgrounds, present)
 
 

@@ -1,4 +1,5 @@
 """Checkpoint files of every supported kind, and of the kinds people give by mistake."""
+import argparse
 import json
 import zipfile
 
@@ -48,7 +49,7 @@ def test_sizes_of_the_published_models(name, config):
     """Shapes only, nothing allocated."""
     with torch.device("meta"):
         state = CLIP(config).state_dict()
-    assert clip.checkpoint.infer_config(state, "quick_gelu") == config
+    assert clip.checkpoint.infer_config(state) == config
 
 
 class Archived(torch.nn.Module):
@@ -76,6 +77,7 @@ def test_torchscript_archive_of_half_precision(tmp_path):
     module = Archived(state)
     for name in ("input_resolution", "context_length", "vocab_size"):  # as OpenAI's archives have
         module.register_buffer(name, torch.tensor(1))
+    module.sizes, module.flags = [1, 2], {"half": True}  # attributes that are no weights
     torch.jit.script(module).save(str(tmp_path / "archive.pt"))
     with zipfile.ZipFile(tmp_path / "archive.pt") as archive:
         assert any(name.endswith("constants.pkl") for name in archive.namelist())
@@ -97,14 +99,15 @@ def test_archive_that_wants_to_run_code_is_refused(tmp_path):
 
 def test_wrapped_and_prefixed_state_dicts(tmp_path):
     state = small_state()
-    reference = clip.checkpoint.from_state_dict(state, "quick_gelu").state_dict()
+    reference = clip.checkpoint.from_state_dict(state).state_dict()
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "plain.safetensors")
     parallel = {f"module.{k}": v for k, v in state.items()}
     torch.save({"state_dict": parallel, "epoch": 3}, tmp_path / "train.pt")
+    torch.save({**state, "visual.positional_embedding_new": torch.ones(5, 64)}, tmp_path / "used.pt")
     tower = ("transformer.", "token_embedding", "positional_embedding", "ln_final", "text_projection")
     custom = {f"text.{k}" if k.startswith(tower) else k: v for k, v in state.items()}
     torch.save(custom, tmp_path / "custom.pt")
-    for name in ("plain.safetensors", "train.pt", "custom.pt"):
+    for name in ("plain.safetensors", "train.pt", "custom.pt", "used.pt"):
         loaded = clip.load(tmp_path / name, device="cpu", round_weights=False).state_dict()
         assert all(torch.equal(loaded[key], value) for key, value in reference.items()), name
 
@@ -161,6 +164,10 @@ def broken_files(folder):
     torch.save({**state, "visual.proj": torch.ones(63, 32)}, folder / "shape.pt")
     torch.save({"weight": torch.ones(3)}, folder / "other.pt")
     torch.save([1, 2], folder / "list.pt")
+    torch.save({0: torch.ones(3)}, folder / "numbered.pt")
+    torch.save({**state, "visual.proj": torch.ones(64, 32, dtype=torch.int32)}, folder / "integers.pt")
+    torch.save({"state_dict": state, "args": argparse.Namespace(lr=1)}, folder / "arguments.pt")
+    torch.save({k: v[:40] if v.shape[:1] == (64,) else v for k, v in state.items()}, folder / "narrow.pt")
     save_file({"weight": torch.ones(3)}, folder / "other.safetensors")
     (folder / "broken.safetensors").write_bytes(b"\xff" * 64)
     return {
@@ -173,6 +180,10 @@ def broken_files(folder):
         "shape.pt": "visual.proj has shape (63, 32)",
         "other.pt": "is not a CLIP checkpoint",
         "list.pt": "holds a list",
+        "numbered.pt": "is not a CLIP checkpoint",
+        "integers.pt": "holds torch.int32, not floats",
+        "arguments.pt": "Python objects beside its tensors",
+        "narrow.pt": "no multiple of 64",
         "other.safetensors": "is not a CLIP checkpoint",
         "broken.safetensors": "not a readable checkpoint",
     }
@@ -192,8 +203,11 @@ def test_unknown_names_and_settings(tmp_path):
     torch.save(small_state(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match="precision must be one of"):
         clip.load(tmp_path / "model.pt", precision="int8")
-    with pytest.raises(ValueError, match="not a device"):
-        clip.load(tmp_path / "model.pt", device="gpu")
+    for device in ("gpu", "mps", "xpu", "meta"):
+        with pytest.raises(ValueError, match="not a device"):
+            clip.load(tmp_path / "model.pt", device=device)
+    with pytest.raises(ValueError, match="torch does not see"):
+        clip.load(tmp_path / "model.pt", device="cuda:63")
 
 
 def test_text_features_are_cached_per_model_template_and_names(tmp_path, monkeypatch):

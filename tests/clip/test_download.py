@@ -80,6 +80,45 @@ def test_open_clip_names(tmp_path):
     with pytest.raises(FileNotFoundError, match="no weights 'nothing'"):
         download.resolve("ViT-B-16:nothing")
     (tmp_path / "file.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="own towers"):
-        download.resolve(f"ViT-B-16-SigLIP:{tmp_path / 'file.pt'}")
-    assert download.resolve(f"ViT-B-16:{tmp_path / 'file.pt'}").config["embed_dim"] == 512
+    source = download.resolve(f"ViT-B-16:{tmp_path / 'file.pt'}")
+    assert source.open_clip and source.conventions == {"activation": "gelu"}
+    assert download.resolve(str(tmp_path / "file.pt")) == download.Source(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("ViT-B-16-SigLIP", "timm_model_name"),
+        ("ViT-H-14", "head_width = 80"),
+        ("ViT-L-14-worldwide", "text_cfg says"),
+        ("coca_ViT-B-32", "says"),
+    ],
+)
+def test_other_architectures_are_refused(tmp_path, model, reason):
+    (tmp_path / "file.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="own towers") as caught:
+        download.resolve(f"{model}:{tmp_path / 'file.pt'}")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("model", ["ViT-B-16", "ViT-B-32-quickgelu", "ViT-L-14-336", "RN50", "RN50x64"])
+def test_architectures_that_are_clips_own(tmp_path, model):
+    (tmp_path / "file.pt").write_bytes(b"")
+    assert download.resolve(f"{model}:{tmp_path / 'file.pt'}").open_clip
+
+
+def test_normalisation_of_published_weights(tmp_path, monkeypatch):
+    """Some open_clip weights were trained with another mean than OpenAI's."""
+    monkeypatch.setattr(download, "fetch", lambda url, folder: tmp_path / "file.pt")
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", lambda *_, **__: tmp_path / "file.pt")
+    source = download.resolve("ViT-L-14:laion2b_s32b_b82k")
+    assert source.conventions["mean"] == source.conventions["std"] == (0.5, 0.5, 0.5)
+    assert download.resolve("ViT-B-16:openai").conventions["activation"] == "quick_gelu"
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"model_cfg": 3}', "{", "{}"])
+def test_broken_sidecar_is_named(tmp_path, content):
+    (tmp_path / "model.pt").write_bytes(b"")
+    (tmp_path / "open_clip_config.json").write_text(content)
+    with pytest.raises(ValueError, match="open_clip_config"):
+        download.resolve(str(tmp_path / "model.pt"))

@@ -23,14 +23,18 @@ def test_features_are_those_of_open_clip(layers, quick_gelu):
             module.running_var.uniform_(0.5, 1.5)
             torch.nn.init.normal_(module.weight, 1, 0.1)
     state = clip.checkpoint.clean_keys(theirs.state_dict())
-    ours = clip.checkpoint.from_state_dict(state, "quick_gelu" if quick_gelu else "gelu").eval()
+    ours = clip.checkpoint.from_state_dict(state, activation="quick_gelu" if quick_gelu else "gelu").eval()
     images, tokens = torch.randn(2, 3, 64, 64), clip.tokenize(["a red fox", "snow"]).long()
     with torch.no_grad():
         torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(tokens))
         if isinstance(layers, int):
             features = ours.visual(images, position_rounding="never")
             torch.testing.assert_close(features, theirs.encode_image(images), rtol=1e-4, atol=1e-5)
-        else:  # the attention pool's table is rounded to float16, as the public CLIP-ES has it
+        else:
+            exact, rounded = (ours.visual(images, rounding) for rounding in ("never", "always"))
+            torch.testing.assert_close(exact, theirs.encode_image(images), rtol=1e-4, atol=1e-5)
+            assert torch.equal(ours.visual(images, "resampled"), exact)  # this is the trained size
             table = theirs.visual.attnpool.positional_embedding
             table.data = table.data.half().float()
-            torch.testing.assert_close(ours.visual(images), theirs.encode_image(images), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(rounded, theirs.encode_image(images), rtol=1e-4, atol=1e-5)
+            assert not torch.equal(rounded, exact)

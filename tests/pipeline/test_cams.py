@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import clip
+import voc12
 from pipeline.cams import INITIAL, REFINED, CamSettings, image_cams
 from pipeline.cams_cli import main
 from segmentation import camfile
@@ -105,6 +106,102 @@ def test_other_settings_or_weights_need_another_folder(voc, tmp_path, monkeypatc
     assert record["settings"]["refine"] == "mhsa" and len(record["inputs"]["model"]) == 64
 
 
+def test_changed_labels_and_damaged_files_are_made_anew(voc, tmp_path, monkeypatch, parity_file):
+    model, labels, out = parity_file("tiny", 1), tmp_path / "labels.txt", tmp_path / "cams"
+    labels.write_text("es_a 7\nes_b 3 4\nother 5\n")
+    assert run(monkeypatch, voc, out, model, "--labels", str(labels)) == 0
+    before = files(out)
+    labels.write_text("es_a 7\nes_b 4\nother 5\n")
+    (out / "other.npy").write_bytes(before["other.npy"][:100])
+    assert run(monkeypatch, voc, out, model, "--labels", str(labels)) == 0
+    assert camfile.read(out, "es_b")[0].tolist() == [4]
+    assert {name for name, content in files(out).items() if content != before[name]} == {"es_b.npy"}
+
+
+def test_other_prompts_or_conventions_need_another_folder(voc, tmp_path, monkeypatch, parity_file):
+    def make(model, templates="['a photo of a {}.']"):
+        (voc / "mine.yaml").write_text(
+            f"name: mine\nclasses: [cat]\nbackgrounds: [grass]\ntemplates: {templates}\nlabels: file\n"
+        )
+        (voc / "split.txt").write_text("es_a 0\n")
+        return run(monkeypatch, voc, tmp_path / "cams", model, benchmark=str(voc / "mine.yaml"))
+
+    file = parity_file("tiny", 1)
+    assert make(file) == 0
+    with pytest.raises(ValueError, match="templates"):
+        make(file, "['the {}.']")
+    with pytest.raises(ValueError, match=r"conventions.*weights_rounded"):
+        make(f"ViT-B-16:{file}")  # the same weights, with GELU and unrounded
+
+
+# Flag, and the field of the settings that it sets or what else it must change.
+FLAGS = {
+    "refine": (["--refine", "mhsa"], {"refine": "mhsa"}),
+    "method": (["--cam_method", "layercam"], {"method": "layercam"}),
+    "averaged": (["--averaged_blocks", "3"], {"averaged": 3}),
+    "threshold": (["--box_threshold", "0.9"], {"box_threshold": 0.9}),
+    "edge": (["--cover_edge"], {"cover_edge": True}),
+    "scales": (["--cam_scales", "1,1.5"], {"scales": [1.0, 1.5]}),
+    "flip": (["--flip"], {"flip": True}),
+    "rounding": (["--position_rounding", "never"], {"position_rounding": "never"}),
+    "weights": (["--round_weights", "off"], {"weights_rounded": False}),
+    "precision": (["--precision", "bf16"], {"precision": "bf16"}),
+    "patches": (["--max_patches", "20"], {"max_patches": 20}),
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_every_flag_changes_the_maps_and_is_recorded(flag, voc, tmp_path, monkeypatch, parity_file):
+    flags, recorded = FLAGS[flag]
+    model, compact = parity_file("tiny", 1), ("--cam_format", "compact")
+    assert run(monkeypatch, voc, tmp_path / "plain", model, *compact) == 0
+    assert run(monkeypatch, voc, tmp_path / "other", model, *compact, *flags) == 0
+    plain, other = files(tmp_path / "plain"), files(tmp_path / "other")
+    assert plain.keys() == other.keys() and any(plain[name] != other[name] for name in plain)
+    settings = json.loads((tmp_path / "other" / "settings.json").read_text())["settings"]
+    assert {key: settings[key] for key in recorded} == recorded
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--averaged_blocks", "0"],
+        ["--max_patches", "-1"],
+        ["--cam_scales", "0.5,nan"],
+        ["--cam_scales", "inf"],
+        ["--box_threshold", "nan"],
+        ["--num_workers", "none"],
+    ],
+)
+def test_numbers_out_of_range_are_refused(flags, voc, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, voc, tmp_path / "cams", tmp_path / "any.pt", *flags)
+    assert caught.value.code == 2 and "expected" in capsys.readouterr().err
+
+
+def test_annotations_are_found_beside_the_images_or_where_the_benchmark_says(
+    voc, tmp_path, monkeypatch, parity_file
+):
+    model, file = parity_file("tiny", 1), tmp_path / "mine.yaml"
+
+    def make(images: Path, root: Path, image_dir: str) -> list[int]:
+        file.write_text(
+            f"name: mine\nclasses: [{', '.join(voc12.CLASSES)}]\nbackgrounds: [grass]\n"
+            f"root: {root}\nimage_dir: {image_dir}\nlabels: voc_xml\n"
+        )
+        out = tmp_path / f"cams_{images.name}_{root.name}"
+        command = ["--img_root", str(images), "--labels", ""]
+        assert run(monkeypatch, voc, out, model, *command, benchmark=str(file)) == 0
+        return camfile.keys(out, "es_a")
+
+    assert make(voc / "JPEGImages", tmp_path, "JPEGImages") == [8, 1, 5]  # beside
+    shutil.copytree(voc / "JPEGImages", tmp_path / "far" / "resized")
+    assert make(tmp_path / "far" / "resized", voc, "JPEGImages") == [8, 1, 5]  # the benchmark's own
+    shutil.copytree(voc / "JPEGImages", tmp_path / "flat")
+    shutil.copytree(voc / "Annotations", tmp_path / "flat" / "Annotations")
+    assert make(tmp_path / "flat", tmp_path, ".") == [8, 1, 5]  # below a flat folder
+
+
 def test_labels_file_replaces_the_annotations(voc, tmp_path, monkeypatch, parity_file):
     (tmp_path / "labels.txt").write_text("es_a 7\nes_b 3 4\nother\n")
     out = tmp_path / "cams"
@@ -187,7 +284,7 @@ def test_resnet_towers_have_cams_but_no_affinity(voc, tmp_path, monkeypatch):
 def small():
     """A model, class features and background features."""
     torch.manual_seed(0)
-    model = clip.checkpoint.from_state_dict(small_state(SMALL_VIT), "quick_gelu").eval()
+    model = clip.checkpoint.from_state_dict(small_state(SMALL_VIT)).eval()
     features = torch.nn.functional.normalize(torch.randn(23, 32), dim=-1)
     return model.requires_grad_(False), features[:20], features[20:]
 

@@ -100,3 +100,12 @@ def test_box_masks(data, threshold):
     assert len(maps) == 11
     for key, cam in maps.items():
         np.testing.assert_array_equal(box_mask(cam, threshold), reference[f"mask_{data}_{key}"], err_msg=key)
+
+
+def test_boxes_that_cover_the_edge():
+    cam = np.zeros((4, 5), np.float32)
+    cam[3, 4] = cam[0, 0] = 1
+    public = np.zeros((4, 5))
+    public[0, 0] = 1
+    np.testing.assert_array_equal(box_mask(cam, 0.4), public)
+    np.testing.assert_array_equal(box_mask(cam, 0.4, cover_edge=True), cam)

@@ -1,0 +1,35 @@
+"""Positional tables, which images of any size need on grids other than the trained one."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+POSITION_ROUNDINGS = ("always", "resampled", "never")
+
+
+def resample_positions(
+    table: Tensor, grid: int, height: int, width: int, rounding: str = "always"
+) -> Tensor:
+    """A positional table resampled (bilinear) to another grid.
+
+    Args:
+        table: (1 + grid * grid, C), the class token's (or mean's) row first; it is kept.
+        rounding: when the result is rounded to float16, as the public CLIP-ES does also in float32
+            models (a relative change of 2^-11): "always", only when "resampled", or "never".
+
+    Returns:
+        (1 + height * width, C) float32.
+
+    Raises:
+        ValueError: unknown rounding.
+    """
+    if rounding not in POSITION_ROUNDINGS:
+        raise ValueError(f"position rounding must be one of {POSITION_ROUNDINGS}, got {rounding!r}")
+    table = table.float()
+    resampled = (height, width) != (grid, grid)
+    if resampled:
+        patches = table[1:].T.reshape(1, -1, grid, grid)
+        patches = F.interpolate(patches, (height, width), mode="bilinear", align_corners=False)
+        table = torch.cat([table[:1], patches.flatten(2)[0].T])
+    if rounding == "always" or (rounding == "resampled" and resampled):
+        table = table.half().float()
+    return table
