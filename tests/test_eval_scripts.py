@@ -4,15 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import eval_cam
+import eval_cam_with_crf
 import voc12
 from pipeline.evaluate import Evaluation, evaluate_images
-from pipeline.masks import MaskJob, make_images
+from pipeline.masks import MaskJob, make_images, refine_labels
 from pipeline.processes import drain
+from refinement.densecrf import PRESETS
 from segmentation import camfile
 from segmentation.masks import read_mask, write_mask
 from tests.conftest import CASES, golden, parity_image
@@ -124,6 +128,62 @@ def test_eval_cam_with_crf_masks_and_their_evaluation(arrays, data, tmp_path):
     assert "predicted 255" in result.stdout
 
 
+def in_process(module, monkeypatch, *arguments):
+    """Run a script's main here, which is faster than a process of its own."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    assert module.main() == 0
+
+
+@pytest.mark.parametrize(
+    "flag, value, change",
+    [
+        ("--crf_image", "raw", {"crf": replace(PRESETS["clip_es"], image_mode="raw")}),
+        ("--crf_unary", "float32", {"crf": replace(PRESETS["clip_es"], unary_type="float32")}),
+        ("--confidence", "0.7", {"confidence": 0.7}),
+    ],
+)
+def test_flags_of_the_crf_change_what_it_gives(data, monkeypatch, flag, value, change):
+    jobs = []
+
+    def take(job, *rest, **options):
+        jobs.append(job)
+        return 0
+
+    monkeypatch.setattr(eval_cam_with_crf, "make_masks", take)
+    common = ["--cam_out_dir", data / "full", "--split_file", data / "split.txt"]
+    common += ["--pseudo_mask_save_path", data / "masks"]
+    in_process(eval_cam_with_crf, monkeypatch, *common)
+    in_process(eval_cam_with_crf, monkeypatch, *common, flag, value)
+    usual, changed = jobs
+    assert changed == replace(usual, **change) != usual
+
+    ramp = np.linspace(0, 0.9, 40, dtype=np.float32) + np.zeros((30, 1), np.float32)  # (30, 40)
+    noise = np.random.default_rng(0).normal(0, 15, (30, 40, 3))
+    image = np.clip(255 * ramp[..., None] + noise, 0, 255).astype(np.uint8)
+    maps = np.stack([ramp, ramp[:, ::-1]]).astype(np.float16)
+    sure = []
+    for job in jobs:
+        _, posterior = refine_labels(image, np.array([3, 1]), maps, job)
+        sure.append(np.where(posterior < job.confidence, 0, posterior))
+    assert np.abs(sure[0] - sure[1]).max() > 1e-4
+
+
+def test_arithmetic_changes_the_scores(tmp_path, monkeypatch):
+    tie = np.array([[[0.38208008, 0.5]]], np.float16)  # the first equals (1 - itself)^2 when that is rounded
+    np.save(tmp_path / "a.npy", {"keys": np.array([0]), "attn_highres": tie}, allow_pickle=True)
+    write_mask(tmp_path / "truth" / "a.png", np.ones((1, 2), np.uint8), voc12.BENCHMARK.palette)
+    (tmp_path / "split.txt").write_text("a\n")
+    common = ["--cam_out_dir", tmp_path, "--dataset", "voc12", "--split_file", tmp_path / "split.txt"]
+    common += ["--gt_root", tmp_path / "truth", "--json", tmp_path / "s.json"]
+    accuracy = {}
+    for flags in ((), ("--arithmetic", "float16"), ("--arithmetic", "float32")):
+        in_process(eval_cam, monkeypatch, *common, *flags)
+        report = json.loads((tmp_path / "s.json").read_text())
+        assert report["arithmetic"] == (flags[-1] if flags else "float16")
+        accuracy[flags[1:]] = report["all"][1]["Pixel Accuracy"]
+    assert accuracy == {(): 0.5, ("float16",): 0.5, ("float32",): 1.0}
+
+
 def test_wrong_use_is_one_sentence_and_exit_code_2(data, tmp_path):
     split = ["--split_file", data / "split.txt", "--gt_root", data / "truth"]
     told = script("eval_cam.py", "--cam_out_dir", data / "compact", *split, code=2).stderr
@@ -132,6 +192,13 @@ def test_wrong_use_is_one_sentence_and_exit_code_2(data, tmp_path):
         "eval_cam.py", "--cam_out_dir", data / "nowhere", "--dataset", "voc12", *split, code=2
     ).stderr
     assert told.startswith("error: ") and "nowhere" in told and told.count("\n") == 1
+    common = ["--image_root", data / "images", "--split_file", data / "split.txt", "--overwrite"]
+    told = script(
+        *("eval_cam_with_crf.py", "--cam_out_dir", data / "full", *common),
+        *("--pseudo_mask_save_path", data / "full"),
+        code=2,
+    ).stderr
+    assert "full holds the CAMs" in told and told.count("\n") == 1
     told = script("eval_cam_with_crf.py", "--cam_out_dir", data / "full", code=2).stderr
     assert "--pseudo_mask_save_path" in told
     told = script(

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segmentation.metrics import confusion, scores
+from segmentation.metrics import ABSENT, confusion, scores
 from tests.conftest import golden
 
 SUMMARY = ("Pixel Accuracy", "Mean Accuracy", "Frequency Weighted IoU", "Mean IoU")
@@ -45,11 +45,18 @@ def test_all_of_255_counts_nothing():
 def test_policies_for_absent_classes():
     # Class 0 half right, class 1 absent but predicted, class 2 absent and never predicted.
     hist = np.array([[1, 1, 0], [0, 0, 0], [0, 0, 0]])
-    assert scores(hist, "drop")["Mean IoU"] == 0.5
-    assert scores(hist, "nan-mean")["Mean IoU"] == 0.25
-    assert scores(hist, "zero")["Mean IoU"] == 0.5 / 3
-    iou = scores(hist)["Class IoU"]
-    assert iou[0] == 0.5 and iou[1] == 0 and np.isnan(iou[2])
+    expected = {"drop": 0.5, "nan-mean": 0.25, "zero": 0.5 / 3}
+    assert {policy: scores(hist, absent=policy)["Mean IoU"] for policy in ABSENT} == expected
+    assert scores(hist)["Mean IoU"] == expected["drop"]
+    for policy in ABSENT:  # which says nothing of the other scores
+        result = scores(hist, absent=policy)
+        iou = result["Class IoU"]
+        assert iou[0] == 0.5 and iou[1] == 0 and np.isnan(iou[2])
+        assert [result[key] for key in SUMMARY if key != "Mean IoU"] == [0.5, 0.5, 0.5]
+    # With every class present they agree; with none, only "zero" has a score.
+    assert {scores(np.array([[2, 1], [1, 2]]), absent=policy)["Mean IoU"] for policy in ABSENT} == {0.5}
+    nothing = {policy: scores(np.zeros((2, 2)), absent=policy)["Mean IoU"] for policy in ABSENT}
+    assert nothing["zero"] == 0 and np.isnan(nothing["drop"]) and np.isnan(nothing["nan-mean"])
 
 
 def test_wrong_use_is_told():
