@@ -70,6 +70,7 @@ def main(name: str | None = None) -> int:
     )
     run = Run(
         args.cam_out_dir,
+        step="cams",
         settings={
             "benchmark": _anywhere(name) if name.endswith((".yaml", ".yml")) else name,
             "cam_format": args.cam_format,
