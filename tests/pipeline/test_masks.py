@@ -12,6 +12,7 @@ from PIL import Image
 import voc12
 from pipeline.masks import MaskJob, make_images, make_masks, refine_labels
 from pipeline.processes import drain
+from pipeline.run import read_settings
 from segmentation import camfile
 from segmentation.masks import read_mask, write_mask
 from segmentation.metrics import scores
@@ -96,6 +97,7 @@ def test_one_bad_image_is_reported_and_tried_again(job, tmp_path):
 
 def test_other_settings_and_other_cams_are_not_mixed(arrays, job, tmp_path):
     make_masks(job, NAMES, "voc12")
+    assert read_settings(tmp_path / "masks")["step"] == "masks"
     with pytest.raises(ValueError, match=r"confidence \(was 0.95, now 0.9\)"):
         make_masks(replace(job, confidence=0.9), NAMES, "voc12")
     (tmp_path / "cams" / "settings.json").write_text('{"settings": {"refine": "mhsa"}}')
