@@ -5,13 +5,12 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import eval_cam
-import eval_cam_with_crf
 import voc12
 from pipeline.evaluate import Evaluation, evaluate_images
 from pipeline.masks import MaskJob, make_images, refine_labels
@@ -128,10 +127,10 @@ def test_eval_cam_with_crf_masks_and_their_evaluation(arrays, data, tmp_path):
     assert "predicted 255" in result.stdout
 
 
-def in_process(module, monkeypatch, *arguments):
+def in_process(name, monkeypatch, *arguments):
     """Run a script's main here, which is faster than a process of its own."""
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    assert module.main() == 0
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    assert import_module(name).main() == 0
 
 
 @pytest.mark.parametrize(
@@ -149,11 +148,11 @@ def test_flags_of_the_crf_change_what_it_gives(data, monkeypatch, flag, value, c
         jobs.append(job)
         return 0
 
-    monkeypatch.setattr(eval_cam_with_crf, "make_masks", take)
+    monkeypatch.setattr("eval_cam_with_crf.make_masks", take)
     common = ["--cam_out_dir", data / "full", "--split_file", data / "split.txt"]
     common += ["--pseudo_mask_save_path", data / "masks"]
-    in_process(eval_cam_with_crf, monkeypatch, *common)
-    in_process(eval_cam_with_crf, monkeypatch, *common, flag, value)
+    in_process("eval_cam_with_crf", monkeypatch, *common)
+    in_process("eval_cam_with_crf", monkeypatch, *common, flag, value)
     usual, changed = jobs
     assert changed == replace(usual, **change) != usual
 
@@ -177,7 +176,7 @@ def test_arithmetic_changes_the_scores(tmp_path, monkeypatch):
     common += ["--gt_root", tmp_path / "truth", "--json", tmp_path / "s.json"]
     accuracy = {}
     for flags in ((), ("--arithmetic", "float16"), ("--arithmetic", "float32")):
-        in_process(eval_cam, monkeypatch, *common, *flags)
+        in_process("eval_cam", monkeypatch, *common, *flags)
         report = json.loads((tmp_path / "s.json").read_text())
         assert report["arithmetic"] == (flags[-1] if flags else "float16")
         accuracy[flags[1:]] = report["all"][1]["Pixel Accuracy"]
