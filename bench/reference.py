@@ -7,11 +7,12 @@ the refined map are brought to image size. The numbers are those of `pipeline.ca
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 import clip
-from clip.model import CLIP
+from clip.model import CLIP, Block
 from pytorch_grad_cam.affinity import box_mask
 from pytorch_grad_cam.methods import activation_map, scale
 
@@ -35,8 +36,8 @@ def reference_cams(
     maps = []
     with torch.no_grad():
         tokens, _ = visual.embed(clip.preprocess(image, size, model.config.mean, model.config.std)[None])
-        for index in range(visual.layers - 1):
-            tokens, attention = visual.block(index, tokens, maps=True)
+        for block in visual.transformer.resblocks[:-1]:
+            tokens, attention = _block(block, tokens, block.ln_1(tokens))
             maps.append(attention)
     last = visual.transformer.resblocks[-1]
     trained = [*last.parameters(), *visual.ln_post.parameters(), visual.proj]
@@ -47,7 +48,7 @@ def reference_cams(
     for label in range(len(text)):
         normed = last.ln_1(tokens)
         normed.retain_grad()
-        output, attention = visual.block(-1, tokens, maps=True, normed=normed)
+        output, attention = _block(last, tokens, normed)
         feature = visual.ln_post(output[0, 1:]).mean(0) @ visual.proj
         feature = feature / feature.norm()
         probabilities = (model.logit_scale.exp() * candidates @ feature).softmax(-1)
@@ -69,3 +70,26 @@ def reference_cams(
     for parameter in trained:
         parameter.requires_grad_(False).grad = None
     return np.stack(results).astype(np.float16)
+
+
+def _block(block: Block, tokens: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+    """One block by torch's own attention, all heads at once and with their map: (B, L, C), (B, L, L)."""
+    attn, sequence = block.attn, normed.transpose(0, 1)  # (L, B, C)
+    mixed, attention = F.multi_head_attention_forward(
+        sequence,
+        sequence,
+        sequence,
+        embed_dim_to_check=tokens.shape[-1],
+        num_heads=attn.heads,
+        in_proj_weight=attn.in_proj_weight,
+        in_proj_bias=attn.in_proj_bias,
+        bias_k=None,
+        bias_v=None,
+        add_zero_attn=False,
+        dropout_p=0.0,
+        out_proj_weight=attn.out_proj.weight,
+        out_proj_bias=attn.out_proj.bias,
+        training=False,
+    )
+    tokens = tokens + mixed.transpose(0, 1)
+    return tokens + block.mlp(block.ln_2(tokens)), attention
