@@ -207,17 +207,17 @@ def tell(
         print(f"{'background':<12}{'':<8}" + "".join(f"{name:<24}" for name in SUMMARY))
         for index, (score, result) in enumerate(zip(backgrounds, results, strict=True)):
             line = f"{_named(score):<12}{'best' * (index == best):<8}"
-            print((line + "".join(f"{result[name]:<24}" for name in SUMMARY)).rstrip())
+            print((line + "".join(f"{result[name]:<24.4f}" for name in SUMMARY)).rstrip())
         print(f"\nbackground {_named(backgrounds[best])}:")
     width = max(len(name) for name in (*classes, *SUMMARY)) + 2
     for index, iou in results[best]["Class IoU"].items():
-        print(f"{classes[index]:<{width}}{iou}")
+        print(f"{classes[index]:<{width}}{iou:.4f}")
     print()
     for name in SUMMARY:
-        print(f"{name:<{width}}{results[best][name]}")
+        print(f"{name:<{width}}{results[best][name]:.4f}")
     ignored = float(pixels[0] / pixels[1]) if pixels[1] else 0.0
     if ignored:
-        print(f"{'predicted 255':<{width}}{ignored} (share of pixels, left out)")
+        print(f"{'predicted 255':<{width}}{ignored:.4f} (share of pixels, left out)")
     if json_file is None:
         return
     entries = []
