@@ -139,7 +139,7 @@ def test_table_and_json(arrays, folders, tmp_path, capsys):
     assert evaluate(evaluation, list("01234"), tmp_path / "one.json") == 0
     out = capsys.readouterr().out
     best = max(arrays["voc_thr1_miou"], arrays["voc_thr2_miou"])
-    assert str(float(best)) in next(line for line in out.splitlines() if " best " in line)
+    assert f"{best:.4f}" in next(line for line in out.splitlines() if " best " in line)
     scores = json.loads((tmp_path / "one.json").read_text())
     assert scores["best"]["Mean IoU"] == pytest.approx(best, abs=1e-12) and len(scores["all"]) == 2
     assert set(scores["best"]["Class IoU"]) == {"background", *voc12.CLASSES}
