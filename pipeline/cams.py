@@ -134,32 +134,46 @@ class CamJob:
 def generate(names: Sequence[str], position: int, job: CamJob) -> Generator[Outcome, None, None]:
     """Make the CAM files of `names` that are not there yet, and those whose labels have changed; see
     `pipeline.processes`."""
-    pending = {name for name in names if not _is_made(job, name)}
-    if pending:
-        model = clip.load(job.model, device_of(job.device, position), job.precision, job.round_weights)
-        _check_refinement(model, job.settings)
-        templates = job.benchmark.templates
-        text = clip.text_features(model, job.benchmark.prompts, templates)
-        backgrounds = clip.text_features(model, job.benchmark.backgrounds, templates)
+    maker = None  # loads the model, which a finished run does not need
+    for name in names:
+        if _is_made(job, name):
+            yield Outcome(name)
+        else:
+            maker = maker or _Maker(job, position)
+            yield attempt(name, maker)
 
-    def make(name: str) -> list[str]:
+
+class _Maker:
+    """Makes one CAM file after the other with one model."""
+
+    def __init__(self, job: CamJob, position: int):
+        self.job = job
+        self.model = clip.load(job.model, device_of(job.device, position), job.precision, job.round_weights)
+        if job.settings.refine != "none" and not isinstance(self.model.visual, VisionTransformer):
+            raise ValueError(
+                "a ResNet tower has no attention between places to refine CAMs with: use --refine none"
+            )
+        templates = job.benchmark.templates
+        self.text = clip.text_features(self.model, job.benchmark.prompts, templates)
+        self.backgrounds = clip.text_features(self.model, job.benchmark.backgrounds, templates)
+
+    def __call__(self, name: str) -> list[str]:
+        """Make the file of one image; returns notes worth counting."""
+        job, settings = self.job, self.job.settings
         keys = job.labels(name)
         if not keys:
             return ["images without labels"]
         image = read_image(find_image(job.image_root, name))
-        maps = image_cams(model, image, text[keys], backgrounds, job.settings)
+        maps = image_cams(self.model, image, self.text[keys], self.backgrounds, settings)
         camfile.write(job.output, name, keys, maps, (image.height, image.width), job.format)
         notes = []
-        final = maps[INITIAL if job.settings.refine == "none" else REFINED]
+        final = maps[INITIAL if settings.refine == "none" else REFINED]
         if not final.any((1, 2)).all():
             notes.append("images with an all-zero CAM")
-        largest = max(job.settings.scales)
-        if _size(model, image, largest, job.settings.max_patches) != _size(model, image, largest):
-            notes.append(f"images shrunk to {job.settings.max_patches} patches (--max_patches)")
+        largest = max(settings.scales)
+        if _size(self.model, image, largest, settings.max_patches) != _size(self.model, image, largest):
+            notes.append(f"images shrunk to {settings.max_patches} patches (--max_patches)")
         return notes
-
-    for name in names:
-        yield attempt(name, make) if name in pending else Outcome(name)
 
 
 def _is_made(job: CamJob, name: str) -> bool:
@@ -168,10 +182,3 @@ def _is_made(job: CamJob, name: str) -> bool:
         return made is not None and made == job.labels(name)
     except (ValueError, OSError):
         return False  # a damaged file is made anew; labels that cannot be read fail when they are needed
-
-
-def _check_refinement(model: CLIP, settings: CamSettings) -> None:
-    if settings.refine != "none" and not isinstance(model.visual, VisionTransformer):
-        raise ValueError(
-            "a ResNet tower has no attention between places to refine CAMs with: use --refine none"
-        )
