@@ -162,6 +162,9 @@ class _Maker:
         job, settings = self.job, self.job.settings
         keys = job.labels(name)
         if not keys:
+            stale = camfile.find(job.output, name)  # of labels that it no longer has
+            if stale:
+                stale.unlink()
             return ["images without labels"]
         image = read_image(find_image(job.image_root, name))
         maps = image_cams(self.model, image, self.text[keys], self.backgrounds, settings)

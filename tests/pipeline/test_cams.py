@@ -116,6 +116,9 @@ def test_changed_labels_and_damaged_files_are_made_anew(voc, tmp_path, monkeypat
     assert run(monkeypatch, voc, out, model, "--labels", str(labels)) == 0
     assert camfile.read(out, "es_b")[0].tolist() == [4]
     assert {name for name, content in files(out).items() if content != before[name]} == {"es_b.npy"}
+    labels.write_text("es_a\nes_b 4\nother 5\n")  # now without labels: no CAM may stay
+    assert run(monkeypatch, voc, out, model, "--labels", str(labels)) == 0
+    assert set(files(out)) == {"es_b.npy", "other.npy"}
 
 
 def test_other_prompts_or_conventions_need_another_folder(voc, tmp_path, monkeypatch, parity_file):
