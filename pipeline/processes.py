@@ -4,6 +4,7 @@ A step is a generator function `work(names, position, *args)`: it handles its im
 one `Outcome` after each; what it returns is collected. `position` counts the processes of this machine.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -56,6 +57,7 @@ def gather(value: Any) -> list:
 
     if not distributed.is_initialized():
         distributed.init_process_group("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
+        atexit.register(distributed.destroy_process_group)  # or its threads may abort the exit
     values = [None] * world
     distributed.all_gather_object(values, value)
     return values
