@@ -6,7 +6,7 @@ opened for its tensors and its code is never run; pickles are read by restricted
 """
 import pickle
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -238,13 +238,6 @@ def read_state(file: Path | str) -> dict[str, Tensor]:
     return state
 
 
-@dataclass
-class _Storage:
-    """What a persistent id of a TorchScript pickle names: a flat tensor over one record."""
-
-    values: Tensor
-
-
 class _Module:
     """Stands for any scripted module; unpickling fills its __dict__ with attributes."""
 
@@ -255,7 +248,7 @@ class _ArchiveReader(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, root: str):
         super().__init__(archive.open(f"{root}/data.pkl"))
         self.archive, self.root = archive, root
-        self.storages: dict[str, _Storage] = {}
+        self.storages: dict[str, Tensor] = {}  # by record: its values, flat
 
     def find_class(self, module: str, name: str):
         if module.startswith("__torch__"):
@@ -264,7 +257,7 @@ class _ArchiveReader(pickle.Unpickler):
             return STORAGES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda storage, offset, size, stride, *_: torch.as_strided(
-                storage.values, size, stride, offset
+                storage, size, stride, offset
             )
         if (module, name) == ("collections", "OrderedDict"):
             return dict
@@ -281,7 +274,7 @@ class _ArchiveReader(pickle.Unpickler):
         if key not in self.storages:
             record = bytearray(self.archive.read(f"{self.root}/data/{key}"))
             values = torch.frombuffer(record, dtype=dtype) if record else torch.empty(0, dtype=dtype)
-            self.storages[key] = _Storage(values)
+            self.storages[key] = values
         return self.storages[key]
 
 

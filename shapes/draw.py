@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from segmentation.benchmark import voc_palette
 from segmentation.files import replacing
+from segmentation.masks import write_mask
 from shapes.world import CLASSES, DIFFICULT_BELOW, Scene, draw, generator
 
 SPLITS = ("train", "val")
@@ -73,7 +74,7 @@ def write(root: Path, train: int, val: int, sides: tuple[int, int] = (96, 160), 
     lists = {folder: root / "ImageSets" / folder for folder in ("Segmentation", "Captions")}
     for folder in (*folders.values(), *lists.values()):
         folder.mkdir(parents=True, exist_ok=True)
-    palette = voc_palette().ravel().tolist()
+    palette = voc_palette()
     names: dict[str, list[str]] = {}
     captions: dict[str, list[str]] = {}
     for split, count in zip(SPLITS, (train, val), strict=True):
@@ -83,10 +84,8 @@ def write(root: Path, train: int, val: int, sides: tuple[int, int] = (96, 160), 
             scene = draw(seed, index, image_size(sides, seed, index, split), split)
             Image.fromarray(scene.image).save(folders["JPEGImages"] / f"{name}.jpg", **JPEG)
             (folders["Annotations"] / f"{name}.xml").write_bytes(annotation(name, scene))
-            mask = Image.fromarray(scene.mask)
-            mask.putpalette(palette)
             for folder in ("SegmentationClass", "SegmentationClassAug"):
-                mask.save(folders[folder] / f"{name}.png")
+                write_mask(folders[folder] / f"{name}.png", scene.mask, palette)
             captions[split].append(f"{name}\t{scene.caption}")
     for split in SPLITS:
         _write_lines(lists["Captions"] / f"{split}.txt", captions[split])
