@@ -1,8 +1,9 @@
 """Step 2a: CAM files, or index masks, and ground truth -> scores."""
 
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.files import replacing
 from segmentation.masks import read_mask
-from segmentation.metrics import confusion, scores
+from segmentation.metrics import joint_counts, scores
 
 ARITHMETIC = ("float16", "float32")
 MASKS = "png"  # the cam type that stands for index masks instead of CAM files
@@ -75,33 +76,99 @@ def background(top: np.ndarray, score: float, arithmetic: str = "float16") -> np
     return (difference.astype(np.float32) ** score).astype(dtype)
 
 
-def predictions(keys: np.ndarray, maps: np.ndarray, evaluation: Evaluation) -> Iterator[np.ndarray]:
-    """Index predictions from CAMs, one for each of the evaluation's background scores.
+@cache
+def _float16() -> tuple[np.ndarray, np.ndarray]:
+    """The float16 numbers in order, (V,): equal ones once, NaN last; and the place there of each of the
+    65,536 bit patterns, (65536,) uint16. Places are compared faster than float16 itself."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    values, places = np.unique(every, return_inverse=True)
+    return values, places.astype(np.uint16)
 
-    Ties go to the background, then to the earlier key.
+
+@cache
+def _verdicts(backgrounds: tuple[float | None, ...], arithmetic: str) -> tuple[np.ndarray, np.ndarray]:
+    """Which background scores beat a class, for each score that the best class can have.
+
+    There are only as many scores as float16 numbers, so all are tried once instead of at every pixel. What
+    is returned rests on no formula: for exponents of CAMs in [0, 1] it is a row of thresholds, but holds for
+    any numbers.
+
+    Returns:
+        wins (P, B) bool, the combinations that occur (B + 1 of them in [0, 1]): does the background win? A
+        tie is the background's, None never wins; and (V,) uint8 or wider, the row of `wins` for each number.
+    """
+    top, _ = _float16()
+    combination = np.zeros(len(top), np.int64)
+    with np.errstate(all="ignore"):  # powers of what no CAM holds
+        for bit, score in enumerate(backgrounds):
+            if score is not None:
+                combination |= (background(top, score, arithmetic) >= top).astype(np.int64) << bit
+    combinations, rows = np.unique(combination, return_inverse=True)
+    wins = (combinations[:, None] >> np.arange(len(backgrounds)) & 1).astype(bool)
+    return wins, rows.astype(np.min_scalar_type(len(wins)))
+
+
+def count_cams(
+    truth: np.ndarray, keys: np.ndarray, maps: np.ndarray, evaluation: Evaluation
+) -> tuple[np.ndarray, int]:
+    """Count the pixels of one image for all of the evaluation's background scores at once.
+
+    A pixel is of its best class, or of the background where that scores as high; among classes ties go to
+    the earlier key. NaN counts as highest.
 
     Args:
+        truth: (H, W) uint8, indices as the benchmark's masks have them.
         keys: (K,) class indices.
-        maps: (K, ...) float16; (K + 1, ...) if they have a background channel.
+        maps: (K, H, W) float16; (K + 1, H, W) if they have a background channel.
 
-    Yields:
-        (...) int64, indices as the benchmark's masks have them.
+    Returns:
+        hists (B, n, n) int64 [truth, prediction] for the B background scores, and the pixels of known truth
+        that are predicted 255 at the first of them, which are in no matrix.
+
+    Raises:
+        ValueError: a pixel of known truth is predicted as a class that the benchmark does not have.
     """
-    maps = maps.astype(np.float32)  # exact, and compared much faster than float16
     offset = int(evaluation.benchmark.has_background)
     indices = keys + offset
     if "bg" in evaluation.cam_type:
         indices = np.append(0, indices)
-    if not len(maps):
-        yield from (np.full(maps.shape[1:], 0 if offset else IGNORE) for _ in evaluation.backgrounds)
-        return
-    best = indices[maps.argmax(axis=0)]
-    top = maps.max(axis=0)
-    for score in evaluation.backgrounds:
-        if score is None:
-            yield best
-        else:
-            yield np.where(background(top, score, evaluation.arithmetic) >= top, 0, best)
+    wins, rows = _verdicts(evaluation.backgrounds, evaluation.arithmetic)
+    if len(maps):
+        _, places = _float16()
+        best, top = _argmax(places.take(maps.view(np.uint16)))  # (H, W), (H, W)
+        code = best.astype(np.min_scalar_type(len(maps) * len(wins))) * len(wins) + rows.take(top)
+    else:  # nothing is predicted, whatever the score
+        indices, wins = np.array([0 if offset else IGNORE]), np.zeros((1, len(evaluation.backgrounds)), bool)
+        code = np.zeros(truth.shape, np.uint8)
+    joint = joint_counts(truth, code, evaluation.benchmark.channels, len(indices) * len(wins))
+    joint = joint.reshape(-1, len(indices), len(wins))  # (n, K, P)
+    classes = joint @ ~wins  # (n, K, B)
+    rest = joint.sum(1, keepdims=True) @ wins  # (n, 1, B), the background's
+    return _matrices(np.append(indices, 0), np.concatenate([classes, rest], 1))
+
+
+def _argmax(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First of the highest maps, and its value: (K, H, W) -> (H, W), (H, W)."""
+    top = places[0].copy()
+    best = np.zeros(top.shape, np.min_scalar_type(len(places)))
+    for index, channel in enumerate(places[1:], 1):
+        np.copyto(best, index, where=channel > top)
+        np.maximum(top, channel, out=top)
+    return best, top
+
+
+def _matrices(indices: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:
+    """Sum (n, C, B) counts of candidates to (B, n, n) matrices by the candidates' (C,) indices; and those of
+    candidates of index 255 at the first background."""
+    channels, _, backgrounds = counts.shape
+    used = counts.any((0, 2))
+    unknown = indices[used & (indices >= channels) & (indices != IGNORE)]
+    if len(unknown):
+        raise ValueError(f"the prediction holds {unknown.max()}, but there are {channels} classes")
+    hists = np.zeros((backgrounds, channels, channels), np.int64)
+    for candidate in np.flatnonzero(used & (indices < channels)):  # two keys may be equal
+        hists[:, :, indices[candidate]] += counts[:, candidate].T
+    return hists, int(counts[:, indices == IGNORE, 0].sum())
 
 
 def evaluate_images(
@@ -119,19 +186,18 @@ def evaluate_images(
 
     def count(name: str) -> None:
         truth = read_mask(Path(evaluation.gt_root) / f"{name}.png")
-        known = truth < channels
         if evaluation.cam_type == MASKS:
             prediction = read_mask(Path(evaluation.cam_dir) / f"{name}.png")
             _same_size(truth.shape, prediction.shape)
-            found = [prediction[known]]
+            counts = joint_counts(truth, prediction, channels, 256)
+            added, ignored = _matrices(np.arange(256), counts[..., None])
         else:
             keys, maps = camfile.read(evaluation.cam_dir, name, evaluation.cam_type)
             _same_size(truth.shape, maps.shape[1:])
-            found = list(predictions(keys, maps[:, known], evaluation))
+            added, ignored = count_cams(truth, keys, maps, evaluation)
         # Only when all is computed may anything be added: a bad image must not be half counted.
-        added = np.stack([confusion(truth[known], prediction, channels) for prediction in found])
         hists[:] += added
-        pixels[:] += (int((found[0] == IGNORE).sum()), int(known.sum()))
+        pixels[:] += (ignored, int(added[0].sum()) + ignored)
 
     for name in names:
         yield attempt(name, count)

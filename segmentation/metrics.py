@@ -33,6 +33,23 @@ def confusion(truth: np.ndarray, prediction: np.ndarray, channels: int) -> np.nd
     return np.bincount(truth * channels + prediction, minlength=channels**2).reshape(channels, channels)
 
 
+def joint_counts(truth: np.ndarray, code: np.ndarray, channels: int, codes: int) -> np.ndarray:
+    """Count pixels by true class and by a code of the caller's; no pass but one over each.
+
+    Args:
+        truth: unsigned integers, any shape; those that are no class (>= channels) are left out.
+        code: unsigned integers of the same shape, in [0, codes).
+        channels: n, at most 255.
+        codes: how many there can be.
+
+    Returns:
+        (n, codes) int64.
+    """
+    size = (channels + 1) * codes  # the last row is for what is left out
+    both = np.minimum(truth, channels).astype(np.min_scalar_type(size)) * codes + code
+    return np.bincount(both.ravel(), minlength=size).reshape(-1, codes)[:channels]
+
+
 def scores(hist: np.ndarray, absent: str = "drop") -> dict:
     """The usual scores, under the names that WSSS projects print them by; fractions in [0, 1].
 

@@ -1,6 +1,7 @@
 """Step 2a against the golden vectors, and where files are odd, missing or wrong."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -15,14 +16,15 @@ from pipeline.evaluate import (
     background,
     backgrounds,
     benchmark_of,
+    count_cams,
     evaluate,
     evaluate_images,
-    predictions,
     present,
 )
 from pipeline.processes import drain
 from segmentation import camfile
 from segmentation.masks import write_mask
+from segmentation.metrics import confusion
 from tests.conftest import golden
 
 PALETTE = voc12.BENCHMARK.palette
@@ -66,32 +68,136 @@ def test_golden_histograms_of_all_backgrounds_in_one_pass(arrays, folders, datas
         assert hist.sum() == pixels[1]
     assert pixels[0] == 0
     for index in (0, 4):
-        found = predictions(arrays[f"keys{index}"], arrays[f"cams{index}"], evaluation)
-        for score, prediction in zip(tried, found, strict=True):
+        for score, prediction in zip(
+            tried, plain(arrays[f"keys{index}"], arrays[f"cams{index}"], evaluation), strict=True
+        ):
             if score in (1, 0.3):
                 assert (prediction == arrays[f"{dataset}_thr{score:g}_pred{index}"]).all()
 
 
-@settings(deadline=None, max_examples=60)
+def plain(keys, maps, evaluation):
+    """Index predictions at each background score, one channel stacked on the other: the slow way."""
+    offset = int(evaluation.benchmark.has_background)
+    indices = keys + offset
+    if "bg" in evaluation.cam_type:
+        indices = np.append(0, indices)
+    if not len(maps):
+        return [np.full(maps.shape[1:], 0 if offset else 255)] * len(evaluation.backgrounds)
+    if evaluation.arithmetic == "float32":
+        maps = maps.astype(np.float32)
+    predictions = []
+    for score in evaluation.backgrounds:
+        channels, found = maps, indices
+        if score is not None:
+            top = maps.max(axis=0)
+            rest = background(top, score, evaluation.arithmetic)
+            rest[np.isnan(rest)] = -np.inf  # what is no number wins nowhere
+            channels, found = np.concatenate([rest[None], maps]), np.append(0, indices)
+        predictions.append(found[channels.argmax(axis=0)])
+    return predictions
+
+
+def plain_counts(truth, keys, maps, evaluation):
+    """Histograms of the slow way, and how many pixels are predicted 255 at first."""
+    channels = evaluation.benchmark.channels
+    predictions = plain(keys, maps, evaluation)
+    hists = np.stack([confusion(truth, prediction, channels) for prediction in predictions])
+    return hists, int((predictions[0][truth < channels] == 255).sum())
+
+
+def same(counts, expected):
+    assert counts[0].dtype == expected[0].dtype and counts[0].shape == expected[0].shape
+    assert (counts[0] == expected[0]).all() and counts[1] == expected[1]
+
+
+KINDS = {
+    "zero": lambda maps: 0 * maps,
+    "ties": lambda maps: np.round(maps * 4) / 4,
+    "cams": lambda maps: maps,
+    "negative": lambda maps: maps - 0.5,
+    "large": lambda maps: (maps - 0.3) * 1e5,  # up to infinity
+    "nan": lambda maps: np.where(maps > 0.7, np.nan, np.round(maps * 4) / 4 - 0.25),
+}
+WITHOUT = replace(voc12.BENCHMARK, has_background=False)
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@settings(deadline=None, max_examples=150)
 @given(
-    st.integers(0, 20),
+    st.integers(0, 19),
     st.integers(1, 9),
     st.integers(1, 9),
     st.integers(0, 2**31),
-    st.sampled_from(["zero", "coarse", "any"]),
+    st.sampled_from(list(KINDS)),
+    st.sampled_from(["float16", "float32"]),
+    st.sampled_from(
+        [
+            (voc12.BENCHMARK, "attn_highres", (1.0, 2.0)),
+            (voc12.BENCHMARK, "attn_highres", (0.3, 7.0, 0.05, 2.0, 2.0, 1.5)),
+            (voc12.BENCHMARK, "attn_highres", backgrounds(0.3, "attn_highres")),
+            (coco14.BENCHMARK, "highres", backgrounds(2, "highres")),
+            (voc12.BENCHMARK, "bg_score", (None,)),
+            (WITHOUT, "attn_highres", (None,)),
+        ]
+    ),
 )
-def test_predictions_are_the_argmax_of_the_stacked_channels(labels, height, width, seed, kind):
+def test_one_pass_counts_what_the_slow_way_counts(labels, height, width, seed, kind, arithmetic, case):
     random = np.random.default_rng(seed)
-    maps = random.random((labels, height, width))
-    maps = {"zero": 0 * maps, "coarse": np.round(maps * 4) / 4, "any": maps}[kind].astype(np.float16)
+    benchmark, cam_type, tried = case
+    maps = KINDS[kind](random.random((labels + (cam_type == "bg_score"), height, width)))
+    maps = maps.astype(np.float16)
     keys = random.permutation(20)[:labels]
-    tried = (1.0, 2.0, 7.0, 0.05, 0.5)
-    found = predictions(keys, maps, Evaluation(voc12.BENCHMARK, "", "", backgrounds=tried))
-    for score, prediction in zip(tried, found, strict=True):
-        top = maps.max(axis=0, initial=0)
-        rest = np.power(1 - top, np.float16(score)) if score >= 1 else np.full_like(top, score)
-        expected = np.append(0, keys + 1)[np.concatenate([rest[None], maps]).argmax(axis=0)]
-        assert (prediction == expected).all()
+    truth = random.integers(0, benchmark.channels + 3, (height, width)).astype(np.uint8)
+    evaluation = Evaluation(benchmark, "", "", cam_type, tried, arithmetic)
+    same(count_cams(truth, keys, maps, evaluation), plain_counts(truth, keys, maps, evaluation))
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@pytest.mark.parametrize("arithmetic", ["float16", "float32"])
+@pytest.mark.parametrize("tried", [*[backgrounds(*list_) for list_ in ((2, "a"), (0.3, "a"))], (1.5, 2.0)])
+def test_every_float16_number_meets_every_background(arithmetic, tried):
+    numbers = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(1, 256, 256)
+    evaluation = Evaluation(voc12.BENCHMARK, "", "", "attn_highres", tried, arithmetic)
+    keys = np.array([4])
+    for row in range(0, 256, 8):  # so that errors do not cancel out
+        truth = np.full((256, 256), 255, np.uint8)
+        truth[row : row + 8] = np.arange(256) % 21
+        same(count_cams(truth, keys, numbers, evaluation), plain_counts(truth, keys, numbers, evaluation))
+    cams = np.sort(numbers[(numbers >= 0) & (numbers <= 1)])
+    for prediction in plain(keys, cams[None, None], evaluation):
+        assert (np.diff(prediction[0]) >= 0).all()  # in [0, 1] it is a threshold
+
+
+def test_keys_that_repeat_are_one_class_and_keys_that_are_none_fail():
+    maps = np.array([[[0.9, 0.1, 0.8]], [[0.2, 0.7, 0.1]]], np.float16)
+    truth = np.array([[6, 6, 255]], np.uint8)
+    evaluation = Evaluation(voc12.BENCHMARK, "", "")
+    hists, ignored = count_cams(truth, np.array([5, 5]), maps, evaluation)
+    assert (hists[:, 6, 6] == 2).all() and hists.sum() == 4 and ignored == 0
+    hists, ignored = count_cams(truth, np.array([5, 254]), maps, evaluation)  # 254 + 1 = 255
+    assert (hists[:, 6, 6] == 1).all() and hists.sum() == 2 and ignored == 1
+    with pytest.raises(ValueError, match="holds 31, but there are 21 classes"):
+        count_cams(truth, np.array([5, 30]), maps, evaluation)
+    truth[0, 1] = 255  # where nothing is known, nothing is wrong
+    assert count_cams(truth, np.array([5, 30]), maps, evaluation)[0].sum() == 2
+
+
+def test_memory_does_not_depend_on_how_many_images_there_are(tmp_path):
+    random = np.random.default_rng(0)
+    maps = {"attn_highres": random.random((2, 20, 30), np.float32)}
+    camfile.write(tmp_path, "image", [3, 9], maps, (200, 300), "compact")
+    write_mask(tmp_path / "image.png", random.integers(0, 21, (200, 300)).astype(np.uint8), PALETTE)
+    evaluation = Evaluation(voc12.BENCHMARK, str(tmp_path), str(tmp_path))
+
+    def peak(images):
+        tracemalloc.start()
+        count(evaluation, ["image"] * images)
+        result = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return result
+
+    peak(2)  # fills caches
+    assert peak(200) <= peak(20) + 10_000 + 180 * 500  # what the names and outcomes take; one map: 120,000
 
 
 def test_float32_arithmetic_does_not_round():
@@ -110,12 +216,15 @@ def test_search_lists():
 
 def test_maps_with_their_own_background_and_benchmarks_without_one():
     maps = np.array([[[0.5, 0.1]], [[0.5, 0.2]]], np.float16)
+    truth = np.array([[0, 7]], np.uint8)
     own = Evaluation(voc12.BENCHMARK, "", "", "bg_score", (None,))
-    assert next(predictions(np.array([6]), maps, own)).tolist() == [[0, 7]]
-    stuff = replace(voc12.BENCHMARK, has_background=False)
-    none = Evaluation(stuff, "", "", "attn_highres", (None,))
-    assert next(predictions(np.array([6, 2]), maps, none)).tolist() == [[6, 2]]
-    assert next(predictions(np.array([], int), maps[:0], none)).tolist() == [[255, 255]]
+    hists, ignored = count_cams(truth, np.array([6]), maps, own)
+    assert hists[0, 0, 0] == hists[0, 7, 7] == 1 and hists.sum() == 2 and ignored == 0
+    none = Evaluation(WITHOUT, "", "", "attn_highres", (None,))
+    hists, ignored = count_cams(truth, np.array([6, 2]), maps, none)
+    assert hists[0, 0, 6] == hists[0, 7, 2] == 1 and hists.sum() == 2 and ignored == 0
+    hists, ignored = count_cams(truth, np.array([], int), maps[:0], none)
+    assert hists.sum() == 0 and ignored == 2
 
 
 def test_masks_are_evaluated_without_their_pixels_of_255(arrays, tmp_path, capsys):

@@ -12,7 +12,7 @@ import torch
 
 import clip
 from pipeline.cams import INITIAL, REFINED, CamSettings, image_cams
-from pipeline.evaluate import Evaluation, predictions
+from pipeline.evaluate import Evaluation, count_cams
 from pipeline.masks import MaskJob, refine_labels
 from segmentation import camfile
 from segmentation.images import find_image, read_image, read_rgb
@@ -55,8 +55,8 @@ def measure(model: clip.CLIP, world: list, shuffled: bool = False) -> dict[str, 
     job = MaskJob(BENCHMARK, cam_dir="", image_root="", output=None)
     hists: dict = {}
 
-    def count(stage, truth, labels):
-        hists[stage] = hists.get(stage, 0) + confusion(truth, labels, BENCHMARK.channels)
+    def add(stage, hist):
+        hists[stage] = hists.get(stage, 0) + hist
 
     others = world[1:] + world[:1]
     for (file, labels, truth), (_, other, _) in zip(world, others, strict=True):
@@ -64,9 +64,11 @@ def measure(model: clip.CLIP, world: list, shuffled: bool = False) -> dict[str, 
         maps = image_cams(model, read_image(file), text[keys], backgrounds, settings)
         full = {kind: camfile.resize(cams, truth.shape).astype(np.float16) for kind, cams in maps.items()}
         for stage, kind in (("initial", INITIAL), ("refined", REFINED)):
-            for exponent, found in enumerate(predictions(keys, full[kind], evaluation)):
-                count((stage, exponent), truth, found)
-        count(("crf", 0), truth, refine_labels(read_rgb(file), keys, full[REFINED], job)[0])
+            found, _ = count_cams(truth, keys, full[kind], evaluation)
+            for exponent, hist in enumerate(found):
+                add((stage, exponent), hist)
+        refined, _ = refine_labels(read_rgb(file), keys, full[REFINED], job)
+        add(("crf", 0), confusion(truth, refined, BENCHMARK.channels))
     best: dict[str, float] = {}
     for (stage, _), hist in hists.items():
         best[stage] = max(best.get(stage, 0), scores(hist)["Mean IoU"])
