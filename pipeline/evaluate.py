@@ -18,6 +18,7 @@ from segmentation.masks import read_mask
 from segmentation.metrics import joint_counts, scores
 
 ARITHMETIC = ("float16", "float32")
+INFINITY = 0x7C00  # the bits of float16's
 MASKS = "png"  # the cam type that stands for index masks instead of CAM files
 SUMMARY = ("Mean IoU", "Pixel Accuracy", "Mean Accuracy", "Frequency Weighted IoU")
 
@@ -77,35 +78,40 @@ def background(top: np.ndarray, score: float, arithmetic: str = "float16") -> np
 
 
 @cache
-def _float16() -> tuple[np.ndarray, np.ndarray]:
-    """The float16 numbers in order, (V,): equal ones once, NaN last; and the place there of each of the
-    65,536 bit patterns, (65536,) uint16. Places are compared faster than float16 itself."""
-    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
-    values, places = np.unique(every, return_inverse=True)
-    return values, places.astype(np.uint16)
-
-
-@cache
-def _verdicts(backgrounds: tuple[float | None, ...], arithmetic: str) -> tuple[np.ndarray, np.ndarray]:
+def _verdicts(backgrounds: tuple[float | None, ...], arithmetic: str) -> tuple[list[int], np.ndarray]:
     """Which background scores beat a class, for each score that the best class can have.
 
-    There are only as many scores as float16 numbers, so all are tried once instead of at every pixel. What
-    is returned rests on no formula: for exponents of CAMs in [0, 1] it is a row of thresholds, but holds for
-    any numbers.
+    There are only as many scores as float16 numbers, so all are tried once instead of at every pixel, and
+    what is returned rests on no formula. Between 0 and 1 each background has one edge, the least score that
+    beats it; other numbers, which no CAM holds, have edges too.
 
     Returns:
-        wins (P, B) bool, the combinations that occur (B + 1 of them in [0, 1]): does the background win? A
-        tie is the background's, None never wins; and (V,) uint8 or wider, the row of `wins` for each number.
+        edges (I - 1,) in rising order, as `ordered` writes them: the scores at which a verdict changes; and
+        wins (I, B) bool for the intervals they bound: does the background win? A tie is the background's,
+        None never wins.
     """
-    top, _ = _float16()
-    combination = np.zeros(len(top), np.int64)
+    numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    wins = np.zeros((2**16, len(backgrounds)), bool)
     with np.errstate(all="ignore"):  # powers of what no CAM holds
-        for bit, score in enumerate(backgrounds):
+        for index, score in enumerate(backgrounds):
             if score is not None:
-                combination |= (background(top, score, arithmetic) >= top).astype(np.int64) << bit
-    combinations, rows = np.unique(combination, return_inverse=True)
-    wins = (combinations[:, None] >> np.arange(len(backgrounds)) & 1).astype(bool)
-    return wins, rows.astype(np.min_scalar_type(len(wins)))
+                wins[:, index] = background(numbers, score, arithmetic) >= numbers
+    scores, first = np.unique(ordered(numbers), return_index=True)
+    wins = wins[first]  # in the order of `scores`
+    changes = 1 + np.flatnonzero((wins[1:] != wins[:-1]).any(1))
+    return scores[changes].tolist(), wins[np.append(0, changes)]
+
+
+def ordered(numbers: np.ndarray) -> np.ndarray:
+    """float16 -> int16 that compare as the numbers do, and much faster; NaN is highest.
+
+    What lies in [0, inf] is returned without a copy: its bits are such integers.
+    """
+    bits = numbers.view(np.int16)
+    if bits.min(initial=0) >= 0 and bits.max(initial=0) <= INFINITY:
+        return bits
+    size = np.minimum(bits & 0x7FFF, INFINITY + 1)  # NaN is what is larger than infinity
+    return np.where((bits < 0) & (size <= INFINITY), -size, size)
 
 
 def count_cams(
@@ -132,26 +138,29 @@ def count_cams(
     indices = keys + offset
     if "bg" in evaluation.cam_type:
         indices = np.append(0, indices)
-    wins, rows = _verdicts(evaluation.backgrounds, evaluation.arithmetic)
+    edges, wins = _verdicts(evaluation.backgrounds, evaluation.arithmetic)
     if len(maps):
-        _, places = _float16()
-        best, top = _argmax(places.take(maps.view(np.uint16)))  # (H, W), (H, W)
-        code = best.astype(np.min_scalar_type(len(maps) * len(wins))) * len(wins) + rows.take(top)
+        best, top = _argmax(ordered(maps))  # (H, W), (H, W)
+        code = best.astype(np.min_scalar_type(len(maps) * len(wins))) * len(wins)  # and the interval of top
+        most = top.max()
+        for edge in edges:
+            if edge <= most:
+                code += top >= edge
     else:  # nothing is predicted, whatever the score
         indices, wins = np.array([0 if offset else IGNORE]), np.zeros((1, len(evaluation.backgrounds)), bool)
         code = np.zeros(truth.shape, np.uint8)
     joint = joint_counts(truth, code, evaluation.benchmark.channels, len(indices) * len(wins))
-    joint = joint.reshape(-1, len(indices), len(wins))  # (n, K, P)
+    joint = joint.reshape(-1, len(indices), len(wins))  # (n, K, I)
     classes = joint @ ~wins  # (n, K, B)
     rest = joint.sum(1, keepdims=True) @ wins  # (n, 1, B), the background's
     return _matrices(np.append(indices, 0), np.concatenate([classes, rest], 1))
 
 
-def _argmax(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _argmax(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First of the highest maps, and its value: (K, H, W) -> (H, W), (H, W)."""
-    top = places[0].copy()
-    best = np.zeros(top.shape, np.min_scalar_type(len(places)))
-    for index, channel in enumerate(places[1:], 1):
+    top = maps[0].copy()
+    best = np.zeros(top.shape, np.min_scalar_type(len(maps)))
+    for index, channel in enumerate(maps[1:], 1):
         np.copyto(best, index, where=channel > top)
         np.maximum(top, channel, out=top)
     return best, top

@@ -34,10 +34,13 @@ def confusion(truth: np.ndarray, prediction: np.ndarray, channels: int) -> np.nd
 
 
 def joint_counts(truth: np.ndarray, code: np.ndarray, channels: int, codes: int) -> np.ndarray:
-    """Count pixels by true class and by a code of the caller's; no pass but one over each.
+    """Count pixels by true class and by a code of the caller's.
+
+    Neighbours are mostly alike, so runs of equal pixels are counted with their lengths.
 
     Args:
-        truth: unsigned integers, any shape; those that are no class (>= channels) are left out.
+        truth: unsigned integers, any shape but an empty one; those that are no class (>= channels) are
+            left out.
         code: unsigned integers of the same shape, in [0, codes).
         channels: n, at most 255.
         codes: how many there can be.
@@ -45,9 +48,13 @@ def joint_counts(truth: np.ndarray, code: np.ndarray, channels: int, codes: int)
     Returns:
         (n, codes) int64.
     """
-    size = (channels + 1) * codes  # the last row is for what is left out
-    both = np.minimum(truth, channels).astype(np.min_scalar_type(size)) * codes + code
-    return np.bincount(both.ravel(), minlength=size).reshape(-1, codes)[:channels]
+    truth, code = truth.ravel(), code.ravel()
+    changes = (truth[1:] != truth[:-1]) | (code[1:] != code[:-1])
+    ends = np.append(np.flatnonzero(changes), len(truth) - 1)  # the last pixel of each run
+    lengths = np.diff(ends, prepend=-1)
+    rows = np.minimum(truth[ends].astype(np.int64), channels)  # the last row is for what is left out
+    counts = np.bincount(rows * codes + code[ends], lengths, (channels + 1) * codes)
+    return counts.astype(np.int64).reshape(-1, codes)[:channels]  # lengths are summed in float64: exactly
 
 
 def scores(hist: np.ndarray, absent: str = "drop") -> dict:
