@@ -32,25 +32,44 @@ def target_size(
     return rows * patch, columns * patch
 
 
+def resize_rgb(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Resize by Pillow's bicubic in the image's own mode, then turn to RGB.
+
+    Args:
+        image: any mode; grey stays grey and a palette stays a palette until it is resized, as
+            published results have it (a palette is thereby resized by nearest neighbour).
+        size: (H', W').
+
+    Returns:
+        (H', W', 3) uint8.
+    """
+    height, width = size
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC).convert("RGB"))
+
+
+def normalise(
+    pixels: Tensor,
+    mean: tuple[float, float, float] = Config.mean,
+    std: tuple[float, float, float] = Config.std,
+) -> Tensor:
+    """8-bit RGB -> network input.
+
+    Args:
+        pixels: (..., H', W', 3) uint8.
+        mean, std: of RGB in [0, 1], as the model was trained with; the default is OpenAI's.
+
+    Returns:
+        (..., 3, H', W') float32.
+    """
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
+    return (pixels.movedim(-1, -3) / 255 - mean) / std
+
+
 def preprocess(
     image: Image.Image,
     size: tuple[int, int],
     mean: tuple[float, float, float] = Config.mean,
     std: tuple[float, float, float] = Config.std,
 ) -> Tensor:
-    """Resize (Pillow's bicubic, in the image's own mode) and normalise.
-
-    Args:
-        image: any mode; grey stays grey and a palette stays a palette until it is resized, as
-            published results have it (a palette is thereby resized by nearest neighbour).
-        size: (H', W').
-        mean, std: of RGB in [0, 1], as the model was trained with; the default is OpenAI's.
-
-    Returns:
-        (3, H', W') float32.
-    """
-    height, width = size
-    resized = image.resize((width, height), Image.Resampling.BICUBIC).convert("RGB")
-    pixels = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1) / 255  # (3, H', W')
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-    return (pixels - mean) / std
+    """Resize and normalise one image: (3, H', W') float32; see `resize_rgb` and `normalise`."""
+    return normalise(torch.from_numpy(resize_rgb(image, size).copy()), mean, std)

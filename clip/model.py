@@ -54,7 +54,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the activation OpenAI trained CLIP with."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        return x * (1.702 * x).sigmoid_()
 
 
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
@@ -103,8 +103,8 @@ class Attention(nn.Module):
 def attend_with_map(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention that also gives its map, head by head: one head's scores stay in the processor's
-    cache where those of all heads do not, which halves the time on a CPU.
+    """Attention that also gives its map, head by head and always in the same memory: one head's scores
+    stay in the processor's cache where those of all heads do not, which halves the time on a CPU.
 
     Args:
         query, key, value: (B, heads, L, 64).
@@ -116,15 +116,23 @@ def attend_with_map(
     batch, heads, length, width = query.shape
     if mask is not None:
         mask = mask.expand(batch, heads, length, length)
-    mixed, attention = [], 0
+    if torch.is_grad_enabled() and query.requires_grad:  # which memory that is used again would spoil
+        scores = (query * width**-0.5) @ key.mT  # (B, heads, L, L)
+        attention = scores.softmax(-1, dtype=torch.float32)
+        weights = attention if mask is None else (scores + mask).softmax(-1, dtype=torch.float32)
+        return weights.to(value.dtype) @ value, attention.mean(1)
+    scores = query.new_empty(batch, length, length)
+    weights = torch.empty_like(scores, dtype=torch.float32)
+    attention = torch.zeros_like(weights)
+    mixed = value.new_empty(heads, batch, length, width)
     for head in range(heads):
-        scores = (query[:, head] * width**-0.5) @ key[:, head].mT  # (B, L, L)
-        weights = scores.softmax(-1, dtype=torch.float32)
-        attention = attention + weights
+        torch.bmm(query[:, head] * width**-0.5, key[:, head].mT, out=scores)
+        torch.softmax(scores, -1, dtype=torch.float32, out=weights)
+        attention.add_(weights)
         if mask is not None:
-            weights = (scores + mask[:, head]).softmax(-1, dtype=torch.float32)
-        mixed.append(weights.to(value.dtype) @ value[:, head])
-    return torch.stack(mixed, 1), attention / heads
+            torch.softmax(scores.add_(mask[:, head]), -1, dtype=torch.float32, out=weights)
+        torch.bmm(weights.to(value.dtype), value[:, head], out=mixed[head])
+    return mixed.transpose(0, 1), attention.div_(heads)
 
 
 class Block(nn.Module):
@@ -152,8 +160,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """See `VisionTransformer.block`."""
         mixed, attention = self.attn(self.ln_1(x) if normed is None else normed, mask, maps)
-        x = x + mixed
-        return x + self.mlp(self.ln_2(x)), attention
+        x = mixed.add_(x)
+        return self.mlp(self.ln_2(x)).add_(x), attention
 
 
 class Transformer(nn.Module):
@@ -297,6 +305,10 @@ class CLIP(nn.Module):
         """Run the image tower's matrix products in another type; its norms stay float32."""
         for parameter in _matrices(self.visual):
             parameter.data = parameter.data.to(dtype)
+
+    def forget_text_tower(self) -> None:
+        """Free the text tower, two fifths of ViT-B/16's weights, once the features of all names are known."""
+        del self.transformer, self.token_embedding
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids (N, context) -> text features (N, E), not normalised.

@@ -1,18 +1,23 @@
 """Step 1: images and their labels -> class activation maps, one file per image."""
+import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import clip
-from clip.model import CLIP, VisionTransformer
-from pipeline.processes import Outcome, attempt, device_of
+from clip.model import CLIP, HEAD_WIDTH, VisionTransformer
+from pipeline.flow import FlowSettings, flow
+from pipeline.processes import Outcome, device_of, failed
 from pytorch_grad_cam import text_cams
 from pytorch_grad_cam.affinity import box_masks, refine
 from pytorch_grad_cam.grad_cam import AVERAGED_BLOCKS
+from pytorch_grad_cam.last_block import LABELS_AT_ONCE
 from pytorch_grad_cam.methods import scale
 from segmentation import camfile, labels
 from segmentation.benchmark import Benchmark
@@ -20,6 +25,7 @@ from segmentation.images import find_image, read_image
 
 REFINEMENTS = ("caa", "mhsa", "none")
 INITIAL, REFINED = "highres", "attn_highres"  # CAM types, as the public files name them
+MOST_AT_ONCE = 32  # images in a batch: by then a GPU is busy, and fewer are left over of rare shapes
 RESNET_LEAST = 2  # stride-32 cells per side that a ResNet tower needs to attend over
 
 
@@ -51,7 +57,6 @@ class CamSettings:
     max_patches: int = 10_000
 
 
-@torch.no_grad()
 def image_cams(
     model: CLIP, image: Image.Image, text: Tensor, backgrounds: Tensor, settings: CamSettings
 ) -> dict[str, np.ndarray]:
@@ -65,27 +70,84 @@ def image_cams(
     Returns:
         CAM type -> (K, h, w) float32 in [0, 1] on the patch grid (of the largest scale).
     """
-    views: dict[str, list[np.ndarray]] = {}
-    for factor in settings.scales:
-        for name, maps in _view_cams(model, image, factor, text, backgrounds, settings).items():
-            views.setdefault(name, []).extend(maps.cpu().numpy())
-    return {name: _fuse(maps) for name, maps in views.items()}
+    views = resized_views(image, Grid.of(model), settings)
+    return batch_cams(model, [views], [text], backgrounds, settings)[0]
+
+
+class Grid(NamedTuple):
+    """How a model divides images: the side of a patch, and the patches that a side has at the least."""
+
+    patch: int
+    least: int
+
+    @classmethod
+    def of(cls, model: CLIP) -> "Grid":
+        least = 1 if isinstance(model.visual, VisionTransformer) else RESNET_LEAST
+        return cls(model.visual.patch_size, least)
+
+    def size(self, image: Image.Image, factor: float, most: int | None = None) -> tuple[int, int]:
+        """(H', W') that an image is resized to, see `clip.target_size`."""
+        return clip.target_size(image.height, image.width, self.patch, factor, self.least, most)
+
+
+def resized_views(image: Image.Image, grid: Grid, settings: CamSettings) -> tuple[np.ndarray, ...]:
+    """The image at every scale: (H', W', 3) uint8 each."""
+    sizes = (grid.size(image, factor, settings.max_patches) for factor in settings.scales)
+    return tuple(clip.resize_rgb(image, size) for size in sizes)
+
+
+@torch.no_grad()
+def batch_cams(
+    model: CLIP,
+    views: Sequence[tuple[np.ndarray, ...]],
+    texts: Sequence[Tensor],
+    backgrounds: Tensor,
+    settings: CamSettings,
+) -> list[dict[str, np.ndarray]]:
+    """The CAMs of images whose views have the same sizes, all at once.
+
+    Args:
+        views: of each image, see `resized_views`.
+        texts: (K, E) features of each image's labels; K may differ.
+        backgrounds: (M, E) features of the background prompts.
+
+    Returns:
+        For each image CAM type -> (K, h, w) float32 in [0, 1] on the patch grid (of the largest scale).
+    """
+    counts = [len(text) for text in texts]
+    padded = pad_sequence(list(texts), batch_first=True)  # (B, K, E)
+    present = None
+    if min(counts) < max(counts):
+        present = torch.arange(max(counts)) < torch.tensor(counts)[:, None]  # (B, K)
+        present = present.to(padded.device)
+    found: list[dict[str, list[np.ndarray]]] = [{} for _ in views]
+    for sized in zip(*views, strict=True):  # the images at one scale
+        for name, maps in _view_cams(model, np.stack(sized), padded, present, backgrounds, settings).items():
+            grids = maps.transpose(0, 1).cpu().numpy()  # (B, views, K, h, w)
+            for types, count, grid in zip(found, counts, grids, strict=True):
+                types.setdefault(name, []).extend(grid[:, :count])
+    return [{name: _fuse(maps) for name, maps in types.items()} for types in found]
 
 
 def _view_cams(
-    model: CLIP, image: Image.Image, factor: float, text: Tensor, backgrounds: Tensor, settings: CamSettings
+    model: CLIP,
+    pixels: np.ndarray,
+    text: Tensor,
+    present: Tensor | None,
+    backgrounds: Tensor,
+    settings: CamSettings,
 ) -> dict[str, Tensor]:
-    """CAM type -> (views, K, h, w) at one scale, the flipped view turned back."""
-    size = _size(model, image, factor, settings.max_patches)
-    pixels = clip.preprocess(image, size, model.config.mean, model.config.std)
-    pixels = pixels[None].to(model.device)  # (1, 3, H', W')
+    """Images (B, H', W', 3) -> CAM type -> (1 or, with the flipped view turned back, 2, B, K, h, w)."""
+    images = clip.normalise(_on(model.device, pixels), model.config.mean, model.config.std)  # (B, 3, H', W')
     if settings.flip:
-        pixels = torch.cat([pixels, pixels.flip(-1)])
+        images, text = torch.cat([images, images.flip(-1)]), text.repeat(2, 1, 1)
+        present = None if present is None else present.repeat(2, 1)
     result = text_cams(
         model,
-        pixels,
-        text.expand(len(pixels), -1, -1),
+        images,
+        text,
         backgrounds,
+        present,
         method=settings.method,
         averaged=settings.averaged,
         position_rounding=settings.position_rounding,
@@ -97,13 +159,14 @@ def _view_cams(
         caa = settings.refine == "caa"
         masks = box_masks(result.cams, settings.box_threshold, settings.cover_edge) if caa else None
         maps[REFINED] = scale(refine(result.cams, result.attention, masks))
-    return {name: torch.cat([cams[:1], cams[1:].flip(-1)]) for name, cams in maps.items()}
+    views = {name: cams.unflatten(0, (-1, len(pixels))) for name, cams in maps.items()}
+    return {name: torch.cat([cams[:1], cams[1:].flip(-1)]) for name, cams in views.items()}
 
 
-def _size(model: CLIP, image: Image.Image, factor: float, most: int | None = None) -> tuple[int, int]:
-    """(H', W') that the image is resized to, see `clip.target_size`."""
-    least = 1 if isinstance(model.visual, VisionTransformer) else RESNET_LEAST
-    return clip.target_size(image.height, image.width, model.visual.patch_size, factor, least, most)
+def _on(device: torch.device, array: np.ndarray) -> Tensor:
+    """The array as tensor; to a GPU it is copied while that computes."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _fuse(views: list[np.ndarray]) -> np.ndarray:
@@ -129,22 +192,91 @@ class CamJob:
     output: str
     format: str
     settings: CamSettings
+    flow: FlowSettings = field(default_factory=FlowSettings)
 
 
 def generate(names: Sequence[str], position: int, job: CamJob) -> Generator[Outcome, None, None]:
     """Make the CAM files of `names` that are not there yet, and those whose labels have changed; see
     `pipeline.processes`."""
-    maker = None  # loads the model, which a finished run does not need
+    missing = []
     for name in names:
         if _is_made(job, name):
             yield Outcome(name)
         else:
-            maker = maker or _Maker(job, position)
-            yield attempt(name, maker)
+            missing.append(name)
+    if missing:  # otherwise no model is needed
+        step = CamStep(job, position)
+        yield from flow(missing, step.decoder(), step, job.flow)
 
 
-class _Maker:
-    """Makes one CAM file after the other with one model."""
+def _is_made(job: CamJob, name: str) -> bool:
+    try:
+        made = camfile.keys(job.output, name)
+        return made is not None and made == job.labels(name)
+    except (ValueError, OSError):
+        return False  # a damaged file is made anew; labels that cannot be read fail when they are needed
+
+
+@dataclass
+class Labelled:
+    """A decoded image, see `pipeline.flow.Decoded`.
+
+    Attributes:
+        name: image id.
+        keys: (K,) class indices.
+        size: (H, W).
+        views: see `resized_views`.
+        notes: what is worth counting.
+    """
+
+    name: str
+    keys: list[int]
+    size: tuple[int, int]
+    views: tuple[np.ndarray, ...]
+    notes: list[str]
+
+    @property
+    def shape(self) -> tuple:
+        return tuple(view.shape[:2] for view in self.views)
+
+    @property
+    def cost(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Image name -> labels and resized pixels; pickled for decoding processes."""
+
+    labels: labels.LabelReader
+    image_root: str
+    output: str
+    grid: Grid
+    settings: CamSettings
+
+    def __call__(self, name: str) -> Labelled | Outcome:
+        try:
+            keys = self.labels(name)
+            if not keys:
+                stale = camfile.find(self.output, name)  # of labels that it no longer has
+                if stale:
+                    stale.unlink()
+                return Outcome(name, notes=("images without labels",))
+            return self._decoded(name, keys, read_image(find_image(self.image_root, name)))
+        except Exception as error:  # one bad image never loses a run
+            return failed(name, error)
+
+    def _decoded(self, name: str, keys: list[int], image: Image.Image) -> Labelled:
+        most, largest = self.settings.max_patches, max(self.settings.scales)
+        notes = []
+        if self.grid.size(image, largest, most) != self.grid.size(image, largest):
+            notes.append(f"images shrunk to {most} patches (--max_patches)")
+        views = resized_views(image, self.grid, self.settings)
+        return Labelled(name, keys, (image.height, image.width), views, notes)
+
+
+class CamStep:
+    """Step 1 with one model, see `pipeline.flow.Step`."""
 
     def __init__(self, job: CamJob, position: int):
         self.job = job
@@ -156,32 +288,50 @@ class _Maker:
         templates = job.benchmark.templates
         self.text = clip.text_features(self.model, job.benchmark.prompts, templates)
         self.backgrounds = clip.text_features(self.model, job.benchmark.backgrounds, templates)
+        self.model.forget_text_tower()
 
-    def __call__(self, name: str) -> list[str]:
-        """Make the file of one image; returns notes worth counting."""
-        job, settings = self.job, self.job.settings
-        keys = job.labels(name)
-        if not keys:
-            stale = camfile.find(job.output, name)  # of labels that it no longer has
-            if stale:
-                stale.unlink()
-            return ["images without labels"]
-        image = read_image(find_image(job.image_root, name))
-        maps = image_cams(self.model, image, self.text[keys], self.backgrounds, settings)
-        camfile.write(job.output, name, keys, maps, (image.height, image.width), job.format)
-        notes = []
-        final = maps[INITIAL if settings.refine == "none" else REFINED]
-        if not final.any((1, 2)).all():
-            notes.append("images with an all-zero CAM")
-        largest = max(settings.scales)
-        if _size(self.model, image, largest, settings.max_patches) != _size(self.model, image, largest):
-            notes.append(f"images shrunk to {settings.max_patches} patches (--max_patches)")
-        return notes
+    def decoder(self) -> Decoder:
+        job = self.job
+        return Decoder(job.labels, job.image_root, job.output, Grid.of(self.model), job.settings)
+
+    def batch_size(self, decoded: Labelled) -> int:
+        """On a GPU what is likely to fit; on a CPU one, because its cores are busy with one image of usual
+        size, and results are then equal to the last bit whatever a resumed run has left to do."""
+        if self.model.device.type == "cpu":
+            return 1
+        patches = max(math.prod(shape) for shape in decoded.shape) // self.model.visual.patch_size**2
+        needed = bytes_per_image(self.model, patches) * (1 + self.job.settings.flip)
+        return int(min(MOST_AT_ONCE, max(1, _free_memory(self.model.device) // needed)))
+
+    def compute(self, batch: list[Labelled]) -> list[dict[str, np.ndarray]]:
+        texts = [self.text[decoded.keys] for decoded in batch]
+        views = [decoded.views for decoded in batch]
+        return batch_cams(self.model, views, texts, self.backgrounds, self.job.settings)
+
+    def write(self, decoded: Labelled, maps: dict[str, np.ndarray]) -> list[str]:
+        camfile.write(self.job.output, decoded.name, decoded.keys, maps, decoded.size, self.job.format)
+        return decoded.notes + self.notes(maps)
+
+    def notes(self, maps: dict[str, np.ndarray]) -> list[str]:
+        """What is worth counting of an image's CAMs."""
+        final = maps[INITIAL if self.job.settings.refine == "none" else REFINED]
+        return [] if final.any((1, 2)).all() else ["images with an all-zero CAM"]
 
 
-def _is_made(job: CamJob, name: str) -> bool:
-    try:
-        made = camfile.keys(job.output, name)
-        return made is not None and made == job.labels(name)
-    except (ValueError, OSError):
-        return False  # a damaged file is made anew; labels that cannot be read fail when they are needed
+def bytes_per_image(model: CLIP, patches: int) -> int:
+    """An estimate, on the safe side, of the memory that a batch needs for each image.
+
+    Quadratic in the patches are the last block's attention of all heads, their sum, and what one head
+    needs; linear are the widest activations, which the gradient holds for several labels.
+    """
+    if not isinstance(model.visual, VisionTransformer):
+        return patches * 2**20  # its early stages, 64 places of each stride-32 cell at hundreds of channels
+    width = model.config.vision_width
+    heads = width // HEAD_WIDTH
+    return 4 * patches**2 * (heads + 6) + 4 * patches * width * (12 * LABELS_AT_ONCE + 40)
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes of a GPU that a batch may take, with a fifth left alone."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 0.8 * (torch.cuda.mem_get_info(device)[0] + unused)

@@ -5,6 +5,7 @@ one `Outcome` after each; what it returns is collected. `position` counts the pr
 """
 
 import atexit
+import math
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,8 @@ from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
 from queue import Empty
 from typing import Any, NamedTuple
+
+from segmentation.files import DiskFull
 
 PATIENCE = 1.0  # seconds between looks at whether the processes still live
 
@@ -30,12 +33,20 @@ Work = Callable[..., Generator[Outcome, None, Any]]
 
 
 def attempt(name: str, work: Callable[..., Sequence[str] | None], *args) -> Outcome:
-    """The outcome of `work(name, *args)`, which returns notes or nothing; its errors fail this image only."""
+    """The outcome of `work(name, *args)`, which returns notes or nothing; its errors fail this image only,
+    except that of a full disk, which none after it could escape."""
     try:
         return Outcome(name, notes=tuple(work(name, *args) or ()))
+    except DiskFull:
+        raise
     except Exception as error:  # one bad image never loses a run, whatever is wrong with it
-        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-        return Outcome(name, failure=kind + " ".join(str(error).split()))
+        return failed(name, error)
+
+
+def failed(name: str, error: Exception) -> Outcome:
+    """The outcome of an image that failed with `error`."""
+    kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+    return Outcome(name, failure=kind + " ".join(str(error).split()))
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -43,9 +54,11 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def shard(items: Sequence, rank: int, world: int) -> list:
-    """The items of process `rank` of `world`: every world-th, so that parts differ by one item at most."""
-    return list(items[rank::world])
+def shard(items: Sequence, rank: int, world: int, block: int = 1) -> list:
+    """The items of process `rank` of `world`: every world-th block of items, so that parts differ by one
+    block at most. A part may be shared out again by the same blocks."""
+    starts = range(rank * block, len(items), world * block)
+    return [item for start in starts for item in items[start : start + block]]
 
 
 def gather(value: Any) -> list:
@@ -103,7 +116,12 @@ def drain(generator: Generator[Outcome, None, Any], take: Callable[[Outcome], No
 
 
 def run(
-    work: Work, names: Sequence[str], args: tuple, processes: int, take: Callable[[Outcome], None]
+    work: Work,
+    names: Sequence[str],
+    args: tuple,
+    processes: int,
+    take: Callable[[Outcome], None],
+    block: int = 1,
 ) -> list:
     """Do `work(names, position, *args)` in `processes` processes of this machine, `names` shared out.
 
@@ -114,25 +132,25 @@ def run(
         processes: how many; one means this process. Each gets its share of the CPU threads, unless
             OMP_NUM_THREADS says otherwise.
         take: called here with each outcome as it comes.
+        block: names that must stay together, see `shard`.
 
     Returns:
         What each call of `work` returned.
 
     Raises:
-        ValueError, OSError: as `work` raised them in any process.
+        ValueError, OSError, DiskFull: as `work` raised them in any process.
         ChildProcessError: a process died.
     """
-    processes = max(1, min(processes, len(names)))
+    processes = max(1, min(processes, math.ceil(len(names) / block)))
     first = int(os.environ.get("LOCAL_RANK", 0)) * processes
     if processes == 1:
         return [drain(work(names, first, *args), take)]
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
     queue = context.Queue()
-    workers = [
-        context.Process(
-            target=_child, args=(queue, i, work, shard(names, i, processes), first + i, args), daemon=True
-        )
-        for i in range(processes)
+    parts = [shard(names, i, processes, block) for i in range(processes)]
+    workers = [  # no daemons, which may not have the decoding processes that these may have
+        context.Process(target=_child, args=(queue, i, work, part, first + i, args))
+        for i, part in enumerate(parts)
     ]
     given = os.environ.get("OMP_NUM_THREADS")
     share = str(max(1, cores() // processes))
@@ -183,7 +201,8 @@ def _child(queue, index: int, work: Work, names: list, position: int, args: tupl
     try:
         queue.put((index, "result", drain(work(names, position, *args), take)))
     except (ValueError, OSError) as error:
-        kind = ValueError if isinstance(error, ValueError) else OSError  # subclasses may not survive pickling
+        kinds = (ValueError, DiskFull, ChildProcessError, OSError)  # others may not survive pickling
+        kind = next(kind for kind in kinds if isinstance(error, kind))
         queue.put((index, "error", kind(str(error))))
     except BaseException as error:
         traceback.print_exc(file=sys.stderr)

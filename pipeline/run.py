@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from pipeline import processes
 from pipeline.processes import Outcome, Work
-from segmentation.files import replacing, sweep
+from segmentation.files import DiskFull, replacing, sweep
 
 PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "pydensecrf2")
 SETTINGS = "settings.json"
@@ -36,7 +36,7 @@ def command(main: Callable[[], int | None]) -> None:
         if os.environ.get("CLIP_WSSS_DEBUG") == "1":
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        code = 1 if isinstance(error, ChildProcessError) else 2
+        code = 1 if isinstance(error, ChildProcessError | DiskFull) else 2
     sys.exit(code)
 
 
@@ -76,15 +76,15 @@ class Run:
             _settle(self.folder, record, outputs, overwrite)
         processes.gather(None)  # no rank may write before the folder is settled
 
-    def map(self, work: Work, names: Sequence[str], *args, num_workers: int = 1) -> list:
-        """Do `work(names, position, *args)`, `names` shared out among processes (see `processes.run`).
+    def map(self, work: Work, names: Sequence[str], *args, num_workers: int = 1, block: int = 1) -> list:
+        """Do `work(names, position, *args)`, `names` shared out among processes in blocks (`processes.run`).
 
         Under torchrun every rank takes its part of `names` and may itself have `num_workers` processes.
 
         Returns:
             What each call of `work` returned; under torchrun those of all ranks, on all ranks.
         """
-        names = processes.shard(names, self.rank, self.world)
+        names = processes.shard(names, self.rank, self.world, block)
         # Rank 0 speaks for all; disable=None is quiet when stderr is no terminal.
         with tqdm(total=len(names), unit="image", disable=True if self.rank else None) as bar:
 
@@ -92,7 +92,7 @@ class Run:
                 self.take(outcome)
                 bar.update()
 
-            results = processes.run(work, names, args, num_workers, take)
+            results = processes.run(work, names, args, num_workers, take, block)
         return [result for part in processes.gather(results) for result in part]
 
     def take(self, outcome: Outcome) -> None:

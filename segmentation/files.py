@@ -1,5 +1,6 @@
 """Files that are whole or not there: what is written under a temporary name and renamed."""
 
+import errno
 import os
 import platform
 import re
@@ -9,12 +10,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+class DiskFull(OSError):
+    """There is no room for a file: no later one will fare better, so the whole run stops."""
+
+
 @contextmanager
 def replacing(file: str | Path) -> Iterator[BinaryIO]:
     """Open `file` for writing so that it appears, complete, only when the block ends without an error.
 
     The temporary name is this process's own, so processes that write the same file do not mix; `sweep`
     removes what a killed one left. Folders of `file` are made.
+
+    Raises:
+        DiskFull: no space, or no quota, is left.
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -23,8 +31,12 @@ def replacing(file: str | Path) -> Iterator[BinaryIO]:
         with open(temporary, "wb") as stream:
             yield stream
         os.replace(temporary, file)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"no space is left to write {file}: make room, and the same command continues"
+            ) from None
         raise
 
 
