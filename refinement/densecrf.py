@@ -5,9 +5,19 @@ Fully connected pairwise terms with Gaussian kernels, mean-field inference on th
 they feed in; each is a preset.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from refinement.lattice import Kernel
+
+if TYPE_CHECKING:  # torch and numba are imported by the backends that need them
+    import torch
+    from torch import Tensor
 
 IMAGE_MODES = ("raw", "wrapped")
 UNARY_TYPES = ("float16", "float32")
@@ -46,6 +56,18 @@ class Preset:
             raise ValueError(f"CRF unary type must be {' or '.join(UNARY_TYPES)}, got {self.unary_type!r}")
         if self.image_mode not in IMAGE_MODES:
             raise ValueError(f"CRF image mode must be {' or '.join(IMAGE_MODES)}, got {self.image_mode!r}")
+        if min(self.gaussian_sxy, self.bilateral_sxy, self.bilateral_srgb) <= 0:
+            raise ValueError("CRF kernel widths must be above 0")
+        if min(self.gaussian_compat, self.bilateral_compat, self.iterations) < 0:
+            raise ValueError("CRF Potts weights and iterations must not be negative")
+
+    def kernels(self) -> list[Kernel]:
+        """The smoothness kernel, on positions, and the appearance kernel, on positions and colours."""
+        place, colour = (self.bilateral_sxy,) * 2, (self.bilateral_srgb,) * 3
+        return [
+            Kernel((self.gaussian_sxy,) * 2, self.gaussian_compat),
+            Kernel(place + colour, self.bilateral_compat),
+        ]
 
 
 PRESETS = {
@@ -66,7 +88,7 @@ def densecrf(
     image: np.ndarray,
     probabilities: np.ndarray,
     preset: str | Preset = "clip_es",
-    backend: str = "pydensecrf",
+    backend: str = "auto",
 ) -> np.ndarray:
     """Class posteriors of a dense CRF.
 
@@ -74,28 +96,66 @@ def densecrf(
         image: (H, W, 3) uint8 RGB.
         probabilities: (C, H, W) float, in [0, 1], not necessarily summing to 1; background included.
         preset: a name in `PRESETS`, or one of your own.
-        backend: a name in `BACKENDS`.
+        backend: a name in `BACKENDS`, or "auto" for the fastest there is for where the arrays are.
 
     Returns:
         (C, H, W) float32, summing to 1 over C.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown preset or backend, or a backend not installed.
+        ValueError: shapes that do not fit, an unknown preset or backend, a backend not installed, or kernels
+            too narrow for the size of the image.
+    """
+    return densecrf_batch([image], [probabilities], preset, backend)[0]
+
+
+def densecrf_batch(
+    images: Sequence[np.ndarray | Tensor],
+    probabilities: Sequence[np.ndarray | Tensor],
+    preset: str | Preset = "clip_es",
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+) -> list[np.ndarray | Tensor]:
+    """Class posteriors of several images, of any sizes and numbers of classes.
+
+    Args:
+        images: (H, W, 3) uint8 RGB each; arrays or tensors.
+        probabilities: (C, H, W) float each, see `densecrf`.
+        preset: see `densecrf`.
+        backend: a name in `BACKENDS`; "auto" is torch on a GPU and numba on a CPU.
+        device: where the torch backend computes, and where tensors are returned; None is where the first
+            probabilities are.
+
+    Returns:
+        (C, H, W) float32 each: arrays for probabilities in arrays; tensors on `device` for tensors, which
+        the torch backend never moves to the CPU.
+
+    Raises:
+        ValueError: see `densecrf`.
     """
     if isinstance(preset, str):
         if preset not in PRESETS:
             raise ValueError(f"no CRF preset {preset!r}, there are {', '.join(PRESETS)}")
         preset = PRESETS[preset]
-    if backend not in BACKENDS:
-        raise ValueError(f"no CRF backend {backend!r}, there are {', '.join(BACKENDS)}")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"the CRF needs an (H, W, 3) uint8 image, got {image.shape} {image.dtype}")
-    if probabilities.ndim != 3 or probabilities.shape[1:] != image.shape[:2]:
-        raise ValueError(
-            f"class probabilities are {probabilities.shape[1:]} but the image is {image.shape[:2]} (H, W)"
-        )
-    guide = wrapped_bgr(image) if preset.image_mode == "wrapped" else image
-    return BACKENDS[backend](np.ascontiguousarray(guide), unary(probabilities, preset), preset)
+    if backend not in BACKENDS and backend != "auto":
+        raise ValueError(f"no CRF backend {backend!r}, there are auto, {', '.join(BACKENDS)}")
+    if len(images) != len(probabilities):
+        raise ValueError(f"the CRF got {len(images)} images but {len(probabilities)} arrays of probabilities")
+    for image, classes in zip(images, probabilities, strict=True):
+        if str(image.dtype).removeprefix("torch.") != "uint8" or image.ndim != 3 or image.shape[2] != 3:
+            shape = tuple(image.shape)
+            raise ValueError(f"the CRF needs an (H, W, 3) uint8 image, got {shape} {image.dtype}")
+        size, shape = tuple(image.shape[:2]), tuple(classes.shape)
+        if len(shape) != 3 or shape[1:] != size:
+            raise ValueError(f"class probabilities are {shape[1:]} but the image is {size} (H, W)")
+        if 0 in shape:
+            raise ValueError(f"the CRF needs classes and pixels, got probabilities of shape {shape}")
+    if not images:
+        return []
+    if device is None:
+        device = "cpu" if isinstance(probabilities[0], np.ndarray) else probabilities[0].device
+    if backend == "auto":
+        backend = "numba" if str(device) == "cpu" else "torch"
+    return BACKENDS[backend](images, probabilities, preset, device)
 
 
 def wrapped_bgr(image: np.ndarray) -> np.ndarray:
@@ -121,12 +181,33 @@ def unary(probabilities: np.ndarray, preset: Preset) -> np.ndarray:
     return -np.log(clipped).astype(np.float32)
 
 
+def _one_by_one(infer: Callable[[np.ndarray, np.ndarray, Preset], np.ndarray]) -> Callable[..., list]:
+    """A backend from a function of one image in arrays: guide (H, W, 3) uint8, energies (C, H, W)."""
+
+    def backend(images, probabilities, preset, device):
+        posteriors = []
+        for image, classes in zip(images, probabilities, strict=True):
+            array, rgb = (
+                x if isinstance(x, np.ndarray) else x.detach().cpu().numpy() for x in (classes, image)
+            )
+            guide = np.ascontiguousarray(wrapped_bgr(rgb) if preset.image_mode == "wrapped" else rgb)
+            posterior = infer(guide, unary(array, preset), preset)
+            if array is not classes:
+                import torch
+
+                posterior = torch.from_numpy(posterior).to(device)
+            posteriors.append(posterior)
+        return posteriors
+
+    return backend
+
+
 def _pydensecrf(image: np.ndarray, energies: np.ndarray, preset: Preset) -> np.ndarray:
-    """The CPU reference: Kraehenbuehl's own code, wrapped."""
+    """The reference: Kraehenbuehl's own code, wrapped."""
     try:
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError:
-        raise ValueError("the dense CRF needs pydensecrf2: pip install pydensecrf2") from None
+        raise ValueError("this dense CRF needs pydensecrf2: pip install pydensecrf2") from None
     channels, height, width = energies.shape
     crf = DenseCRF2D(width, height, channels)
     crf.setUnaryEnergy(np.ascontiguousarray(energies.reshape(channels, -1)))  # (C, H * W)
@@ -138,4 +219,41 @@ def _pydensecrf(image: np.ndarray, energies: np.ndarray, preset: Preset) -> np.n
     return np.array(posterior, np.float32).reshape(channels, height, width)
 
 
-BACKENDS = {"pydensecrf": _pydensecrf}
+def _numba(image: np.ndarray, energies: np.ndarray, preset: Preset) -> np.ndarray:
+    """The same on one core, about twice as fast; see `refinement.densecrf_numba`."""
+    try:
+        from refinement import densecrf_numba
+    except ImportError:
+        raise ValueError("this dense CRF needs numba: pip install numba") from None
+    except RuntimeError:  # numba's, when it finds no folder for its cache
+        raise ValueError(
+            "numba cannot keep its compiled code: set NUMBA_CACHE_DIR to a folder that can be written"
+        ) from None
+    return densecrf_numba.infer(image, energies, preset.kernels(), preset.iterations)
+
+
+def _torch(
+    images: Sequence[np.ndarray | Tensor],
+    probabilities: Sequence[np.ndarray | Tensor],
+    preset: Preset,
+    device: str | torch.device,
+) -> list[np.ndarray | Tensor]:
+    """The same for many images at once on a device; see `refinement.densecrf_torch`."""
+    import torch
+
+    from refinement import densecrf_torch
+
+    def there(given: np.ndarray | Tensor) -> Tensor:
+        if isinstance(given, np.ndarray):  # copied: a view may be read-only or run backwards
+            return torch.tensor(np.ascontiguousarray(given), device=device)
+        return given.to(device)
+
+    posteriors = densecrf_torch.infer([*map(there, images)], [*map(there, probabilities)], preset)
+    return [
+        posterior.cpu().numpy() if isinstance(given, np.ndarray) else posterior
+        for given, posterior in zip(probabilities, posteriors, strict=True)
+    ]
+
+
+# (images, probabilities, preset, device) -> posteriors, as `densecrf_batch` has them
+BACKENDS = {"pydensecrf": _one_by_one(_pydensecrf), "numba": _one_by_one(_numba), "torch": _torch}

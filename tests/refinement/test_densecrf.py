@@ -1,13 +1,18 @@
 """The dense CRF against the golden vectors, and on shapes that images come in."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refinement.densecrf import PRESETS, Preset, densecrf, unary, wrapped_bgr
+from refinement.densecrf import BACKENDS, PRESETS, Preset, densecrf, densecrf_batch, unary, wrapped_bgr
+from shapes.world import draw
 from tests.conftest import golden
 from tests.weights import parity_image
 
@@ -24,14 +29,29 @@ def stacked(crf, index):
     return np.concatenate([1 - maps.max(0, keepdims=True), maps])
 
 
+def drawn(index, size, channels=3, seed=5):
+    """An image of the drawn world, and its mask as blurred, noisy probabilities of `channels` classes."""
+    scene, random = draw(seed, index, size), np.random.default_rng([seed, index])
+    lookup = np.append(0, np.full(255, channels - 1))
+    lookup[[label + 1 for label in scene.labels]] = np.arange(len(scene.labels)) % channels
+    masks = (lookup[scene.mask] == np.arange(channels)[:, None, None]).astype(np.float32)
+    coarse = random.random((channels, size[0] // 8 + 1, size[1] // 8 + 1), np.float32)
+    maps = [
+        cv2.GaussianBlur(mask, (0, 0), 4) * 0.7 + cv2.resize(noise, size[::-1]) * 0.3
+        for mask, noise in zip(masks, coarse, strict=True)
+    ]
+    return scene.image, np.stack(maps).astype(np.float16)
+
+
 def test_every_grey_level_wraps_as_it_does_on_x86():
     levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2)
     blue = wrapped_bgr(levels)[:, 0, 0]
     assert (blue[0], blue[103], blue[104], blue[105], blue[106]) == (152, 255, 0, 0, 1)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_golden(crf, index):
+def test_golden(crf, index, backend):
     probabilities = stacked(crf, index)
     image = parity_image(f"es_crf{index}", *probabilities.shape[1:])
     assert (wrapped_bgr(image)[:8] == crf[f"bgr_wrapped{index}"]).all()
@@ -40,7 +60,7 @@ def test_golden(crf, index):
     np.testing.assert_allclose(energies, crf[f"unary{index}"], rtol=1e-3)
     assert (energies == crf[f"unary{index}"]).mean() > 0.999
 
-    posterior = densecrf(image, probabilities)
+    posterior = densecrf(image, probabilities, backend=backend)
     assert posterior.dtype == np.float32
     np.testing.assert_allclose(posterior, crf[f"Q{index}"], atol=1e-4)
     labels = np.append(0, crf[f"keys{index}"] + 1)[posterior.argmax(0)]
@@ -62,9 +82,85 @@ def test_options_move_the_posterior_little_or_much(crf):
 def test_posterior_is_a_distribution_on_any_shape(height, width, channels, seed):
     random = np.random.default_rng(seed)
     image = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    posterior = densecrf(image, random.random((channels, height, width)).astype(np.float16))
-    assert posterior.shape == (channels, height, width)
-    np.testing.assert_allclose(posterior.sum(0), 1, atol=1e-4)
+    probabilities = random.random((channels, height, width)).astype(np.float16)
+    reference = densecrf(image, probabilities, backend="pydensecrf")
+    assert reference.shape == (channels, height, width)
+    np.testing.assert_allclose(reference.sum(0), 1, atol=1e-4)
+    for backend in ("numba", "torch"):
+        np.testing.assert_allclose(densecrf(image, probabilities, backend=backend), reference, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("size, channels", [((120, 160), 3), ((75, 101), 5), ((1, 90), 2), ((60, 1), 18)])
+def test_backends_agree_on_drawn_images(size, channels, backend):
+    for index in range(3):
+        image, probabilities = drawn(index, (max(size), max(size)), channels)
+        image, probabilities = image[: size[0], : size[1]], probabilities[:, : size[0], : size[1]]
+        reference = densecrf(image, probabilities, backend="pydensecrf")
+        assert np.abs(reference - probabilities).max() > 0.1  # the CRF has had something to do
+        posterior = densecrf(image, probabilities, backend=backend)
+        np.testing.assert_allclose(posterior, reference, atol=1e-3)
+        assert (posterior.argmax(0) == reference.argmax(0)).mean() >= 0.999
+
+
+def mixed_batch():
+    sizes = [((40, 56), 3), ((56, 40), 2), ((1, 1), 4), ((33, 64), 1), ((40, 56), 7), ((1, 20), 3)]
+    return zip(*(drawn(index, *case) for index, case in enumerate(sizes)), strict=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_gives_what_its_images_give(backend, monkeypatch):
+    images, probabilities = mixed_batch()
+    single = [densecrf(*pair, backend=backend) for pair in zip(images, probabilities, strict=True)]
+    together = densecrf_batch(images, probabilities, backend=backend)
+    tensors = densecrf_batch(
+        list(map(torch.from_numpy, images)), list(map(torch.from_numpy, probabilities)), backend=backend
+    )
+    monkeypatch.setattr("refinement.densecrf_torch.GROUP_PIXELS", 5000)
+    grouped = densecrf_batch(images, probabilities, backend=backend)
+    for one, *others in zip(single, together, tensors, grouped, strict=True):
+        assert torch.is_tensor(others[1])
+        assert all(isinstance(posterior, np.ndarray) for posterior in (one, others[0], others[2]))
+        for posterior in others:
+            np.testing.assert_allclose(posterior, one, atol=1e-6)
+    assert densecrf_batch([], [], backend=backend) == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_and_read_only_arrays_will_do(backend):
+    image, probabilities = drawn(1, (20, 30))
+    raw = replace(CLIP_ES, image_mode="raw")
+    expected = densecrf(image[::-1].copy(), probabilities[:, ::-1].copy(), raw, backend)
+    image.flags.writeable = probabilities.flags.writeable = False
+    np.testing.assert_array_equal(densecrf(image[::-1], probabilities[:, ::-1], raw, backend), expected)
+
+
+def test_threads_may_refine_at_once():
+    pairs = list(zip(*mixed_batch(), strict=True)) * 3
+    with ThreadPoolExecutor(4) as pool:
+        threaded = list(pool.map(lambda pair: densecrf(*pair, backend="numba"), pairs))
+    for pair, posterior in zip(pairs, threaded, strict=True):
+        np.testing.assert_array_equal(posterior, densecrf(*pair, backend="numba"))
+
+
+def test_auto_is_numba_on_a_cpu(monkeypatch):
+    image, probabilities = drawn(0, (24, 30))
+    monkeypatch.setitem(BACKENDS, "numba", lambda *arguments: ["numba"])
+    monkeypatch.setitem(BACKENDS, "torch", lambda *arguments: ["torch", arguments[3]])
+    assert densecrf(image, probabilities) == "numba"
+    tensors = [torch.from_numpy(image)], [torch.from_numpy(probabilities)]
+    assert densecrf_batch(*tensors) == ["numba"]
+    assert densecrf_batch([image], [probabilities], device="cuda") == ["torch", "cuda"]
+    assert densecrf_batch([image], [torch.zeros(2, 24, 30, device="meta")])[0] == "torch"
+
+
+def test_absent_backend_is_told(monkeypatch):
+    image, probabilities = drawn(0, (4, 5))
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "refinement.densecrf_numba", raising=False)
+    monkeypatch.delattr("refinement.densecrf_numba", raising=False)
+    with pytest.raises(ValueError, match="pip install numba"):
+        densecrf(image, probabilities, backend="numba")
 
 
 def test_wrong_use_is_told():
@@ -77,6 +173,14 @@ def test_wrong_use_is_told():
         densecrf(image, probabilities, "seam2")
     with pytest.raises(ValueError, match="no CRF backend"):
         densecrf(image, probabilities, backend="magic")
+    with pytest.raises(ValueError, match="2 images but 1 arrays"):
+        densecrf_batch([image, image], [probabilities])
+    with pytest.raises(ValueError, match="classes and pixels"):
+        densecrf(image, probabilities[:0])
+    with pytest.raises(ValueError, match="widths must be above 0"):
+        replace(CLIP_ES, bilateral_srgb=0)
+    with pytest.raises(ValueError, match="not be negative"):
+        replace(CLIP_ES, gaussian_compat=-1)
     with pytest.raises(ValueError, match="image mode"):
         replace(CLIP_ES, image_mode="grey")
     with pytest.raises(ValueError, match="unary type"):

@@ -1,0 +1,435 @@
+"""The dense CRF on a CPU core: the permutohedral lattice compiled by numba.
+
+One mean-field update is softmax(S B S' q - energies): S' spreads the pixels' probabilities over the lattice
+points around them ("splat"), B blurs along the lattice directions, S gathers ("slice"). S has 3 entries per
+pixel for the smoothness kernel and 6 for the appearance kernel, with normalisation and Potts weights
+multiplied in half on each side, so that both kernels are one sparse matrix and one list of points. It is
+built once; an update then reads it once: slice, softmax and the next splat follow each other pixel by pixel.
+
+The blur walks each line of neighbouring points ("chain") from end to end in place; a point without
+neighbours, as many of a textured image's are, is never touched. Class channels lie innermost, filled up to
+one of `LANES`, and become one vector instruction (`Lanes`), which the compiler does not find by itself.
+
+Everything runs on one core without Python's lock, so that threads may refine several images at once.
+Compiled code is cached beside this file, or in the user's cache folder where that is read-only
+(NUMBA_CACHE_DIR moves it). The cache of a function knows when its own file changes, not another: what is
+compiled stays in this module.
+
+Memory at up to 4 classes: 300 to 350 bytes per pixel for photographs, up to 570 for noise.
+"""
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, models, register_model
+
+from refinement.lattice import Kernel, packing
+
+LANES = (4, 8, 16)  # classes that are computed at once; more take several turns
+TILE = 64  # pixels whose slices wait in the first-level cache for one vectorised softmax
+FIRST_SLOTS = 1 << 14  # of the hash table, which doubles when half full
+LEAST = np.float32(1e-26)  # probabilities below are 0: as factors they would become slow denormal numbers
+SOURCE = {"cache": True, "nogil": True, "error_model": "numpy"}
+# Only where no rounding decides on a lattice point.
+CONTRACT = SOURCE | {"fastmath": {"contract", "nsz"}}
+
+
+class Lanes(types.Type):
+    """Numba type of a vector of `width` float32, that lives in a register."""
+
+    def __init__(self, width: int):
+        self.width = width
+        super().__init__(name=f"float32x{width}")
+
+
+@register_model(Lanes)
+class LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, lanes):
+        super().__init__(manager, lanes, ir.VectorType(ir.FloatType(), lanes.width))
+
+
+def _address(context, builder, signature, arguments, width):
+    """Pointer to row arguments[1] of array arguments[0], whose rows are vectors of `width`."""
+    data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+    row = context.cast(builder, arguments[1], signature.args[1], types.intp)
+    start = builder.gep(data, [builder.mul(row, row.type(width))])
+    return builder.bitcast(start, ir.VectorType(ir.FloatType(), width).as_pointer())
+
+
+@intrinsic
+def load(typing, array, row, lanes):
+    """load(array, row, lanes): row `row` of a C-contiguous float32 array; `lanes` is a tuple that long."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load(_address(context, builder, signature, arguments, lanes.count), align=4)
+
+    return Lanes(lanes.count)(array, row, lanes), generate
+
+
+@intrinsic
+def store(typing, array, row, vector):
+    """store(array, row, vector), see `load`."""
+
+    def generate(context, builder, signature, arguments):
+        builder.store(arguments[2], _address(context, builder, signature, arguments, vector.width), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, row, vector), generate
+
+
+@intrinsic
+def madd(typing, total, weight, vector):
+    """madd(total, weight, vector): the vector total + weight * vector, for a float32 weight."""
+
+    def generate(context, builder, signature, arguments):
+        start, factor, value = arguments
+        nothing = ir.Constant(start.type, ir.Undefined)
+        first = builder.insert_element(nothing, factor, ir.Constant(ir.IntType(32), 0))
+        pattern = ir.Constant(ir.VectorType(ir.IntType(32), start.type.count), [0] * start.type.count)
+        wide = builder.shuffle_vector(first, nothing, pattern)
+        return builder.fadd(start, builder.fmul(wide, value, flags=["contract"]), flags=["contract"])
+
+    return total(total, types.float32, vector), generate
+
+
+# Array indices below are cast to unsigned where they vary: numba lets negative ones count from the end, and
+# would ask of each whether it is.
+
+
+@njit(**SOURCE)
+def _slot(table, keys, key):
+    """Where `key` is in the hash table, or belongs: table (2^k,) int32 of indices into `keys`, -1 free."""
+    mask = len(table) - 1
+    slot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(24)) & mask
+    while True:
+        index = table[np.uint64(slot)]
+        if index < 0 or keys[np.uint64(index)] == key:
+            return slot
+        slot = (slot + 1) & mask
+
+
+@njit(**SOURCE)
+def _grown(keys, count, slots):
+    """A hash table of the first `count` keys with so many slots, and the keys with room for half of them."""
+    table = np.full(slots, -1, np.int32)
+    roomier = np.empty(slots // 2, np.int64)
+    roomier[:count] = keys[:count]
+    for index in range(count):
+        table[_slot(table, roomier, roomier[index])] = index
+    return table, roomier
+
+
+@njit(**SOURCE)
+def embed(image, widths, scale, low, strides, points, weights, column, offset):
+    """Find the simplex of each pixel: its lattice points, numbered as they are met, and their weights.
+
+    Every operation is float32 and in the order of Kraehenbuehl's code, so that the lattice is the same.
+
+    Args:
+        image: (H, W, d - 2) uint8; widths, scale, low, strides: tuples of d, see `refinement.lattice`.
+        points, weights: (H * W, entries) int32 and float32, of which the d + 1 from `column` on are filled.
+        offset: added to the numbers of points.
+
+    Returns:
+        (M,) int64, the packed keys of the lattice points.
+    """
+    height, width, colours = image.shape
+    d = len(scale)
+    table, keys, count = np.full(FIRST_SLOTS, -1, np.int32), np.empty(FIRST_SLOTS // 2, np.int64), 0
+    stride = np.zeros(d + 1, np.int64)  # the last coordinate is not packed
+    origin = np.int64(0)
+    factor, feature, extent = np.empty(d, np.float32), np.empty(d, np.float32), np.empty(d, np.float32)
+    for i in range(d):
+        stride[i], factor[i], extent[i] = strides[i], scale[i], widths[i]
+        origin -= low[i] * strides[i]
+    jump = stride.sum() - (d + 1) * stride
+    elevated, excess = np.empty(d + 1, np.float32), np.empty(d + 1, np.float32)
+    vertex, rank, ranked = np.empty(d + 1, np.int64), np.empty(d + 1, np.int64), np.empty(d + 1, np.int64)
+    height_of_rank = np.empty(d + 1, np.float32)
+    last_key, last_point = np.full(d + 1, -1, np.int64), np.zeros(d + 1, np.int32)
+    one, up, down = np.float32(1), np.float32(d + 1), np.float32(1) / np.float32(d + 1)
+    pixel = 0
+    for y in range(height):
+        for x in range(width):
+            feature[0], feature[1] = np.float32(x) / extent[0], np.float32(y) / extent[1]
+            for c in range(colours):
+                feature[2 + c] = np.float32(image[y, x, c]) / extent[2 + c]
+            total = np.float32(0)
+            for j in range(d, 0, -1):
+                scaled = feature[j - 1] * factor[j - 1]
+                elevated[j] = total - np.float32(j) * scaled
+                total += scaled
+            elevated[0] = total
+
+            # The nearest point with all coordinates 0 modulo d + 1, then the order of what remains.
+            off_plane = 0
+            for i in range(d + 1):
+                nearest = np.rint(elevated[i] * down)
+                off_plane += np.int64(nearest)
+                vertex[i] = np.int64(nearest) * (d + 1)
+                excess[i] = elevated[i] - nearest * up
+                rank[i] = 0
+            for i in range(d):
+                for j in range(i + 1, d + 1):
+                    less = np.int64(excess[i] < excess[j])
+                    rank[i] += less
+                    rank[j] += 1 - less
+            packed = origin
+            for i in range(d + 1):
+                place = rank[i] + off_plane
+                if place < 0:
+                    place += d + 1
+                    vertex[i] += d + 1
+                elif place > d:
+                    place -= d + 1
+                    vertex[i] -= d + 1
+                height_of_rank[np.uint64(place)] = (elevated[i] - np.float32(vertex[i])) * down
+                ranked[np.uint64(place)] = i
+                packed += vertex[i] * stride[i]
+
+            # From vertex to vertex of the simplex, a step along one direction each.
+            for r in range(d + 1):
+                if r == 0:
+                    weight = height_of_rank[d] + (one - height_of_rank[0])
+                else:
+                    packed += jump[np.uint64(ranked[d + 1 - r])]
+                    weight = height_of_rank[d - r] - height_of_rank[d + 1 - r]
+                weights[pixel, column + r] = weight
+                if last_key[r] != packed:  # neighbouring pixels often share theirs
+                    slot = _slot(table, keys, packed)
+                    index = table[slot]
+                    if index < 0:
+                        if 2 * count >= len(table):
+                            table, keys = _grown(keys, count, 2 * len(table))
+                            slot = _slot(table, keys, packed)
+                        index = np.int32(count)
+                        table[slot] = index
+                        keys[count] = packed
+                        count += 1
+                    last_key[r], last_point[r] = packed, index
+                points[pixel, column + r] = last_point[r] + offset
+            pixel += 1
+    return keys[:count].copy()
+
+
+@njit(**SOURCE)
+def link(keys, order, jumps, offset):
+    """Chains of neighbouring points, direction by direction.
+
+    A step adds a constant to a key, so one walk over the sorted keys finds all successors of a direction.
+
+    Args:
+        keys: (M,) int64; order: (M,) what sorts them.
+        jumps: (d + 1,) int64, see `refinement.lattice.Packing`.
+        offset: added to the numbers of points.
+
+    Returns:
+        (L,) int32: the chains of two points or more, one after the other; the last point of each is ~point.
+    """
+    count = len(keys)
+    ordered = keys[order]
+    chains = np.empty(len(jumps) * count, np.int32)
+    successor, followed = np.empty(count, np.int32), np.empty(count, np.bool_)
+    length = 0
+    for jump in jumps:
+        followed[:] = False
+        candidate = 0
+        for point in range(count):
+            wanted = ordered[point] + jump
+            while candidate < count and ordered[candidate] < wanted:
+                candidate += 1
+            if candidate < count and ordered[candidate] == wanted:
+                successor[point] = candidate
+                followed[candidate] = True
+            else:
+                successor[point] = -1
+        for first in range(count):
+            if followed[first] or successor[first] < 0:
+                continue
+            point = np.int32(first)
+            while point >= 0:
+                chains[length] = order[np.uint64(point)] + offset
+                length += 1
+                point = successor[np.uint64(point)]
+            chains[length - 1] = ~chains[length - 1]
+    return chains[:length].copy()
+
+
+@njit(**SOURCE)
+def _blur(values, chains, lanes, blocks):
+    """Blur in place: each point gets half of its neighbours, one direction after the other.
+
+    Args:
+        values: (points, blocks * lanes) float32; chains: see `link`; lanes: see `load`.
+    """
+    half, one = np.float32(0.5), np.float32(1)
+    for block in range(blocks):
+        position = 0
+        while position < len(chains):
+            row = np.int64(chains[position]) * blocks + block
+            value = load(values, row, lanes)
+            before = madd(value, -one, value)
+            ended = False
+            while not ended:
+                position += 1
+                point = np.int64(chains[position])
+                ended = point < 0
+                if ended:
+                    point = ~point
+                next_row = point * blocks + block
+                after = load(values, next_row, lanes)
+                store(values, row, madd(value, half, madd(before, one, after)))
+                before, value, row = value, after, next_row
+            store(values, row, madd(value, half, before))
+            position += 1
+
+
+@njit(**SOURCE)
+def normalise(points, weights, chains, size, first, last, alpha, compat, lane):
+    """Multiply normalisation and Potts weight into the entries `first` to `last` of `weights`, half of each.
+
+    The normalisation is that of `pydensecrf`: 1 / sqrt(F(1) + 1e-20) before and after the filter F.
+
+    Args:
+        size: lattice points in `points`; alpha, compat: see `refinement.lattice.Kernel`; lane: a tuple of 1.
+    """
+    values = np.zeros((size, 1), np.float32)
+    for pixel in range(len(points)):
+        for r in range(first, last):
+            values[np.uint64(points[pixel, r]), 0] += weights[pixel, r]
+    _blur(values, chains, lane, 1)
+    gain = np.float32(math.sqrt(alpha * compat))
+    for pixel in range(len(points)):
+        total = np.float32(0)
+        for r in range(first, last):
+            total += weights[pixel, r] * values[np.uint64(points[pixel, r]), 0]
+        factor = gain / np.sqrt(total * np.float32(alpha) + np.float32(1e-20))
+        for r in range(first, last):
+            weights[pixel, r] *= factor
+
+
+@njit(**CONTRACT)
+def _softmax(tile, powers, channels):
+    """Softmax of each row of tile (T, lanes) over its first `channels`, in place; `powers` is scratch.
+
+    The exponential is 2^k times a polynomial on [-ln 2 / 2, ln 2 / 2] (coefficients as in Cephes' expf,
+    error 1e-7), written so that the compiler vectorises it.
+    """
+    for i in range(len(tile)):
+        highest = tile[i, 0]
+        for c in range(1, channels):
+            highest = max(highest, tile[i, c])
+        for c in range(tile.shape[1]):
+            tile[i, c] -= highest
+    flat, scales = tile.reshape(-1), powers.reshape(-1)
+    bits = scales.view(np.int32)
+    for i in range(len(flat)):
+        x = max(flat[i], np.float32(-87))
+        k = np.rint(x * np.float32(1.44269504))
+        x = x - k * np.float32(0.693359375) + k * np.float32(2.12194440e-4)
+        y = np.float32(1.9875691500e-4)
+        y = y * x + np.float32(1.3981999507e-3)
+        y = y * x + np.float32(8.3334519073e-3)
+        y = y * x + np.float32(4.1665795894e-2)
+        y = y * x + np.float32(1.6666665459e-1)
+        y = y * x + np.float32(5.0000001201e-1)
+        flat[i] = y * x * x + x + np.float32(1)
+        bits[i] = (np.int32(k) + np.int32(127)) << np.int32(23)  # the float32 2^k
+    for i in range(len(flat)):
+        y = flat[i] * scales[i]
+        flat[i] = np.float32(0) if y < LEAST else y
+    for i in range(len(tile)):
+        total = np.float32(0)
+        for c in range(channels):
+            total += tile[i, c]
+        share = np.float32(1) / total
+        for c in range(tile.shape[1]):
+            tile[i, c] *= share
+
+
+@njit(**SOURCE)
+def mean_field(logits, points, weights, chains, size, iterations, lanes, posterior):
+    """Mean-field inference.
+
+    Args:
+        logits: (N, blocks * lanes) float32, minus the energies; channels that are not used very low.
+        points, weights: (N, entries), see `embed` and `normalise`; chains: see `link`; size: lattice points.
+        lanes: a tuple as long as a vector.
+        posterior: (C, N) float32, filled.
+    """
+    channels, pixels = posterior.shape
+    entries, width = points.shape[1], logits.shape[1]
+    blocks = width // len(lanes)
+    values, spread = np.zeros((size, width), np.float32), np.zeros((size, width), np.float32)
+    tile, powers = np.empty((TILE, width), np.float32), np.empty((TILE, width), np.float32)
+    for iteration in range(iterations + 1):
+        for start in range(0, pixels, TILE):
+            length = min(TILE, pixels - start)
+            for i in range(length):
+                for block in range(blocks):
+                    total = load(logits, (start + i) * blocks + block, lanes)
+                    if iteration > 0:  # slice
+                        for r in range(entries):
+                            row = np.int64(points[start + i, r]) * blocks + block
+                            total = madd(total, weights[start + i, r], load(values, row, lanes))
+                    store(tile, i * blocks + block, total)
+            _softmax(tile[:length], powers[:length], channels)
+            for i in range(length):
+                if iteration == iterations:
+                    for c in range(channels):
+                        posterior[c, start + i] = tile[i, c]
+                    continue
+                for block in range(blocks):  # splat
+                    share = load(tile, i * blocks + block, lanes)
+                    for r in range(entries):
+                        row = np.int64(points[start + i, r]) * blocks + block
+                        store(spread, row, madd(load(spread, row, lanes), weights[start + i, r], share))
+        if iteration < iterations:
+            _blur(spread, chains, lanes, blocks)
+            values, spread = spread, values
+            spread[:] = 0
+
+
+def infer(image: np.ndarray, energies: np.ndarray, kernels: list[Kernel], iterations: int) -> np.ndarray:
+    """Class posteriors of one image.
+
+    Args:
+        image: (H, W, 3) uint8, what the appearance kernel sees.
+        energies: (C, H, W) float32.
+        kernels: see `refinement.densecrf.Preset.kernels`.
+
+    Returns:
+        (C, H, W) float32.
+
+    Raises:
+        ValueError: an image too large to number its lattice points.
+    """
+    channels, height, width = energies.shape
+    pixels = height * width
+    entries = sum(len(kernel.widths) + 1 for kernel in kernels)
+    if pixels * entries >= 2**31:
+        raise ValueError(f"an image of {height} x {width} pixels is too large for the dense CRF")
+    points, weights = np.empty((pixels, entries), np.int32), np.empty((pixels, entries), np.float32)
+    chains, size, column = [], 0, 0
+    for kernel in kernels:
+        dimensions = len(kernel.widths)
+        pack = packing(kernel.widths, height, width)
+        widths = tuple(np.float32(w) for w in kernel.widths)
+        # A copy: of an array that is read-only or not contiguous numba would compile another version.
+        guide = np.array(image[..., : dimensions - 2], order="C")
+        keys = embed(guide, widths, pack.scale, pack.low, pack.strides, points, weights, column, size)
+        chains.append(link(keys, np.argsort(keys), np.array(pack.jumps, np.int64), size))
+        size += len(keys)
+        stop = column + dimensions + 1
+        lane = (np.float32(0),)
+        normalise(points, weights, chains[-1], size, column, stop, kernel.alpha, kernel.compat, lane)
+        column = stop
+    lanes = next((width for width in LANES if channels <= width), LANES[-1])
+    logits = np.full((pixels, -(-channels // lanes) * lanes), -1e4, np.float32)
+    logits[:, :channels] = -energies.reshape(channels, -1).T  # (N, C)
+    posterior = np.empty((channels, pixels), np.float32)
+    vector = (np.float32(0),) * lanes
+    mean_field(logits, points, weights, np.concatenate(chains), size, iterations, vector, posterior)
+    return posterior.reshape(channels, height, width)

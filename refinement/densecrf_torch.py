@@ -1,0 +1,274 @@
+"""The dense CRF by tensor operations: many images at once on a GPU.
+
+The same mathematics as `refinement.densecrf_numba`: an update is softmax(S B S' q - energies) with a sparse
+matrix S of 9 entries per pixel. All images of a group share one lattice, the image's number being the highest
+digit of a point's key; their channels are filled up with impossible classes. Keys are sorted, which numbers
+the points and at the same time brings the entries of S' into the order in which they are summed. Slice, splat
+and blur are each a sum over a bag of rows with weights, `embedding_bag`, which reads the rows where they are.
+
+A lattice point of a plain image gathers many thousand pixels, so S' sums runs of 32 entries first, then runs
+of those sums, and so on: nothing is added atomically and the result does not depend on the order in which
+threads run. It is the same each time, and on a CPU what numba gives to the last few bits.
+
+An update moves about 2 kB per pixel (3 classes, a photograph, whose lattices have 2.6 points per pixel): some
+4 GB for a 375 x 500 image and 10 iterations. It takes about 50 kernel launches, the lattices some 200 and a
+sort of 9 keys per pixel; all of them once per group, so images go in groups. The host waits for the device
+about ten times a group, while the lattice is built, and never in an update.
+
+Memory at 3 classes: 600 to 700 bytes per pixel of a group for photographs, up to 1400 for noise.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refinement.densecrf import MEAN_BGR, Preset, unary
+from refinement.lattice import MAX_KEYS, Kernel, Packing, packing
+
+GROUP_PIXELS = 2**22  # of the images that share a lattice: 3 to 6 GB
+RUN = 32  # entries that one thread sums
+
+
+class Lattice(NamedTuple):
+    """S and B of one kernel.
+
+    Attributes:
+        points: (N, d + 1) int32, the lattice points of each pixel.
+        weights: (N, d + 1) float32, with normalisation and Potts weight.
+        pixels, pixel_weights: (N * (d + 1),) int32 and float32, pixel and weight of each entry, sorted by
+            lattice point.
+        runs: where sums of entries start in that order, then where sums of those sums start, and so on;
+            int32. The last has one for each lattice point.
+        neighbours: for each direction (M, 2) int32, the points before and after; M where there is none.
+    """
+
+    points: Tensor
+    weights: Tensor
+    pixels: Tensor
+    pixel_weights: Tensor
+    runs: list[Tensor]
+    neighbours: list[Tensor]
+
+
+def _embed(features: Tensor, pack: Packing) -> tuple[Tensor, Tensor]:
+    """The simplex of each pixel; float32 in the order of Kraehenbuehl's code, to make the same lattice.
+
+    Args:
+        features: (d, N) float32.
+
+    Returns:
+        (d + 1, N) int64 packed keys and float32 weights of the simplex's vertices.
+    """
+    device, d = features.device, len(features)
+    total, elevated = torch.zeros_like(features[0]), []
+    for j in range(d, 0, -1):
+        scaled = features[j - 1] * float(pack.scale[j - 1])
+        elevated.append(total - j * scaled)
+        total = total + scaled
+    elevated = torch.stack([total, *reversed(elevated)])  # (d + 1, N)
+    down = float(np.float32(1) / np.float32(d + 1))
+    # The nearest point with all coordinates 0 modulo d + 1, then the order of what remains.
+    nearest = torch.round(elevated * down)
+    off_plane = nearest.sum(0).long()
+    nearest = nearest * (d + 1)
+    excess = elevated - nearest
+    rank = torch.stack(
+        [(excess[:i] >= excess[i]).sum(0) + (excess[i + 1 :] > excess[i]).sum(0) for i in range(d + 1)]
+    )
+    rank += off_plane
+    turn = (d + 1) * ((rank < 0).long() - (rank > d).long())
+    rank += turn
+    vertex = turn.add_(nearest.long())
+    height = torch.empty_like(elevated).scatter_(0, rank, (elevated - vertex) * down)  # by rank
+    weights = torch.cat([height[d:] + (1 - height[:1]), (height[:-1] - height[1:]).flip(0)])
+    # From vertex to vertex of the simplex, a step along one direction each, that of the highest rank first.
+    strides, low = (torch.tensor(values, device=device)[:, None] for values in (pack.strides, pack.low))
+    jumps = torch.tensor(pack.jumps, device=device)[:, None].expand(d + 1, rank.shape[1])
+    keys = torch.empty_like(rank).scatter_(0, (d + 1 - rank) % (d + 1), jumps)
+    keys[0] = ((vertex[:d] - low) * strides).sum(0)
+    return keys.cumsum(0), weights
+
+
+def _runs(point: Tensor, points: int) -> list[Tensor]:
+    """Where to cut sorted entries into runs of at most RUN of one point, then the runs' sums, and so on.
+
+    Args:
+        point: (E,) int32, lattice point of each entry, sorted, none of the `points` left out.
+    """
+    runs, every = [], torch.arange(points, device=point.device, dtype=torch.int32)
+    while not runs or len(runs[-1]) > points:
+        starts = torch.searchsorted(point, every, out_int32=True)  # first entry of each point
+        position = torch.arange(len(point), device=point.device, dtype=torch.int32)
+        cuts = ((position - starts.index_select(0, point)) % RUN == 0).nonzero()[:, 0]
+        runs.append(cuts.int())
+        point = point[cuts]
+    return runs
+
+
+def _lattice(features: Tensor, image: Tensor, kernel: Kernel, pack: Packing) -> Lattice:
+    """The lattice of one kernel over all pixels of a group.
+
+    Args:
+        features: (d, N) float32; image: (N,) int64, number of each pixel's image.
+    """
+    device, entries = features.device, len(features) + 1
+    keys, weights = _embed(features, pack)  # (d + 1, N)
+    keys += image * pack.keys
+    keys, order = keys.T.reshape(-1).sort(stable=True)  # (N * entries,)
+    begins = torch.ones_like(keys, dtype=torch.bool)
+    begins[1:] = keys[1:] != keys[:-1]
+    keys = keys[begins]  # (M,)
+    size = len(keys)
+    point = begins.cumsum(0, dtype=torch.int32) - 1
+    points = torch.empty_like(point)
+    points[order] = point
+
+    neighbours = []
+    for jump in pack.jumps:
+        after = torch.searchsorted(keys, keys + jump).clamp_(max=size - 1)
+        after = torch.where(keys[after] == keys + jump, after, size)
+        before = torch.full((size + 1,), size, device=device)
+        before[after] = torch.arange(size, device=device)
+        neighbours.append(torch.stack([before[:size], after], 1).int())
+
+    weights = weights.T.contiguous()  # (N, entries)
+    lattice = Lattice(
+        points=points.view(-1, entries),
+        weights=weights,
+        pixels=(order // entries).int(),
+        pixel_weights=weights.view(-1)[order],
+        runs=_runs(point, size),
+        neighbours=neighbours,
+    )
+    total = _filter(lattice, features.new_ones(len(weights), 1)) * kernel.alpha  # (N, 1)
+    weights = weights * (math.sqrt(kernel.alpha * kernel.compat) / (total + 1e-20).sqrt())
+    return lattice._replace(weights=weights, pixel_weights=weights.view(-1)[order])
+
+
+def _bags(
+    rows: Tensor, values: Tensor, starts: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """Sums of values[rows], times weights: over each row of `rows`, or from each start to the next."""
+    return F.embedding_bag(rows, values, starts, mode="sum", per_sample_weights=weights)
+
+
+def _filter(lattice: Lattice, values: Tensor) -> Tensor:
+    """S B S' values, (N, C) each."""
+    values = _bags(lattice.pixels, values, lattice.runs[0], lattice.pixel_weights)
+    for starts in lattice.runs[1:]:
+        values = _bags(torch.arange(len(values), device=starts.device, dtype=torch.int32), values, starts)
+    values = F.pad(values, (0, 0, 0, 1))  # (M + 1, C), the last is what points without neighbour get
+    for pairs in lattice.neighbours:
+        values[:-1].add_(_bags(pairs, values), alpha=0.5)
+    return _bags(lattice.points, values, weights=lattice.weights)
+
+
+def _features(guides: Sequence[Tensor], widths: Sequence[float]) -> Tensor:
+    """Position and colour over the kernel's widths, of all pixels of all images: (d, N) float32."""
+    device = guides[0].device
+    columns = []
+    for guide in guides:
+        height, width, _ = guide.shape
+        y = torch.arange(height, device=device, dtype=torch.float32)[:, None].expand(height, width)
+        x = torch.arange(width, device=device, dtype=torch.float32).expand(height, width)
+        columns.append(torch.stack([x, y, *guide.float().unbind(-1)][: len(widths)]).flatten(1))  # (d, H * W)
+    # Divided by a tensor: by a number, CUDA would multiply with the reciprocal and round differently.
+    return torch.cat(columns, 1) / torch.tensor(widths, device=device, dtype=torch.float32)[:, None]
+
+
+def _groups(sizes: Sequence[tuple[int, int]], kernels: Sequence[Kernel]) -> Iterator[list[int]]:
+    """Neighbouring images that share a lattice: as many as GROUP_PIXELS and the range of keys allow."""
+
+    def fit(group: list[int]) -> bool:
+        sides = [max(side) for side in zip(*(sizes[i] for i in group), strict=True)]
+        keys = max(packing(kernel.widths, *sides).keys for kernel in kernels)
+        return sum(math.prod(sizes[i]) for i in group) <= GROUP_PIXELS and keys * len(group) < MAX_KEYS
+
+    group: list[int] = []
+    for index in range(len(sizes)):
+        if group and not fit([*group, index]):
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+@cache
+def _half_energies(preset: Preset, device: torch.device) -> Tensor:
+    """(65536,) energy of every float16, as NumPy gives it on the CPU: the same numbers on any device."""
+    with np.errstate(invalid="ignore"):
+        energies = unary(np.arange(2**16, dtype=np.uint16).view(np.float16), preset)
+    return torch.from_numpy(energies).to(device)
+
+
+def _unary(probabilities: Tensor, preset: Preset) -> Tensor:
+    """`refinement.densecrf.unary` on a device."""
+    if preset.unary_type == "float16":
+        bits = probabilities.half().contiguous().view(torch.int16).int() & 0xFFFF
+        table = _half_energies(preset, probabilities.device)
+        return table.index_select(0, bits.flatten()).view(bits.shape)
+    return -probabilities.float().clamp(preset.clip, 1).log()
+
+
+def _guide(image: Tensor, preset: Preset) -> Tensor:
+    """What the appearance kernel sees: (H, W, 3) uint8; see `refinement.densecrf.wrapped_bgr`."""
+    if preset.image_mode == "raw":
+        return image
+    shifted = image.flip(-1).float() - torch.from_numpy(MEAN_BGR).to(image.device)
+    return (shifted.trunc().int() % 256).byte()
+
+
+@torch.inference_mode()
+def infer(images: Sequence[Tensor], probabilities: Sequence[Tensor], preset: Preset) -> list[Tensor]:
+    """Class posteriors of images on one device, of any sizes and numbers of classes.
+
+    Args:
+        images: (H, W, 3) uint8 RGB each.
+        probabilities: (C, H, W) float each.
+
+    Returns:
+        (C, H, W) float32 each, on the device.
+
+    Raises:
+        ValueError: an image whose lattice points cannot be numbered.
+    """
+    kernels, posteriors = preset.kernels(), []
+    for group in _groups([tuple(image.shape[:2]) for image in images], kernels):
+        guides = [_guide(images[i], preset) for i in group]
+        energies = [_unary(probabilities[i], preset) for i in group]
+        posteriors += _mean_field(guides, energies, kernels, preset.iterations)
+    return posteriors
+
+
+def _mean_field(
+    guides: Sequence[Tensor], energies: Sequence[Tensor], kernels: Sequence[Kernel], iterations: int
+) -> list[Tensor]:
+    """Posteriors of one group: guides (H, W, 3) uint8 and energies (C, H, W) float32 each."""
+    device, sizes = guides[0].device, [guide.shape[:2] for guide in guides]
+    sides = [max(side) for side in zip(*sizes, strict=True)]
+    pixels = [math.prod(size) for size in sizes]
+    image = torch.cat([torch.full((count,), i, device=device) for i, count in enumerate(pixels)])
+    lattices = [
+        _lattice(_features(guides, kernel.widths), image, kernel, packing(kernel.widths, *sides))
+        for kernel in kernels
+    ]
+    logits = torch.full((sum(pixels), max(map(len, energies))), -math.inf, device=device)
+    for energy, rows in zip(energies, logits.split(pixels), strict=True):
+        rows[:, : len(energy)] = -energy.flatten(1).T
+    posterior = logits.softmax(1)  # (N, C)
+    for _ in range(iterations):
+        update = logits
+        for lattice in lattices:
+            update = update + _filter(lattice, posterior)
+        posterior = update.softmax(1)
+    return [
+        rows[:, : len(energy)].T.reshape(energy.shape)
+        for energy, rows in zip(energies, posterior.split(pixels), strict=True)
+    ]
