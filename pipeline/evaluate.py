@@ -18,7 +18,8 @@ from segmentation.masks import read_mask
 from segmentation.metrics import joint_counts, scores
 
 ARITHMETIC = ("float16", "float32")
-INFINITY = 0x7C00  # the bits of float16's
+ONE, INFINITY = 0x3C00, 0x7C00  # the bits of float16's
+CLOSE = 2.0**-10  # float16 numbers in [0, 1] are half as far apart at most: what differs by more stays apart
 MASKS = "png"  # the cam type that stands for index masks instead of CAM files
 SUMMARY = ("Mean IoU", "Pixel Accuracy", "Mean Accuracy", "Frequency Weighted IoU")
 
@@ -78,7 +79,9 @@ def background(top: np.ndarray, score: float, arithmetic: str = "float16") -> np
 
 
 @cache
-def _verdicts(backgrounds: tuple[float | None, ...], arithmetic: str) -> tuple[list[int], np.ndarray]:
+def _verdicts(
+    backgrounds: tuple[float | None, ...], arithmetic: str
+) -> tuple[list[int], list[float], np.ndarray]:
     """Which background scores beat a class, for each score that the best class can have.
 
     There are only as many scores as float16 numbers, so all are tried once instead of at every pixel, and
@@ -86,9 +89,9 @@ def _verdicts(backgrounds: tuple[float | None, ...], arithmetic: str) -> tuple[l
     beats it; other numbers, which no CAM holds, have edges too.
 
     Returns:
-        edges (I - 1,) in rising order, as `ordered` writes them: the scores at which a verdict changes; and
-        wins (I, B) bool for the intervals they bound: does the background win? A tie is the background's,
-        None never wins.
+        edges (I - 1,) in rising order, as `ordered` writes them: the scores at which a verdict changes; the
+        least float32 that are rounded to them, for scores in [0, 1]; and wins (I, B) bool for the intervals
+        they bound: does the background win? A tie is the background's, None never wins.
     """
     numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
     wins = np.zeros((2**16, len(backgrounds)), bool)
@@ -99,7 +102,18 @@ def _verdicts(backgrounds: tuple[float | None, ...], arithmetic: str) -> tuple[l
     scores, first = np.unique(ordered(numbers), return_index=True)
     wins = wins[first]  # in the order of `scores`
     changes = 1 + np.flatnonzero((wins[1:] != wins[:-1]).any(1))
-    return scores[changes].tolist(), wins[np.append(0, changes)]
+    edges = scores[changes].tolist()
+    return edges, [_least(edge) for edge in edges], wins[np.append(0, changes)]
+
+
+def _least(edge: int) -> float:
+    """The least float32 that is rounded to the float16 number of these bits, or to a higher one; of edges
+    outside [0, 1] a number that lies on the same side of [0, 1]."""
+    if not 0 < edge <= ONE:
+        return -1.0 if edge <= 0 else 2.0
+    below, number = np.array([edge - 1, edge], np.int16).view(np.float16).astype(np.float32)
+    middle = (below + number) / 2  # is rounded to the even one of the two
+    return float(middle if np.float16(middle) == number else np.nextafter(middle, number))
 
 
 def ordered(numbers: np.ndarray) -> np.ndarray:
@@ -125,7 +139,8 @@ def count_cams(
     Args:
         truth: (H, W) uint8, indices as the benchmark's masks have them.
         keys: (K,) class indices.
-        maps: (K, H, W) float16; (K + 1, H, W) if they have a background channel.
+        maps: (K, H, W) float16; (K + 1, H, W) if they have a background channel. float32 counts as if it
+            were rounded to float16, but only close rivals are.
 
     Returns:
         hists (B, n, n) int64 [truth, prediction] for the B background scores, and the pixels of known truth
@@ -138,9 +153,13 @@ def count_cams(
     indices = keys + offset
     if "bg" in evaluation.cam_type:
         indices = np.append(0, indices)
-    edges, wins = _verdicts(evaluation.backgrounds, evaluation.arithmetic)
+    edges, float32_edges, wins = _verdicts(evaluation.backgrounds, evaluation.arithmetic)
     if len(maps):
-        best, top = _argmax(ordered(maps))  # (H, W), (H, W)
+        if maps.dtype == np.float32 and maps.min() >= 0 and maps.max() <= 1:
+            edges = float32_edges
+        else:  # NaN is here
+            maps = ordered(maps.astype(np.float16, copy=False))
+        best, top = _argmax(maps.reshape(len(maps), -1))  # (H * W,), (H * W,)
         code = best.astype(np.min_scalar_type(len(maps) * len(wins))) * len(wins)  # and the interval of top
         most = top.max()
         for edge in edges:
@@ -148,8 +167,8 @@ def count_cams(
                 code += top >= edge
     else:  # nothing is predicted, whatever the score
         indices, wins = np.array([0 if offset else IGNORE]), np.zeros((1, len(evaluation.backgrounds)), bool)
-        code = np.zeros(truth.shape, np.uint8)
-    joint = joint_counts(truth, code, evaluation.benchmark.channels, len(indices) * len(wins))
+        code = np.zeros(truth.size, np.uint8)
+    joint = joint_counts(truth.ravel(), code, evaluation.benchmark.channels, len(indices) * len(wins))
     joint = joint.reshape(-1, len(indices), len(wins))  # (n, K, I)
     classes = joint @ ~wins  # (n, K, B)
     rest = joint.sum(1, keepdims=True) @ wins  # (n, 1, B), the background's
@@ -157,11 +176,18 @@ def count_cams(
 
 
 def _argmax(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First of the highest maps, and its value: (K, H, W) -> (H, W), (H, W)."""
+    """First of the highest maps, and its value: (K, N) -> (N,), (N,).
+
+    float32 maps in [0, 1] are compared as if rounded to float16; their highest value is not rounded.
+    """
     top = maps[0].copy()
     best = np.zeros(top.shape, np.min_scalar_type(len(maps)))
     for index, channel in enumerate(maps[1:], 1):
-        np.copyto(best, index, where=channel > top)
+        higher = channel > top
+        if maps.dtype == np.float32:
+            close = np.flatnonzero(higher & (channel - top <= CLOSE))
+            higher[close] = channel[close].astype(np.float16) > top[close].astype(np.float16)
+        np.copyto(best, index, where=higher)
         np.maximum(top, channel, out=top)
     return best, top
 
@@ -201,7 +227,7 @@ def evaluate_images(
             counts = joint_counts(truth, prediction, channels, 256)
             added, ignored = _matrices(np.arange(256), counts[..., None])
         else:
-            keys, maps = camfile.read(evaluation.cam_dir, name, evaluation.cam_type)
+            keys, maps = camfile.read(evaluation.cam_dir, name, evaluation.cam_type, rounded=False)
             _same_size(truth.shape, maps.shape[1:])
             added, ignored = count_cams(truth, keys, maps, evaluation)
         # Only when all is computed may anything be added: a bad image must not be half counted.

@@ -126,13 +126,17 @@ def keys(folder: str | Path, name: str) -> list[int] | None:
     return None if file is None else _keys_of(_content(file, only="keys"), file).tolist()
 
 
-def read(folder: str | Path, name: str, cam_type: str = "attn_highres") -> tuple[np.ndarray, np.ndarray]:
+def read(
+    folder: str | Path, name: str, cam_type: str = "attn_highres", rounded: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Read the CAMs of one image, full or compact.
 
     Args:
         folder: of the CAM files.
         name: image id.
         cam_type: which maps. Types with "bg" in their name carry a background channel in front of the K.
+        rounded: False leaves the maps of a compact file float32, for callers that need not have all of them
+            rounded; that takes longer than all the rest.
 
     Returns:
         keys (K,) int64 and maps (K, H, W) float16; (K + 1, H, W) where the type has a background channel.
@@ -154,7 +158,8 @@ def read(folder: str | Path, name: str, cam_type: str = "attn_highres") -> tuple
         if "size" in content:
             height, width = (int(side) for side in content["size"])
             maps = resize(maps.astype(np.float32, copy=False), (height, width))
-        maps = maps.astype(np.float16, copy=False)
+        if rounded or "size" not in content:
+            maps = maps.astype(np.float16, copy=False)
     except (TypeError, ValueError, cv2.error) as error:
         raise ValueError(f"{file} is damaged: {str(error).strip().splitlines()[-1]}") from None
     expected = len(keys) + ("bg" in cam_type)

@@ -168,6 +168,24 @@ def test_every_float16_number_meets_every_background(arithmetic, tried):
         assert (np.diff(prediction[0]) >= 0).all()  # in [0, 1] it is a threshold
 
 
+@pytest.mark.parametrize("arithmetic", ["float16", "float32"])
+@pytest.mark.parametrize("tried", [(1.0, 2.0), backgrounds(0.3, "attn"), (None,)])
+def test_float32_maps_count_as_if_rounded(arithmetic, tried):
+    """Around every float16 number in [0, 1], and around the middle between it and the next."""
+    numbers = np.arange(0x3C01, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middles = (numbers[:-1] + numbers[1:]) / 2
+    centres = np.concatenate([numbers, middles])
+    around = np.stack([np.nextafter(centres, np.float32(side)) for side in (-1, 2)] + [centres])
+    maps = np.stack([np.roll(around, shift, 0) for shift in range(3)]).clip(0, 1)  # (3, 3, N): ties and near
+    maps = np.concatenate([maps, np.roll(maps, 1, 2)])  # and neighbours
+    truth = (np.arange(maps[0].size).reshape(maps[0].shape) % 21).astype(np.uint8)
+    evaluation = Evaluation(voc12.BENCHMARK, "", "", "attn_highres", tried, arithmetic)
+    keys = np.array([4, 9, 1, 0, 17, 2])
+    for some in (maps, maps[::-1], maps[3:4], maps - 0.25, np.where(maps < 0.1, np.nan, maps)):
+        expected = plain_counts(truth, keys[: len(some)], some.astype(np.float16), evaluation)
+        same(count_cams(truth, keys[: len(some)], some, evaluation), expected)
+
+
 def test_keys_that_repeat_are_one_class_and_keys_that_are_none_fail():
     maps = np.array([[[0.9, 0.1, 0.8]], [[0.2, 0.7, 0.1]]], np.float16)
     truth = np.array([[6, 6, 255]], np.uint8)
