@@ -1,8 +1,9 @@
 """Step 1: images and their labels -> class activation maps, one file per image."""
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import clip
 from clip.model import CLIP, HEAD_WIDTH, VisionTransformer
+from pipeline.decode import Decoder, Grid, Labelled, resized_views
 from pipeline.flow import FlowSettings, flow
-from pipeline.processes import Outcome, device_of, failed
+from pipeline.processes import Outcome, device_of
 from pytorch_grad_cam import text_cams
 from pytorch_grad_cam.affinity import box_masks, refine
 from pytorch_grad_cam.grad_cam import AVERAGED_BLOCKS
@@ -21,7 +23,7 @@ from pytorch_grad_cam.last_block import LABELS_AT_ONCE
 from pytorch_grad_cam.methods import scale
 from segmentation import camfile, labels
 from segmentation.benchmark import Benchmark
-from segmentation.images import find_image, read_image
+from segmentation.files import replacing
 
 REFINEMENTS = ("caa", "mhsa", "none")
 INITIAL, REFINED = "highres", "attn_highres"  # CAM types, as the public files name them
@@ -70,30 +72,13 @@ def image_cams(
     Returns:
         CAM type -> (K, h, w) float32 in [0, 1] on the patch grid (of the largest scale).
     """
-    views = resized_views(image, Grid.of(model), settings)
+    views = resized_views(image, grid_of(model), settings.scales, settings.max_patches)
     return batch_cams(model, [views], [text], backgrounds, settings)[0]
 
 
-class Grid(NamedTuple):
-    """How a model divides images: the side of a patch, and the patches that a side has at the least."""
-
-    patch: int
-    least: int
-
-    @classmethod
-    def of(cls, model: CLIP) -> "Grid":
-        least = 1 if isinstance(model.visual, VisionTransformer) else RESNET_LEAST
-        return cls(model.visual.patch_size, least)
-
-    def size(self, image: Image.Image, factor: float, most: int | None = None) -> tuple[int, int]:
-        """(H', W') that an image is resized to, see `clip.target_size`."""
-        return clip.target_size(image.height, image.width, self.patch, factor, self.least, most)
-
-
-def resized_views(image: Image.Image, grid: Grid, settings: CamSettings) -> tuple[np.ndarray, ...]:
-    """The image at every scale: (H', W', 3) uint8 each."""
-    sizes = (grid.size(image, factor, settings.max_patches) for factor in settings.scales)
-    return tuple(clip.resize_rgb(image, size) for size in sizes)
+def grid_of(model: CLIP) -> Grid:
+    """How a model divides images into patches."""
+    return Grid(model.visual.patch_size, 1 if isinstance(model.visual, VisionTransformer) else RESNET_LEAST)
 
 
 @torch.no_grad()
@@ -180,7 +165,8 @@ def _fuse(views: list[np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CamJob:
-    """Everything a process needs to make CAM files; pickled when there are several."""
+    """Everything a process needs to make CAM files; pickled when there are several. Without `output` the maps
+    go on to another step, and no file is written."""
 
     benchmark: Benchmark
     image_root: str
@@ -189,7 +175,7 @@ class CamJob:
     device: str
     precision: str
     round_weights: bool | None
-    output: str
+    output: str | None
     format: str
     settings: CamSettings
     flow: FlowSettings = field(default_factory=FlowSettings)
@@ -200,16 +186,17 @@ def generate(names: Sequence[str], position: int, job: CamJob) -> Generator[Outc
     `pipeline.processes`."""
     missing = []
     for name in names:
-        if _is_made(job, name):
+        if is_made(job, name):
             yield Outcome(name)
         else:
             missing.append(name)
     if missing:  # otherwise no model is needed
         step = CamStep(job, position)
-        yield from flow(missing, step.decoder(), step, job.flow)
+        yield from flow(missing, step.decoder(), step, job.flow.on(step.model.device))
 
 
-def _is_made(job: CamJob, name: str) -> bool:
+def is_made(job: CamJob, name: str) -> bool:
+    """Is there a whole CAM file of the labels that the image has now?"""
     try:
         made = camfile.keys(job.output, name)
         return made is not None and made == job.labels(name)
@@ -217,69 +204,21 @@ def _is_made(job: CamJob, name: str) -> bool:
         return False  # a damaged file is made anew; labels that cannot be read fail when they are needed
 
 
-@dataclass
-class Labelled:
-    """A decoded image, see `pipeline.flow.Decoded`.
-
-    Attributes:
-        name: image id.
-        keys: (K,) class indices.
-        size: (H, W).
-        views: see `resized_views`.
-        notes: what is worth counting.
-    """
-
-    name: str
-    keys: list[int]
-    size: tuple[int, int]
-    views: tuple[np.ndarray, ...]
-    notes: list[str]
-
-    @property
-    def shape(self) -> tuple:
-        return tuple(view.shape[:2] for view in self.views)
-
-    @property
-    def cost(self) -> int:
-        return len(self.keys)
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """Image name -> labels and resized pixels; pickled for decoding processes."""
-
-    labels: labels.LabelReader
-    image_root: str
-    output: str
-    grid: Grid
-    settings: CamSettings
-
-    def __call__(self, name: str) -> Labelled | Outcome:
-        try:
-            keys = self.labels(name)
-            if not keys:
-                stale = camfile.find(self.output, name)  # of labels that it no longer has
-                if stale:
-                    stale.unlink()
-                return Outcome(name, notes=("images without labels",))
-            return self._decoded(name, keys, read_image(find_image(self.image_root, name)))
-        except Exception as error:  # one bad image never loses a run
-            return failed(name, error)
-
-    def _decoded(self, name: str, keys: list[int], image: Image.Image) -> Labelled:
-        most, largest = self.settings.max_patches, max(self.settings.scales)
-        notes = []
-        if self.grid.size(image, largest, most) != self.grid.size(image, largest):
-            notes.append(f"images shrunk to {most} patches (--max_patches)")
-        views = resized_views(image, self.grid, self.settings)
-        return Labelled(name, keys, (image.height, image.width), views, notes)
+Store = Callable[[str, dict[str, bytes]], None]  # image name, file suffix -> content
 
 
 class CamStep:
-    """Step 1 with one model, see `pipeline.flow.Step`."""
+    """Step 1 with one model, see `pipeline.flow.Step`.
 
-    def __init__(self, job: CamJob, position: int):
+    Args:
+        job: see there.
+        position: of this process, see `pipeline.processes`.
+        store: where files go; None: to the job's output folder.
+    """
+
+    def __init__(self, job: CamJob, position: int, store: Store | None = None):
         self.job = job
+        self.store = store or partial(store_files, job.output)
         self.model = clip.load(job.model, device_of(job.device, position), job.precision, job.round_weights)
         if job.settings.refine != "none" and not isinstance(self.model.visual, VisionTransformer):
             raise ValueError(
@@ -290,9 +229,18 @@ class CamStep:
         self.backgrounds = clip.text_features(self.model, job.benchmark.backgrounds, templates)
         self.model.forget_text_tower()
 
-    def decoder(self) -> Decoder:
-        job = self.job
-        return Decoder(job.labels, job.image_root, job.output, Grid.of(self.model), job.settings)
+    def decoder(self, kept_pixels: int | None = None) -> Decoder:
+        """See `pipeline.decode.Decoder`."""
+        job, settings = self.job, self.job.settings
+        return Decoder(
+            labels=job.labels,
+            image_root=job.image_root,
+            output=job.output,
+            grid=grid_of(self.model),
+            scales=settings.scales,
+            max_patches=settings.max_patches,
+            kept_pixels=kept_pixels,
+        )
 
     def batch_size(self, decoded: Labelled) -> int:
         """On a GPU what is likely to fit; on a CPU one, because its cores are busy with one image of usual
@@ -309,13 +257,25 @@ class CamStep:
         return batch_cams(self.model, views, texts, self.backgrounds, self.job.settings)
 
     def write(self, decoded: Labelled, maps: dict[str, np.ndarray]) -> list[str]:
-        camfile.write(self.job.output, decoded.name, decoded.keys, maps, decoded.size, self.job.format)
+        self.store(decoded.name, self.files(decoded, maps))
         return decoded.notes + self.notes(maps)
+
+    def files(self, decoded: Labelled, maps: dict[str, np.ndarray]) -> dict[str, bytes]:
+        """File suffix -> content."""
+        content = camfile.encode(decoded.keys, maps, decoded.size, self.job.format)
+        return {camfile.FORMATS[self.job.format]: content}
 
     def notes(self, maps: dict[str, np.ndarray]) -> list[str]:
         """What is worth counting of an image's CAMs."""
         final = maps[INITIAL if self.job.settings.refine == "none" else REFINED]
         return [] if final.any((1, 2)).all() else ["images with an all-zero CAM"]
+
+
+def store_files(folder: str, name: str, files: dict[str, bytes]) -> None:
+    """Write the files of one image; each appears whole or not at all."""
+    for suffix, content in files.items():
+        with replacing(Path(folder) / f"{name}{suffix}") as stream:
+            stream.write(content)
 
 
 def bytes_per_image(model: CLIP, patches: int) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, S
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
@@ -75,6 +75,12 @@ class FlowSettings:
     threads: int | None = None
     decode_workers: int = 0
     write_workers: int = 0
+
+    def on(self, device: torch.device) -> "FlowSettings":
+        """What of it serves on a device: a GPU is fed by one thread, a CPU writes where it computes."""
+        if device.type == "cpu":
+            return replace(self, write_workers=0)
+        return replace(self, threads=0)
 
 
 def flow(

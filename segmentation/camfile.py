@@ -11,12 +11,14 @@ Full holds exactly what reading compact gives, so nothing downstream depends on 
 
 import pickle
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from segmentation.files import replacing
+from segmentation.images import size_within
 
 FORMATS = {"full": ".npy", "compact": ".npz"}
 
@@ -88,21 +90,34 @@ def write(
     Returns:
         The file written.
     """
+    content = encode(keys, maps, size, format)
+    file = _path(folder, name, format)
+    with replacing(file) as stream:
+        stream.write(content)
+    return file
+
+
+def encode(
+    keys: Sequence[int] | np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    size: tuple[int, int],
+    format: str = "full",
+) -> bytes:
+    """What `write` writes."""
     if format not in FORMATS:
         raise ValueError(f"CAM format must be full or compact, got {format!r}")
     keys = np.asarray(keys, np.int64).reshape(-1)
     maps = {cam_type: np.ascontiguousarray(grid, np.float32) for cam_type, grid in maps.items()}
     for cam_type, grid in maps.items():
         if grid.ndim != 3 or len(grid) != len(keys):
-            raise ValueError(f"{name}: {cam_type} of shape {grid.shape} does not hold {len(keys)} maps")
-    file = _path(folder, name, format)
-    with replacing(file) as stream:
-        if format == "full":
-            full = {cam_type: resize(grid, size).astype(np.float16) for cam_type, grid in maps.items()}
-            np.save(stream, {"keys": keys, **full}, allow_pickle=True)
-        else:
-            np.savez(stream, keys=keys, size=np.array(size, np.int64), **maps)
-    return file
+            raise ValueError(f"{cam_type} of shape {grid.shape} does not hold {len(keys)} maps")
+    stream = BytesIO()
+    if format == "full":
+        full = {cam_type: resize(grid, size).astype(np.float16) for cam_type, grid in maps.items()}
+        np.save(stream, {"keys": keys, **full}, allow_pickle=True)
+    else:
+        np.savez(stream, keys=keys, size=np.array(size, np.int64), **maps)
+    return stream.getvalue()
 
 
 def find(folder: str | Path, name: str) -> Path | None:
@@ -127,7 +142,11 @@ def keys(folder: str | Path, name: str) -> list[int] | None:
 
 
 def read(
-    folder: str | Path, name: str, cam_type: str = "attn_highres", rounded: bool = True
+    folder: str | Path,
+    name: str,
+    cam_type: str = "attn_highres",
+    most: int | None = None,
+    rounded: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read the CAMs of one image, full or compact.
 
@@ -135,6 +154,7 @@ def read(
         folder: of the CAM files.
         name: image id.
         cam_type: which maps. Types with "bg" in their name carry a background channel in front of the K.
+        most: pixels; maps of a larger image are shrunk, see `segmentation.images.size_within`.
         rounded: False leaves the maps of a compact file float32, for callers that need not have all of them
             rounded; that takes longer than all the rest.
 
@@ -155,9 +175,10 @@ def read(
         raise ValueError(f"{file} holds no {cam_type}, but {types or 'nothing else'}: give --cam_type")
     try:
         maps = np.asarray(content[cam_type])
-        if "size" in content:
-            height, width = (int(side) for side in content["size"])
-            maps = resize(maps.astype(np.float32, copy=False), (height, width))
+        height, width = (int(side) for side in content.get("size", maps.shape[1:]))
+        size = (height, width) if most is None else size_within((height, width), most)
+        if "size" in content or size != maps.shape[1:]:
+            maps = resize(maps.astype(np.float32, copy=False), size)
         if rounded or "size" not in content:
             maps = maps.astype(np.float16, copy=False)
     except (TypeError, ValueError, cv2.error) as error:

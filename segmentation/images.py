@@ -2,15 +2,22 @@
 
 Pillow decodes everything. EXIF orientation is ignored, because annotations are drawn in stored order.
 """
+import math
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
+import cv2
 import numpy as np
 from PIL import Image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+
+# Pillow warns of images above 89 million pixels, which are shrunk here; twice that it refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # What Pillow's decoders raise on files that are damaged, cut short, no images or absurdly large.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -29,8 +36,11 @@ def find_image(folder: str | Path, name: str) -> Path:
     raise FileNotFoundError(f"no image {name} ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
 
 
-def read_image(file: str | Path) -> Image.Image:
+def read_image(file: str | Path | BinaryIO) -> Image.Image:
     """Decode an image in its own mode (grey and palette images stay what they are).
+
+    Args:
+        file: a path, or the open file, whose `name` then serves in errors.
 
     Raises:
         FileNotFoundError: no such file.
@@ -38,11 +48,12 @@ def read_image(file: str | Path) -> Image.Image:
     """
     image = decode(file)
     if image.mode.startswith(("I", "F")):  # Pillow would clip their values to 255 without a word
-        raise ValueError(f"image {file} has more than 8 bits (mode {image.mode}): convert it to 8 bits")
+        mode = f"more than 8 bits (mode {image.mode})"
+        raise ValueError(f"image {_told(file)} has {mode}: convert it to 8 bits")
     return image
 
 
-def decode(file: str | Path) -> Image.Image:
+def decode(file: str | Path | BinaryIO) -> Image.Image:
     """Decode any picture, also one that is no image to look at; raises as `read_image`, whatever its mode."""
     with _opened(file) as image:
         image.load()
@@ -61,11 +72,33 @@ def read_rgb(file: str | Path) -> np.ndarray:
 
 
 @contextmanager
-def _opened(file: str | Path) -> Iterator[Image.Image]:
-    if not Path(file).is_file():
+def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
+    if isinstance(file, str | Path) and not Path(file).is_file():
         raise FileNotFoundError(f"image {file} does not exist")
     try:
         with Image.open(file) as image:
             yield image
     except UNREADABLE as error:
-        raise ValueError(f"image {file} cannot be read: {error}") from None
+        raise ValueError(f"image {_told(file)} cannot be read: {error}") from None
+
+
+def _told(file: str | Path | BinaryIO) -> str:
+    return str(file if isinstance(file, str | Path) else getattr(file, "name", "in memory"))
+
+
+def shrunk(image: np.ndarray, most: int) -> np.ndarray:
+    """An image (H, W, 3) uint8 of at most `most` pixels, by the mean of what falls together."""
+    height, width = size_within(image.shape[:2], most)
+    if (height, width) == image.shape[:2]:
+        return image
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def size_within(size: tuple[int, int], most: int) -> tuple[int, int]:
+    """The size (H, W) shrunk, in proportion, to at most `most` pixels; itself if it has no more."""
+    height, width = size
+    if height * width <= most:
+        return size
+    factor = math.sqrt(most / (height * width))
+    height = max(1, min(most, int(height * factor)))
+    return height, max(1, min(most // height, int(width * factor)))

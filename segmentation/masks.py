@@ -1,6 +1,7 @@
 """Index masks: 8-bit PNGs whose values are classes, 255 = ignore, with a palette to look at them."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,18 @@ def write_mask(file: str | Path, labels: np.ndarray, palette: np.ndarray) -> Non
         labels: (H, W) uint8.
         palette: (256, 3) uint8.
     """
+    content = encode_mask(labels, palette)
+    with replacing(file) as stream:
+        stream.write(content)
+
+
+def encode_mask(labels: np.ndarray, palette: np.ndarray) -> bytes:
+    """What `write_mask` writes."""
     image = Image.fromarray(labels)
     image.putpalette(palette.astype(np.uint8).tobytes())  # now of mode P
-    with replacing(file) as stream:
-        image.save(stream, format="PNG")
+    stream = BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
 
 
 def overlay(

@@ -1,0 +1,122 @@
+"""From an image file, or its bytes, to what a network takes: labels and resized pixels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+import clip
+from pipeline.processes import Outcome, failed
+from segmentation import camfile
+from segmentation.images import find_image, read_image, shrunk
+from segmentation.labels import LabelReader
+
+
+class Grid(NamedTuple):
+    """How a model divides images: the side of a patch, and the patches that a side has at the least."""
+
+    patch: int
+    least: int
+
+    def size(self, image: Image.Image, factor: float, most: int | None = None) -> tuple[int, int]:
+        """(H', W') that an image is resized to, see `clip.target_size`."""
+        return clip.target_size(image.height, image.width, self.patch, factor, self.least, most)
+
+
+def resized_views(
+    image: Image.Image, grid: Grid, scales: Sequence[float], most: int
+) -> tuple[np.ndarray, ...]:
+    """The image at every scale, of at most `most` patches: (H', W', 3) uint8 each."""
+    return tuple(clip.resize_rgb(image, grid.size(image, factor, most)) for factor in scales)
+
+
+class Sample(NamedTuple):
+    """An image that comes with its content, from an archive; without labels (None) they are looked up."""
+
+    name: str
+    content: bytes
+    keys: list[int] | None
+
+
+@dataclass
+class Labelled:
+    """A decoded image, see `pipeline.flow.Decoded`.
+
+    Attributes:
+        name: image id.
+        keys: (K,) class indices.
+        size: (H, W).
+        views: see `resized_views`.
+        notes: what is worth counting.
+        image: (H, W, 3) uint8 RGB, or shrunk; None if nobody needs it.
+    """
+
+    name: str
+    keys: list[int]
+    size: tuple[int, int]
+    views: tuple[np.ndarray, ...]
+    notes: list[str]
+    image: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple:
+        return tuple(view.shape[:2] for view in self.views)
+
+    @property
+    def cost(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Image name, or sample -> labels and resized pixels; pickled for decoding processes.
+
+    Attributes:
+        labels: of images that bring none.
+        image_root: of images that come by name.
+        output: folder in which no CAM file of an image without labels may stay, if there is one.
+        grid: of the model.
+        scales, max_patches: see `resized_views`.
+        kept_pixels: the image itself is kept, shrunk to so many; None: it is not.
+    """
+
+    labels: LabelReader
+    image_root: str
+    output: str | None
+    grid: Grid
+    scales: tuple[float, ...]
+    max_patches: int
+    kept_pixels: int | None = None
+
+    def __call__(self, sample: str | Sample) -> Labelled | Outcome:
+        name = sample if isinstance(sample, str) else sample.name
+        try:
+            return self._decoded(name, sample)
+        except Exception as error:  # one bad image never loses a run
+            return failed(name, error)
+
+    def _decoded(self, name: str, sample: str | Sample) -> Labelled | Outcome:
+        given = None if isinstance(sample, str) else sample.keys
+        keys = self.labels(name) if given is None else given
+        if not keys:
+            stale = camfile.find(self.output, name) if self.output else None
+            if stale:  # of labels that the image no longer has
+                stale.unlink()
+            return Outcome(name, notes=("images without labels",))
+        if isinstance(sample, str):
+            image = read_image(find_image(self.image_root, name))
+        else:
+            file = BytesIO(sample.content)
+            file.name = name
+            image = read_image(file)
+        largest, notes = max(self.scales), []
+        if self.grid.size(image, largest, self.max_patches) != self.grid.size(image, largest):
+            notes.append(f"images shrunk to {self.max_patches} patches (--max_patches)")
+        views = resized_views(image, self.grid, self.scales, self.max_patches)
+        kept = None
+        if self.kept_pixels is not None:
+            kept = shrunk(np.asarray(image.convert("RGB")), self.kept_pixels)
+        return Labelled(name, keys, (image.height, image.width), views, notes, kept)
