@@ -1,30 +1,47 @@
-"""python -m bench cams: throughput and memory beside the way the public project works."""
+"""python -m bench cams|crf|eval|pipeline: throughput and memory beside the way the public project works."""
+
 import argparse
 import json
 from pathlib import Path
 
 import clip
-from bench import cams
+from bench import cams, crf, evaluation, fused
+from bench.measure import Setting, table
 from pipeline.flags import HelpFormatter
 from pipeline.run import command
 
+SUBCOMMANDS = {"cams": cams, "crf": crf, "eval": evaluation, "pipeline": fused}
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=cams.__doc__,
-                                     formatter_class=HelpFormatter)  # fmt: skip
-    parser.add_argument("what", choices=["cams"], help="the step to measure")
-    parser.add_argument("--model", help="a ViT for clip.load (without it: random weights, ViT-B/16's shape)")
-    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:i")
-    parser.add_argument("--precision", choices=clip.PRECISIONS, default="fp32", help="of the image tower")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--images", type=int, default=5, help="timed images per number of labels")
-    parser.add_argument("--json", help="write the figures to this file as well")
-    args = parser.parse_args()
-    result = cams.run(args.model, args.device, args.precision, args.threads, args.images)
-    for key, value in result.items():
-        print(f"{key:34} {value:10.3f}" if isinstance(value, float) else f"{key:34} {value:>10}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    usual = Setting()
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="How fast a step is, in how much memory, beside the public way of doing it, which takes "
+        "turns with it; and how near the machine's ceiling its stages come. "
+        + " ".join(f"{name}: {module.__doc__}" for name, module in SUBCOMMANDS.items()),
+        formatter_class=HelpFormatter,
+    )
+    flag = parser.add_argument
+    flag("what", choices=SUBCOMMANDS, help="the step to measure")
+    flag("--device", default=usual.device, help="auto, cpu, cuda or cuda:i")
+    flag("--precision", choices=clip.PRECISIONS, default=usual.precision, help="of the image tower; the "
+         "public way stays float32")  # fmt: skip
+    flag("--threads", type=int, default=usual.threads, help="CPU threads of PyTorch and OpenCV")
+    flag("--images", type=int, default=usual.images, help="images timed in a round, a multiple of "
+         "--threads; a GPU needs thousands")  # fmt: skip
+    flag("--rounds", type=int, default=usual.rounds, help="turns of both ways; medians are reported")
+    flag("--labels", type=float, default=usual.labels, help="labels per image, on average: VOC12 has 1.5, "
+         "COCO14 2.9")  # fmt: skip
+    flag("--model", metavar="FILE", help="a ViT for clip.load (without it: random weights, ViT-B/16's shape)")
+    flag("--backend", default=usual.backend, help="of the dense CRF")
+    flag("--json", metavar="FILE", help="write the figures to this file as well")
+    args = vars(parser.parse_args())
+    what, file = args.pop("what"), args.pop("json")
+    result = {"what": what, **args, **SUBCOMMANDS[what].run(Setting(**args))}
+    print(table(result))
+    if file:
+        Path(file).write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 

@@ -1,121 +1,279 @@
-"""Step 1: seconds per image and per label, and peak memory, beside the public way of doing it.
+"""Step 1, from encoded JPEGs to written CAM files."""
 
-Timed is what happens between a decoded image and its full-size float16 maps; loading the model and
-encoding the text are left out. Both ways run in turn, image by image, so that a busy machine slows
-both alike; ratios are worth more than seconds.
-"""
-import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
 import clip
-from bench.reference import reference_cams
+import voc12
+from bench import data, measure
+from bench.measure import Setting
+from bench.reference import read_cams, reference_cams, write_cams
 from clip.model import CLIP, Config
-from pipeline.cams import REFINED, CamSettings, image_cams
-from segmentation.camfile import resize
+from pipeline.cams import REFINED, CamJob, CamSettings, generate
+from pipeline.flow import FlowSettings
+from pipeline.processes import Outcome
+from pytorch_grad_cam.affinity import SINKHORN_ROUNDS, box_masks, refine
+from pytorch_grad_cam.grad_cam import encode, mean_gradients
+from pytorch_grad_cam.methods import activation_map, scale
+from segmentation import camfile
+from segmentation.images import read_image
+from segmentation.labels import LabelReader, from_file
 
 VIT_B16 = Config(512, 224, 12, 768, 16, 77, 49408, 512, 12)
-HEIGHT, WIDTH = 375, 500  # VOC's usual image
-LABELS = (1, 2, 3)
-MEANS = {"VOC12": 1.5, "COCO14": 2.9}  # labels per image
-BACKGROUNDS = 25
-BOX_THRESHOLD = 0.4
-CLEAR_PEAK, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")  # Linux only
+BENCHMARK = voc12.BENCHMARK
+LOOK_AHEAD = 128  # images decoded ahead and grouped into batches on a GPU
+WRITERS = 4  # threads that write, on a GPU
+REFERENCE_IMAGES = 8  # at most in a round: on a GPU ours makes hundreds while the reference makes ten
+WATCHED = {"cpu": 8, "cuda": 3 * LOOK_AHEAD}  # images of ours made while memory is watched, ...
+REFERENCE_WATCHED = 3  # ... and of the reference, which does not go ahead
+STAGED = {"cpu": 1, "cuda": 16}  # images at once when stages are timed
 
 
-def run(model_name: str | None, device: str, precision: str, threads: int, repeats: int) -> dict:
-    """Measure and return what is printed; see the module.
+@dataclass(frozen=True)
+class Material:
+    """What both ways start from.
 
-    Args:
-        model_name: what `clip.load` takes, a ViT; None: random weights in the shape of ViT-B/16.
-        repeats: timed images per number of labels; the medians are reported.
+    Attributes:
+        folder: of `images` and `labels.txt`; outputs go to folders in it.
+        model: a checkpoint.
+        names: image ids, those that warm up first.
     """
-    torch.set_num_threads(threads)
-    model, image, text, backgrounds = _inputs(model_name, device, precision)
-    ways = {"ours": _ours, "reference": _reference}
-    if precision != "fp32" or model.device.type != "cpu":
-        del ways["reference"]  # it is the public float32 CPU path
-    seconds: dict[str, dict[int, list[float]]] = {way: {k: [] for k in LABELS} for way in ways}
-    agreement = []
-    for repeat in range(repeats + 1):  # the first round warms up
-        for labels in LABELS:
-            maps = {}
-            for way, make in ways.items():
-                start = time.perf_counter()
-                maps[way] = make(model, image, text[:labels], backgrounds)
-                if repeat:
-                    seconds[way][labels].append(time.perf_counter() - start)
-            if len(maps) == 2:
-                agreement.append(np.abs(maps["ours"].astype(float) - maps["reference"]).max())
-    result: dict = {"threads": threads, "precision": precision, "repeats": repeats}
-    for way in ways:
-        prefix = "" if way == "ours" else "reference_"
-        medians = [statistics.median(seconds[way][labels]) for labels in LABELS]
-        per_label, first = np.polyfit(LABELS, medians, 1)
-        result[f"{prefix}seconds_without_labels"] = float(first)
-        result[f"{prefix}seconds_per_label"] = float(per_label)
-        result[f"{prefix}images_per_s"] = 1 / float(first + MEANS["VOC12"] * per_label)
-        result[f"{prefix}peak_memory_mb"] = _peak_memory(way, model_name, device, precision, threads)
-    if len(ways) == 2:
-        result["largest_difference"] = float(max(agreement))
-        for name, labels in MEANS.items():
-            ours, public = (
-                result[f"{prefix}seconds_without_labels"] + labels * result[f"{prefix}seconds_per_label"]
-                for prefix in ("", "reference_")
-            )
-            result[f"speedup_{name}"] = public / ours
-        result["speedup"] = result["speedup_VOC12"]
+
+    folder: Path
+    model: str
+    names: list[str]
+
+    @classmethod
+    def make(cls, folder: Path, setting: Setting) -> "Material":
+        """Draw the images, and the weights if no model is given."""
+        model = setting.model
+        if model is None:
+            torch.manual_seed(0)
+            model = str(folder / "random.pt")
+            torch.save(CLIP(VIT_B16).state_dict(), model)
+        count = max(_warm(setting) + setting.images, WATCHED[setting.kind])
+        return cls(folder, model, data.write_images(folder, count, setting.labels))
+
+    def labels(self) -> LabelReader:
+        return from_file(self.folder / "labels.txt", len(BENCHMARK.classes))
+
+    def image(self, name: str) -> Path:
+        return self.folder / "images" / f"{name}.jpg"
+
+    def timed(self, setting: Setting) -> list[str]:
+        """The images of a round; those that warm up come first."""
+        return self.names[: _warm(setting) + setting.images]
+
+    def job(self, setting: Setting, output: Path) -> CamJob:
+        """What `pipeline.cams.generate` takes, writing compact files."""
+        return CamJob(
+            benchmark=BENCHMARK,
+            image_root=str(self.folder / "images"),
+            labels=self.labels(),
+            model=self.model,
+            device=setting.device,
+            precision=setting.precision,
+            round_weights=None,
+            output=str(output),
+            format="compact",
+            settings=CamSettings(box_threshold=BENCHMARK.box_threshold),
+            flow=FlowSettings() if setting.kind == "cpu" else _gpu_flow(setting),
+        )
+
+    def load(self, device: str, precision: str) -> tuple[CLIP, Tensor, Tensor]:
+        """The model, and text features of the classes (20, E) and backgrounds (M, E)."""
+        model = clip.load(self.model, device, precision)
+        text = clip.text_features(model, BENCHMARK.prompts, BENCHMARK.templates)
+        return model, text, clip.text_features(model, BENCHMARK.backgrounds, BENCHMARK.templates)
+
+
+def _gpu_flow(setting: Setting) -> FlowSettings:
+    """Every CPU core decodes."""
+    return FlowSettings(look_ahead=LOOK_AHEAD, decode_workers=setting.threads, write_workers=WRITERS)
+
+
+def _warm(setting: Setting) -> int:
+    """Images made before time counts: as many as are finished together. A CPU makes one in each thread."""
+    return setting.threads if setting.kind == "cpu" else LOOK_AHEAD
+
+
+# What a subcommand compares: writes a file for each of `names` to `output`, and yields outcomes.
+Way = Callable[[Setting, Material, list[str], Path], Iterator[Outcome]]
+
+
+def ours(setting: Setting, material: Material, names: list[str], output: Path) -> Iterator[Outcome]:
+    """This project's way."""
+    return generate(names, 0, material.job(setting, output))
+
+
+def reference(setting: Setting, material: Material, names: list[str], output: Path) -> Iterator[Outcome]:
+    """The public way, in float32 whatever the setting."""
+    model, text, backgrounds = material.load(setting.device, "fp32")
+    labels = material.labels()
+    output.mkdir(exist_ok=True)
+    for name in names:
+        keys, image = labels(name), read_image(material.image(name))
+        maps = reference_cams(model, image, text[keys], backgrounds, BENCHMARK.box_threshold)
+        write_cams(output / f"{name}.npy", keys, maps)
+        yield Outcome(name)
+
+
+def run(setting: Setting) -> dict:
+    """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns."""
+    setting.limit_threads()
+    with measure.scratch() as folder:
+        material = Material.make(folder, setting)
+        result, done, ceiling = race(setting, material, ours, reference)
+        result["label_agreement"] = statistics.mean(_agreement(folder, name) for name in done)
+        network = material.load(setting.device, setting.precision)
+        result |= network_share(setting, network[0], result["images_per_s"], ceiling)
+        result["stages"] = stages(setting, material, network, ceiling)
     return result
 
 
-def _inputs(model_name: str | None, device: str, precision: str):
-    torch.manual_seed(0)
-    if model_name:
-        model = clip.load(model_name, device, precision)
-    else:
-        model = CLIP(VIT_B16).eval().requires_grad_(False)
-        model.visual_precision(clip.PRECISIONS[precision])
-        model = model.to(clip.pick_device(device))
-    generator = np.random.default_rng(0)
-    coarse = generator.integers(0, 256, (HEIGHT // 25, WIDTH // 25, 3), np.uint8)
-    image = Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-    features = torch.randn(max(LABELS) + BACKGROUNDS, model.config.embed_dim, device=model.device)
-    features = torch.nn.functional.normalize(features, dim=-1)
-    return model, image, features[: max(LABELS)], features[max(LABELS) :]
+def race(setting: Setting, material: Material, ours: Way, reference: Way) -> tuple[dict, list[str], float]:
+    """Time two ways of one step in turns, then watch the memory of each.
+
+    Returns:
+        the figures; the images that both have made, in the folders `ours0` and `reference`; and FLOP/s of
+        a large matrix product, measured in the same rounds.
+    """
+    names, warm = material.timed(setting), _warm(setting)
+    few = names[warm:][:REFERENCE_IMAGES]
+    slow = reference(setting, material, [names[0], *few * setting.rounds], material.folder / "reference")
+    next(slow)  # loads the model, and warms up
+
+    def ours_in(number: int) -> float:
+        output = material.folder / f"ours{number}"
+        measure.check(ours(setting, material, names, output))
+        return measure.steady(output.iterdir(), warm)
+
+    def reference_in(number: int) -> float:
+        start = time.perf_counter()
+        measure.check(islice(slow, len(few)))
+        return (time.perf_counter() - start) / len(few)
+
+    def ceiling_in(number: int) -> float:
+        return 1 / measure.matmul_rate(setting.kind, setting.precision)
+
+    turns = {"ours": ours_in, "reference": reference_in, "ceiling": ceiling_in}
+    taken = measure.take_turns(turns, setting.rounds)
+    result = measure.compared(taken["ours"], taken["reference"])
+    counts = {"": WATCHED[setting.kind], "reference_": REFERENCE_WATCHED}
+    for (prefix, count), way in zip(counts.items(), (ours, reference), strict=True):
+        watched = material.folder / f"{prefix}watched"
+        peak = measure.peak_memory(way, setting, material, material.names[:count], watched)
+        result |= {f"{prefix}peak_{key}": value for key, value in peak.items()}
+    return result, few, 1 / statistics.median(taken["ceiling"])
 
 
-def _ours(model, image, text, backgrounds) -> np.ndarray:
-    maps = image_cams(model, image, text, backgrounds, CamSettings(box_threshold=BOX_THRESHOLD))
-    return resize(maps[REFINED], (image.height, image.width)).astype(np.float16)
+def network_share(setting: Setting, model: CLIP, rate: float, ceiling: float) -> dict[str, float]:
+    """What the network must compute at the least for an image, and the share of the machine that this is."""
+    grid = [side // model.visual.patch_size for side in _size(model)]
+    flop = model.visual.layers * block_flop(model, grid) + setting.labels * gradient_flop(model, grid)
+    return {
+        "gflop_an_image": flop / 1e9,
+        "gflop_per_s": flop * rate / 1e9,
+        "matmul_gflop_per_s": ceiling / 1e9,
+        "ceiling_share": flop * rate / ceiling,
+    }
 
 
-def _reference(model, image, text, backgrounds) -> np.ndarray:
-    return reference_cams(model, image, text, backgrounds, BOX_THRESHOLD)
+def block_flop(model: CLIP, grid: tuple[int, int]) -> float:
+    """Of one transformer block: qkv, output and MLP matrices on L tokens of width C, and attention."""
+    tokens, width = 1 + grid[0] * grid[1], model.visual.proj.shape[0]
+    return 24 * tokens * width**2 + 4 * tokens**2 * width
 
 
-def _peak_memory(way: str, *setting) -> float:
-    """Peak resident memory in MB, model included, of a process that does nothing else."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_measure_memory, (_ours if way == "ours" else _reference, *setting))
+def gradient_flop(model: CLIP, grid: tuple[int, int]) -> float:
+    """Of one label's gradient in closed form: back through the MLP's first matrix, the attention's output
+    matrix and the attention."""
+    patches, width = grid[0] * grid[1], model.visual.proj.shape[0]
+    return 2 * patches * (4 * width**2 + width**2 + (1 + patches) * width)
 
 
-def _measure_memory(make: Callable, model_name, device, precision, threads) -> float:
-    torch.set_num_threads(threads)
-    model, image, text, backgrounds = _inputs(model_name, device, precision)
-    on_gpu = model.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        CLEAR_PEAK.write_text("5")  # forget the peak that building the model left
-    make(model, image, text, backgrounds)
-    if on_gpu:
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(peak.split()[1]) / 1024
+def stages(
+    setting: Setting, material: Material, network: tuple[CLIP, Tensor, Tensor], ceiling: float
+) -> list[dict]:
+    """Time the stages of step 1 one by one, each from what the one before has left.
+
+    Args:
+        network: see `Material.load`.
+        ceiling: FLOP/s of a large matrix product.
+    """
+    model, text, backgrounds = network
+    kind, count = setting.kind, STAGED[setting.kind]
+    names, labels, size = material.names[:count], round(setting.labels), _size(model)
+    grid = [side // model.visual.patch_size for side in size]
+    rows = []
+
+    def timed(name: str, work: Callable, amount: float, unit: str, most: float):
+        taken = measure.seconds(work, kind=kind) / count
+        rows.append(measure.stage(name, taken, amount, unit, most))
+        return work()
+
+    def decode() -> Tensor:
+        images = [read_image(material.image(name)) for name in names]
+        config = model.config
+        return torch.stack([clip.preprocess(image, size, config.mean, config.std) for image in images])
+
+    pixels = timed("decode and resize", decode, 1, "images/s", measure.jpeg_rate(material.image(names[0])))
+    pixels = pixels.to(model.device)  # (B, 3, H', W')
+    blocks = (model.visual.layers - 1) * block_flop(model, grid)
+    encoded = timed("blocks", lambda: encode(model.visual, pixels), blocks / 1e9, "GFLOP/s", ceiling / 1e9)
+    chosen = text[:labels].expand(count, -1, -1)  # (B, K, E)
+    gradients = block_flop(model, grid) + labels * gradient_flop(model, grid)
+    activations, weights, _, last = timed(
+        f"gradient ({labels} labels)",
+        lambda: mean_gradients(model, encoded.tokens, chosen, backgrounds),
+        gradients / 1e9,
+        "GFLOP/s",
+        ceiling / 1e9,
+    )
+    cams = activation_map((weights @ activations.mT).unflatten(-1, grid))  # (B, K, h, w)
+    attention = (encoded.attention + last)[:, 1:, 1:] / (encoded.maps + 1)  # (B, n, n)
+
+    def affinity() -> np.ndarray:
+        return scale(refine(cams, attention, box_masks(cams, BENCHMARK.box_threshold))).cpu().numpy()
+
+    # Over the n x n matrix: a sum and a division, by columns and by rows; the symmetric mean; two products.
+    passes = SINKHORN_ROUNDS * 6 + 5 + 2
+    moved = passes * 4 * attention.shape[-1] ** 2
+    copied = measure.copy_rate(kind) / 1e9
+    maps = timed("affinity", affinity, moved / 1e9, "GB/s", copied)
+
+    def write() -> int:
+        folder, image = material.folder / "stage", (data.HEIGHT, data.WIDTH)
+        for name, cam in zip(names, maps, strict=True):
+            file = camfile.write(folder, name, range(labels), {REFINED: cam}, image, "compact")
+        return file.stat().st_size
+
+    timed("write", write, write() / 1e9, "GB/s", measure.copy_rate("cpu") / 1e9)
+    return rows
+
+
+def _size(model: CLIP) -> tuple[int, int]:
+    """(H', W') of the benchmark's images."""
+    return clip.target_size(data.HEIGHT, data.WIDTH, model.visual.patch_size)
+
+
+def _agreement(folder: Path, name: str) -> float:
+    """Share of pixels at which the CAMs of both ways, after 1 - the highest for the background, have the
+    same label."""
+    _, maps = camfile.read(folder / "ours0", name)
+    _, theirs = read_cams(folder / "reference" / f"{name}.npy")
+    return float((_labels(maps) == _labels(theirs)).mean())
+
+
+def _labels(maps: np.ndarray) -> np.ndarray:
+    """(K, H, W) -> (H, W)."""
+    maps = maps.astype(np.float32)
+    return np.concatenate([1 - maps.max(0, keepdims=True), maps]).argmax(0)

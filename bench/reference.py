@@ -1,9 +1,15 @@
-"""CAMs the way the public CLIP-ES makes them, one label at a time: for measuring only.
+"""The public CLIP-ES, one image and one label at a time: for measuring only.
 
-Every block returns its attention; for each label the last block runs forward and backward again,
-weight gradients included, the affinity is made anew with its n x n product, and both the initial and
-the refined map are brought to image size. The numbers are those of `pipeline.cams.image_cams`.
+Step 1: every block returns its attention; for each label the last block runs forward and backward again,
+weight gradients included, the affinity is made anew with its n x n product, and both the initial and the
+refined map are brought to image size; the file holds the full-size maps. The numbers are those of
+`pipeline.cams`. Step 2a reads everything into memory, for each background score and once more for the
+best. Step 2b reads the full-size maps and runs pydensecrf.
 """
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
 import cv2
 import numpy as np
 import torch
@@ -15,6 +21,9 @@ import clip
 from clip.model import CLIP, Block
 from pytorch_grad_cam.affinity import box_mask
 from pytorch_grad_cam.methods import activation_map, scale
+from refinement.densecrf import densecrf
+
+CONFIDENCE, IGNORE = 0.95, 255
 
 
 def reference_cams(
@@ -35,7 +44,8 @@ def reference_cams(
     rows, columns = size[0] // patch, size[1] // patch
     maps = []
     with torch.no_grad():
-        tokens, _ = visual.embed(clip.preprocess(image, size, model.config.mean, model.config.std)[None])
+        pixels = clip.preprocess(image, size, model.config.mean, model.config.std)[None]
+        tokens, _ = visual.embed(pixels.to(model.device))
         for block in visual.transformer.resblocks[:-1]:
             tokens, attention = _block(block, tokens, block.ln_1(tokens))
             maps.append(attention)
@@ -55,21 +65,76 @@ def reference_cams(
         probabilities[label].backward()
         weights = normed.grad[0, 1:].mean(0)  # (C,)
         raw = (normed.detach()[0, 1:] @ weights).reshape(rows, columns)
-        cam = activation_map(raw).numpy()
-        cv2.resize(cam, (image.width, image.height))  # made for each label, and thrown away
+        cam = activation_map(raw)
+        on_cpu = cam.cpu().numpy()
+        cv2.resize(on_cpu, (image.width, image.height))  # made for each label, and thrown away
         matrix = torch.stack([*maps, attention.detach()][-8:])[:, 0, 1:, 1:].mean(0)
         for _ in range(3):
             matrix = matrix / matrix.sum(0, keepdim=True)
             matrix = matrix / matrix.sum(1, keepdim=True)
         matrix = (matrix + matrix.T) / 2
         matrix = matrix @ matrix
-        mask = torch.from_numpy(box_mask(cam, threshold)).flatten()
-        refined = (matrix * mask) @ torch.from_numpy(cam).flatten()
-        refined = scale(refined.reshape(rows, columns)).numpy()
+        mask = torch.from_numpy(box_mask(on_cpu, threshold)).flatten().to(matrix.device)
+        refined = (matrix * mask) @ cam.flatten()
+        refined = scale(refined.reshape(rows, columns)).cpu().numpy()
         results.append(cv2.resize(refined, (image.width, image.height)))
     for parameter in trained:
         parameter.requires_grad_(False).grad = None
     return np.stack(results).astype(np.float16)
+
+
+def write_cams(file: Path, keys: Sequence[int], maps: np.ndarray) -> None:
+    """Save (K, H, W) float16 maps as the public file."""
+    np.save(file, {"keys": np.array(keys), "attn_highres": maps})
+
+
+def read_cams(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(K,) indices and (K, H, W) float16 maps of a file that this benchmark has written."""
+    content = np.load(file, allow_pickle=True).item()
+    return content["keys"], content["attn_highres"]
+
+
+def reference_mask(image_file: Path, cam_file: Path) -> np.ndarray:
+    """Pseudo mask of one image by pydensecrf: (H, W) uint8, 255 where unsure."""
+    image = np.asarray(Image.open(image_file).convert("RGB"))
+    keys, maps = read_cams(cam_file)
+    probabilities = np.concatenate([1 - maps.max(0, keepdims=True), maps])  # (K + 1, H, W)
+    posterior = densecrf(image, probabilities, "clip_es", backend="pydensecrf")
+    labels = np.append(0, keys + 1)[posterior.argmax(0)].astype(np.uint8)
+    labels[posterior.max(0) < CONFIDENCE] = IGNORE
+    return labels
+
+
+def reference_evaluation(
+    names: Sequence[str], cam_dir: Path, truth_dir: Path, exponents: Sequence[float], channels: int
+) -> list[np.ndarray]:
+    """Step 2a: (n, n) confusion matrices of every exponent, and that of the best once more."""
+    hists = [_evaluate(names, cam_dir, truth_dir, exponent, channels) for exponent in exponents]
+    best = max(range(len(hists)), key=lambda index: _mean_iou(hists[index]))
+    return [*hists, _evaluate(names, cam_dir, truth_dir, exponents[best], channels)]
+
+
+def _evaluate(
+    names: Sequence[str], cam_dir: Path, truth_dir: Path, exponent: float, channels: int
+) -> np.ndarray:
+    predictions, truths = [], []
+    for name in names:
+        keys, maps = read_cams(cam_dir / f"{name}.npy")
+        rest = np.power(1 - maps.max(0, keepdims=True), np.float16(exponent))  # float16 throughout
+        labels = np.concatenate([rest, maps]).argmax(0)
+        predictions.append(np.append(0, keys + 1)[labels].astype(np.uint8))
+        truths.append(np.array(Image.open(io.BytesIO((truth_dir / f"{name}.png").read_bytes()))))
+    hist = np.zeros((channels, channels))
+    for truth, prediction in zip(truths, predictions, strict=True):
+        known = truth.ravel() < channels
+        pairs = channels * truth.ravel()[known].astype(int) + prediction.ravel()[known]
+        hist += np.bincount(pairs, minlength=channels**2).reshape(channels, channels)
+    return hist
+
+
+def _mean_iou(hist: np.ndarray) -> float:
+    hit, true = np.diag(hist), hist.sum(1)
+    return float(np.mean(hit[true > 0] / (true + hist.sum(0) - hit)[true > 0]))
 
 
 def _block(block: Block, tokens: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:

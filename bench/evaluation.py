@@ -1,0 +1,114 @@
+"""Step 2a, from CAM files and ground truth to confusion matrices for two background scores."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+import voc12
+from bench import data, measure
+from bench.measure import Setting
+from bench.reference import reference_evaluation
+from pipeline.evaluate import Evaluation, count_cams, evaluate_images
+from pipeline.processes import Outcome
+from segmentation import camfile
+from segmentation.masks import read_mask
+
+BENCHMARK = voc12.BENCHMARK
+EXPONENTS = (1.0, 2.0)
+GROWTH = 4  # memory is watched for this many times the images as well
+
+
+def ours(
+    setting: Setting, folder: Path, names: Sequence[str], format: str = "compact"
+) -> Iterator[Outcome]:
+    """This project's way; its generator returns what `evaluate_images` does."""
+    return evaluate_images(
+        names, 0, Evaluation(BENCHMARK, str(folder / format), str(folder / "truth"), backgrounds=EXPONENTS)
+    )
+
+
+def reference(setting: Setting, folder: Path, names: Sequence[str]) -> Iterator[list[np.ndarray]]:
+    """The public way, after one image to warm up."""
+    for some in (names[:1], names):
+        yield reference_evaluation(some, folder / "full", folder / "truth", EXPONENTS, BENCHMARK.channels)
+
+
+def run(setting: Setting) -> dict:
+    """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns.
+
+    "full_images_per_s" and "full_speedup" are of our way on the reference's files, and
+    "peak_memory_4n_mb" of 4 times the images.
+    """
+    setting.limit_threads()
+    with measure.scratch() as folder:
+        names = data.write_cams(folder, setting.images, setting.labels)
+        found = {}
+
+        def way(name: str, work: Callable[[], list[np.ndarray]]) -> Callable[[int], float]:
+            work()  # warms up
+
+            def in_turn(number: int) -> float:
+                start = time.perf_counter()
+                found[name] = work()
+                return (time.perf_counter() - start) / len(names)
+
+            return in_turn
+
+        turns = {
+            "compact": way("compact", lambda: _matrices(ours(setting, folder, names))),
+            "full": way("full", lambda: _matrices(ours(setting, folder, names, "full"))),
+            "reference": way("reference", lambda: list(reference(setting, folder, names))[-1]),
+        }
+        taken = measure.take_turns(turns, setting.rounds)
+        result = measure.compared(taken["compact"], taken["reference"])
+        full = measure.compared(taken["full"], taken["reference"])
+        result |= {f"full_{key}": full[key] for key in ("images_per_s", "speedup")}
+        result["label_agreement"] = _agreement(found["compact"], found["reference"])
+        for prefix, work in (("", ours), ("reference_", reference)):
+            for suffix, times in (("", 1), (f"_{GROWTH}n", GROWTH)):
+                peak = measure.peak_memory(work, setting, folder, names * times)
+                result[f"{prefix}peak_memory{suffix}_mb"] = peak["memory_mb"]
+        result["stages"], least = stages(folder, names[0])
+        result["ceiling_share"] = least * result["images_per_s"]
+    return result
+
+
+def stages(folder: Path, name: str) -> tuple[list[dict], float]:
+    """Time the stages for one image.
+
+    Returns:
+        the stages, and the seconds that a copy of the full-size maps and the ground truth takes.
+    """
+    copied = measure.copy_rate("cpu")
+    truth = read_mask(folder / "truth" / f"{name}.png")
+    keys, maps = camfile.read(folder / "compact", name, rounded=False)
+    stored = 2 * maps.size  # bytes of the full-size float16 maps
+    evaluation = Evaluation(BENCHMARK, "", "", backgrounds=EXPONENTS)
+    works: dict[str, tuple[Callable, int]] = {
+        "read ground truth": (lambda: read_mask(folder / "truth" / f"{name}.png"), truth.nbytes),
+        "read compact CAMs": (lambda: camfile.read(folder / "compact", name, rounded=False), stored),
+        "read full CAMs": (lambda: camfile.read(folder / "full", name), stored),
+        "count": (lambda: count_cams(truth, keys, maps, evaluation), stored + truth.nbytes),
+    }
+    rows = [
+        measure.stage(stage, measure.seconds(work), moved / 1e9, "GB/s", copied / 1e9)
+        for stage, (work, moved) in works.items()
+    ]
+    return rows, 2 * (stored + truth.nbytes) / copied
+
+
+def _matrices(outcomes: Iterator[Outcome]) -> list[np.ndarray]:
+    """Those of both exponents."""
+    while True:
+        try:
+            measure.check([next(outcomes)])
+        except StopIteration as stop:
+            return list(stop.value[0])
+
+
+def _agreement(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
+    """Share of pixels that the confusion matrices of both ways count alike."""
+    pairs = [np.minimum(a, b).sum() / b.sum() for a, b in zip(ours, theirs, strict=False)]
+    return float(min(pairs))

@@ -1,0 +1,69 @@
+"""From encoded JPEGs to written pseudo masks."""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from bench import cams, crf, measure
+from bench.cams import BENCHMARK, Material
+from bench.measure import Setting
+from bench.reference import reference_mask
+from pipeline.masks import MaskJob
+from pipeline.processes import Outcome
+from segmentation.masks import read_mask, write_mask
+
+
+def ours(setting: Setting, material: Material, names: list[str], output: Path) -> Iterator[Outcome]:
+    """This project's way: nothing but masks is written."""
+    from pipeline import fused
+
+    backend = setting.backend
+    if backend == "auto":
+        backend = {"cpu": "numba", "cuda": "torch"}[setting.kind]
+    masks = MaskJob(BENCHMARK, "", "", str(output), backend=backend, device=setting.device)
+    return fused.generate(names, 0, replace(material.job(setting, output), output=None), masks)
+
+
+def reference(setting: Setting, material: Material, names: list[str], output: Path) -> Iterator[Outcome]:
+    """The public way: full-size CAM files on disk between the two steps."""
+    output.mkdir(exist_ok=True)
+    between = material.folder / f"{output.name}_cams"
+    for outcome in cams.reference(setting, material, names, between):
+        mask = reference_mask(material.image(outcome.name), between / f"{outcome.name}.npy")
+        Image.fromarray(mask).save(output / f"{outcome.name}.png")
+        yield outcome
+
+
+def run(setting: Setting) -> dict:
+    """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns.
+
+    "ceiling_share" is of the network alone, the only part that must take long.
+    """
+    setting.limit_threads()
+    with measure.scratch() as folder:
+        material = Material.make(folder, setting)
+        result, done, ceiling = cams.race(setting, material, ours, reference)
+        result["label_agreement"] = statistics.mean(_agreement(folder, name) for name in done)
+        network = material.load(setting.device, setting.precision)
+        result |= cams.network_share(setting, network[0], result["images_per_s"], ceiling)
+        result["stages"] = cams.stages(setting, material, network, ceiling)
+        task = crf.placed(setting, crf.draw(setting, crf.AT_ONCE[setting.kind]))
+        result["stages"] += crf.stages(setting, task)
+        result["stages"].append(_writing(folder, read_mask(folder / "ours0" / f"{done[0]}.png")))
+    return result
+
+
+def _writing(folder: Path, mask: np.ndarray) -> dict:
+    """The stage that writes a mask."""
+    taken = measure.seconds(lambda: write_mask(folder / "stage.png", mask, BENCHMARK.palette))
+    return measure.stage("write the mask", taken, mask.nbytes / 1e9, "GB/s", measure.copy_rate("cpu") / 1e9)
+
+
+def _agreement(folder: Path, name: str) -> float:
+    """Share of pixels that both ways give the same value, 255 being one."""
+    masks = (read_mask(folder / way / f"{name}.png") for way in ("ours0", "reference"))
+    return float(np.equal(*masks).mean())
