@@ -1,19 +1,16 @@
 """Step 2b, CAMs to pseudo masks by the dense CRF: python eval_cam_with_crf.py --help"""
 
 import argparse
-from dataclasses import replace
 
 from pipeline.evaluate import benchmark_of
-from pipeline.flags import HelpFormatter
-from pipeline.masks import CONFIDENCE, MaskJob, make_masks
+from pipeline.flags import HelpFormatter, add_crf_flags, count, crf_preset
+from pipeline.masks import MaskJob, make_masks
 from pipeline.processes import cores
 from pipeline.run import command
-from refinement.densecrf import IMAGE_MODES, PRESETS, UNARY_TYPES
 from segmentation.labels import split_of
 
 
 def main() -> int:
-    preset = PRESETS["clip_es"]
     parser = argparse.ArgumentParser(
         description="Step 2b: CAMs refined by a dense CRF, written as pseudo masks in which pixels of low "
         "confidence are 255. A stopped run is continued by the same command.",
@@ -33,15 +30,12 @@ def main() -> int:
          "one recorded in the CAM folder)")  # fmt: skip
     flag("--cam_eval_thres", type=float, default=2.0, help="accepted and unused, as in the public script: "
          "the CRF's background is always 1 - the highest CAM")  # fmt: skip
-    flag("--confidence", type=float, default=CONFIDENCE, help="a pixel of lower posterior becomes 255")
-    flag("--crf_image", choices=IMAGE_MODES, default=preset.image_mode, help="image the CRF sees: "
-         "mean-subtracted and wrapped to 8 bits, as the published numbers need, or as it is")  # fmt: skip
-    flag("--crf_unary", choices=UNARY_TYPES, default=preset.unary_type, help="type its energies are computed "
-         "in; published numbers use float16")  # fmt: skip
     flag("--json", metavar="FILE", help="write the scores there")
     flag("--allow_missing", action="store_true", help="leave out images that lack a CAM")
     flag("--overwrite", action="store_true", help="start anew in a folder filled with other settings")
-    flag("--num_workers", type=int, default=cores(), help="processes")
+    flag("--num_workers", type=count, default=cores(), help="processes")
+    flag("--device", default="auto", help="of the torch backend: auto, cpu, cuda or cuda:i")
+    add_crf_flags(parser, "numba")
     args = parser.parse_args()
     if not (args.eval_only or args.pseudo_mask_save_path):
         parser.error("give --pseudo_mask_save_path DIR for the masks, or --eval_only for scores alone")
@@ -59,7 +53,10 @@ def main() -> int:
         gt_root=gt_root,
         cam_type=args.cam_type,
         confidence=args.confidence,
-        crf=replace(preset, image_mode=args.crf_image, unary_type=args.crf_unary),
+        crf=crf_preset(args),
+        backend=args.crf_backend,
+        device=args.device,
+        max_pixels=args.crf_max_pixels,
     )
     names = list(split_of(benchmark, args.split_file))
     return make_masks(

@@ -192,7 +192,7 @@ def generate(names: Sequence[str], position: int, job: CamJob) -> Generator[Outc
             missing.append(name)
     if missing:  # otherwise no model is needed
         step = CamStep(job, position)
-        yield from flow(missing, step.decoder(), step, job.flow.on(step.model.device))
+        yield from flow(missing, step.decoder(), step, step.flow)
 
 
 def is_made(job: CamJob, name: str) -> bool:
@@ -228,12 +228,14 @@ class CamStep:
         self.text = clip.text_features(self.model, job.benchmark.prompts, templates)
         self.backgrounds = clip.text_features(self.model, job.benchmark.backgrounds, templates)
         self.model.forget_text_tower()
+        self.flow = job.flow.on(self.model.device)
 
     def decoder(self, kept_pixels: int | None = None) -> Decoder:
         """See `pipeline.decode.Decoder`."""
         job, settings = self.job, self.job.settings
         return Decoder(
             labels=job.labels,
+            classes=len(job.benchmark.classes),
             image_root=job.image_root,
             output=job.output,
             grid=grid_of(self.model),

@@ -1,15 +1,19 @@
-"""The flags that the three generate_cams scripts share."""
+"""The flags of step 1, and what the scripts that have them do."""
 import argparse
-import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import clip
 from clip.checkpoint import rounds
 from clip.download import resolve, sha256
 from clip.positions import POSITION_ROUNDINGS
-from pipeline.cams import INITIAL, REFINEMENTS, CamJob, CamSettings, generate
-from pipeline.flags import HelpFormatter
+from pipeline import shards
+from pipeline.cams import INITIAL, MOST_AT_ONCE, REFINEMENTS, CamJob, CamSettings, CamStep, generate
+from pipeline.flags import HelpFormatter, count, factors, share
+from pipeline.flow import FlowSettings
+from pipeline.processes import cores
 from pipeline.run import Run
 from pytorch_grad_cam import METHODS
 from pytorch_grad_cam.grad_cam import AVERAGED_BLOCKS
@@ -18,6 +22,7 @@ from segmentation import camfile, labels
 from segmentation.benchmark import Benchmark
 
 ROUND_WEIGHTS = {"auto": None, "on": True, "off": False}
+AHEAD = 8  # batches of images that are decoded ahead on a GPU
 
 
 def main(name: str | None = None) -> int:
@@ -29,26 +34,131 @@ def main(name: str | None = None) -> int:
     Returns:
         The exit code.
     """
-    parser = _parser(name)
+    parser = argparse.ArgumentParser(
+        description="Step 1: class activation maps of the classes that each image contains, from a frozen "
+        "CLIP. A stopped run is continued by the same command.",
+        formatter_class=HelpFormatter,
+    )
+    flag = add_image_flags(parser, name)
+    flag("--cam_out_dir", required=True, help="folder for the CAM files, made if missing")
+    flag("--cam_format", choices=camfile.FORMATS, default="full", help="full: the public .npy; compact: "
+         ".npz, about 120 times smaller, which every script here reads as well")  # fmt: skip
+    add_run_flags(parser)
+    add_cam_flags(parser)
     args = parser.parse_args()
+    job, names, record = cam_job(parser, args, name, args.cam_out_dir, args.cam_format)
+    outputs = ("*.tar",) if args.shards else tuple(f"*{suffix}" for suffix in camfile.FORMATS.values())
+    run = Run(args.cam_out_dir, **record, outputs=outputs, overwrite=args.overwrite)
+    if args.shards:
+        step = partial(CamStep, job)
+        run.map(shards.generate, names, args.cam_out_dir, step, num_workers=args.num_workers, counted=False)
+    else:
+        run.map(generate, names, job, num_workers=args.num_workers, block=job.flow.look_ahead)
+    return run.finish()
+
+
+def add_image_flags(parser: argparse.ArgumentParser, name: str | None) -> Callable:
+    """Which images, labels and model; returns the parser's `add_argument`."""
+    flag = parser.add_argument
+    if name is None:
+        flag("--benchmark", required=True, metavar="NAME|FILE.yaml", help="the data set: voc12, coco14, "
+             "shapes or a YAML file that describes it")  # fmt: skip
+    flag("--img_root", help="image folder (without it: the benchmark's)")
+    split = benchmarks.load(name).split_file if name else "the benchmark's"
+    flag("--split_file", help=f"image ids, one a line (without it: {split})")
+    flag("--shards", metavar="PATTERN", help="tar shards in place of an image folder, such as "
+         "'images-{0000..0099}.tar': <key>.jpg and <key>.cls, class indices as text; what is made of "
+         "each goes to a shard of its name")  # fmt: skip
+    flag("--labels", help="file of lines `id index index ...` that replaces the benchmark's labels")
+    flag("--model", help="CLIP checkpoint file, public name (ViT-B/16, RN50, ...) or open_clip model:tag")
+    return flag
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """On what, and how fast; the results do not depend on it, but for rounding."""
+    flag = parser.add_argument
+    flag("--overwrite", action="store_true", help="start anew in a folder filled with other settings")
+    flag = parser.add_argument_group("what computes").add_argument
+    flag("--device", default="auto", help="auto, cpu, cuda or cuda:i")
+    flag("--precision", choices=clip.PRECISIONS, default="fp32", help="of the image tower")
+    flag("--num_workers", type=count, default=1, help="processes; with several GPUs they take turns, on a "
+         "CPU one keeps all cores busy")  # fmt: skip
+    flag("--threads", type=count, help="CPU threads of a process, each busy with images of its own (without "
+         "it: one for each core); fewer need less memory")  # fmt: skip
+    flag("--batch_size", type=batch, default="auto", help="images computed at once; auto: what fits on a "
+         "GPU, 1 on a CPU. A batch that does not fit is halved")  # fmt: skip
+    flag("--look_ahead", type=count, help="images that are decoded ahead and grouped by size into "
+         f"batches; bounds memory (without it: {AHEAD} batches)")  # fmt: skip
+    flag("--decode_workers", type=int, help="processes that decode for a GPU (without it: a core each, on a "
+         "CPU 0)")  # fmt: skip
+
+
+def add_cam_flags(parser: argparse.ArgumentParser) -> None:
+    """How CAMs are made."""
+    flag = parser.add_argument_group("how CAMs are made (the defaults are CLIP-ES's)").add_argument
+    flag("--refine", choices=REFINEMENTS, default="caa", help="attention affinity with class boxes (caa), "
+         "affinity alone (mhsa), or the initial CAM (none)")  # fmt: skip
+    flag("--keep_initial", action="store_true", help=f"also store the initial CAM, as cam type {INITIAL}")
+    flag("--cam_method", choices=METHODS, default="gradcam", help="how gradients weigh activations")
+    flag("--cam_scales", type=factors, default="1.0", help="scales to average, e.g. 0.5,1.0,1.5")
+    flag("--flip", action="store_true", help="average with the CAMs of the mirrored image")
+    flag("--averaged_blocks", type=count, default=AVERAGED_BLOCKS, help="last blocks that make the affinity")
+    flag("--box_threshold", type=share, help="lambda of the class boxes (without it: the benchmark's)")
+    flag("--cover_edge", action="store_true", help="let class boxes reach the grid's last row and column, "
+         "which the public code cuts off")  # fmt: skip
+    flag("--position_rounding", choices=POSITION_ROUNDINGS, default="always", help="round the positional "
+         "table to float16")  # fmt: skip
+    flag("--round_weights", choices=ROUND_WEIGHTS, default="auto", help="round matrix weights to float16; "
+         "auto: those of OpenAI-layout files, as the public code does")  # fmt: skip
+    flag("--max_patches", type=count, default=10_000, help="images with more are shrunk to this many")
+
+
+def batch(text: str) -> int | None:
+    """Argument type: a number of images, or auto (None)."""
+    return None if text == "auto" else count(text)
+
+
+def cam_job(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    name: str | None,
+    output: str | None,
+    cam_format: str,
+) -> tuple[CamJob, list[str], dict]:
+    """What the flags ask for.
+
+    Args:
+        name: the benchmark; None takes --benchmark.
+        output: folder of the CAM files; None when they are not kept.
+        cam_format: see `segmentation.camfile`.
+
+    Returns:
+        The job; names of images, or of shards; and what a folder of CAMs records, as arguments of `Run`.
+    """
     name = name or args.benchmark
     benchmark = benchmarks.load(name)
     model = args.model or benchmark.model
     if not model:
         parser.error("--model: give a CLIP checkpoint file, or a public name such as ViT-B/16")
-    split = labels.split_of(benchmark, args.split_file)
     image_root = Path(args.img_root or benchmark.path(benchmark.image_dir))
-    if not image_root.is_dir():
-        parser.error(f"--img_root: image folder {image_root} does not exist")
-    if args.img_root:
-        benchmark = _rooted_at(benchmark, image_root)
-    threshold = benchmark.box_threshold if args.box_threshold is None else args.box_threshold
-    source = resolve(model)
+    if args.shards:
+        names = shards.shard_files(args.shards)
+        classes = len(benchmark.classes)
+        reader = labels.from_file(args.labels, classes) if args.labels else shards.no_labels
+    else:
+        split = labels.split_of(benchmark, args.split_file)
+        names = list(split)
+        if not image_root.is_dir():
+            parser.error(f"--img_root: image folder {image_root} does not exist")
+        if args.img_root:
+            benchmark = _rooted_at(benchmark, image_root)
+        reader = labels.reader(benchmark, split, args.labels)
+    source, told = resolve(model), "shards" if args.shards else benchmark.labels
     settings = CamSettings(
         refine=args.refine,
         method=args.cam_method,
         averaged=args.averaged_blocks,
-        box_threshold=threshold,
+        box_threshold=benchmark.box_threshold if args.box_threshold is None else args.box_threshold,
         cover_edge=args.cover_edge,
         scales=args.cam_scales,
         flip=args.flip,
@@ -59,103 +169,52 @@ def main(name: str | None = None) -> int:
     job = CamJob(
         benchmark=benchmark,
         image_root=str(image_root),
-        labels=labels.reader(benchmark, split, args.labels),
+        labels=reader,
         model=model,
         device=args.device,
         precision=args.precision,
         round_weights=ROUND_WEIGHTS[args.round_weights],
-        output=args.cam_out_dir,
-        format=args.cam_format,
+        output=output,
+        format=cam_format,
         settings=settings,
+        flow=flow_settings(args),
     )
-    run = Run(
-        args.cam_out_dir,
-        step="cams",
-        settings={
-            "benchmark": _anywhere(name) if name.endswith((".yaml", ".yml")) else name,
-            "cam_format": args.cam_format,
+    record = {
+        "step": "cams",
+        "settings": {
+            "benchmark": recorded(name),
+            "cam_format": cam_format,
             "precision": args.precision,
             "weights_rounded": rounds(source, ROUND_WEIGHTS[args.round_weights]),
             "conventions": source.conventions,
             "prompts": benchmark.prompts,
             "backgrounds": benchmark.backgrounds,
             "templates": benchmark.templates,
-            "labels": _anywhere(args.labels) if args.labels else benchmark.labels,
+            "labels": _anywhere(args.labels) if args.labels else told,
             **asdict(settings),
         },
-        inputs={"model": sha256(source.file)},
-        outputs=tuple(f"*{suffix}" for suffix in camfile.FORMATS.values()),
-        overwrite=args.overwrite,
+        "inputs": {"model": sha256(source.file)},
+    }
+    return job, names, record
+
+
+def flow_settings(args: argparse.Namespace) -> FlowSettings:
+    """How images flow on the device of --device; all processes of a run get the same."""
+    gpu = clip.pick_device(args.device).type == "cuda"
+    most = args.batch_size or (MOST_AT_ONCE if gpu else 1)
+    free = max(1, cores() // args.num_workers - 1) if gpu else 0
+    return FlowSettings(
+        batch_size=args.batch_size,
+        look_ahead=args.look_ahead or (AHEAD * most if most > 1 else 1),
+        threads=args.threads,
+        decode_workers=free if args.decode_workers is None else args.decode_workers,
+        write_workers=max(1, min(4, free)),
     )
-    run.map(generate, list(split), job, num_workers=args.num_workers)
-    return run.finish()
 
 
-def _parser(name: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Step 1: class activation maps of the classes that each image contains, from a frozen "
-        "CLIP. A stopped run is continued by the same command.",
-        formatter_class=HelpFormatter,
-    )
-    flag = parser.add_argument
-    if name is None:
-        flag("--benchmark", required=True, metavar="NAME|FILE.yaml", help="the data set: voc12, coco14, "
-             "shapes or a YAML file that describes it")  # fmt: skip
-    flag("--img_root", help="image folder (without it: the benchmark's)")
-    split = benchmarks.load(name).split_file if name else "the benchmark's"
-    flag("--split_file", help=f"image ids, one a line (without it: {split})")
-    flag("--cam_out_dir", required=True, help="folder for the CAM files, made if missing")
-    flag("--model", help="CLIP checkpoint file, public name (ViT-B/16, RN50, ...) or open_clip model:tag")
-    flag("--labels", help="file of lines `id index index ...` that replaces the benchmark's labels")
-    flag("--num_workers", type=_count, default=1, help="processes; with several GPUs they take turns")
-    flag("--device", default="auto", help="auto, cpu, cuda or cuda:i")
-    flag("--precision", choices=clip.PRECISIONS, default="fp32", help="of the image tower")
-    flag("--cam_format", choices=camfile.FORMATS, default="full", help="full: the public .npy; compact: "
-         ".npz, about 120 times smaller, which every script here reads as well")  # fmt: skip
-    flag("--overwrite", action="store_true", help="start anew in a folder filled with other settings")
-    flag = parser.add_argument_group("how CAMs are made (the defaults are CLIP-ES's)").add_argument
-    flag("--refine", choices=REFINEMENTS, default="caa", help="attention affinity with class boxes (caa), "
-         "affinity alone (mhsa), or the initial CAM (none)")  # fmt: skip
-    flag("--keep_initial", action="store_true", help=f"also store the initial CAM, as cam type {INITIAL}")
-    flag("--cam_method", choices=METHODS, default="gradcam", help="how gradients weigh activations")
-    flag("--cam_scales", type=_scales, default="1.0", help="scales to average, e.g. 0.5,1.0,1.5")
-    flag("--flip", action="store_true", help="average with the CAMs of the mirrored image")
-    flag("--averaged_blocks", type=_count, default=AVERAGED_BLOCKS, help="last blocks that make the affinity")
-    flag("--box_threshold", type=_share, help="lambda of the class boxes (without it: the benchmark's)")
-    flag("--cover_edge", action="store_true", help="let class boxes reach the grid's last row and column, "
-         "which the public code cuts off")  # fmt: skip
-    flag("--position_rounding", choices=POSITION_ROUNDINGS, default="always", help="round the positional "
-         "table to float16")  # fmt: skip
-    flag("--round_weights", choices=ROUND_WEIGHTS, default="auto", help="round matrix weights to float16; "
-         "auto: those of OpenAI-layout files, as the public code does")  # fmt: skip
-    flag("--max_patches", type=_count, default=10_000, help="images with more are shrunk to this many")
-    return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("expected a whole number, 1 or more")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError("expected a number from 0 to 1")
-    return share
-
-
-def _scales(text: str) -> tuple[float, ...]:
-    try:
-        scales = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        scales = (math.nan,)
-    if not all(0.1 <= factor <= 10 for factor in scales):
-        raise argparse.ArgumentTypeError("expected numbers from 0.1 to 10, separated by commas")
-    return scales
+def recorded(name: str) -> str:
+    """A benchmark's name, as later steps find it from any folder."""
+    return _anywhere(name) if name.endswith((".yaml", ".yml")) else name
 
 
 def _anywhere(file: str) -> str:

@@ -34,11 +34,12 @@ def resized_views(
 
 
 class Sample(NamedTuple):
-    """An image that comes with its content, from an archive; without labels (None) they are looked up."""
+    """An image that comes with its content, from an archive, and with its labels, `3 17`; without (None) they
+    are looked up."""
 
     name: str
     content: bytes
-    keys: list[int] | None
+    labels: str | None
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Decoder:
 
     Attributes:
         labels: of images that bring none.
+        classes: how many there are.
         image_root: of images that come by name.
         output: folder in which no CAM file of an image without labels may stay, if there is one.
         grid: of the model.
@@ -84,6 +86,7 @@ class Decoder:
     """
 
     labels: LabelReader
+    classes: int
     image_root: str
     output: str | None
     grid: Grid
@@ -99,8 +102,8 @@ class Decoder:
             return failed(name, error)
 
     def _decoded(self, name: str, sample: str | Sample) -> Labelled | Outcome:
-        given = None if isinstance(sample, str) else sample.keys
-        keys = self.labels(name) if given is None else given
+        given = None if isinstance(sample, str) else sample.labels
+        keys = self.labels(name) if given is None else self._indices(given)
         if not keys:
             stale = camfile.find(self.output, name) if self.output else None
             if stale:  # of labels that the image no longer has
@@ -120,3 +123,9 @@ class Decoder:
         if self.kept_pixels is not None:
             kept = shrunk(np.asarray(image.convert("RGB")), self.kept_pixels)
         return Labelled(name, keys, (image.height, image.width), views, notes, kept)
+
+    def _indices(self, text: str) -> list[int]:
+        fields = text.split()
+        if not all(field.isdecimal() and int(field) < self.classes for field in fields):
+            raise ValueError(f"its labels are {text.strip()!r}, not class indices below {self.classes}")
+        return list(dict.fromkeys(map(int, fields)))

@@ -2,22 +2,25 @@
 
 import hashlib
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 
 from pipeline.evaluate import background, present, tell
-from pipeline.processes import Outcome, attempt
+from pipeline.processes import Outcome, attempt, device_of
 from pipeline.run import Run, read_settings
-from refinement.densecrf import PRESETS, Preset, densecrf
+from refinement.densecrf import PRESETS, Preset, densecrf_batch
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
-from segmentation.images import find_image, read_rgb
+from segmentation.images import find_image, read_rgb, shrunk
 from segmentation.masks import read_mask, write_mask
 from segmentation.metrics import confusion, scores
 
+MAX_PIXELS = 10_000_000  # of the CRF, which takes some 350 bytes for each
 CONFIDENCE = 0.95  # of the CRF posterior; CLIP-ES (the paper's mu is on the CAM instead)
 
 
@@ -34,6 +37,9 @@ class MaskJob:
         cam_type: maps to take from the CAM files.
         confidence: a pixel whose highest posterior is lower becomes 255.
         crf: how the dense CRF runs; its unary type is also the type the background is computed in.
+        backend: what runs it, see `refinement.densecrf`.
+        device: where, for the torch backend; see `pipeline.processes.device_of`.
+        max_pixels: on a larger image the CRF runs at the size that has so many.
     """
 
     benchmark: Benchmark
@@ -44,10 +50,13 @@ class MaskJob:
     cam_type: str = "attn_highres"
     confidence: float = CONFIDENCE
     crf: Preset = PRESETS["clip_es"]
+    backend: str = "numba"
+    device: str = "cpu"
+    max_pixels: int = MAX_PIXELS
 
 
 def refine_labels(
-    image: np.ndarray, keys: np.ndarray, maps: np.ndarray, job: MaskJob
+    image: np.ndarray, keys: np.ndarray, maps: np.ndarray, job: MaskJob, device: str = "cpu"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels of one image by the dense CRF.
 
@@ -57,21 +66,39 @@ def refine_labels(
         image: (H, W, 3) uint8 RGB.
         keys: (K,) class indices.
         maps: (K, H, W) float16; (K + 1, H, W) if they have a background channel.
+        device: for the torch backend.
 
     Returns:
         labels (H, W) uint8, as the benchmark's masks have them, and their posterior (H, W) float32.
     """
-    offset = int(job.benchmark.has_background)
-    indices, probabilities = keys + offset, maps.astype(job.crf.unary_type)
-    if "bg" in job.cam_type:
-        indices = np.append(0, indices)
-    elif offset:
+    values = mask_values(keys, job)
+    probabilities = maps.astype(job.crf.unary_type)
+    if len(values) > len(maps):
         rest = background(maps.max(axis=0, initial=0), 1, job.crf.unary_type)
-        indices, probabilities = np.append(0, indices), np.concatenate([rest[None], probabilities])
-    if max(indices, default=0) >= job.benchmark.channels:
+        probabilities = np.concatenate([rest[None], probabilities])  # (C, H, W)
+    (posterior,) = densecrf_batch([image], [probabilities], job.crf, job.backend, device)
+    return values[posterior.argmax(axis=0)], posterior.max(axis=0)
+
+
+def mask_values(keys: np.ndarray, job: MaskJob) -> np.ndarray:
+    """(C,) uint8: what the benchmark's masks hold for each channel of the CRF; the background comes first.
+
+    Raises:
+        ValueError: a key is no class of the benchmark.
+    """
+    if max(keys, default=0) >= len(job.benchmark.classes):
         raise ValueError(f"the CAM file holds class {max(keys)}, which {job.benchmark.name} does not have")
-    posterior = densecrf(image, probabilities, job.crf)  # (C, H, W)
-    return indices.astype(np.uint8)[posterior.argmax(axis=0)], posterior.max(axis=0)
+    values = keys + int(job.benchmark.has_background)
+    if job.benchmark.has_background or "bg" in job.cam_type:
+        values = np.append(0, values)
+    return values.astype(np.uint8)
+
+
+def at_size(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask at image size (H, W), where the CRF ran at a smaller one."""
+    if labels.shape == size:
+        return labels
+    return cv2.resize(labels, size[::-1], interpolation=cv2.INTER_NEAREST)
 
 
 def make_images(
@@ -85,36 +112,60 @@ def make_images(
     """
     channels = job.benchmark.channels
     hist, pixels = np.zeros((channels, channels), np.int64), np.zeros(2, np.int64)
+    device = device_of(job.device, position) if job.backend == "torch" else "cpu"
 
-    def crf_labels(name: str) -> tuple[np.ndarray, np.ndarray]:
-        keys, maps = camfile.read(job.cam_dir, name, job.cam_type)
-        return refine_labels(read_rgb(find_image(job.image_root, name)), keys, maps, job)
+    def crf_labels(name: str, notes: list[str], confidence: float = 0) -> np.ndarray:
+        image = read_rgb(find_image(job.image_root, name))
+        keys, maps = camfile.read(job.cam_dir, name, job.cam_type, job.max_pixels)
+        small = shrunk(image, job.max_pixels)
+        if small.shape != image.shape:
+            notes.append(shrunk_note(job))
+        labels, posterior = refine_labels(small, keys, maps, job, device)
+        labels[posterior < confidence] = IGNORE
+        return at_size(labels, image.shape[:2])
 
     def make(name: str) -> list[str]:
+        notes: list[str] = []
         if job.output is None:
-            labels, _ = crf_labels(name)
+            labels = crf_labels(name, notes)
         else:
             file = Path(job.output) / f"{name}.png"
             if not file.is_file():
-                labels, posterior = crf_labels(name)
-                labels[posterior < job.confidence] = IGNORE
+                labels = crf_labels(name, notes, job.confidence)
                 write_mask(file, labels, job.benchmark.palette)
             elif job.gt_root is not None:
                 labels = read_mask(file)
         if job.gt_root is None:
-            return []
+            return notes
         truth_file = Path(job.gt_root) / f"{name}.png"
         if not truth_file.is_file():  # evaluation alone has asked for it before
-            return ["images without ground truth"]
+            return [*notes, "images without ground truth"]
         truth = read_mask(truth_file)
         hist[:] += confusion(truth, labels, channels)
         known = truth < channels
         pixels[:] += (int((labels[known] == IGNORE).sum()), int(known.sum()))
-        return []
+        return notes
 
     for name in names:
         yield attempt(name, make)
     return hist, pixels
+
+
+def shrunk_note(job: MaskJob) -> str:
+    """What is counted of images that are too large."""
+    return f"images shrunk to {job.max_pixels} pixels for the CRF (--crf_max_pixels)"
+
+
+def mask_settings(job: MaskJob, benchmark_name: str) -> dict:
+    """What a mask folder records, see `pipeline.run.Run`."""
+    return {
+        "benchmark": benchmark_name,
+        "cam_type": job.cam_type,
+        "confidence": job.confidence,
+        "crf": asdict(job.crf),
+        "crf_backend": job.backend,
+        "crf_max_pixels": job.max_pixels,
+    }
 
 
 def make_masks(
@@ -161,13 +212,8 @@ def make_masks(
         )
     run = Run(
         job.output,
-        settings={
-            "benchmark": benchmark_name,
-            "cam_type": job.cam_type,
-            "confidence": job.confidence,
-            "crf": asdict(job.crf),
-        },
-        inputs={"cams": _fingerprint(job.cam_dir)},
+        settings=mask_settings(job, benchmark_name),
+        inputs={"cams": fingerprint(read_settings(job.cam_dir))},
         outputs=("*.png",),
         overwrite=overwrite,
         step="masks",
@@ -189,8 +235,11 @@ def make_masks(
     return code
 
 
-def _fingerprint(cam_dir: str) -> str:
-    """sha256 of what the CAMs in `cam_dir` were made with; empty where nothing is recorded."""
-    record = read_settings(cam_dir)
-    made = {key: record[key] for key in ("settings", "inputs") if key in record}
+def fingerprint(record: Mapping[str, Any]) -> str:
+    """sha256 of what CAMs were made with, from their folder's record; empty where nothing is recorded.
+
+    The file format is left out, since no mask depends on it.
+    """
+    made = {key: dict(record[key]) for key in ("settings", "inputs") if key in record}
+    made.get("settings", {}).pop("cam_format", None)
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest() if made else ""

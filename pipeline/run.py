@@ -16,7 +16,7 @@ from pipeline import processes
 from pipeline.processes import Outcome, Work
 from segmentation.files import DiskFull, replacing, sweep
 
-PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "pydensecrf2")
+PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "pydensecrf2", "numba")
 SETTINGS = "settings.json"
 FAILED = "failed.txt"
 SHOWN = 5  # names or failures listed before "..."
@@ -76,17 +76,27 @@ class Run:
             _settle(self.folder, record, outputs, overwrite)
         processes.gather(None)  # no rank may write before the folder is settled
 
-    def map(self, work: Work, names: Sequence[str], *args, num_workers: int = 1, block: int = 1) -> list:
+    def map(
+        self,
+        work: Work,
+        names: Sequence[str],
+        *args,
+        num_workers: int = 1,
+        block: int = 1,
+        counted: bool = True,
+    ) -> list:
         """Do `work(names, position, *args)`, `names` shared out among processes in blocks (`processes.run`).
 
         Under torchrun every rank takes its part of `names` and may itself have `num_workers` processes.
+        `counted` says that there will be one outcome for each name.
 
         Returns:
             What each call of `work` returned; under torchrun those of all ranks, on all ranks.
         """
         names = processes.shard(names, self.rank, self.world, block)
         # Rank 0 speaks for all; disable=None is quiet when stderr is no terminal.
-        with tqdm(total=len(names), unit="image", disable=True if self.rank else None) as bar:
+        total, disable = len(names) if counted else None, True if self.rank else None
+        with tqdm(total=total, unit="image", disable=disable) as bar:
 
             def take(outcome: Outcome) -> None:
                 self.take(outcome)

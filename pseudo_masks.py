@@ -1,0 +1,71 @@
+"""Steps 1 and 2b in one go, images and labels to pseudo masks: python pseudo_masks.py --help"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import clip
+from pipeline import fused, shards
+from pipeline.cams_cli import add_cam_flags, add_image_flags, add_run_flags, cam_job
+from pipeline.flags import HelpFormatter, add_crf_flags, crf_preset
+from pipeline.masks import MaskJob, fingerprint, mask_settings
+from pipeline.run import Run, command
+from segmentation import camfile
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Pseudo masks from images and the classes that each contains, by CAMs and a dense CRF; "
+        "pixels of low confidence are 255. Nothing large is written between. A stopped run is continued by "
+        "the same command.",
+        formatter_class=HelpFormatter,
+    )
+    flag = add_image_flags(parser, None)
+    flag("--pseudo_mask_save_path", required=True, metavar="DIR", help="folder for the masks")
+    flag("--keep_cams", choices=["none", *camfile.FORMATS], default="none", help="also write the CAM files")
+    flag("--cam_out_dir", help="where (without it: cams in the folder of the masks); shards hold both")
+    add_run_flags(parser)
+    add_cam_flags(parser)
+    add_crf_flags(parser, "auto")
+    args = parser.parse_args()
+    kept = args.keep_cams != "none"
+    folder = None
+    if kept:
+        folder = args.cam_out_dir or str(Path(args.pseudo_mask_save_path) / "cams")
+    cams, names, record = cam_job(parser, args, None, folder, args.keep_cams if kept else "compact")
+    backend = args.crf_backend
+    if backend == "auto":
+        backend = "torch" if clip.pick_device(args.device).type == "cuda" else "numba"
+    masks = MaskJob(
+        benchmark=cams.benchmark,
+        cam_dir=folder or "",
+        image_root=cams.image_root,
+        output=args.pseudo_mask_save_path,
+        cam_type=fused.cam_type(cams.settings),
+        confidence=args.confidence,
+        crf=crf_preset(args),
+        backend=backend,
+        max_pixels=args.crf_max_pixels,
+    )
+    if kept and not args.shards:  # the folder of the CAMs is then as step 1 would leave it
+        outputs = tuple(f"*{suffix}" for suffix in camfile.FORMATS.values())
+        Run(folder, **record, outputs=outputs, overwrite=args.overwrite)
+    run = Run(
+        args.pseudo_mask_save_path,
+        settings=mask_settings(masks, record["settings"]["benchmark"]),
+        inputs={"cams": fingerprint(record)},
+        outputs=("*.tar",) if args.shards else ("*.png",),
+        overwrite=args.overwrite,
+        step="masks",
+    )
+    workers = args.num_workers
+    if args.shards:
+        step = partial(fused.FusedStep, cams, masks)
+        run.map(shards.generate, names, masks.output, step, num_workers=workers, counted=False)
+    else:
+        run.map(fused.generate, names, cams, masks, num_workers=workers, block=cams.flow.look_ahead)
+    return run.finish()
+
+
+if __name__ == "__main__":
+    command(main)
