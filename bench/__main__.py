@@ -28,8 +28,8 @@ def main() -> int:
     flag("--precision", choices=clip.PRECISIONS, default=usual.precision, help="of the image tower; the "
          "public way stays float32")  # fmt: skip
     flag("--threads", type=int, default=usual.threads, help="CPU threads of PyTorch and OpenCV")
-    flag("--images", type=int, default=usual.images, help="images timed in a round, a multiple of "
-         "--threads; a GPU needs thousands")  # fmt: skip
+    flag("--images", type=int, default=usual.images, help="images timed in a round (cams and pipeline "
+         "on a CPU: a multiple of --threads); a GPU needs thousands")  # fmt: skip
     flag("--rounds", type=int, default=usual.rounds, help="turns of both ways; medians are reported")
     flag("--labels", type=float, default=usual.labels, help="labels per image, on average: VOC12 has 1.5, "
          "COCO14 2.9")  # fmt: skip

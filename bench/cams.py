@@ -53,7 +53,13 @@ class Material:
 
     @classmethod
     def make(cls, folder: Path, setting: Setting) -> "Material":
-        """Draw the images, and the weights if no model is given."""
+        """Draw the images, and the weights if no model is given.
+
+        Raises:
+            ValueError: the threads of a CPU, whose images end together, do not share the images evenly.
+        """
+        if setting.kind == "cpu" and setting.images % setting.threads:
+            raise ValueError(f"--images {setting.images} must be a multiple of --threads {setting.threads}")
         model = setting.model
         if model is None:
             torch.manual_seed(0)

@@ -12,6 +12,7 @@ from bench import cams, crf, measure
 from bench.cams import BENCHMARK, Material
 from bench.measure import Setting
 from bench.reference import reference_mask
+from pipeline.fused import generate
 from pipeline.masks import MaskJob
 from pipeline.processes import Outcome
 from segmentation.masks import read_mask, write_mask
@@ -19,13 +20,11 @@ from segmentation.masks import read_mask, write_mask
 
 def ours(setting: Setting, material: Material, names: list[str], output: Path) -> Iterator[Outcome]:
     """This project's way: nothing but masks is written."""
-    from pipeline import fused
-
     backend = setting.backend
     if backend == "auto":
         backend = {"cpu": "numba", "cuda": "torch"}[setting.kind]
     masks = MaskJob(BENCHMARK, "", "", str(output), backend=backend, device=setting.device)
-    return fused.generate(names, 0, replace(material.job(setting, output), output=None), masks)
+    return generate(names, 0, replace(material.job(setting, output), output=None), masks)
 
 
 def reference(setting: Setting, material: Material, names: list[str], output: Path) -> Iterator[Outcome]:

@@ -39,7 +39,7 @@ class Setting:
         device: as `clip.load` takes it.
         precision: of the image tower; the reference is float32 whatever it is.
         threads: CPU threads of PyTorch and OpenCV; with a GPU, also processes that decode.
-        images: images timed in a round; on a CPU a multiple of `threads`, whose images end together.
+        images: images timed in a round.
         rounds: how often ours and the reference take turns.
         labels: mean number of labels of an image.
         backend: of the dense CRF, see `refinement.densecrf`.
@@ -57,8 +57,6 @@ class Setting:
     def __post_init__(self):
         if min(self.threads, self.images, self.rounds) < 1:
             raise ValueError("--threads, --images and --rounds must be 1 or more")
-        if self.kind == "cpu" and self.images % self.threads:
-            raise ValueError(f"--images {self.images} must be a multiple of --threads {self.threads}")
         if not 1 <= self.labels <= 5:
             raise ValueError(f"--labels must be between 1 and 5, got {self.labels:g}")
 

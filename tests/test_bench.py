@@ -108,6 +108,12 @@ def test_crf(quick, tmp_path, monkeypatch, capsys):
     assert result["label_agreement"] >= 0.999 and result["largest_difference"] <= 1e-3
 
 
+def test_pipeline(quick, parity_file, tmp_path, monkeypatch, capsys):
+    few = ("--images", 1, "--rounds", 1, "--model", parity_file("tiny", 0))
+    result = bench(monkeypatch, capsys, tmp_path, "pipeline", *few)
+    assert result["label_agreement"] >= 0.99
+
+
 def test_eval(quick, tmp_path, monkeypatch, capsys):
     result = bench(monkeypatch, capsys, tmp_path, "eval", "--images", 4, "--rounds", 1)
     assert result["label_agreement"] == 1
@@ -115,11 +121,11 @@ def test_eval(quick, tmp_path, monkeypatch, capsys):
     assert grown < 1.05
 
 
-def test_wrong_use_is_an_error():
+def test_wrong_use_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="--images"):
         Setting(images=0)
     with pytest.raises(ValueError, match="--images 3 must be a multiple of --threads 2"):
-        Setting(images=3, threads=2)
+        cams.Material.make(tmp_path, Setting(images=3, threads=2))
     with pytest.raises(ValueError, match="--labels"):
         Setting(labels=0.5)
 
