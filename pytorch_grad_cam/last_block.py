@@ -25,14 +25,15 @@ def _normalise(layer: LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     return (x - mean) * inverse, inverse
 
 
-def _activation_slope(activation: torch.nn.Module, x: Tensor) -> Tensor:
-    """Derivative of QuickGELU or GELU."""
+def _activate(activation: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """QuickGELU or GELU of x, and its derivative there."""
     if isinstance(activation, QuickGELU):
-        gate = torch.sigmoid(1.702 * x)
-        return gate * (1 + 1.702 * x * (1 - gate))
-    x = x.float()
-    density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density
+        gate = (1.702 * x).sigmoid_()
+        value = x * gate
+        return value, torch.addcmul(gate, value, 1 - gate, value=1.702)
+    wide = x.float()
+    density = torch.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
+    return activation(x), (0.5 * (1 + torch.erf(wide / math.sqrt(2))) + wide * density).to(x.dtype)
 
 
 class LastBlock:
@@ -54,25 +55,32 @@ class LastBlock:
         normed = block.ln_1(tokens)  # (B, L, C)
         query, key, value = block.attn.qkv(normed)  # (B, heads, L, 64)
         self.query, self.key, self.value = query[:, :, 1:], key, value
-        self.weights, self.mixed = [], []  # of each head: (B, n, L) and (B, n, 64)
-        total = 0
-        for head in range(block.attn.heads):
-            scores = (query[:, head] * HEAD_WIDTH**-0.5) @ key[:, head].mT  # (B, L, L)
-            weights = scores.softmax(-1, dtype=torch.float32)
-            total = total + weights
+        batch, heads, length, _ = query.shape
+        scores = query.new_empty(batch, length, length)
+        self.attention = torch.zeros_like(scores, dtype=torch.float32)
+        self.weights = value.new_empty(heads, batch, length, length)
+        weights = torch.empty_like(self.attention)
+        self.mixed = value.new_empty(heads, batch, length - 1, HEAD_WIDTH)
+        for head in range(heads):
+            torch.bmm(query[:, head] * HEAD_WIDTH**-0.5, key[:, head].mT, out=scores)
+            torch.softmax(scores, -1, dtype=torch.float32, out=weights)
+            self.attention.add_(weights)
+            self.weights[head] = weights
             # Patches alone are scored, so from here the class token is no query any more.
-            self.weights.append(weights[:, 1:].to(value.dtype))
-            self.mixed.append(self.weights[-1] @ value[:, head])
-        self.attention = total / block.attn.heads
-        attended = block.attn.out_proj(torch.cat(self.mixed, -1))  # (B, n, C)
+            torch.bmm(self.weights[head, :, 1:], value[:, head], out=self.mixed[head])
+        self.attention.div_(heads)
+        self.weights = self.weights[:, :, 1:]  # (heads, B, n, L)
+        attended = block.attn.out_proj(self.mixed.permute(1, 2, 0, 3).flatten(2))  # (B, n, C)
         middle = tokens[:, 1:] + attended
         self.middle, self.middle_inverse = _normalise(block.ln_2, middle)
         hidden = block.mlp.c_fc(self._affine(block.ln_2, self.middle).to(middle.dtype))  # (B, n, 4C)
-        output = middle + block.mlp.c_proj(block.mlp.gelu(hidden))
-        self.slope = _activation_slope(block.mlp.gelu, hidden)
+        hidden, slope = _activate(block.mlp.gelu, hidden)
+        output = block.mlp.c_proj(hidden).add_(middle)
         self.output, self.output_inverse = _normalise(visual.ln_post, output)
-        # What c_proj passes back of the normalised tokens, which is the same for every label.
-        self.passed = self.output.to(visual.dtype) @ block.mlp.c_proj.weight  # (B, n, 4C)
+        # How c_proj's output passes back through the activation, for a vector that is the same at all
+        # patches, and for the normalised tokens, which are the same for every label.
+        self.slope = slope * self.output_inverse.to(slope.dtype)  # (B, n, 4C)
+        self.passed = (self.output.to(visual.dtype) @ block.mlp.c_proj.weight).mul_(self.slope)
         self.normed = normed[:, 1:].float()
         pooled = self._affine(visual.ln_post, self.output).mean(1)  # (B, C)
         self.pooled = pooled @ visual.proj.float()
@@ -101,17 +109,17 @@ class LastBlock:
         constant = (directions @ self.visual.proj.float().T) * self.visual.ln_post.weight  # (B, K, C)
         along = (constant @ self.output.mT / width)[..., None]  # (B, K, n, 1)
         constant = (constant - constant.mean(-1, keepdim=True))[:, :, None]  # (B, K, 1, C)
-        inverse = self.output_inverse[:, None]
-        upstream = (constant - along * self.output[:, None]) * inverse  # (B, K, n, C), times n
+        upstream = torch.addcmul(constant, along, self.output[:, None], value=-1)  # (B, K, n, C), times n
+        upstream.mul_(self.output_inverse[:, None])
 
         # Through the MLP, the two parts of `upstream` apart.
-        hidden = (constant.to(dtype) @ block.mlp.c_proj.weight) - along.to(dtype) * self.passed[:, None]
-        hidden = hidden * (inverse.to(dtype) * self.slope.to(dtype)[:, None])  # (B, K, n, 4C)
-        normed = (hidden @ block.mlp.c_fc.weight).float() * block.ln_2.weight  # (B, K, n, C)
+        hidden = (constant.to(dtype) @ block.mlp.c_proj.weight) * self.slope[:, None]  # (B, K, n, 4C)
+        hidden.addcmul_(along.to(dtype), self.passed[:, None], value=-1)
+        normed = (hidden @ block.mlp.c_fc.weight).float().mul_(block.ln_2.weight)  # (B, K, n, C)
         middle = self.middle[:, None]
-        centred = normed - normed.mean(-1, keepdim=True)
-        centred = centred - middle * (normed * middle).mean(-1, keepdim=True)
-        upstream = upstream + centred * self.middle_inverse[:, None]
+        shared = (normed * middle).mean(-1, keepdim=True)
+        normed.sub_(normed.mean(-1, keepdim=True)).addcmul_(middle, shared, value=-1)
+        upstream.addcmul_(normed, self.middle_inverse[:, None])
 
         # Through attention, head by head.
         mixed = upstream.to(dtype) @ block.attn.out_proj.weight  # (B, K, n, C)
@@ -137,12 +145,14 @@ class LastBlock:
         """
         weights = self.weights[head]  # (B, n, L)
         query, key, value = self.query[:, head], self.key[:, head], self.value[:, head]
-        along = torch.einsum("bnkd,bnd->bnk", gradient, self.mixed[head])  # r
-        back = (weights.mT @ gradient.flatten(2)).unflatten(-1, gradient.shape[2:])  # (B, L, K, 64)
-        columns = torch.einsum("blkd,bld->blk", back, value) - weights.mT @ along
+        along = (gradient * self.mixed[head][:, :, None]).sum(-1)  # (B, n, K), r
+        labels = along.shape[-1]
+        back = weights.mT @ torch.cat([gradient.flatten(2), along], -1)  # (B, L, K * 64 + K), A^T d and A^T r
+        back, rest = back[..., :-labels].unflatten(-1, (labels, -1)), back[..., -labels:]
+        columns = (back * value[:, :, None]).sum(-1) - rest  # (B, L, K)
         to_class = weights[..., :1]  # (B, n, 1)
-        class_column = to_class * (torch.einsum("bnkd,bd->bnk", gradient, value[:, 0]) - along)
+        class_column = to_class * ((gradient * value[:, :1, None]).sum(-1) - along)  # (B, n, K)
         queries = HEAD_WIDTH**-0.5 * (columns.mT @ key)  # (B, K, 64)
         keys = -(HEAD_WIDTH**-0.5) * (class_column.mT @ query)
-        values = torch.einsum("bn,bnkd->bkd", 1 - to_class[..., 0], gradient)
+        values = ((1 - to_class).mT @ gradient.flatten(2)).unflatten(-1, (labels, -1))[:, 0]
         return torch.stack([queries, keys, values], 1)
