@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -178,7 +178,8 @@ def _ahead(
     stack.callback(pool.shutdown, cancel_futures=True)
     ahead: deque[list] = deque()
     for block in blocks:
-        ahead.append([partial(_result, pool.submit(decode, sample)) for sample in block])
+        with _death_told():  # also of a process that died over an earlier block
+            ahead.append([partial(_result, pool.submit(decode, sample)) for sample in block])
         if len(ahead) > math.ceil(2 * settings.decode_workers / settings.look_ahead):
             yield ahead.popleft()
     yield from ahead
@@ -197,8 +198,14 @@ def _decode_only() -> None:
 
 
 def _result(future: Future) -> Decoded | Outcome:
-    try:
+    with _death_told():
         return future.result()
+
+
+@contextmanager
+def _death_told() -> Iterator[None]:
+    try:
+        yield
     except BrokenProcessPool:
         raise ChildProcessError(
             "a decoding process died (the system may have run out of memory); the same command continues, "

@@ -1,0 +1,251 @@
+"""The engine with a step that only counts: batches, failures, memory, threads."""
+
+import os
+import threading
+import time
+from collections.abc import Hashable
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import groupby
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.flow import FlowSettings, flow
+from pipeline.processes import Outcome, failed
+from segmentation.files import DiskFull
+
+OUT_OF_MEMORY = [
+    torch.cuda.OutOfMemoryError("CUDA out of memory"),
+    MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 80 bytes"),
+]
+
+
+@dataclass
+class Image:
+    name: str
+    shape: Hashable
+    cost: int
+
+
+def decode(image: Image) -> Image | Outcome:
+    """A sample is its own decoded image; some shapes say what goes wrong."""
+    if image.shape == "unreadable":
+        return failed(image.name, ValueError("it is unreadable"))
+    if image.shape == "deadly":
+        os._exit(3)
+    return image
+
+
+class Step:
+    """Records what is computed and written. `fits` images of a shape fit into memory; `trouble` raises in
+    `compute` or `write` for the image named."""
+
+    def __init__(self, fits=None, trouble=None, auto=2, seconds=0.0, out_of_memory=OUT_OF_MEMORY[0]):
+        self.fits, self.trouble = fits or {}, trouble or {}
+        self.auto, self.seconds, self.out_of_memory = auto, seconds, out_of_memory
+        self.tried: list[list[Image]] = []  # batches
+        self.batches: list[list[Image]] = []  # those that went well
+        self.written: dict[str, str] = {}
+        self.threads: set[tuple[str, int]] = set()
+
+    def batch_size(self, decoded: Image) -> int:
+        return self.auto
+
+    def compute(self, batch: list[Image]) -> list[str]:
+        self.threads.add((threading.current_thread().name.split("_")[0], torch.get_num_threads()))
+        self.tried.append(batch)
+        if len(batch) > self.fits.get(batch[0].shape, len(batch)):
+            raise self.out_of_memory
+        for image in batch:
+            if ("compute", image.name) in self.trouble:
+                raise self.trouble["compute", image.name]
+        self.batches.append(batch)
+        return [f"result of {image.name}" for image in batch]
+
+    def write(self, decoded: Image, result: str) -> list[str]:
+        time.sleep(self.seconds)
+        if ("write", decoded.name) in self.trouble:
+            raise self.trouble["write", decoded.name]
+        self.written[decoded.name] = result
+        return ["odd"] if decoded.cost % 2 else []
+
+
+def images(*shapes: Hashable) -> list[Image]:
+    return [Image(str(index), shape, index % 5) for index, shape in enumerate(shapes)]
+
+
+def expected(samples: list[Image]) -> dict[str, Outcome]:
+    """The outcomes where nothing but decoding fails."""
+    return {
+        image.name: Outcome(image.name, "it is unreadable")
+        if image.shape == "unreadable"
+        else Outcome(image.name, notes=("odd",) * (image.cost % 2))
+        for image in samples
+    }
+
+
+def outcomes(samples: list[Image], step: Step, settings: FlowSettings) -> dict[str, Outcome]:
+    found = list(flow(samples, decode, step, settings))
+    assert len(found) == len(samples) == len({outcome.name for outcome in found})
+    return {outcome.name: outcome for outcome in found}
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "c", "unreadable"]), max_size=30),
+    st.builds(
+        FlowSettings,
+        batch_size=st.sampled_from([None, 1, 3, 8]),
+        look_ahead=st.sampled_from([1, 4, 7, 100]),
+        threads=st.sampled_from([0, 1, 3]),
+        write_workers=st.sampled_from([0, 2]),
+    ),
+)
+@settings(deadline=None, max_examples=60)
+def test_every_sample_comes_out_and_batches_are_cut_from_one_block(shapes, given):
+    samples, step = images(*shapes), Step()
+    assert outcomes(samples, step, given) == expected(samples)
+    good = [image for image in samples if image.shape != "unreadable"]
+    assert step.written == {image.name: f"result of {image.name}" for image in good}
+    size = given.batch_size or step.auto
+    cut = []  # what batches must be: of one block, of one shape, the dearest first, full but for the last
+    for start in range(0, len(samples), given.look_ahead):
+        block = [image for image in samples[start : start + given.look_ahead] if image in good]
+        for _, group in groupby(sorted(block, key=lambda image: image.shape), lambda image: image.shape):
+            costs = sorted((image.cost for image in group), reverse=True)
+            cut += [(start, costs[first : first + size]) for first in range(0, len(costs), size)]
+    found = []
+    for batch in step.batches:
+        starts = {int(image.name) // given.look_ahead * given.look_ahead for image in batch}
+        assert len(starts) == 1 and len({image.shape for image in batch}) == 1
+        found.append((starts.pop(), [image.cost for image in batch]))
+    assert sorted(found) == sorted(cut)
+
+
+@pytest.mark.parametrize("threads, write_workers", [(0, 2), (3, 0)])
+def test_decoding_processes_change_nothing(threads, write_workers):
+    samples, step = images(*["a", "b", "unreadable"] * 9), Step()
+    asked = FlowSettings(
+        batch_size=3, look_ahead=6, threads=threads, decode_workers=2, write_workers=write_workers
+    )
+    assert outcomes(samples, step, asked) == expected(samples)
+    assert sorted(map(len, step.batches)) == [1] * 2 + [2] * 8
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_batch_that_does_not_fit_is_halved_and_so_are_later_ones_of_its_shape(error):
+    step = Step(fits={"large": 3}, out_of_memory=error)
+    samples = images(*["large", "small"] * 32)
+    found = outcomes(samples, step, FlowSettings(batch_size=8, look_ahead=32, threads=0))
+    assert found == expected(samples) and len(step.written) == 64
+    large = [len(batch) for batch in step.tried if batch[0].shape == "large"]
+    assert large == [8, 4, 2, 2, 4, 2, 2] + [2] * 12
+    assert [len(batch) for batch in step.tried if batch[0].shape == "small"] == [8] * 4
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_an_image_that_does_not_fit_alone_fails_with_a_sentence(error):
+    step = Step(fits={"huge": 0}, out_of_memory=error)
+    samples = images("small", "huge", "small")
+    found = outcomes(samples, step, FlowSettings(batch_size=2, look_ahead=3, threads=1))
+    failure = "there is too little memory for an image of shape huge"
+    assert found == {**expected(samples), "1": Outcome("1", failure)}
+
+
+@pytest.mark.parametrize("where", ["compute", "write"])
+@pytest.mark.parametrize("threads, write_workers", [(0, 0), (0, 2), (2, 0)])
+def test_one_poisonous_image_fails_alone_and_limits_nothing(where, threads, write_workers):
+    step = Step(trouble={(where, "5"): KeyError("poison")})
+    samples = images(*["a"] * 24)
+    asked = FlowSettings(batch_size=8, look_ahead=8, threads=threads, write_workers=write_workers)
+    assert outcomes(samples, step, asked) == {
+        **expected(samples),
+        "5": Outcome("5", "KeyError: 'poison'"),
+    }
+    assert len(step.written) == 23
+    assert [len(batch) for batch in step.batches].count(8) >= 2
+
+
+@pytest.mark.parametrize("place", [0, 60])
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_dead_decoding_process_is_told(place, threads):
+    samples = images(*["a"] * 120)
+    samples[place].shape = "deadly"
+    step = Step(seconds=0.005)
+    with pytest.raises(ChildProcessError, match="decoding process died .* the same command continues"):
+        list(flow(samples, decode, step, FlowSettings(look_ahead=3, threads=threads, decode_workers=2)))
+    assert len(step.written) < 120
+
+
+@pytest.mark.parametrize("threads, write_workers", [(0, 0), (0, 2), (2, 0), (2, 2)])
+def test_a_full_disk_stops_the_flow(threads, write_workers):
+    step = Step(trouble={("write", "30"): DiskFull("no space is left")})
+    samples = images(*["a"] * 1000)
+    asked = FlowSettings(batch_size=2, look_ahead=4, threads=threads, write_workers=write_workers)
+    with pytest.raises(DiskFull, match="no space"):
+        list(flow(samples, decode, step, asked))
+    assert len(step.written) < 100
+
+
+@pytest.mark.parametrize(
+    "threads, decode_workers, write_workers", [(0, 0, 0), (0, 0, 1), (3, 0, 0), (3, 0, 1), (0, 2, 1)]
+)
+def test_what_is_on_its_way_is_bounded_however_slow_writing_is(threads, decode_workers, write_workers):
+    block, drawn, done, most = 4, 0, 0, 0
+    samples = images(*["a"] * 300)
+
+    def source():
+        nonlocal drawn
+        for sample in samples:
+            drawn += 1
+            yield sample
+
+    asked = FlowSettings(
+        look_ahead=block, threads=threads, decode_workers=decode_workers, write_workers=write_workers
+    )
+    step = Step(seconds=0.001)
+    for outcome in flow(source(), decode, step, asked):
+        most = max(most, drawn - done)
+        done += 1
+    assert done == 300
+    # Blocks: those of the threads, the last to leave them, what is still written of those before, and what
+    # processes have decoded ahead.
+    blocks = 2 * threads + 1 + 1 + (1 if decode_workers else 0)
+    assert 2 * threads * block < most <= blocks * block
+
+
+def test_threads_compute_on_a_core_each_and_the_callers_number_returns():
+    def of_a_new_thread() -> int:
+        found = []
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for samples in (images(*"aaaa"), images(*"aaaaaaaaaaaaaaaaaaaaa")):
+            step = Step()
+            with closing(flow(samples, decode, step, FlowSettings(threads=2))) as flowing:
+                for _ in range(4):  # of more: a caller that stops before the end
+                    next(flowing)
+            assert step.threads == {("flow", 1)}
+            assert torch.get_num_threads() == of_a_new_thread() == 3
+        step = Step()
+        list(flow(images(*"aaaa"), decode, step, FlowSettings(threads=0)))
+        assert step.threads == {("MainThread", 3)}
+        step = Step(seconds=0.01)
+        list(flow(images(*"a" * 30), decode, step, FlowSettings()))  # as many threads as PyTorch has
+        assert step.threads == {("flow", 1)}
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_serves_on_a_device():
+    asked = FlowSettings(batch_size=4, threads=5, decode_workers=2, write_workers=3)
+    assert asked.on(torch.device("cpu")) == FlowSettings(4, 1, 5, 2, 0)
+    assert asked.on(torch.device("cuda")) == FlowSettings(4, 1, 0, 2, 3)
