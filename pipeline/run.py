@@ -69,7 +69,7 @@ class Run:
         self.folder = None if folder is None else Path(folder)
         self.done = 0
         self.failures: list[tuple[str, str]] = []
-        self.notes: dict[str, list[str]] = {}
+        self.notes: dict[str, tuple[int, list[str]]] = {}  # how many images, and the first few
         self.rank, self.world = processes.rank_and_world()
         if self.folder is not None and self.rank == 0:
             record = {"step": step, "settings": dict(settings or {}), "inputs": dict(inputs or {})}
@@ -111,7 +111,11 @@ class Run:
         if outcome.failure:
             self.failures.append((outcome.name, outcome.failure))
         for note in outcome.notes:
-            self.notes.setdefault(note, []).append(outcome.name)
+            self._note(note, 1, [outcome.name])
+
+    def _note(self, note: str, count: int, names: list[str]) -> None:
+        before, first = self.notes.get(note, (0, []))
+        self.notes[note] = before + count, sorted([*first, *names])[:SHOWN]
 
     def finish(self) -> int:
         """Tell what failed and what is worth knowing; write `failed.txt`, or remove it.
@@ -125,9 +129,11 @@ class Run:
         self.failures = failures = sorted(failure for _, failed, _ in parts for failure in failed)
         if self.rank == 0:
             print(f"{sum(done for done, _, _ in parts)} images, {len(failures)} failed", file=sys.stderr)
-            for note in sorted({note for _, _, notes in parts for note in notes}):
-                names = sorted(name for _, _, notes in parts for name in notes.get(note, ()))
-                print(f"{note}: {len(names)} ({some(names)})", file=sys.stderr)
+            for _, _, notes in parts[1:]:  # those of rank 0 are here
+                for note, (count, names) in notes.items():
+                    self._note(note, count, names)
+            for note, (count, names) in sorted(self.notes.items()):
+                print(f"{note}: {count} ({some(names, count)})", file=sys.stderr)
             for name, sentence in failures[:SHOWN]:
                 print(f"failed: {name}: {sentence}", file=sys.stderr)
             if self.folder is not None:
@@ -156,9 +162,9 @@ def read_settings(folder: str | Path) -> dict:
         raise ValueError(f"{file} is damaged ({error}): restore it, or remove {folder}") from None
 
 
-def some(names: Sequence[str]) -> str:
-    """The first few of `names`, for one line."""
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+def some(names: Sequence[str], count: int | None = None) -> str:
+    """The first few of `names`, for one line; of `count` if these are not all."""
+    return ", ".join(names[:SHOWN]) + (", ..." if (count or len(names)) > SHOWN else "")
 
 
 def _settle(folder: Path, record: dict, outputs: Sequence[str], overwrite: bool) -> None:
