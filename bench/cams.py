@@ -17,8 +17,7 @@ from bench import data, measure
 from bench.measure import Setting
 from bench.reference import read_cams, reference_cams, write_cams
 from clip.model import CLIP, Config
-from pipeline.cams import REFINED, CamJob, CamSettings, generate
-from pipeline.flow import FlowSettings
+from pipeline.cams import AHEAD, MOST_AT_ONCE, REFINED, CamJob, CamSettings, flow_settings, generate
 from pipeline.processes import Outcome
 from pytorch_grad_cam.affinity import SINKHORN_ROUNDS, box_masks, refine
 from pytorch_grad_cam.grad_cam import encode, mean_gradients
@@ -29,8 +28,7 @@ from segmentation.labels import LabelReader, from_file
 
 VIT_B16 = Config(512, 224, 12, 768, 16, 77, 49408, 512, 12)
 BENCHMARK = voc12.BENCHMARK
-LOOK_AHEAD = 128  # images decoded ahead and grouped into batches on a GPU
-WRITERS = 4  # threads that write, on a GPU
+LOOK_AHEAD = AHEAD * MOST_AT_ONCE  # images that a GPU finishes together
 REFERENCE_IMAGES = 8  # at most in a round: on a GPU ours makes hundreds while the reference makes ten
 WATCHED = {"cpu": 8, "cuda": 3 * LOOK_AHEAD}  # images of ours made while memory is watched, ...
 REFERENCE_WATCHED = 3  # ... and of the reference, which does not go ahead
@@ -80,6 +78,7 @@ class Material:
 
     def job(self, setting: Setting, output: Path) -> CamJob:
         """What `pipeline.cams.generate` takes, writing compact files."""
+        decoders = setting.threads if setting.kind == "cuda" else 0
         return CamJob(
             benchmark=BENCHMARK,
             image_root=str(self.folder / "images"),
@@ -91,7 +90,7 @@ class Material:
             output=str(output),
             format="compact",
             settings=CamSettings(box_threshold=BENCHMARK.box_threshold),
-            flow=FlowSettings() if setting.kind == "cpu" else _gpu_flow(setting),
+            flow=flow_settings(setting.device, decode_workers=decoders),
         )
 
     def load(self, device: str, precision: str) -> tuple[CLIP, Tensor, Tensor]:
@@ -99,11 +98,6 @@ class Material:
         model = clip.load(self.model, device, precision)
         text = clip.text_features(model, BENCHMARK.prompts, BENCHMARK.templates)
         return model, text, clip.text_features(model, BENCHMARK.backgrounds, BENCHMARK.templates)
-
-
-def _gpu_flow(setting: Setting) -> FlowSettings:
-    """Every CPU core decodes."""
-    return FlowSettings(look_ahead=LOOK_AHEAD, decode_workers=setting.threads, write_workers=WRITERS)
 
 
 def _warm(setting: Setting) -> int:

@@ -15,7 +15,7 @@ import clip
 from clip.model import CLIP, HEAD_WIDTH, VisionTransformer
 from pipeline.decode import Decoder, Grid, Labelled, resized_views
 from pipeline.flow import FlowSettings, flow
-from pipeline.processes import Outcome, device_of
+from pipeline.processes import Outcome, cores, device_of
 from pytorch_grad_cam import text_cams
 from pytorch_grad_cam.affinity import box_masks, refine
 from pytorch_grad_cam.grad_cam import AVERAGED_BLOCKS
@@ -28,6 +28,8 @@ from segmentation.files import replacing
 REFINEMENTS = ("caa", "mhsa", "none")
 INITIAL, REFINED = "highres", "attn_highres"  # CAM types, as the public files name them
 MOST_AT_ONCE = 32  # images in a batch: by then a GPU is busy, and fewer are left over of rare shapes
+AHEAD = 8  # batches that are decoded ahead, among which images of equal size are looked for
+WRITERS = 4  # threads that write what a GPU makes: PNG and NumPy files at some thousand a second
 RESNET_LEAST = 2  # stride-32 cells per side that a ResNet tower needs to attend over
 
 
@@ -179,6 +181,34 @@ class CamJob:
     format: str
     settings: CamSettings
     flow: FlowSettings = field(default_factory=FlowSettings)
+
+
+def flow_settings(
+    device: str,
+    processes: int = 1,
+    batch_size: int | None = None,
+    look_ahead: int | None = None,
+    threads: int | None = None,
+    decode_workers: int | None = None,
+) -> FlowSettings:
+    """How images flow on a device, where the user does not say: a GPU is fed by all other cores.
+
+    Args:
+        device: see `pipeline.processes.device_of`.
+        processes: that share this machine.
+        batch_size, look_ahead, threads, decode_workers: what the user says, see `FlowSettings`.
+    """
+    gpu = clip.pick_device(device).type == "cuda"
+    most = batch_size or (MOST_AT_ONCE if gpu else 1)
+    if decode_workers is None:
+        decode_workers = max(1, cores() // processes - 1) if gpu else 0
+    return FlowSettings(
+        batch_size=batch_size,
+        look_ahead=look_ahead or (AHEAD * most if most > 1 else 1),
+        threads=threads,
+        decode_workers=decode_workers,
+        write_workers=WRITERS,
+    )
 
 
 def generate(names: Sequence[str], position: int, job: CamJob) -> Generator[Outcome, None, None]:

@@ -10,10 +10,17 @@ from clip.checkpoint import rounds
 from clip.download import resolve, sha256
 from clip.positions import POSITION_ROUNDINGS
 from pipeline import shards
-from pipeline.cams import INITIAL, MOST_AT_ONCE, REFINEMENTS, CamJob, CamSettings, CamStep, generate
+from pipeline.cams import (
+    AHEAD,
+    INITIAL,
+    REFINEMENTS,
+    CamJob,
+    CamSettings,
+    CamStep,
+    flow_settings,
+    generate,
+)
 from pipeline.flags import HelpFormatter, count, factors, share
-from pipeline.flow import FlowSettings
-from pipeline.processes import cores
 from pipeline.run import Run
 from pytorch_grad_cam import METHODS
 from pytorch_grad_cam.grad_cam import AVERAGED_BLOCKS
@@ -22,7 +29,6 @@ from segmentation import camfile, labels
 from segmentation.benchmark import Benchmark
 
 ROUND_WEIGHTS = {"auto": None, "on": True, "off": False}
-AHEAD = 8  # batches of images that are decoded ahead on a GPU
 
 
 def main(name: str | None = None) -> int:
@@ -177,7 +183,14 @@ def cam_job(
         output=output,
         format=cam_format,
         settings=settings,
-        flow=flow_settings(args),
+        flow=flow_settings(
+            args.device,
+            processes=args.num_workers,
+            batch_size=args.batch_size,
+            look_ahead=args.look_ahead,
+            threads=args.threads,
+            decode_workers=args.decode_workers,
+        ),
     )
     record = {
         "step": "cams",
@@ -196,20 +209,6 @@ def cam_job(
         "inputs": {"model": sha256(source.file)},
     }
     return job, names, record
-
-
-def flow_settings(args: argparse.Namespace) -> FlowSettings:
-    """How images flow on the device of --device; all processes of a run get the same."""
-    gpu = clip.pick_device(args.device).type == "cuda"
-    most = args.batch_size or (MOST_AT_ONCE if gpu else 1)
-    free = max(1, cores() // args.num_workers - 1) if gpu else 0
-    return FlowSettings(
-        batch_size=args.batch_size,
-        look_ahead=args.look_ahead or (AHEAD * most if most > 1 else 1),
-        threads=args.threads,
-        decode_workers=free if args.decode_workers is None else args.decode_workers,
-        write_workers=max(1, min(4, free)),
-    )
 
 
 def recorded(name: str) -> str:
