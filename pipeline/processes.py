@@ -10,13 +10,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
 from queue import Empty
 from typing import Any, NamedTuple
 
-from segmentation.files import DiskFull
+from segmentation.files import FULL, DiskFull
 
 PATIENCE = 1.0  # seconds between looks at whether the processes still live
 
@@ -40,6 +41,8 @@ def attempt(name: str, work: Callable[..., Sequence[str] | None], *args) -> Outc
     except DiskFull:
         raise
     except Exception as error:  # one bad image never loses a run, whatever is wrong with it
+        if isinstance(error, OSError) and error.errno in FULL:  # where numba keeps compiled code, say
+            raise DiskFull(f"{error}: make room, and the same command continues") from None
         return failed(name, error)
 
 
@@ -72,7 +75,10 @@ def gather(value: Any) -> list:
         distributed.init_process_group("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
         atexit.register(distributed.destroy_process_group)  # or its threads may abort the exit
     values = [None] * world
-    distributed.all_gather_object(values, value)
+    try:
+        distributed.all_gather_object(values, value)
+    except RuntimeError as error:  # gloo's: a connection broke
+        raise ChildProcessError("another of torchrun's processes died; the same command continues") from error
     return values
 
 
@@ -169,17 +175,24 @@ def run(
 
 def _collect(queue, workers: list, take: Callable[[Outcome], None]) -> list:
     results = {}
+    noticed = math.inf  # when a process was first seen dead whose result had not come
     while len(results) < len(workers):
         dead = [w for i, w in enumerate(workers) if i not in results and not w.is_alive()]
+        noticed = min(noticed, time.monotonic()) if dead else math.inf
         try:
-            index, kind, value = queue.get(timeout=PATIENCE)
+            message = queue.get(timeout=PATIENCE)
         except Empty:
-            if dead:  # and nothing of theirs is left in the queue
-                raise ChildProcessError(
-                    f"a worker process died (exit code {dead[0].exitcode}; -9 often means out of memory); "
-                    "the same command continues, fewer --num_workers need less memory"
-                ) from None
+            message = None  # nothing of the dead is left in the queue
+        # The living may go on filling the queue for hours.
+        overdue = any(w.exitcode for w in dead) and time.monotonic() > noticed + PATIENCE
+        if dead and (message is None or overdue):
+            raise ChildProcessError(
+                f"a worker process died (exit code {dead[0].exitcode}; -9 often means out of memory); "
+                "the same command continues, fewer --num_workers need less memory"
+            )
+        if message is None:
             continue
+        index, kind, value = message
         if kind == "outcome":
             take(value)
         elif kind == "result":

@@ -168,7 +168,6 @@ def some(names: Sequence[str], count: int | None = None) -> str:
 
 
 def _settle(folder: Path, record: dict, outputs: Sequence[str], overwrite: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     last = read_settings(folder)
     existing = [file for pattern in outputs for file in folder.rglob(pattern)]

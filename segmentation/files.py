@@ -5,9 +5,11 @@ import os
 import platform
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # no space, or no quota, is left
 
 
 class DiskFull(OSError):
@@ -25,15 +27,16 @@ def replacing(file: str | Path) -> Iterator[BinaryIO]:
         DiskFull: no space, or no quota, is left.
     """
     file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.{_machine()}-{os.getpid()}.tmp")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as stream:
             yield stream
         os.replace(temporary, file)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with suppress(OSError):  # above all: it is not there
+            temporary.unlink()
+        if isinstance(error, OSError) and error.errno in FULL:
             raise DiskFull(
                 f"no space is left to write {file}: make room, and the same command continues"
             ) from None
