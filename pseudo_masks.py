@@ -29,10 +29,12 @@ def main() -> int:
     add_crf_flags(parser, "auto")
     args = parser.parse_args()
     kept = args.keep_cams != "none"
+    if args.cam_out_dir and (not kept or args.shards):
+        parser.error("--cam_out_dir: goes with --keep_cams full or compact, and without --shards")
     folder = None
-    if kept:
+    if kept and not args.shards:
         folder = args.cam_out_dir or str(Path(args.pseudo_mask_save_path) / "cams")
-    cams, names, record = cam_job(parser, args, None, folder, args.keep_cams if kept else "compact")
+    cams, names, record = cam_job(parser, args, None, folder, args.keep_cams)
     backend = args.crf_backend
     if backend == "auto":
         backend = "torch" if clip.pick_device(args.device).type == "cuda" else "numba"
@@ -47,7 +49,7 @@ def main() -> int:
         backend=backend,
         max_pixels=args.crf_max_pixels,
     )
-    if kept and not args.shards:  # the folder of the CAMs is then as step 1 would leave it
+    if folder:  # the folder of the CAMs is then as step 1 would leave it
         outputs = tuple(f"*{suffix}" for suffix in camfile.FORMATS.values())
         Run(folder, **record, outputs=outputs, overwrite=args.overwrite)
     run = Run(

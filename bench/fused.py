@@ -24,7 +24,7 @@ def ours(setting: Setting, material: Material, names: list[str], output: Path) -
     if backend == "auto":
         backend = {"cpu": "numba", "cuda": "torch"}[setting.kind]
     masks = MaskJob(BENCHMARK, "", "", str(output), backend=backend, device=setting.device)
-    return generate(names, 0, replace(material.job(setting, output), output=None), masks)
+    return generate(names, 0, replace(material.job(setting, output), output=None, format="none"), masks)
 
 
 def reference(setting: Setting, material: Material, names: list[str], output: Path) -> Iterator[Outcome]:

@@ -167,8 +167,8 @@ def _fuse(views: list[np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CamJob:
-    """Everything a process needs to make CAM files; pickled when there are several. Without `output` the maps
-    go on to another step, and no file is written."""
+    """Everything a process needs to make CAM files; pickled when there are several. Without `output` they go
+    elsewhere than to a folder, and with format "none" there are no files."""
 
     benchmark: Benchmark
     image_root: str
@@ -267,7 +267,7 @@ class CamStep:
             labels=job.labels,
             classes=len(job.benchmark.classes),
             image_root=job.image_root,
-            output=job.output,
+            stale=tuple((job.output, suffix) for suffix in camfile.FORMATS.values()) if job.output else (),
             grid=grid_of(self.model),
             scales=settings.scales,
             max_patches=settings.max_patches,

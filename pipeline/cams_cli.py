@@ -52,7 +52,8 @@ def main(name: str | None = None) -> int:
     add_run_flags(parser)
     add_cam_flags(parser)
     args = parser.parse_args()
-    job, names, record = cam_job(parser, args, name, args.cam_out_dir, args.cam_format)
+    folder = None if args.shards else args.cam_out_dir
+    job, names, record = cam_job(parser, args, name, folder, args.cam_format)
     outputs = ("*.tar",) if args.shards else tuple(f"*{suffix}" for suffix in camfile.FORMATS.values())
     run = Run(args.cam_out_dir, **record, outputs=outputs, overwrite=args.overwrite)
     if args.shards:
@@ -135,8 +136,8 @@ def cam_job(
 
     Args:
         name: the benchmark; None takes --benchmark.
-        output: folder of the CAM files; None when they are not kept.
-        cam_format: see `segmentation.camfile`.
+        output: folder of the CAM files; None when they are not kept, or go to shards.
+        cam_format: see `segmentation.camfile`; "none" when they are not kept.
 
     Returns:
         The job; names of images, or of shards; and what a folder of CAMs records, as arguments of `Run`.

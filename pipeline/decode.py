@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,6 @@ from PIL import Image
 
 import clip
 from pipeline.processes import Outcome, failed
-from segmentation import camfile
 from segmentation.images import find_image, read_image, shrunk
 from segmentation.labels import LabelReader
 
@@ -79,7 +79,7 @@ class Decoder:
         labels: of images that bring none.
         classes: how many there are.
         image_root: of images that come by name.
-        output: folder in which no CAM file of an image without labels may stay, if there is one.
+        stale: folder and suffix of files that an image without labels must not keep.
         grid: of the model.
         scales, max_patches: see `resized_views`.
         kept_pixels: the image itself is kept, shrunk to so many; None: it is not.
@@ -88,7 +88,7 @@ class Decoder:
     labels: LabelReader
     classes: int
     image_root: str
-    output: str | None
+    stale: tuple[tuple[str, str], ...]
     grid: Grid
     scales: tuple[float, ...]
     max_patches: int
@@ -105,9 +105,8 @@ class Decoder:
         given = None if isinstance(sample, str) else sample.labels
         keys = self.labels(name) if given is None else self._indices(given)
         if not keys:
-            stale = camfile.find(self.output, name) if self.output else None
-            if stale:  # of labels that the image no longer has
-                stale.unlink()
+            for folder, suffix in self.stale:  # of labels that the image no longer has
+                (Path(folder) / f"{name}{suffix}").unlink(missing_ok=True)
             return Outcome(name, notes=("images without labels",))
         if isinstance(sample, str):
             image = read_image(find_image(self.image_root, name))

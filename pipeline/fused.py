@@ -4,6 +4,7 @@ Every stage is that of the steps, so the masks are theirs.
 """
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def generate(
     Args:
         names: image ids.
         position: of this process.
-        cams: how CAMs are made, and where they are kept; without `output` they are not.
+        cams: how CAMs are made, and where they are kept; nowhere with format "none", and no `output` then.
         masks: how masks are made of them; their folders of CAMs and images are not used.
     """
     missing = []
@@ -60,7 +61,7 @@ class FusedStep:
     whole batch where the CAMs are.
 
     Args:
-        cams, masks: see `generate`; CAMs are among the files when `cams` has a format.
+        cams, masks: see `generate`.
         position: of this process.
         store: where files go.
     """
@@ -73,7 +74,10 @@ class FusedStep:
         self.device, self.flow = self.cams.model.device, self.cams.flow
 
     def decoder(self) -> Decoder:
-        return self.cams.decoder(self.masks.max_pixels)
+        decoder = self.cams.decoder(self.masks.max_pixels)
+        if not decoder.stale:  # no folder of CAMs, so nothing says of which labels a mask is
+            return decoder
+        return replace(decoder, stale=(*decoder.stale, (self.masks.output, ".png")))
 
     def compute(self, batch: list[Labelled]) -> list[tuple[Maps, np.ndarray | None]]:
         """CAM type -> maps on the patch grid, and the mask where the CRF runs on the device."""
@@ -86,7 +90,7 @@ class FusedStep:
     @torch.no_grad()
     def _crf(self, batch: list[Labelled], grids: list[np.ndarray]) -> list[np.ndarray]:
         """The masks of a batch: (H, W) uint8, at the size of the kept images."""
-        images = [torch.from_numpy(decoded.image).to(self.device) for decoded in batch]
+        images = [torch.tensor(decoded.image, device=self.device) for decoded in batch]
         probabilities = [
             self._probabilities(torch.from_numpy(grid).to(self.device), image.shape[:2])
             for grid, image in zip(grids, images, strict=True)
@@ -115,7 +119,7 @@ class FusedStep:
             labels, posterior = refine_labels(decoded.image, np.array(decoded.keys), grid, self.masks)
             labels[posterior < self.masks.confidence] = IGNORE
         mask = encode_mask(at_size(labels, decoded.size), self.masks.benchmark.palette)
-        kept = {} if self.cams.job.output is None else self.cams.files(decoded, maps)
+        kept = {} if self.cams.job.format == "none" else self.cams.files(decoded, maps)
         self.store(decoded.name, {**kept, ".png": mask})
         notes = decoded.notes + self.cams.notes(maps)
         return notes if small == decoded.size else [*notes, shrunk_note(self.masks)]
