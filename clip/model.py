@@ -6,6 +6,7 @@ loads without a key map. Nothing here reads files; see `clip.checkpoint`.
 The vision tower is stepped through by explicit calls - `embed`, `block` or `blocks`, `project` -
 because every method built on a frozen CLIP wants something between two of its blocks. No hooks.
 """
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip.positions import resample_positions
-from clip.resnet import ModifiedResNet
+from clip.resnet import ModifiedResNet, normal
 
 HEAD_WIDTH = 64  # every published CLIP tower has width // 64 heads
 
@@ -181,12 +182,12 @@ class VisionTransformer(nn.Module):
         self.patch_size = config.patch_size
         self.grid = grid
         self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(grid**2 + 1, width))
+        self.class_embedding = normal(width, std=width**-0.5)
+        self.positional_embedding = normal(grid**2 + 1, width, std=width**-0.5)
         self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(width, config.vision_layers, config.activation)
         self.ln_post = LayerNorm(width)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
+        self.proj = normal(width, config.embed_dim, std=width**-0.5)
 
     @property
     def layers(self) -> int:
@@ -280,15 +281,12 @@ class CLIP(nn.Module):
         self.config = config
         self.visual = VisionTransformer(config) if config.patch_size else ModifiedResNet(config)
         self.transformer = Transformer(config.text_width, config.text_layers, config.activation)
-        self.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
-        self.positional_embedding = nn.Parameter(
-            0.01 * torch.randn(config.context_length, config.text_width)
-        )
+        words = normal(config.vocab_size, config.text_width, std=1.0)
+        self.token_embedding = nn.Embedding.from_pretrained(words, freeze=False)
+        self.positional_embedding = normal(config.context_length, config.text_width, std=0.01)
         self.ln_final = LayerNorm(config.text_width)
-        self.text_projection = nn.Parameter(
-            config.text_width**-0.5 * torch.randn(config.text_width, config.embed_dim)
-        )
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.text_projection = normal(config.text_width, config.embed_dim, std=config.text_width**-0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @property
     def device(self) -> torch.device:

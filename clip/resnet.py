@@ -10,6 +10,13 @@ from clip.positions import resample_positions
 STRIDE = 32  # of the last stage; image sides are rounded to multiples of it
 
 
+def normal(*shape: int, std: float) -> nn.Parameter:
+    """A parameter drawn from a normal distribution. On the meta device, where checkpoints are loaded, nothing
+    is drawn: PyTorch would first import its compiler, which takes seconds."""
+    values = torch.empty(*shape)
+    return nn.Parameter(values if values.is_meta else values.normal_(std=std))
+
+
 class Bottleneck(nn.Module):
     """1x1 - 3x3 - 1x1 residual unit; a stride is an average pooling after the 3x3 and in front of
     the shortcut's 1x1."""
@@ -45,7 +52,7 @@ class AttentionPool(nn.Module):
     def __init__(self, grid: int, width: int, heads: int, outputs: int):
         super().__init__()
         self.grid, self.heads = grid, heads
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(grid**2 + 1, width))
+        self.positional_embedding = normal(grid**2 + 1, width, std=width**-0.5)
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
