@@ -6,7 +6,7 @@ from pathlib import Path
 
 import clip
 from pipeline import fused, shards
-from pipeline.cams_cli import add_cam_flags, add_image_flags, add_run_flags, cam_job
+from pipeline.cams_cli import OUTPUTS, add_cam_flags, add_image_flags, add_run_flags, cam_job
 from pipeline.flags import HelpFormatter, add_crf_flags, crf_preset
 from pipeline.masks import MaskJob, fingerprint, mask_settings
 from pipeline.run import Run, command
@@ -50,13 +50,12 @@ def main() -> int:
         max_pixels=args.crf_max_pixels,
     )
     if folder:  # the folder of the CAMs is then as step 1 would leave it
-        outputs = tuple(f"*{suffix}" for suffix in camfile.FORMATS.values())
-        Run(folder, **record, outputs=outputs, overwrite=args.overwrite)
+        Run(folder, **record, outputs=OUTPUTS, overwrite=args.overwrite)
     run = Run(
         args.pseudo_mask_save_path,
         settings=mask_settings(masks, record["settings"]["benchmark"]),
         inputs={"cams": fingerprint(record)},
-        outputs=("*.tar",) if args.shards else ("*.png",),
+        outputs=("*.png", "*.tar"),
         overwrite=args.overwrite,
         step="masks",
     )

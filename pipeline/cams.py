@@ -168,11 +168,11 @@ def _fuse(views: list[np.ndarray]) -> np.ndarray:
 @dataclass(frozen=True)
 class CamJob:
     """Everything a process needs to make CAM files; pickled when there are several. Without `output` they go
-    elsewhere than to a folder, and with format "none" there are no files."""
+    elsewhere than to a folder; with format "none" there are none. Without `labels` images bring theirs."""
 
     benchmark: Benchmark
     image_root: str
-    labels: labels.LabelReader
+    labels: labels.LabelReader | None
     model: str
     device: str
     precision: str

@@ -28,6 +28,7 @@ from segmentation import benchmark as benchmarks
 from segmentation import camfile, labels
 from segmentation.benchmark import Benchmark
 
+OUTPUTS = (*(f"*{suffix}" for suffix in camfile.FORMATS.values()), "*.tar")  # what a folder of CAMs holds
 ROUND_WEIGHTS = {"auto": None, "on": True, "off": False}
 
 
@@ -54,8 +55,7 @@ def main(name: str | None = None) -> int:
     args = parser.parse_args()
     folder = None if args.shards else args.cam_out_dir
     job, names, record = cam_job(parser, args, name, folder, args.cam_format)
-    outputs = ("*.tar",) if args.shards else tuple(f"*{suffix}" for suffix in camfile.FORMATS.values())
-    run = Run(args.cam_out_dir, **record, outputs=outputs, overwrite=args.overwrite)
+    run = Run(args.cam_out_dir, **record, outputs=OUTPUTS, overwrite=args.overwrite)
     if args.shards:
         step = partial(CamStep, job)
         run.map(shards.generate, names, args.cam_out_dir, step, num_workers=args.num_workers, counted=False)
@@ -151,7 +151,7 @@ def cam_job(
     if args.shards:
         names = shards.shard_files(args.shards)
         classes = len(benchmark.classes)
-        reader = labels.from_file(args.labels, classes) if args.labels else shards.no_labels
+        reader = labels.from_file(args.labels, classes) if args.labels else None
     else:
         split = labels.split_of(benchmark, args.split_file)
         names = list(split)

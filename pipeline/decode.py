@@ -34,11 +34,11 @@ def resized_views(
 
 
 class Sample(NamedTuple):
-    """An image that comes with its content, from an archive, and with its labels, `3 17`; without (None) they
-    are looked up."""
+    """An image that comes with its content, and perhaps with its labels, `3 17`, from an archive. What has no
+    content is no image."""
 
     name: str
-    content: bytes
+    content: bytes | None
     labels: str | None
 
 
@@ -76,7 +76,7 @@ class Decoder:
     """Image name, or sample -> labels and resized pixels; pickled for decoding processes.
 
     Attributes:
-        labels: of images that bring none.
+        labels: of the images; None: they bring theirs.
         classes: how many there are.
         image_root: of images that come by name.
         stale: folder and suffix of files that an image without labels must not keep.
@@ -85,7 +85,7 @@ class Decoder:
         kept_pixels: the image itself is kept, shrunk to so many; None: it is not.
     """
 
-    labels: LabelReader
+    labels: LabelReader | None
     classes: int
     image_root: str
     stale: tuple[tuple[str, str], ...]
@@ -102,8 +102,9 @@ class Decoder:
             return failed(name, error)
 
     def _decoded(self, name: str, sample: str | Sample) -> Labelled | Outcome:
-        given = None if isinstance(sample, str) else sample.labels
-        keys = self.labels(name) if given is None else self._indices(given)
+        if isinstance(sample, Sample) and sample.content is None:
+            return Outcome(name, notes=("samples without an image",))
+        keys = self.labels(name) if self.labels else self._indices(sample)
         if not keys:
             for folder, suffix in self.stale:  # of labels that the image no longer has
                 (Path(folder) / f"{name}{suffix}").unlink(missing_ok=True)
@@ -123,7 +124,11 @@ class Decoder:
             kept = shrunk(np.asarray(image.convert("RGB")), self.kept_pixels)
         return Labelled(name, keys, (image.height, image.width), views, notes, kept)
 
-    def _indices(self, text: str) -> list[int]:
+    def _indices(self, sample: Sample) -> list[int]:
+        """The labels that an image brings."""
+        name, text = sample.name, sample.labels
+        if text is None:
+            raise ValueError(f"{name} comes without labels: add {name}.cls to its shard, or give --labels FILE")
         fields = text.split()
         if not all(field.isdecimal() and int(field) < self.classes for field in fields):
             raise ValueError(f"its labels are {text.strip()!r}, not class indices below {self.classes}")

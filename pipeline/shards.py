@@ -4,10 +4,11 @@ For image sets that no folder should hold. A shard has `<key>.jpg` (or png) and,
 `<key>.cls`, class indices as text: `3 17`. A result shard is written when all of it is there.
 """
 
+import re
+import tarfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from glob import glob
 from pathlib import Path
-from tarfile import TarError
 from typing import Any
 
 from pipeline.decode import Sample
@@ -28,7 +29,7 @@ def shard_files(pattern: str) -> list[str]:
 
     Raises:
         FileNotFoundError: there are none, or one is missing.
-        ValueError: two have the same name, which their results would have too.
+        ValueError: two have the same name, which their results would have too, or one has none.
     """
     from webdataset.shardlists import expand_urls  # takes a second to import
 
@@ -38,16 +39,25 @@ def shard_files(pattern: str) -> list[str]:
         if not found:
             raise FileNotFoundError(f"shard {part} does not exist")
         files += found
-    names = [Path(file).name for file in files]
+    names = [result_name(file) for file in files]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"--shards names {twice[0]} twice, and results go under the names of their shards")
     return files
 
 
-def no_labels(name: str) -> list[int]:
-    """The label reader of shards when no file replaces theirs."""
-    raise ValueError(f"{name} comes without labels: add {name}.{LABELS} to its shard, or give --labels FILE")
+def result_name(shard: str) -> str:
+    """The name of a result shard: `in-000.tar` for `dir/in-000.tar.gz` or `pipe:curl https://host/in-000.tar`.
+
+    Raises:
+        ValueError: the shard says none.
+    """
+    piped = shard.startswith("pipe:")
+    name = r"[^/\s'\"=?&]+" if piped else ".+"
+    found = re.search(rf"({name})\.(?:tar|tgz)\b", shard if piped else Path(shard).name)
+    if not found:
+        raise ValueError(f"shard {shard} names no .tar file, as which its results could be written")
+    return f"{found[1]}.tar"
 
 
 def generate(
@@ -66,7 +76,7 @@ def generate(
     results: dict[str, dict[str, bytes]] = {}
     step = None
     for shard in shards:
-        file = Path(output) / Path(shard).name
+        file = Path(output) / result_name(shard)
         if file.is_file():
             continue
         step = step or make_step(position=position, store=results.__setitem__)
@@ -80,17 +90,47 @@ def generate(
 
 
 def _samples(shard: str) -> Iterator[Sample]:
-    from webdataset.tariterators import tarfile_samples
+    from webdataset.tariterators import group_by_keys
 
     try:
-        for sample in tarfile_samples([{"url": shard}]):
+        for sample in group_by_keys(_members(shard)):
             content = next((sample[suffix] for suffix in IMAGES if suffix in sample), None)
-            if content is not None:
-                labels = sample[LABELS].decode("utf-8", "replace") if LABELS in sample else None
-                yield Sample(sample["__key__"], content, labels)
-    except (TarError, OSError, EOFError, ValueError) as error:
+            labels = sample[LABELS].decode("utf-8", "replace") if LABELS in sample else None
+            yield Sample(sample["__key__"], content, labels)
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         reason = error.args[0] if error.args else error  # webdataset puts the whole stream behind it
         raise DamagedShard(f"shard {shard} cannot be read: {reason}") from None
+
+
+class _Member(tarfile.TarInfo):
+    """A member of an archive that ends where it says so: `tarfile` takes damage for the end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # what an archive ends with
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"it is cut short or damaged ({error})") from None
+
+
+def _members(shard: str) -> Iterator[dict]:
+    """The files of a shard, as webdataset groups them to samples."""
+    from webdataset.gopen import gopen
+
+    with gopen(shard) as stream:
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as archive:
+            for member in archive:
+                archive.members = []  # or it keeps them all
+                if member.isreg() and not member.name.startswith("__"):  # which are of the archive itself
+                    yield {
+                        "fname": member.name,
+                        "data": archive.extractfile(member).read(),
+                        "__url__": shard,
+                    }
+        while stream.read(2**20):  # what pads it: a command that cannot write to its end would fail
+            pass
 
 
 def _write(file: Path, results: dict[str, dict[str, bytes]]) -> None:

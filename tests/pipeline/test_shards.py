@@ -1,0 +1,316 @@
+"""Images in tar shards give the files that a folder gives; damaged and missing shards."""
+
+import gzip
+import sys
+import tarfile
+from importlib import import_module
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+from pipeline.shards import shard_files
+from segmentation import camfile
+from tests.conftest import parity_image
+from tests.pipeline.conftest import write_voc
+
+# Image -> size and labels; three to a shard.
+IMAGES = {f"image_{index}": ((60 + 4 * index, 90), [index, 19 - index]) for index in range(8)}
+NAMES = sorted(IMAGES)
+SHARDS = {f"in-{index:03}.tar": NAMES[3 * index : 3 * index + 3] for index in range(3)}
+
+
+def run(script: str, *arguments, code: int = 0) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, arguments), "--device", "cpu"])
+        assert import_module(script).main() == code
+
+
+def write_shard(file: Path, members: dict[str, bytes]) -> None:
+    """As webdataset's writers do it."""
+    from webdataset import TarWriter
+
+    with TarWriter(str(file), encoder=False) as archive:
+        for name, content in members.items():
+            key, suffix = name.rsplit(".", 1)
+            archive.write({"__key__": key, suffix: content})
+
+
+def members(file: Path) -> dict[str, bytes]:
+    with tarfile.open(file) as archive:
+        return {member.name: archive.extractfile(member).read() for member in archive}
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*.tar")}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """The same images in a folder and in shards; the last of them is no JPEG."""
+    root = write_voc(tmp_path_factory.mktemp("voc"), IMAGES)
+    content = {}
+    for name, (size, labels) in IMAGES.items():
+        (root / "JPEGImages" / f"{name}.png").unlink()
+        suffix = "png" if name == NAMES[-1] else "jpg"
+        file = root / "JPEGImages" / f"{name}.{suffix}"
+        parity_image(name, size).save(file)
+        content[name] = {f"{name}.cls": " ".join(map(str, labels)).encode(), file.name: file.read_bytes()}
+    for shard, names in SHARDS.items():
+        write_shard(root / shard, {key: value for name in names for key, value in content[name].items()})
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(parity_file) -> list:
+    return ["--benchmark", "voc12", "--model", parity_file("tiny", 1)]
+
+
+@pytest.fixture(scope="module")
+def folder(data, model, tmp_path_factory) -> Path:
+    """Masks, and CAMs in `cams`, of the images in their folder."""
+    out = tmp_path_factory.mktemp("folder") / "masks"
+    images = ["--img_root", data / "JPEGImages", "--split_file", data / "split.txt"]
+    run("pseudo_masks", *model, *images, "--pseudo_mask_save_path", out, "--keep_cams", "compact")
+    assert len(list(out.glob("*.png"))) == len(IMAGES)
+    return out
+
+
+@pytest.fixture(scope="module")
+def sharded(data, model, tmp_path_factory) -> Path:
+    """Masks of the shards."""
+    out = tmp_path_factory.mktemp("sharded") / "masks"
+    masks(data, model, out)
+    return out
+
+
+def masks(data: Path, model: list, out: Path, *flags, shards="in-{000..002}.tar", code=0) -> dict[str, bytes]:
+    """pseudo_masks.py on shards; the result shards."""
+    common = ["--shards", data / shards, "--pseudo_mask_save_path", out]
+    run("pseudo_masks", *model, *common, *flags, code=code)
+    return results(out)
+
+
+def test_masks_are_those_of_the_folder(folder, sharded):
+    assert {file.name for file in sharded.iterdir()} == {*SHARDS, "settings.json"}
+    for shard, names in SHARDS.items():
+        expected = {f"{name}.png": (folder / f"{name}.png").read_bytes() for name in names}
+        assert members(sharded / shard) == expected
+
+
+@pytest.mark.parametrize("cam_format", camfile.FORMATS)
+def test_kept_cams_lie_beside_their_masks(cam_format, data, model, folder, tmp_path):
+    masks(data, model, tmp_path / "masks", "--keep_cams", cam_format)
+    assert not (tmp_path / "masks" / "cams").exists()
+    suffix = camfile.FORMATS[cam_format]
+    for shard, names in SHARDS.items():
+        found = members(tmp_path / "masks" / shard)
+        assert set(found) == {f"{name}{end}" for name in names for end in (".png", suffix)}
+        for name in names:
+            assert found[f"{name}.png"] == (folder / f"{name}.png").read_bytes()
+            (tmp_path / f"{name}{suffix}").write_bytes(found[f"{name}{suffix}"])
+            ours, theirs = (camfile.read(path, name) for path in (tmp_path, folder / "cams"))
+            assert (ours[0] == theirs[0]).all() and (ours[1] == theirs[1]).all()
+
+
+def test_cams_of_step_1_are_those_of_the_folder(data, model, folder, tmp_path):
+    common = ["--shards", data / "in-{000..002}.tar", "--cam_out_dir", tmp_path / "cams"]
+    run("generate_cams", *model, *common, "--cam_format", "compact")
+    for shard, names in SHARDS.items():
+        expected = {f"{name}.npz": (folder / "cams" / f"{name}.npz").read_bytes() for name in names}
+        assert members(tmp_path / "cams" / shard) == expected
+
+
+def test_a_stopped_run_makes_the_shards_that_are_missing(data, model, sharded, tmp_path):
+    out = tmp_path / "masks"
+    first = masks(data, model, out, shards="in-*.tar")
+    assert first == results(sharded)
+    before = {file: file.stat().st_mtime_ns for file in out.glob("*.tar")}
+    masks(data, model, out)
+    assert before == {file: file.stat().st_mtime_ns for file in out.glob("*.tar")}
+    (out / "in-001.tar").unlink()
+    assert masks(data, model, out) == first
+    after = {file: file.stat().st_mtime_ns for file in out.glob("*.tar")}
+    assert [file.name for file in before if before[file] != after[file]] == ["in-001.tar"]
+
+
+def test_processes_threads_and_blocks_change_no_byte(data, model, sharded, tmp_path):
+    assert masks(data, model, tmp_path / "threads", "--threads", 3, "--look_ahead", 2) == results(sharded)
+    assert masks(data, model, tmp_path / "two", "--num_workers", 2) == results(sharded)
+
+
+def test_a_file_of_labels_replaces_those_of_the_shards(data, model, sharded, tmp_path):
+    file = tmp_path / "labels.txt"
+    lines = [" ".join(map(str, [name, *labels])) for name, (_, labels) in IMAGES.items()]
+    file.write_text("\n".join(lines))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for shard in SHARDS:
+        pictures = {name: value for name, value in members(data / shard).items() if not name.endswith(".cls")}
+        write_shard(bare / shard, pictures)
+    found = masks(bare, model, tmp_path / "masks", "--labels", file)
+    assert found == results(sharded)
+    file.write_text("".join(f"{name} 5\n" for name in IMAGES))
+    for shards, out in ((bare, "other"), (data, "another")):  # without labels, and with others of their own
+        other = masks(shards, model, tmp_path / out, "--labels", file)
+        for shard, names in SHARDS.items():
+            assert members(tmp_path / out / shard).keys() == {f"{name}.png" for name in names}
+            assert other[shard] != found[shard]
+    assert results(tmp_path / "other") == results(tmp_path / "another")
+
+
+def test_images_that_fail_are_left_out_of_their_shard(data, model, sharded, tmp_path, capsys):
+    content = members(data / "in-000.tar")
+    good = NAMES[0]
+    whole = content[f"{good}.jpg"]
+    long = "long" * 40  # too long a name for the oldest tar format
+    changed = {
+        **{f"{good}.{suffix}": content[f"{good}.{suffix}"] for suffix in ("jpg", "cls")},
+        "cut.jpg": whole[: len(whole) // 2],
+        "cut.cls": b"3",
+        "unlabelled.jpg": whole,
+        "empty.jpg": whole,
+        "empty.cls": b" \n",
+        "word.jpg": whole,
+        "word.cls": b"cat",
+        "high.jpg": whole,
+        "high.cls": b"3 20",
+        "binary.jpg": whole,
+        "binary.cls": b"\xff\xfe",
+        "imageless.cls": b"3",
+        "imageless.webp": whole,
+        "in/a.folder/deep.JPG": whole,
+        "in/a.folder/deep.cls": b"0 19",
+        f"{long}.jpg": whole,
+        f"{long}.cls": b"0 19",
+        "__meta__.json": b"{}",
+    }
+    write(tmp_path / "in-000.tar", changed)
+    found = masks(tmp_path, model, tmp_path / "masks", shards="in-000.tar", code=1)
+    expected = members(sharded / "in-000.tar")[f"{good}.png"]
+    names = (good, "in/a.folder/deep", long)
+    assert members(tmp_path / "masks" / "in-000.tar") == {f"{name}.png": expected for name in names}
+    told = capsys.readouterr().err
+    assert "images without labels: 1 (empty)" in told and "10 images, 5 failed" in told
+    assert "samples without an image: 1 (imageless)" in told
+    failures = dict(
+        line.split("\t") for line in (tmp_path / "masks" / "failed.txt").read_text().splitlines()
+    )
+    assert failures.keys() == {"cut", "unlabelled", "word", "high", "binary"}
+    assert failures["cut"].startswith("image cut cannot be read")
+    assert failures["unlabelled"] == (
+        "unlabelled comes without labels: add unlabelled.cls to its shard, or give --labels FILE"
+    )
+    assert failures["word"] == "its labels are 'cat', not class indices below 20"
+    assert failures["high"] == "its labels are '3 20', not class indices below 20"
+    assert found.keys() == {"in-000.tar"}
+
+
+def write(file: Path, content: dict[str, bytes]) -> None:
+    """As tar does it, whose names may have any length."""
+    with tarfile.open(file, "w") as archive:
+        for name, value in content.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(value)
+            archive.addfile(member, BytesIO(value))
+
+
+@pytest.fixture
+def copies(data, tmp_path) -> Path:
+    (tmp_path / "copies").mkdir()
+    for shard in SHARDS:
+        (tmp_path / "copies" / shard).write_bytes((data / shard).read_bytes())
+    return tmp_path / "copies"
+
+
+def second_header(content: bytes) -> int:
+    """Where the third member of an archive begins."""
+    with tarfile.open(fileobj=BytesIO(content)) as archive:
+        return archive.getmembers()[2].offset
+
+
+DAMAGES = {
+    "in an image": lambda content: content[: len(content) // 2],
+    "between images": lambda content: content[: second_header(content)],
+    "in a header": lambda content: content[: second_header(content) + 100],
+    "a header overwritten": lambda content: content[: second_header(content)]
+    + b"\xaa" * 512
+    + content[second_header(content) + 512 :],
+    "empty": lambda content: b"",
+    "no archive": lambda content: b"<html>no such file</html>" * 100,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_fails_alone(damage, copies, model, sharded, tmp_path, capsys):
+    shard = copies / "in-001.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(DAMAGES[damage](whole))
+    found = masks(copies, model, tmp_path / "masks", code=1)
+    assert found == {name: value for name, value in results(sharded).items() if name != shard.name}
+    assert f"failed: {shard}: shard {shard} cannot be read: " in capsys.readouterr().err
+    failures = (tmp_path / "masks" / "failed.txt").read_text().splitlines()
+    assert len(failures) == 1 and len(failures[0]) < 500
+    shard.write_bytes(whole)
+    assert masks(copies, model, tmp_path / "masks") == results(sharded)
+    assert not (tmp_path / "masks" / "failed.txt").exists()
+
+
+def test_compressed_and_piped_shards(data, model, sharded, tmp_path):
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    (packed / "in-000.tar.gz").write_bytes(gzip.compress((data / "in-000.tar").read_bytes()))
+    found = masks(packed, model, tmp_path / "unpacked", shards="*.tar.gz")
+    assert found == {"in-000.tar": results(sharded)["in-000.tar"]}
+    common = ["--shards", f"pipe:cat {data}/in-{{001..002}}.tar", "--pseudo_mask_save_path", tmp_path / "p"]
+    run("pseudo_masks", *model, *common)
+    found = results(tmp_path / "p")
+    assert found == {name: value for name, value in results(sharded).items() if name != "in-000.tar"}
+    with pytest.raises(ValueError, match=r"names no \.tar file"):
+        shard_files("pipe:cat images")
+    assert shard_files("pipe:cp s3://bucket/a.tar - | tee b") == ["pipe:cp s3://bucket/a.tar - | tee b"]
+
+
+def test_a_failing_command_of_a_pipe_fails_its_shard(model, tmp_path):
+    common = ["--shards", "pipe:cat /nowhere/in-000.tar", "--pseudo_mask_save_path", tmp_path / "masks"]
+    run("pseudo_masks", *model, *common, code=1)
+    assert not results(tmp_path / "masks") and "in-000.tar" in (tmp_path / "masks" / "failed.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "pattern, told",
+    [
+        ("in-{000..003}.tar", "in-003.tar does not exist"),
+        ("other-*.tar", r"other-\*.tar does not exist"),
+        ("{in-000,JPEGImages/../in-000}.tar", "--shards names in-000.tar twice"),
+    ],
+)
+def test_missing_and_repeated_shards_are_mistakes_of_the_command_line(pattern, told, data, model, tmp_path):
+    with pytest.raises((ValueError, OSError), match=told):
+        masks(data, model, tmp_path / "masks", shards=pattern)
+    assert not (tmp_path / "masks").exists()
+
+
+def test_a_folder_of_files_is_no_folder_for_shards(data, model, folder, sharded, tmp_path):
+    before = (folder / "settings.json").read_bytes()
+    with pytest.raises(ValueError, match="other settings"):
+        masks(data, model, folder)
+    with pytest.raises(ValueError, match="other settings"):
+        images = ["--img_root", data / "JPEGImages", "--split_file", data / "split.txt"]
+        run("pseudo_masks", *model, *images, "--pseudo_mask_save_path", sharded)
+    with pytest.raises(ValueError, match="other settings"):
+        common = ["--shards", data / "in-*.tar", "--cam_out_dir", folder / "cams"]
+        run("generate_cams", *model, *common, "--cam_format", "compact")
+    assert (folder / "settings.json").read_bytes() == before
+
+
+def test_an_image_without_labels_removes_nothing_elsewhere(data, model, folder, tmp_path):
+    image = members(data / "in-000.tar")["image_0.jpg"]
+    write_shard(tmp_path / "in.tar", {"image_0.jpg": image, "image_0.cls": b""})
+    mine = tmp_path / "cams" / "image_0.npz"
+    mine.parent.mkdir()
+    mine.write_bytes((folder / "cams" / "image_0.npz").read_bytes())
+    for flags in (["--keep_cams", "compact"], []):
+        with pytest.raises(SystemExit):
+            masks(tmp_path, model, tmp_path / "masks", "--cam_out_dir", mine.parent, *flags, shards="in.tar")
+    assert mine.is_file()
