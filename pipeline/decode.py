@@ -128,7 +128,9 @@ class Decoder:
         """The labels that an image brings."""
         name, text = sample.name, sample.labels
         if text is None:
-            raise ValueError(f"{name} comes without labels: add {name}.cls to its shard, or give --labels FILE")
+            raise ValueError(
+                f"{name} comes without labels: add {name}.cls to its shard, or give --labels FILE"
+            )
         fields = text.split()
         if not all(field.isdecimal() and int(field) < self.classes for field in fields):
             raise ValueError(f"its labels are {text.strip()!r}, not class indices below {self.classes}")
