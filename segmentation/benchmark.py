@@ -5,6 +5,7 @@ background, k + 1 for class k and 255 for "unsure"; without a background class t
 """
 import importlib
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,17 +18,19 @@ IGNORE = 255  # index-mask value of pixels that no loss and no score may count
 LABEL_SOURCES = ("voc_xml", "file", "masks", "coco_json")
 
 
+@cache
 def voc_palette(colours: int = 256) -> np.ndarray:
     """The colours PASCAL VOC paints index masks with: the bits of an index, spread over R, G and B.
 
     Returns:
-        (colours, 3) uint8.
+        (colours, 3) uint8, read-only.
     """
     index = np.arange(colours)
     palette = np.zeros((colours, 3), np.uint8)
     for bit in range(8):
         for channel in range(3):
             palette[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    palette.flags.writeable = False  # one array for all who ask
     return palette
 
 

@@ -1,0 +1,567 @@
+"""What goes wrong while a step runs: killed processes, a full disk, bad and odd images, Ctrl-C."""
+
+import errno
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import shapes
+from pipeline.processes import Outcome
+from pipeline.run import Run, command
+from segmentation import camfile, files
+from segmentation.masks import read_mask
+from tests.conftest import parity_image
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 120  # seconds until a test gives up; a run that was disturbed ends in one or two
+IMAGES = 150  # enough that even a fast machine has not made them all when it is disturbed for the last time
+linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks into /proc")
+
+YAML = """name: faults
+classes: [circle, square, triangle, star]
+backgrounds: [grass, sky]
+templates: ['a photo of a {{}}.']
+labels: file
+root: {root}
+image_dir: images
+mask_dir: truth
+split_file: {root}/split.txt
+model: {model}
+"""
+
+
+def write_world(root: Path, names: list[str], size: tuple[int, int] = (60, 80)) -> Path:
+    """A benchmark of coarse JPEGs; returns its YAML file."""
+    (root / "images").mkdir(parents=True)
+    for index, name in enumerate(names):
+        small = parity_image(f"faults_{index}", (4, 5))
+        small.resize(size[::-1], Image.Resampling.NEAREST).save(root / "images" / f"{name}.jpg")
+    (root / "split.txt").write_text("".join(f"{name} {i % 2} {2 + i % 2}\n" for i, name in enumerate(names)))
+    (root / "faults.yaml").write_text(YAML.format(root=root, model=shapes.BENCHMARK.model))
+    return root / "faults.yaml"
+
+
+def flags_of(benchmark: Path) -> list[str]:
+    return ["--benchmark", str(benchmark), "--device", "cpu"]
+
+
+def told(script: str, capsys, monkeypatch, *flags) -> tuple[int, str]:
+    """Exit code of a script, run in this process, and what it says on stderr."""
+    main = import_module(script).main
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
+    monkeypatch.delenv("CLIP_WSSS_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as end:
+        command(main)
+    return end.value.code, capsys.readouterr().err
+
+
+def contents(folder: Path, pattern: str = "*.png") -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob(pattern)}
+
+
+# Killed and interrupted
+
+
+class Started:
+    """A command in a session of its own; what it starts is known by its environment."""
+
+    def __init__(self, *arguments):
+        self.mark = f"FAULT={os.getpid()}_{time.monotonic_ns()}"
+        name, value = self.mark.split("=")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), name: value}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env=environment,
+            stdout=pipe,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def until(self, condition: Callable) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def find(self, *signs: str) -> int:
+        """The process, among those that descend from this one, with these in its command or environment."""
+        found = [pid for pid, text in self.alive() if all(sign in text for sign in signs)]
+        return max(found)
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and output; nothing that was started may live on."""
+        output = self.process.communicate(timeout=PATIENCE)[0]
+        deadline = time.monotonic() + 10
+        while alive := list(self.alive()):
+            assert time.monotonic() < deadline, alive
+            time.sleep(0.05)
+        return self.process.returncode, output
+
+    def opened(self, process: int, folder: Path) -> bool:
+        """Does the process have a file of the folder open?"""
+        try:
+            opened = [os.readlink(file) for file in Path(f"/proc/{process}/fd").iterdir()]
+        except OSError:
+            return False
+        return any(file.startswith(str(folder)) for file in opened)
+
+    def alive(self) -> Iterator[tuple[int, str]]:
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+                line = (folder / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+                state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            except OSError:
+                continue
+            if self.mark in environment and state != "Z":
+                yield int(folder.name), line + "\n" + "\n".join(environment)
+
+
+def torchrun(*arguments) -> Started:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    return Started(*launcher, *arguments)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("faults")
+    return write_world(root, [f"image_{number:03}" for number in range(IMAGES)])
+
+
+def made(world: Path, script: str, out: Path) -> list:
+    """The command that makes masks or CAMs of the world in `out`."""
+    flag = "--cam_out_dir" if script == "generate_cams.py" else "--pseudo_mask_save_path"
+    return [ROOT / script, *flags_of(world), flag, out]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory) -> Callable[[str], dict[str, bytes]]:
+    """undisturbed(script) -> the files of a run that nothing happens to."""
+    found = {}
+
+    def of(script: str) -> dict[str, bytes]:
+        if script not in found:
+            out = tmp_path_factory.mktemp("undisturbed")
+            assert Started(*made(world, script, out)).end()[0] == 0
+            found[script] = contents(out, "image_*")
+            assert len(found[script]) == IMAGES
+        return found[script]
+
+    return of
+
+
+def only_whole(out: Path, expected: dict[str, bytes]) -> int:
+    """How many files there are, all of them as they should be."""
+    there = contents(out, "image_*")
+    there = {name: content for name, content in there.items() if not name.endswith(".tmp")}
+    assert there.items() <= expected.items()
+    return len(there)
+
+
+@linux
+def test_a_killed_rank_ends_the_run_and_a_rerun_completes_it(world, undisturbed, tmp_path):
+    expected, out = undisturbed("generate_cams.py"), tmp_path / "out"
+    run = torchrun(*made(world, "generate_cams.py", out))
+    run.until(lambda: len(contents(out, "image_*.npy")) >= 4)
+    os.kill(run.find("generate_cams.py", "\nRANK=0\n"), signal.SIGKILL)
+    code, output = run.end()
+    assert code == 1 and "Signal 9 (SIGKILL) received" in output
+    assert 4 <= only_whole(out, expected) < len(expected)
+    assert torchrun(*made(world, "generate_cams.py", out)).end()[0] == 0
+    assert contents(out, "image_*") == expected
+
+
+MASKS_DISTURBED = [  # flags, what is hit, signal, exit code, what is said
+    ("torchrun", "\nRANK=1\n", signal.SIGKILL, 1, "Signal 9 (SIGKILL) received"),
+    (["--decode_workers", "2"], "main", signal.SIGKILL, -signal.SIGKILL, ""),
+    (["--num_workers", "2"], "spawn_main", signal.SIGKILL, 1, "a worker process died (exit code -9"),
+    (["--threads", "2"], "group", signal.SIGINT, 130, "interrupted: the same command continues"),
+    (["--decode_workers", "2"], "group", signal.SIGINT, 130, "interrupted: the same command continues"),
+]
+
+
+@linux
+def test_masks_survive_one_fault_after_the_other(world, undisturbed, tmp_path, capsys, monkeypatch):
+    """One folder, disturbed in every way; all that is there is whole each time, and complete at the end."""
+    expected, out, there = undisturbed("pseudo_masks.py"), tmp_path / "masks", 0
+    for flags, target, sent, exit_code, sentence in MASKS_DISTURBED:
+        start = made(world, "pseudo_masks.py", out)
+        run = torchrun(*start) if flags == "torchrun" else Started(*start, *flags)
+        run.until(lambda least=there + 3: len(contents(out, "image_*.png")) >= least)
+        if target == "group":  # as a terminal does
+            os.killpg(run.process.pid, sent)
+        else:
+            os.kill(run.process.pid if target == "main" else run.find(target), sent)
+        begin = time.monotonic()
+        code, output = run.end()
+        assert time.monotonic() - begin < 30
+        assert code == exit_code and sentence in output, output
+        assert flags == "torchrun" or "Traceback" not in output, output  # torchrun shows one of its own
+        if sent == signal.SIGINT:
+            assert len(output.splitlines()) == 1, output
+        before, there = there, only_whole(out, expected)
+        assert before + 3 <= there < len(expected)
+    assert told("pseudo_masks", capsys, monkeypatch, *made(world, "pseudo_masks.py", out)[1:])[0] == 0
+    assert contents(out, "image_*") == expected
+    assert {file.name for file in out.iterdir()} == {*expected, "settings.json"}
+
+
+@linux
+def test_a_killed_rank_ends_an_evaluation(tmp_path, capsys, monkeypatch):
+    cams, truth = tmp_path / "cams", tmp_path / "truth"
+    truth.mkdir()
+    grid = np.random.default_rng(0).random((2, 20, 30), np.float32)
+    file = camfile.write(cams, "0", [0, 2], {"attn_highres": grid}, (1500, 2000), "compact")
+    Image.fromarray(np.zeros((1500, 2000), np.uint8)).save(truth / "0.png")
+    names = [str(number) for number in range(60)]
+    for name in names[1:]:
+        (cams / f"{name}.npz").symlink_to(file)
+        (truth / f"{name}.png").symlink_to(truth / "0.png")
+    (tmp_path / "split.txt").write_text("".join(f"{name}\n" for name in names))
+    (tmp_path / "faults.yaml").write_text(YAML.format(root=tmp_path, model="none.pt"))
+    arguments = [ROOT / "eval_cam.py", "--cam_out_dir", cams, "--dataset", tmp_path / "faults.yaml"]
+    arguments += ["--num_workers", "1", "--json", tmp_path / "scores.json"]
+    run = torchrun(*arguments)
+
+    def reads() -> int | None:
+        """Rank 1, while a file of the images is open in it."""
+        for process, text in run.alive():
+            if "eval_cam.py" in text and "\nRANK=1\n" in text and run.opened(process, tmp_path):
+                return process
+
+    run.until(reads)
+    os.kill(run.find("eval_cam.py", "\nRANK=1\n"), signal.SIGKILL)
+    code, output = run.end()
+    assert code == 1 and "Signal 9 (SIGKILL) received" in output
+    assert not (tmp_path / "scores.json").exists()
+    assert told("eval_cam", capsys, monkeypatch, *arguments[1:])[0] == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["images"] == len(names)
+
+
+LOSE_RANK_1 = """
+import os
+from pipeline.processes import gather
+from pipeline.run import command
+def main():
+    gather("all have come this far")
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    gather("none comes this far")
+command(main)
+"""
+
+
+def test_ranks_that_wait_for_a_lost_one_say_so():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank in ("0", "1"):  # without torchrun, which would end rank 0, if not on another machine
+        given = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **given, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        arguments = [sys.executable, "-c", LOSE_RANK_1]
+        ranks.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, -signal.SIGKILL]
+    assert errors[0] == "error: another of torchrun's processes died; the same command continues\n"
+
+
+def kill_yourself(names, position, marks):
+    """Work in which the second process is killed while the first goes on and on."""
+    for name in names:
+        if position == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.05)
+        (Path(marks) / name).touch()
+        yield Outcome(name)
+
+
+def test_a_killed_worker_is_noticed_while_the_others_work(tmp_path):
+    with pytest.raises(ChildProcessError, match="exit code -9"):
+        Run(None).map(kill_yourself, [str(n) for n in range(2000)], str(tmp_path), num_workers=2)
+    assert len(list(tmp_path.iterdir())) < 500  # of the 1000 that are the first one's
+
+
+# A full disk
+
+
+class Disk:
+    """A folder with room for `pages` of 4096 bytes, until `make_room` is called."""
+
+    def __init__(self, folder: Path, kind: str, monkeypatch):
+        self.folder, self.kind, self.monkeypatch = folder, kind, monkeypatch
+        self.mounted = False
+        folder.mkdir()
+
+    def shrink_to(self, pages: int) -> None:
+        if self.kind == "simulated":
+            self.pages = pages
+            self.monkeypatch.setattr(files, "open", self._open, raising=False)
+            return
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={max(1, pages) * 4096}", "tmpfs", str(self.folder)]
+        try:
+            subprocess.run(mount, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"a tmpfs cannot be mounted here: {getattr(error, 'stderr', '') or error}")
+        self.mounted = True
+        if pages == 0:
+            (self.folder / "other").write_bytes(b"x" * 4096)
+
+    def make_room(self) -> None:
+        self.pages = 10**6
+        if self.kind == "tmpfs":
+            remount = ["mount", "-o", "remount,size=64m", str(self.folder)]
+            subprocess.run(remount, check=True)
+
+    def close(self) -> None:
+        if self.mounted:
+            subprocess.run(["umount", str(self.folder)], check=True)
+
+    def _open(self, file: Path, mode: str):
+        disk = self
+
+        class Limited(io.FileIO):
+            def write(self, data) -> int:
+                disk.pages -= -(-len(data) // 4096)
+                if disk.pages < 0:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return super().write(data)
+
+        return io.BufferedWriter(Limited(file, mode), 1 << 20)
+
+
+@pytest.fixture(params=["tmpfs", "simulated"])
+def disk(request, tmp_path, monkeypatch):
+    found = Disk(tmp_path / "disk", request.param, monkeypatch)
+    yield found
+    found.close()
+
+
+def one_sentence(code: int, errors: str, what: str) -> None:
+    assert code == 1
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "no space is left to write" in lines[0] and what in lines[0], errors
+    assert "Traceback" not in errors
+
+
+@pytest.fixture
+def few(tmp_path) -> Path:
+    return write_world(tmp_path / "few", ["a", "b", "c", "d", "e", "f"])
+
+
+@pytest.fixture
+def masks_of_few(few, tmp_path, capsys, monkeypatch) -> dict[str, bytes]:
+    out = tmp_path / "enough"
+    assert told("pseudo_masks", capsys, monkeypatch, *flags_of(few), "--pseudo_mask_save_path", out)[0] == 0
+    return contents(out)
+
+
+@pytest.mark.parametrize("pages, what", [(4, ".png"), (0, "settings.json")])
+def test_a_full_disk_stops_a_run_and_a_rerun_completes_it(
+    disk, pages, what, few, masks_of_few, capsys, monkeypatch
+):
+    out = disk.folder / "masks"
+    flags = [*flags_of(few), "--pseudo_mask_save_path", out]
+    disk.shrink_to(pages)
+    code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
+    one_sentence(code, errors, what)
+    there = contents(out)
+    assert there.items() < masks_of_few.items() and bool(there) == bool(pages)
+    assert not list(out.glob("*.tmp"))
+    disk.make_room()
+    assert told("pseudo_masks", capsys, monkeypatch, *flags)[0] == 0
+    assert contents(out) == masks_of_few and json.loads((out / "settings.json").read_text())
+
+
+def test_a_disk_too_full_for_the_list_of_failures(disk, few, capsys, monkeypatch):
+    (few.parent / "split.txt").write_text("a 0\nlost 1\n")
+    out = disk.folder / "masks"
+    flags = [*flags_of(few), "--pseudo_mask_save_path", out]
+    disk.shrink_to(2)  # settings.json, a.png
+    code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
+    one_sentence(code, errors, "failed.txt")
+    assert "failed: lost: no image lost" in errors
+    assert {file.name for file in out.iterdir()} == {"settings.json", "a.png"}
+    disk.make_room()
+    assert told("pseudo_masks", capsys, monkeypatch, *flags)[0] == 1
+    assert (out / "failed.txt").read_text().startswith("lost\tno image lost")
+
+
+def test_a_disk_too_full_for_a_shard(disk, few, masks_of_few, tmp_path, capsys, monkeypatch):
+    for index, names in enumerate(["abc", "def"]):
+        with tarfile.open(tmp_path / f"{index}.tar", "w") as archive:
+            for name in names:
+                archive.add(few.parent / "images" / f"{name}.jpg", f"{name}.jpg")
+    out = disk.folder / "shards"
+    flags = [*flags_of(few), "--shards", tmp_path / "{0,1}.tar", "--labels", few.parent / "split.txt"]
+    flags += ["--pseudo_mask_save_path", out]
+    disk.shrink_to(5)  # settings.json, 0.tar of 10240 bytes
+    code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
+    one_sentence(code, errors, "1.tar")
+    assert {file.name for file in out.iterdir()} == {"settings.json", "0.tar"}
+    disk.make_room()
+    assert told("pseudo_masks", capsys, monkeypatch, *flags)[0] == 0
+    found = {}
+    for index in range(2):
+        with tarfile.open(out / f"{index}.tar") as archive:
+            found |= {entry.name: archive.extractfile(entry).read() for entry in archive}
+    assert found == masks_of_few
+
+
+@linux
+@pytest.mark.parametrize("disk", ["tmpfs"], indirect=True)
+def test_a_full_disk_stops_several_processes(disk, few, masks_of_few, capsys, monkeypatch):
+    out = disk.folder / "masks"
+    arguments = [*flags_of(few), "--pseudo_mask_save_path", out]
+    disk.shrink_to(3)
+    code, output = Started(ROOT / "pseudo_masks.py", *arguments, "--num_workers", "2").end()
+    one_sentence(code, output, ".png")
+    assert contents(out).items() < masks_of_few.items() and not list(out.glob("*.tmp"))
+    disk.make_room()
+    assert told("pseudo_masks", capsys, monkeypatch, *arguments)[0] == 0
+    assert contents(out) == masks_of_few
+
+
+def test_no_room_elsewhere_stops_a_run_too(few, tmp_path, capsys, monkeypatch):
+    """Where compiled code is kept, say."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pipeline.fused.refine_labels", full)
+    flags = [*flags_of(few), "--pseudo_mask_save_path", tmp_path / "masks"]
+    code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
+    sentence = "error: [Errno 28] No space left on device: make room, and the same command continues\n"
+    assert (code, errors) == (1, sentence)
+
+
+# Bad, odd, large and many images
+
+
+def test_bad_and_odd_images_among_good_ones(tmp_path, capsys, monkeypatch):
+    names = ["good", "cut", "empty", "text", "dot", "line", "deep"]
+    benchmark = write_world(tmp_path / "world", names)
+    images = tmp_path / "world" / "images"
+    content = (images / "cut.jpg").read_bytes()
+    (images / "cut.jpg").write_bytes(content[: len(content) * 2 // 3])
+    (images / "empty.jpg").write_bytes(b"")
+    (images / "text.jpg").write_text("no picture\n")
+    parity_image("dot", (1, 1)).save(images / "dot.jpg")
+    parity_image("line", (1, 500)).save(images / "line.jpg")
+    (images / "deep.jpg").unlink()
+    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(images / "deep.png")
+    out = tmp_path / "masks"
+    flags = [*flags_of(benchmark), "--pseudo_mask_save_path", out, "--keep_cams", "full"]
+    code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
+    assert code == 1 and "7 images, 4 failed" in errors and "Traceback" not in errors
+    for sentence in (
+        "failed: cut: image {}/cut.jpg cannot be read: image file is truncated",
+        "failed: empty: image {}/empty.jpg cannot be read: cannot identify image file",
+        "failed: text: image {}/text.jpg cannot be read: cannot identify image file",
+        "failed: deep: image {}/deep.png has more than 8 bits (mode I;16): convert it to 8 bits",
+    ):
+        assert sentence.format(images) in errors, errors
+    sizes = {"good": (60, 80), "dot": (1, 1), "line": (1, 500)}
+    assert {name: read_mask(out / f"{name}.png").shape for name in sizes} == sizes
+    assert {name: camfile.read(out / "cams", name)[1].shape[1:] for name in sizes} == sizes
+    assert set(contents(out)) == {f"{name}.png" for name in sizes}
+    (tmp_path / "world" / "split.txt").write_text("good 0 2\ndot 0 2\nline 0 2\n")  # the good ones alone
+    assert told("pseudo_masks", capsys, monkeypatch, *flags)[0] == 0
+
+
+MEASURED = """
+import atexit, re, runpy, sys
+from pathlib import Path
+sys.argv = sys.argv[1:]
+atexit.register(lambda: print(re.search(r"VmHWM:.*", Path("/proc/self/status").read_text())[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def measured(*arguments) -> tuple[str, float]:
+    """Output of a script, and the most memory its process held, in MB."""
+    code, output = Started("-c", MEASURED, *arguments).end()
+    assert code == 0, output
+    return output, int(output.split("VmHWM:")[1].split()[0]) / 1024
+
+
+@linux
+def test_a_very_large_image(tmp_path, capsys, monkeypatch):
+    benchmark = write_world(tmp_path / "world", ["large"], (9000, 12000))
+    small = ["--crf_max_pixels", "100000"]
+    flags = [*flags_of(benchmark), "--max_patches", "300"]
+    fused, stepwise, cams = tmp_path / "fused", tmp_path / "stepwise", tmp_path / "cams"
+    arguments = [*flags, *small, "--pseudo_mask_save_path", fused]
+    output, memory = measured(ROOT / "pseudo_masks.py", *arguments)
+    assert "images shrunk to 100000 pixels for the CRF (--crf_max_pixels): 1 (large)" in output
+    assert "images shrunk to 300 patches (--max_patches): 1 (large)" in output
+    assert memory < 2500
+    mask = read_mask(fused / "large.png")
+    assert mask.shape == (9000, 12000) and len(np.unique(mask)) > 1
+    flags += ["--cam_format", "compact", "--cam_out_dir", cams]
+    assert told("generate_cams", capsys, monkeypatch, *flags)[0] == 0
+    flags = ["--cam_out_dir", cams, "--num_workers", 1, *small, "--pseudo_mask_save_path", stepwise]
+    assert told("eval_cam_with_crf", capsys, monkeypatch, *flags)[0] == 0
+    assert (read_mask(stepwise / "large.png") == mask).mean() > 0.999
+
+
+@linux
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    benchmark = write_world(tmp_path / "world", [f"{number:04}" for number in range(2000)], (16, 16))
+    lines = (tmp_path / "world" / "split.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "few.txt").write_text("".join(lines[:400]))
+    memory = {}
+    for count, more in ((400, ["--split_file", tmp_path / "few.txt"]), (2000, [])):
+        out = tmp_path / f"masks_{count}"
+        arguments = [*flags_of(benchmark), "--batch_size", "32", *more, "--pseudo_mask_save_path", out]
+        output, memory[count] = measured(ROOT / "pseudo_masks.py", *arguments)
+        assert f"{count} images, 0 failed" in output and len(list(out.glob("*.png"))) == count
+    assert memory[2000] < 1.1 * memory[400]
+
+
+# Evaluation
+
+
+def test_bad_files_at_evaluation_are_counted(tmp_path, capsys, monkeypatch):
+    cams, truth = tmp_path / "cams", tmp_path / "truth"
+    truth.mkdir()
+    names = ["good", "cut", "other_size", "bad_truth"]
+    for name in names:
+        maps = {"attn_highres": np.full((1, 4, 5), 0.9, np.float32)}
+        camfile.write(cams, name, [1], maps, (40, 50), "compact")
+        size = (50, 40) if name == "other_size" else (40, 50)
+        Image.fromarray(np.full(size, 2, np.uint8)).save(truth / f"{name}.png")
+    (cams / "cut.npz").write_bytes((cams / "cut.npz").read_bytes()[:300])
+    (truth / "bad_truth.png").write_bytes((truth / "bad_truth.png").read_bytes()[:50])
+    (tmp_path / "split.txt").write_text("".join(f"{name}\n" for name in names))
+    (tmp_path / "faults.yaml").write_text(YAML.format(root=tmp_path, model="none.pt"))
+    for workers in (1, 2):
+        flags = ["--cam_out_dir", cams, "--dataset", tmp_path / "faults.yaml", "--num_workers", workers]
+        code, errors = told("eval_cam", capsys, monkeypatch, *flags, "--json", tmp_path / "scores.json")
+        assert code == 1 and "4 images, 3 failed" in errors
+        assert "the ground truth is (50, 40) but the prediction (40, 50)" in errors
+        assert f"failed: cut: {cams / 'cut.npz'} cannot be read as CAM file" in errors
+        assert f"failed: bad_truth: image {truth / 'bad_truth.png'} cannot be read" in errors
+        scores = json.loads((tmp_path / "scores.json").read_text())
+        assert scores["images"] == 1 and scores["best"]["Pixel Accuracy"] == 1  # the bad ones count nothing
+        assert scores["failed"] == sorted(names[1:])
