@@ -20,7 +20,7 @@ from pipeline.cams import (
     flow_settings,
     generate,
 )
-from pipeline.flags import HelpFormatter, count, factors, share
+from pipeline.flags import HelpFormatter, count, factors, share, workers
 from pipeline.run import Run
 from pytorch_grad_cam import METHODS
 from pytorch_grad_cam.grad_cam import AVERAGED_BLOCKS
@@ -96,8 +96,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
          "GPU, 1 on a CPU. A batch that does not fit is halved")  # fmt: skip
     flag("--look_ahead", type=count, help="images that are decoded ahead and grouped by size into "
          f"batches; bounds memory (without it: {AHEAD} batches)")  # fmt: skip
-    flag("--decode_workers", type=int, help="processes that decode for a GPU (without it: a core each, on a "
-         "CPU 0)")  # fmt: skip
+    flag("--decode_workers", type=workers, help="processes that decode for a GPU (without it: a core "
+         "each, on a CPU 0)")  # fmt: skip
 
 
 def add_cam_flags(parser: argparse.ArgumentParser) -> None:

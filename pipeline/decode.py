@@ -121,7 +121,8 @@ class Decoder:
         views = resized_views(image, self.grid, self.scales, self.max_patches)
         kept = None
         if self.kept_pixels is not None:
-            kept = shrunk(np.asarray(image.convert("RGB")), self.kept_pixels)
+            rgb = image if image.mode == "RGB" else image.convert("RGB")  # which copies even RGB
+            kept = shrunk(np.asarray(rgb), self.kept_pixels)
         return Labelled(name, keys, (image.height, image.width), views, notes, kept)
 
     def _indices(self, sample: Sample) -> list[int]:

@@ -23,6 +23,11 @@ def count(text: str) -> int:
     return int(text)
 
 
+def workers(text: str) -> int:
+    """Argument type: a whole number, 0 or more."""
+    return 0 if text == "0" else count(text)
+
+
 def share(text: str) -> float:
     """Argument type: a number from 0 to 1."""
     try:
