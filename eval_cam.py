@@ -3,7 +3,7 @@
 import argparse
 
 from pipeline.evaluate import ARITHMETIC, MASKS, Evaluation, backgrounds, benchmark_of, evaluate
-from pipeline.flags import HelpFormatter
+from pipeline.flags import HelpFormatter, count
 from pipeline.processes import cores
 from pipeline.run import command
 from segmentation.labels import split_of
@@ -29,7 +29,7 @@ def main() -> int:
          "are compared; published numbers use float16")  # fmt: skip
     flag("--json", metavar="FILE", help="write the scores there")
     flag("--allow_missing", action="store_true", help="leave out images that lack a CAM or ground truth")
-    flag("--num_workers", type=int, default=cores(), help="processes")
+    flag("--num_workers", type=count, default=cores(), help="processes")
     args = parser.parse_args()
     _, benchmark = benchmark_of(args.cam_out_dir, args.dataset)
     evaluation = Evaluation(

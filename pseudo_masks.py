@@ -9,7 +9,7 @@ from pipeline import fused, shards
 from pipeline.cams_cli import OUTPUTS, add_cam_flags, add_image_flags, add_run_flags, cam_job
 from pipeline.flags import HelpFormatter, add_crf_flags, crf_preset
 from pipeline.masks import MaskJob, fingerprint, mask_settings
-from pipeline.run import Run, command
+from pipeline.run import Run, check_folder, command
 from segmentation import camfile
 
 
@@ -34,6 +34,8 @@ def main() -> int:
     folder = None
     if kept and not args.shards:
         folder = args.cam_out_dir or str(Path(args.pseudo_mask_save_path) / "cams")
+    if folder and Path(folder).resolve() == Path(args.pseudo_mask_save_path).resolve():
+        parser.error("--cam_out_dir: give the CAMs another folder than the masks")
     cams, names, record = cam_job(parser, args, None, folder, args.keep_cams)
     backend = args.crf_backend
     if backend == "auto":
@@ -49,16 +51,19 @@ def main() -> int:
         backend=backend,
         max_pixels=args.crf_max_pixels,
     )
-    if folder:  # the folder of the CAMs is then as step 1 would leave it
+    settings = mask_settings(masks, record["settings"]["benchmark"])
+    mask_run = {
+        "settings": {**settings, "keep_cams": args.keep_cams} if args.shards else settings,
+        "inputs": {"cams": fingerprint(record)},
+        "outputs": ("*.png", "*.tar", f"*{shards.FAILED}"),
+        "overwrite": args.overwrite,
+        "step": "masks",
+    }
+    if folder:  # is then as step 1 would leave it; nothing is removed before both folders are found in order
+        check_folder(args.pseudo_mask_save_path, **mask_run)
         Run(folder, **record, outputs=OUTPUTS, overwrite=args.overwrite)
-    run = Run(
-        args.pseudo_mask_save_path,
-        settings=mask_settings(masks, record["settings"]["benchmark"]),
-        inputs={"cams": fingerprint(record)},
-        outputs=("*.png", "*.tar"),
-        overwrite=args.overwrite,
-        step="masks",
-    )
+    retry = {"retry": shards.RETRY} if args.shards else {}
+    run = Run(args.pseudo_mask_save_path, **mask_run, info={"crf_backend": backend}, **retry)
     workers = args.num_workers
     if args.shards:
         step = partial(fused.FusedStep, cams, masks)

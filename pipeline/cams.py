@@ -151,7 +151,7 @@ def _view_cams(
 
 
 def _on(device: torch.device, array: np.ndarray) -> Tensor:
-    """The array as tensor; to a GPU it is copied while that computes."""
+    """The array as tensor; to a GPU it is copied while that computes another thread's batch."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
@@ -281,7 +281,8 @@ class CamStep:
             return 1
         patches = max(math.prod(shape) for shape in decoded.shape) // self.model.visual.patch_size**2
         needed = bytes_per_image(self.model, patches) * (1 + self.job.settings.flip)
-        return int(min(MOST_AT_ONCE, max(1, _free_memory(self.model.device) // needed)))
+        room = _free_memory(self.model.device) / self.flow.threads
+        return int(min(MOST_AT_ONCE, max(1, room // needed)))
 
     def compute(self, batch: list[Labelled]) -> list[dict[str, np.ndarray]]:
         texts = [self.text[decoded.keys] for decoded in batch]

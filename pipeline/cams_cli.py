@@ -28,7 +28,7 @@ from segmentation import benchmark as benchmarks
 from segmentation import camfile, labels
 from segmentation.benchmark import Benchmark
 
-OUTPUTS = (*(f"*{suffix}" for suffix in camfile.FORMATS.values()), "*.tar")  # what a folder of CAMs holds
+OUTPUTS = (*(f"*{suffix}" for suffix in camfile.FORMATS.values()), "*.tar", f"*{shards.FAILED}")  # of CAMs
 ROUND_WEIGHTS = {"auto": None, "on": True, "off": False}
 
 
@@ -55,7 +55,8 @@ def main(name: str | None = None) -> int:
     args = parser.parse_args()
     folder = None if args.shards else args.cam_out_dir
     job, names, record = cam_job(parser, args, name, folder, args.cam_format)
-    run = Run(args.cam_out_dir, **record, outputs=OUTPUTS, overwrite=args.overwrite)
+    retry = {"retry": shards.RETRY} if args.shards else {}
+    run = Run(args.cam_out_dir, **record, outputs=OUTPUTS, overwrite=args.overwrite, **retry)
     if args.shards:
         step = partial(CamStep, job)
         run.map(shards.generate, names, args.cam_out_dir, step, num_workers=args.num_workers, counted=False)
@@ -149,6 +150,8 @@ def cam_job(
         parser.error("--model: give a CLIP checkpoint file, or a public name such as ViT-B/16")
     image_root = Path(args.img_root or benchmark.path(benchmark.image_dir))
     if args.shards:
+        if args.img_root or args.split_file:
+            parser.error("--shards: its images are all of the shards; leave out --img_root and --split_file")
         names = shards.shard_files(args.shards)
         classes = len(benchmark.classes)
         reader = labels.from_file(args.labels, classes) if args.labels else None

@@ -5,8 +5,8 @@ therefore depends on the blocks alone, never on how many processes share them or
 
 On a CPU several blocks are on their way at once, each in one thread from decoding to writing: cores then
 never wait for each other, weights are shared, and results do not depend on how many cores there are. On a
-GPU one thread computes, while processes decode the next block and threads write the last. Memory is bounded
-by the blocks that are on their way, and does not grow with the number of images.
+GPU two threads take turns to give it batches, while processes decode the next blocks and threads write the
+last. Memory is bounded by the blocks that are on their way, and does not grow with the number of images.
 """
 
 import math
@@ -27,6 +27,8 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.processes import Outcome, attempt, failed
+
+GPU_THREADS = 2
 
 
 class Decoded(Protocol):
@@ -77,14 +79,19 @@ class FlowSettings:
     write_workers: int = 0
 
     def on(self, device: torch.device) -> "FlowSettings":
-        """What of it serves on a device: a GPU is fed by one thread, a CPU writes where it computes."""
+        """What of it serves on a device: a CPU writes where it computes; of a GPU's two threads one stacks
+        and copies a batch while it computes that of the other."""
         if device.type == "cpu":
             return replace(self, write_workers=0)
-        return replace(self, threads=0)
+        return replace(self, threads=self.threads or GPU_THREADS)
 
 
 def flow(
-    samples: Iterable, decode: Callable[[Any], Decoded | Outcome], step: Step, settings: FlowSettings
+    samples: Iterable,
+    decode: Callable[[Any], Decoded | Outcome],
+    step: Step,
+    settings: FlowSettings,
+    decoder: Executor | None = None,
 ) -> Generator[Outcome, None, None]:
     """Take every sample through a step.
 
@@ -97,6 +104,7 @@ def flow(
             Pickled when there are decode workers.
         step: see `Step`.
         settings: see there.
+        decoder: see `decoding`; for one flow alone there is no need to give it.
 
     Yields:
         The outcome of every sample, in an order that does not matter.
@@ -110,8 +118,9 @@ def flow(
     writing: deque[Future] = deque()
     threads = torch.get_num_threads() if settings.threads is None else settings.threads
     with ExitStack() as stack:
+        decoder = decoder or stack.enter_context(decoding(settings))
         thread, writer = _threads(threads, settings.write_workers, stack)
-        for block in _ahead(samples, decode, settings, stack):
+        for block in _ahead(samples, decode, settings, decoder):
             running.append(thread.submit(_block, block, step, settings.batch_size, limits, writer))
             if len(running) > 2 * threads:
                 yield from _finished(running.popleft(), writing)
@@ -161,25 +170,38 @@ def _finished(block: Future, writing: deque[Future]) -> Iterator[Outcome]:
 # Decoding
 
 
+@contextmanager
+def decoding(settings: FlowSettings) -> Iterator[Executor | None]:
+    """The decoding processes of one flow, or of several that follow each other; None where there are none."""
+    if not settings.decode_workers:
+        yield None
+        return
+    # Not fork: this process may hold threads, and a CUDA context, by now.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    pool = ProcessPoolExecutor(settings.decode_workers, multiprocessing.get_context(method), _decode_only)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _ahead(
-    samples: Iterable, decode: Callable[[Any], Decoded | Outcome], settings: FlowSettings, stack: ExitStack
+    samples: Iterable,
+    decode: Callable[[Any], Decoded | Outcome],
+    settings: FlowSettings,
+    decoder: Executor | None,
 ) -> Iterator[list[Callable[[], Decoded | Outcome]]]:
     """Blocks of promises: calling one gives the decoded sample, with decode workers those of the next
     blocks are being fulfilled while the caller is busy with one."""
     source = iter(samples)
     blocks = iter(lambda: list(islice(source, settings.look_ahead)), [])
-    if not settings.decode_workers:
+    if decoder is None:
         yield from ([partial(decode, sample) for sample in block] for block in blocks)
         return
-    # Not fork: this process may hold threads, and a CUDA context, by now.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    pool = ProcessPoolExecutor(settings.decode_workers, context, _decode_only)
-    stack.callback(pool.shutdown, cancel_futures=True)
     ahead: deque[list] = deque()
     for block in blocks:
         with _death_told():  # also of a process that died over an earlier block
-            ahead.append([partial(_result, pool.submit(decode, sample)) for sample in block])
+            ahead.append([partial(_result, decoder.submit(decode, sample)) for sample in block])
         if len(ahead) > math.ceil(2 * settings.decode_workers / settings.look_ahead):
             yield ahead.popleft()
     yield from ahead
@@ -283,5 +305,6 @@ def _try(batch: list[Decoded], step: Step) -> tuple[list, Outcome | None, bool]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    refused = isinstance(error, RuntimeError) and "allocate memory" in str(error)  # PyTorch on a CPU
-    return refused or isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+    told = ("allocate memory", "out of memory", "ALLOC_FAILED")  # by PyTorch on a CPU, CUDA and its libraries
+    refused = isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    return refused or isinstance(error, MemoryError)

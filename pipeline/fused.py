@@ -21,7 +21,7 @@ from pipeline.processes import Outcome
 from refinement.densecrf import densecrf_batch
 from segmentation import camfile
 from segmentation.benchmark import IGNORE
-from segmentation.masks import encode_mask
+from segmentation.masks import encode_mask, mask_keys
 
 Maps = dict[str, np.ndarray]
 
@@ -39,14 +39,26 @@ def generate(
     """
     missing = []
     for name in names:
-        made = (Path(masks.output) / f"{name}.png").is_file()
-        if made and (cams.output is None or is_made(cams, name)):
+        if _is_made(cams, masks, name):
             yield Outcome(name)
         else:
             missing.append(name)
     if missing:  # otherwise no model is needed
         step = FusedStep(cams, masks, position, partial(_store, cams, masks))
         yield from flow(missing, step.decoder(), step, step.flow)
+
+
+def _is_made(cams: CamJob, masks: MaskJob, name: str) -> bool:
+    """Is there a mask of the labels that the image has now, and a CAM file if it is kept?"""
+    file = Path(masks.output) / f"{name}.png"
+    if not file.is_file():
+        return False
+    if cams.output is not None:
+        return is_made(cams, name)
+    try:
+        return mask_keys(file) in (None, cams.labels(name))
+    except (ValueError, OSError):
+        return False  # labels that cannot be read fail when they are needed
 
 
 def _store(cams: CamJob, masks: MaskJob, name: str, files: dict[str, bytes]) -> None:
@@ -75,8 +87,6 @@ class FusedStep:
 
     def decoder(self) -> Decoder:
         decoder = self.cams.decoder(self.masks.max_pixels)
-        if not decoder.stale:  # no folder of CAMs, so nothing says of which labels a mask is
-            return decoder
         return replace(decoder, stale=(*decoder.stale, (self.masks.output, ".png")))
 
     def compute(self, batch: list[Labelled]) -> list[tuple[Maps, np.ndarray | None]]:
@@ -118,7 +128,7 @@ class FusedStep:
             grid = camfile.resize(maps[self.cam_type], small).astype(np.float16)
             labels, posterior = refine_labels(decoded.image, np.array(decoded.keys), grid, self.masks)
             labels[posterior < self.masks.confidence] = IGNORE
-        mask = encode_mask(at_size(labels, decoded.size), self.masks.benchmark.palette)
+        mask = encode_mask(at_size(labels, decoded.size), self.masks.benchmark.palette, decoded.keys)
         kept = {} if self.cams.job.format == "none" else self.cams.files(decoded, maps)
         self.store(decoded.name, {**kept, ".png": mask})
         notes = decoded.notes + self.cams.notes(maps)

@@ -114,7 +114,7 @@ def make_images(
     hist, pixels = np.zeros((channels, channels), np.int64), np.zeros(2, np.int64)
     device = device_of(job.device, position) if job.backend == "torch" else "cpu"
 
-    def crf_labels(name: str, notes: list[str], confidence: float = 0) -> np.ndarray:
+    def crf_labels(name: str, notes: list[str], confidence: float = 0) -> tuple[np.ndarray, np.ndarray]:
         image = read_rgb(find_image(job.image_root, name))
         keys, maps = camfile.read(job.cam_dir, name, job.cam_type, job.max_pixels)
         small = shrunk(image, job.max_pixels)
@@ -122,17 +122,17 @@ def make_images(
             notes.append(shrunk_note(job))
         labels, posterior = refine_labels(small, keys, maps, job, device)
         labels[posterior < confidence] = IGNORE
-        return at_size(labels, image.shape[:2])
+        return at_size(labels, image.shape[:2]), keys
 
     def make(name: str) -> list[str]:
         notes: list[str] = []
         if job.output is None:
-            labels = crf_labels(name, notes)
+            labels, _ = crf_labels(name, notes)
         else:
             file = Path(job.output) / f"{name}.png"
             if not file.is_file():
-                labels = crf_labels(name, notes, job.confidence)
-                write_mask(file, labels, job.benchmark.palette)
+                labels, keys = crf_labels(name, notes, job.confidence)
+                write_mask(file, labels, job.benchmark.palette, keys)
             elif job.gt_root is not None:
                 labels = read_mask(file)
         if job.gt_root is None:
@@ -163,7 +163,6 @@ def mask_settings(job: MaskJob, benchmark_name: str) -> dict:
         "cam_type": job.cam_type,
         "confidence": job.confidence,
         "crf": asdict(job.crf),
-        "crf_backend": job.backend,
         "crf_max_pixels": job.max_pixels,
     }
 
@@ -213,6 +212,7 @@ def make_masks(
     run = Run(
         job.output,
         settings=mask_settings(job, benchmark_name),
+        info={"crf_backend": job.backend},
         inputs={"cams": fingerprint(read_settings(job.cam_dir))},
         outputs=("*.png",),
         overwrite=overwrite,

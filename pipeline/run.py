@@ -51,6 +51,8 @@ class Run:
         outputs: file patterns of the outputs, e.g. ("*.npy", "*.npz").
         overwrite: remove the outputs of the last run and start anew.
         step: what fills the folder, e.g. "cams"; no other step may fill it, nor overwrite it.
+        info: recorded beside the settings, not compared with those of the last run.
+        retry: how failures are tried again.
 
     Raises:
         ValueError: `folder` holds outputs of other settings (the sentence names them), of another step, or of
@@ -65,7 +67,10 @@ class Run:
         outputs: Sequence[str] = (),
         overwrite: bool = False,
         step: str = "",
+        info: Mapping[str, Any] | None = None,
+        retry: str = "the same command tries them again",
     ):
+        self.retry = retry
         self.folder = None if folder is None else Path(folder)
         self.done = 0
         self.failures: list[tuple[str, str]] = []
@@ -73,7 +78,7 @@ class Run:
         self.rank, self.world = processes.rank_and_world()
         if self.folder is not None and self.rank == 0:
             record = {"step": step, "settings": dict(settings or {}), "inputs": dict(inputs or {})}
-            _settle(self.folder, record, outputs, overwrite)
+            _settle(self.folder, record, outputs, overwrite, dict(info or {}))
         processes.gather(None)  # no rank may write before the folder is settled
 
     def map(
@@ -137,7 +142,7 @@ class Run:
             for name, sentence in failures[:SHOWN]:
                 print(f"failed: {name}: {sentence}", file=sys.stderr)
             if self.folder is not None:
-                _list_failures(self.folder / FAILED, failures)
+                _list_failures(self.folder / FAILED, failures, self.retry)
         return 1 if failures else 0
 
 
@@ -167,8 +172,23 @@ def some(names: Sequence[str], count: int | None = None) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if (count or len(names)) > SHOWN else "")
 
 
-def _settle(folder: Path, record: dict, outputs: Sequence[str], overwrite: bool) -> None:
-    sweep(folder)
+def check_folder(
+    folder: str | Path,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    outputs: Sequence[str],
+    overwrite: bool,
+    step: str,
+) -> list[Path]:
+    """Would a `Run` take this folder? Changes nothing.
+
+    Returns:
+        The outputs of the last run that it would remove.
+
+    Raises:
+        ValueError: see `Run`.
+    """
+    folder = Path(folder)
     last = read_settings(folder)
     existing = [file for pattern in outputs for file in folder.rglob(pattern)]
     if not last:
@@ -177,29 +197,37 @@ def _settle(folder: Path, record: dict, outputs: Sequence[str], overwrite: bool)
                 f"{folder} holds {existing[0].name} but no {SETTINGS}: it was not filled by this command, "
                 "choose another folder"
             )
-    elif last.get("step", "") != record["step"]:
+    elif last.get("step", "") != step:
         raise ValueError(
             f"{folder} is the folder of another step ({last.get('step') or 'unnamed'}, not "
-            f"{record['step'] or 'unnamed'}): choose another folder"
+            f"{step or 'unnamed'}): choose another folder"
         )
     elif overwrite:
-        _remove(folder, existing)
+        _check_depth(folder, existing)
+        return existing
     elif existing:  # a run that failed before its first output binds nobody
-        _compare(folder, last, record)
+        _compare(folder, last, {"settings": settings, "inputs": inputs})
+    return []
+
+
+def _settle(folder: Path, record: dict, outputs: Sequence[str], overwrite: bool, info: dict) -> None:
+    sweep(folder)
+    removed = check_folder(folder, record["settings"], record["inputs"], outputs, overwrite, record["step"])
+    for file in removed:
+        file.unlink()
     with replacing(folder / SETTINGS) as stream:
-        stream.write(json.dumps({**record, "versions": _versions()}, indent=2).encode() + b"\n")
+        content = {**record, "info": info, "versions": _versions()}
+        stream.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
-def _remove(folder: Path, files: list[Path]) -> None:
-    """Remove `files` of `folder`; if some lie deeper, whose origin is unknown, remove none."""
+def _check_depth(folder: Path, files: list[Path]) -> None:
+    """If some of the files lie deeper in the folder, their origin is unknown: none is to be removed."""
     deeper = next((file for file in files if file.parent != folder), None)
     if deeper is not None:
         raise ValueError(
             f"{folder} also holds {deeper.relative_to(folder)}, and --overwrite removes nothing from folders "
             "within: move it away, or choose another folder"
         )
-    for file in files:
-        file.unlink()
 
 
 def _compare(folder: Path, last: dict, now: dict) -> None:
@@ -223,10 +251,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _list_failures(file: Path, failures: list[tuple[str, str]]) -> None:
+def _list_failures(file: Path, failures: list[tuple[str, str]], retry: str) -> None:
     if not failures:
         file.unlink(missing_ok=True)
         return
     with replacing(file) as stream:
         stream.write("".join(f"{name}\t{sentence}\n" for name, sentence in failures).encode())
-    print(f"all failures: {file}; the same command tries them again", file=sys.stderr)
+    print(f"all failures: {file}; {retry}", file=sys.stderr)

@@ -7,17 +7,20 @@ For image sets that no folder should hold. A shard has `<key>.jpg` (or png) and,
 import re
 import tarfile
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 from pipeline.decode import Sample
-from pipeline.flow import flow
+from pipeline.flow import decoding, flow
 from pipeline.processes import Outcome, failed
 from segmentation.files import replacing
 
 IMAGES = ("jpg", "jpeg", "png")
 LABELS = "cls"
+FAILED = ".failed.txt"  # of one shard's images
+RETRY = "remove a shard to try its images again"
 
 
 class DamagedShard(ValueError):
@@ -65,7 +68,8 @@ def generate(
 ) -> Generator[Outcome, None, None]:
     """Make the result shards that are not there yet; see `pipeline.processes`.
 
-    Images that fail are left out of their shard.
+    Images that fail are left out of their result shard and listed in a file beside it; while the shard is
+    there they fail again, without another try.
 
     Args:
         shards: see `shard_files`.
@@ -73,27 +77,58 @@ def generate(
         output: folder of the result shards.
         make_step: called with `position` and `store`, makes a step of `pipeline.cams` or `pipeline.fused`.
     """
+    with ExitStack() as stack:
+        yield from _generate(shards, position, output, make_step, stack)
+
+
+def _generate(
+    shards: Sequence[str], position: int, output: str, make_step: Callable[..., Any], stack: ExitStack
+) -> Generator[Outcome, None, None]:
     results: dict[str, dict[str, bytes]] = {}
-    step = None
+    step = decoder = None
     for shard in shards:
         file = Path(output) / result_name(shard)
+        list_file = file.with_suffix(FAILED)
         if file.is_file():
+            yield from _listed(list_file)
             continue
         step = step or make_step(position=position, store=results.__setitem__)
+        decoder = decoder or stack.enter_context(decoding(step.flow))
         results.clear()
+        failures: list[Outcome] = []
         try:
-            yield from flow(_samples(shard), step.decoder(), step, step.flow)
+            for outcome in flow(_samples(shard), step.decoder(), step, step.flow, decoder):
+                if outcome.failure:
+                    failures.append(outcome)
+                yield outcome
         except DamagedShard as error:
             yield failed(shard, error)
-        else:
-            _write(file, results)
+            continue
+        list_file.unlink(missing_ok=True)
+        if failures:
+            lines = (f"{outcome.name}\t{outcome.failure}\n" for outcome in failures)
+            with replacing(list_file) as stream:
+                stream.write("".join(sorted(lines)).encode())
+        _write(file, results)
+
+
+def _listed(file: Path) -> Iterator[Outcome]:
+    """The failures of a shard that was made before."""
+    if file.is_file():
+        for line in file.read_text().splitlines():
+            name, _, sentence = line.partition("\t")
+            yield Outcome(name, failure=sentence)
 
 
 def _samples(shard: str) -> Iterator[Sample]:
     from webdataset.tariterators import group_by_keys
 
+    seen = set()
     try:
         for sample in group_by_keys(_members(shard)):
+            if sample["__key__"] in seen:  # webdataset notices only what follows at once
+                raise ValueError(f"it holds {sample['__key__']} twice, apart")
+            seen.add(sample["__key__"])
             content = next((sample[suffix] for suffix in IMAGES if suffix in sample), None)
             labels = sample[LABELS].decode("utf-8", "replace") if LABELS in sample else None
             yield Sample(sample["__key__"], content, labels)

@@ -49,6 +49,7 @@ class LastBlock:
         pooled: (B, E) float32, the projected mean patch feature, not normalised.
     """
 
+    @torch.no_grad()
     def __init__(self, visual: VisionTransformer, tokens: Tensor):
         block = visual.transformer.resblocks[-1]
         self.visual, self.block = visual, block
@@ -89,6 +90,7 @@ class LastBlock:
     def _affine(layer: LayerNorm, x: Tensor) -> Tensor:
         return x * layer.weight + layer.bias
 
+    @torch.no_grad()
     def mean_gradient(self, directions: Tensor) -> Tensor:
         """Gradients of `directions . pooled` with respect to ln_1's output, averaged over patches.
 

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
@@ -78,6 +78,8 @@ def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
     try:
         with Image.open(file) as image:
             yield image
+    except UnidentifiedImageError:  # whose own sentence gives the address of a file in memory
+        raise ValueError(f"image {_told(file)} cannot be read: it is no image") from None
     except UNREADABLE as error:
         raise ValueError(f"image {_told(file)} cannot be read: {error}") from None
 

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from segmentation.benchmark import IGNORE
 from segmentation.files import replacing
-from segmentation.images import decode
+from segmentation.images import UNREADABLE, decode
+
+KEYS = "keys"  # name of the text in a PNG
 
 
 def read_mask(file: str | Path) -> np.ndarray:
@@ -40,26 +43,41 @@ def _bit_depth(file: str | Path) -> int:
         return stream.read(25)[24]  # after the signature (8), the header chunk's length, name, width, height
 
 
-def write_mask(file: str | Path, labels: np.ndarray, palette: np.ndarray) -> None:
+def write_mask(
+    file: str | Path, labels: np.ndarray, palette: np.ndarray, keys: Sequence[int] | None = None
+) -> None:
     """Write an index mask as palette PNG; the file appears whole or not at all.
 
     Args:
         file: where; folders are made.
         labels: (H, W) uint8.
         palette: (256, 3) uint8.
+        keys: class indices of the labels that it was made of, kept as text in the file, see `mask_keys`.
     """
-    content = encode_mask(labels, palette)
+    content = encode_mask(labels, palette, keys)
     with replacing(file) as stream:
         stream.write(content)
 
 
-def encode_mask(labels: np.ndarray, palette: np.ndarray) -> bytes:
+def encode_mask(labels: np.ndarray, palette: np.ndarray, keys: Sequence[int] | None = None) -> bytes:
     """What `write_mask` writes."""
     image = Image.fromarray(labels)
     image.putpalette(palette.astype(np.uint8).tobytes())  # now of mode P
     stream = BytesIO()
-    image.save(stream, format="PNG")
+    about = PngInfo()
+    if keys is not None:
+        about.add_text(KEYS, " ".join(str(int(key)) for key in keys))
+    image.save(stream, format="PNG", pnginfo=about)
     return stream.getvalue()
+
+
+def mask_keys(file: str | Path) -> list[int] | None:
+    """The labels that `write_mask` recorded; None where it did not, or could not be read."""
+    try:
+        with Image.open(file) as image:
+            return [int(key) for key in image.info[KEYS].split()]
+    except (*UNREADABLE, KeyError):
+        return None
 
 
 def overlay(

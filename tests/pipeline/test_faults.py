@@ -476,8 +476,8 @@ def test_bad_and_odd_images_among_good_ones(tmp_path, capsys, monkeypatch):
     assert code == 1 and "7 images, 4 failed" in errors and "Traceback" not in errors
     for sentence in (
         "failed: cut: image {}/cut.jpg cannot be read: image file is truncated",
-        "failed: empty: image {}/empty.jpg cannot be read: cannot identify image file",
-        "failed: text: image {}/text.jpg cannot be read: cannot identify image file",
+        "failed: empty: image {}/empty.jpg cannot be read: it is no image",
+        "failed: text: image {}/text.jpg cannot be read: it is no image",
         "failed: deep: image {}/deep.png has more than 8 bits (mode I;16): convert it to 8 bits",
     ):
         assert sentence.format(images) in errors, errors

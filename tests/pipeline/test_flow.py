@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.flow import FlowSettings, flow
+from pipeline.flow import FlowSettings, _is_out_of_memory, decoding, flow
 from pipeline.processes import Outcome, failed
 from segmentation.files import DiskFull
 
@@ -257,4 +257,30 @@ def test_threads_compute_on_a_core_each_and_the_callers_number_returns():
 def test_what_serves_on_a_device():
     asked = FlowSettings(batch_size=4, threads=5, decode_workers=2, write_workers=3)
     assert asked.on(torch.device("cpu")) == FlowSettings(4, 1, 5, 2, 0)
-    assert asked.on(torch.device("cuda")) == FlowSettings(4, 1, 0, 2, 3)
+    assert asked.on(torch.device("cuda")) == asked
+    assert FlowSettings().on(torch.device("cuda")).threads == 2  # while one computes the other copies
+
+
+def test_decoding_processes_serve_several_flows():
+    asked = FlowSettings(look_ahead=3, decode_workers=2)
+    with decoding(asked) as decoder:
+        for _ in range(2):
+            step = Step()
+            assert len(list(flow(images(*"aab"), decode, step, asked, decoder))) == 3
+        processes = set(decoder._processes)
+        list(flow(images(*"ab"), decode, step, asked, decoder))
+        assert set(decoder._processes) == processes
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_what_tells_of_too_little_memory(error):
+    assert _is_out_of_memory(error) and not _is_out_of_memory(RuntimeError("shape mismatch"))

@@ -1,6 +1,7 @@
 """pseudo_masks.py beside the steps it fuses: the same masks, whatever shares the work."""
 
 import json
+import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +15,7 @@ from pipeline.cams import CamSettings, batch_cams, grid_of
 from pipeline.decode import resized_views
 from pipeline.fused import upsample
 from segmentation import camfile
-from segmentation.masks import read_mask
+from segmentation.masks import mask_keys, read_mask
 from shapes.draw import write
 from tests.conftest import CASES, golden, parity_image
 from tests.pipeline.conftest import write_voc
@@ -363,3 +364,39 @@ def test_help_tells_every_flag(capsys):
     ):
         assert f"\n  {flag} " in text or f"\n  {flag}\n" in text, flag
 
+
+
+def test_masks_of_changed_labels_are_made_anew(data, model, tmp_path):
+    labels, out = tmp_path / "labels.txt", tmp_path / "masks"
+    lines = {"es_b": "es_b 3", "near": "near 3", "other": "other 7"}
+    split = tmp_path / "split.txt"
+    split.write_text("\n".join(lines))
+    flags = [*model, "--labels", labels, "--split_file", split]
+    labels.write_text("\n".join(lines.values()))
+    before = fused(data, out, *flags)
+    assert len(before) == 3 and mask_keys(out / "near.png") == [3]
+    labels.write_text("\n".join({**lines, "near": "near 3 19", "other": "other"}.values()))
+    after = fused(data, out, *flags)
+    assert after.keys() == {"es_b.png", "near.png"} and mask_keys(out / "near.png") == [3, 19]
+    assert after["es_b.png"] == before["es_b.png"] and after["near.png"] != before["near.png"]
+
+
+def test_nothing_is_removed_before_both_folders_are_found_in_order(data, model, steps, tmp_path):
+    shutil.copytree(steps / "cams", tmp_path / "cams")
+    (tmp_path / "foreign").mkdir()
+    shutil.copy(steps / "masks" / "es_b.png", tmp_path / "foreign")
+    before = files(tmp_path / "cams", "*")
+    keep = ["--keep_cams", "compact", "--cam_out_dir", tmp_path / "cams", "--overwrite"]
+    with pytest.raises(ValueError, match="not filled by this command"):
+        fused(data, tmp_path / "foreign", *model, *keep)
+    assert files(tmp_path / "cams", "*") == before
+    with pytest.raises(SystemExit):
+        fused(data, tmp_path / "cams", *model, *keep)
+
+
+def test_another_backend_continues_a_folder(data, model, steps, tmp_path):
+    shutil.copytree(steps / "masks", tmp_path / "masks")
+    (tmp_path / "masks" / "es_b.png").unlink()
+    assert len(fused(data, tmp_path / "masks", *model, "--crf_backend", "torch")) == len(IMAGES)
+    assert record(tmp_path / "masks")["info"] == {"crf_backend": "torch"}
+    assert agreement(tmp_path / "masks", steps / "masks") >= 0.999

@@ -318,3 +318,41 @@ def test_an_image_without_labels_removes_nothing_elsewhere(data, model, folder, 
         with pytest.raises(SystemExit):
             masks(tmp_path, model, tmp_path / "masks", "--cam_out_dir", mine.parent, *flags, shards="in.tar")
     assert mine.is_file()
+
+
+def test_failures_of_a_shard_are_told_until_it_is_removed(copies, model, tmp_path, capsys):
+    """A shard that is there is not made again, but what is missing from it stays missing."""
+    out, good = tmp_path / "masks", members(copies / "in-001.tar")
+    write_shard(copies / "in-001.tar", {**good, "image_4.jpg": b"no image"})
+    for _ in range(2):
+        first = masks(copies, model, out, code=1)
+        told = capsys.readouterr().err
+        assert "1 failed" in told and "it is no image" in told and "remove a shard to try its images" in told
+        assert (out / "failed.txt").read_text() == (out / "in-001.failed.txt").read_text()
+    write_shard(copies / "in-001.tar", good)
+    (out / "in-001.tar").unlink()
+    assert masks(copies, model, out).keys() == first.keys()
+    assert not list(out.glob("*failed.txt")) and "image_4.png" in members(out / "in-001.tar")
+
+
+def test_kept_cams_are_part_of_what_shards_hold(data, model, sharded, tmp_path):
+    with pytest.raises(ValueError, match="keep_cams"):
+        masks(data, model, sharded, "--keep_cams", "compact")
+
+
+def test_an_image_that_comes_again_later_is_damage(copies, model, tmp_path, capsys):
+    content = members(copies / "in-000.tar")
+    names = sorted(content)
+    with tarfile.open(copies / "in-000.tar", "w") as archive:
+        for name in [*names, *names[:2]]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content[name])
+            archive.addfile(info, BytesIO(content[name]))
+    assert "in-000.tar" not in masks(copies, model, tmp_path / "masks", code=1)
+    assert "image_0 twice" in capsys.readouterr().err
+
+
+def test_shards_and_folders_of_images_exclude_each_other(data, model, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        masks(data, model, tmp_path / "masks", "--split_file", data / "split.txt")
+    assert "--shards" in capsys.readouterr().err
