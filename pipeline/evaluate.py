@@ -180,14 +180,17 @@ def _argmax(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     float32 maps in [0, 1] are compared as if rounded to float16; their highest value is not rounded.
     """
-    top = maps[0].copy()
+    top = maps[0] if len(maps) == 1 else maps[0].copy()
     best = np.zeros(top.shape, np.min_scalar_type(len(maps)))
     for index, channel in enumerate(maps[1:], 1):
-        higher = channel > top
         if maps.dtype == np.float32:
-            close = np.flatnonzero(higher & (channel - top <= CLOSE))
+            lead = channel - top
+            higher = lead > 0
+            close = np.flatnonzero(higher & (lead <= CLOSE))
             higher[close] = channel[close].astype(np.float16) > top[close].astype(np.float16)
-        np.copyto(best, index, where=higher)
+        else:
+            higher = channel > top
+        np.maximum(best, higher * best.dtype.type(index), out=best)  # later indices are higher
         np.maximum(top, channel, out=top)
     return best, top
 

@@ -65,7 +65,7 @@ def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     height, width = size
     resized = np.empty((len(maps), height, width), np.float32)
     for source, target in zip(maps, resized, strict=True):
-        target[:] = cv2.resize(source, (width, height), interpolation=cv2.INTER_LINEAR)
+        cv2.resize(source, (width, height), target, interpolation=cv2.INTER_LINEAR)
     return resized
 
 
