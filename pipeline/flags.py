@@ -25,7 +25,9 @@ def count(text: str) -> int:
 
 def workers(text: str) -> int:
     """Argument type: a whole number, 0 or more."""
-    return 0 if text == "0" else count(text)
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError("expected a whole number, 0 or more")
+    return int(text)
 
 
 def share(text: str) -> float:

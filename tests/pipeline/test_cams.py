@@ -174,6 +174,8 @@ def test_every_flag_changes_the_maps_and_is_recorded(flag, voc, tmp_path, monkey
         ["--cam_scales", "inf"],
         ["--box_threshold", "nan"],
         ["--num_workers", "none"],
+        ["--decode_workers", "-1"],
+        ["--batch_size", "0"],
     ],
 )
 def test_numbers_out_of_range_are_refused(flags, voc, tmp_path, monkeypatch, capsys):
