@@ -153,7 +153,10 @@ def _view_cams(
 def _on(device: torch.device, array: np.ndarray) -> Tensor:
     """The array as tensor; to a GPU it is copied while that computes another thread's batch."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device.type == "cpu":
+        return tensor
+    with torch.cuda.device(device):  # pinning would set up the first GPU otherwise
+        return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _fuse(views: list[np.ndarray]) -> np.ndarray:
