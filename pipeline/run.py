@@ -142,7 +142,9 @@ class Run:
             for name, sentence in failures[:SHOWN]:
                 print(f"failed: {name}: {sentence}", file=sys.stderr)
             if self.folder is not None:
-                _list_failures(self.folder / FAILED, failures, self.retry)
+                list_failures(self.folder / FAILED, failures)
+                if failures:
+                    print(f"all failures: {self.folder / FAILED}; {self.retry}", file=sys.stderr)
         return 1 if failures else 0
 
 
@@ -251,10 +253,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _list_failures(file: Path, failures: list[tuple[str, str]], retry: str) -> None:
+def list_failures(file: Path, failures: Sequence[tuple[str, str]]) -> None:
+    """Write images and the sentences they failed with, a line each; without any, remove the last list."""
     if not failures:
         file.unlink(missing_ok=True)
         return
     with replacing(file) as stream:
         stream.write("".join(f"{name}\t{sentence}\n" for name, sentence in failures).encode())
-    print(f"all failures: {file}; {retry}", file=sys.stderr)

@@ -7,7 +7,6 @@ For image sets that no folder should hold. A shard has `<key>.jpg` (or png) and,
 import re
 import tarfile
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from pipeline.decode import Sample
 from pipeline.flow import decoding, flow
 from pipeline.processes import Outcome, failed
+from pipeline.run import list_failures
 from segmentation.files import replacing
 
 IMAGES = ("jpg", "jpeg", "png")
@@ -77,39 +77,31 @@ def generate(
         output: folder of the result shards.
         make_step: called with `position` and `store`, makes a step of `pipeline.cams` or `pipeline.fused`.
     """
-    with ExitStack() as stack:
-        yield from _generate(shards, position, output, make_step, stack)
-
-
-def _generate(
-    shards: Sequence[str], position: int, output: str, make_step: Callable[..., Any], stack: ExitStack
-) -> Generator[Outcome, None, None]:
-    results: dict[str, dict[str, bytes]] = {}
-    step = decoder = None
+    missing = []
     for shard in shards:
         file = Path(output) / result_name(shard)
-        list_file = file.with_suffix(FAILED)
         if file.is_file():
-            yield from _listed(list_file)
-            continue
-        step = step or make_step(position=position, store=results.__setitem__)
-        decoder = decoder or stack.enter_context(decoding(step.flow))
-        results.clear()
-        failures: list[Outcome] = []
-        try:
-            for outcome in flow(_samples(shard), step.decoder(), step, step.flow, decoder):
-                if outcome.failure:
-                    failures.append(outcome)
-                yield outcome
-        except DamagedShard as error:
-            yield failed(shard, error)
-            continue
-        list_file.unlink(missing_ok=True)
-        if failures:
-            lines = (f"{outcome.name}\t{outcome.failure}\n" for outcome in failures)
-            with replacing(list_file) as stream:
-                stream.write("".join(sorted(lines)).encode())
-        _write(file, results)
+            yield from _listed(file.with_suffix(FAILED))
+        else:
+            missing.append((shard, file))
+    if not missing:  # and no model is needed
+        return
+    results: dict[str, dict[str, bytes]] = {}
+    step = make_step(position=position, store=results.__setitem__)
+    with decoding(step.flow) as decoder:
+        for shard, file in missing:
+            results.clear()
+            failures = []
+            try:
+                for outcome in flow(_samples(shard), step.decoder(), step, step.flow, decoder):
+                    if outcome.failure:
+                        failures.append((outcome.name, outcome.failure))
+                    yield outcome
+            except DamagedShard as error:
+                yield failed(shard, error)
+                continue
+            list_failures(file.with_suffix(FAILED), sorted(failures))
+            _write(file, results)
 
 
 def _listed(file: Path) -> Iterator[Outcome]:
