@@ -14,6 +14,7 @@ FLOORS = {
     "coco14": 2,
     "shapes": 2,
     "pipeline": 3,
+    "deeplab": 4,
     "bench": 5,
 }
 

@@ -1,0 +1,57 @@
+"""Inputs that the golden vectors of tests/golden/deeplab were made with."""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from segmentation.transforms import caffe_normalise, imagenet_normalise
+from tests.weights import parity_array, parity_image
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "deeplab"
+
+
+def golden(name: str) -> dict:
+    """The arrays of an .npz, or what a .json holds."""
+    if name.endswith(".json"):
+        return json.loads((GOLDEN / name).read_text())
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+def input_a(name: str, height: int, width: int) -> torch.Tensor:
+    """(1, 3, H, W) float32, BGR minus mean."""
+    return torch.from_numpy(caffe_normalise(parity_image(name, height, width)))[None]
+
+
+def input_b(name: str, height: int, width: int) -> torch.Tensor:
+    """(1, 3, H, W) float32, RGB standardised."""
+    return torch.from_numpy(imagenet_normalise(parity_image(name, height, width)))[None]
+
+
+def labels(name: str, shape: tuple, classes: int, block: int = 4, p: float = 1.0) -> np.ndarray:
+    """(n, H, W) int64, blocky, 255 where ignored."""
+    count, height, width = shape
+    grid = (count, -(-height // block), -(-width // block))
+    found = np.floor(np.abs(parity_array(name, grid, scale=3.0))).astype(np.int64) % classes
+    found[parity_array(name + ":ign", grid) > p] = 255
+    return found.repeat(block, 1).repeat(block, 2)[:, :height, :width].copy()
+
+
+def summary(values) -> np.ndarray:
+    """(18,): sum, L2 norm and 16 evenly spaced elements, filled up with zeros where there are fewer."""
+    flat = np.asarray(values, np.float64).ravel()
+    index = np.linspace(0, flat.size - 1, 16).astype(np.int64) if flat.size >= 16 else np.arange(flat.size)
+    shown = np.zeros(16)
+    shown[: len(index)] = flat[index]
+    return np.concatenate([[flat.sum(), np.sqrt((flat**2).sum())], shown])
+
+
+def fill_a(model, seed: int = 0, stem: str = "base.layer1.conv1.conv.weight"):
+    """Deterministic weights by name; the stem is scaled down for inputs of 0 to 255."""
+    from tests.weights import fill_module
+
+    fill_module(model, seed)
+    with torch.no_grad():
+        dict(model.named_parameters())[stem].mul_(1 / 64)
+    return model.eval()
