@@ -1,0 +1,224 @@
+"""DeepLab-v2 on ResNet-101 with the multi-scale wrapper (Chen et al., 2016), and DeepLab-v1's shell.
+
+Names, order and shapes of the state dict are those of the public deeplab-pytorch, so that its files load
+as they are. Images are BGR minus the mean, see `segmentation.transforms.caffe_normalise`; logits have an
+eighth of the image's size. Widths below are of the full net; every one is a multiple of `width`.
+"""
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+BN = {"eps": 1e-5, "momentum": 1e-3}  # of Caffe's moving average with fraction 0.999
+STRIDES_IN = ("reduce", "conv3x3")
+
+
+class ConvBnReLU(nn.Module):
+    """Convolution without bias, batch normalisation and, unless told otherwise, ReLU."""
+
+    def __init__(self, into: int, out: int, kernel: int, stride: int, padding: int, dilation: int,
+                 relu: bool = True):
+        super().__init__()
+        self.conv = nn.Conv2d(into, out, kernel, stride, padding, dilation, bias=False)
+        self.bn = nn.BatchNorm2d(out, **BN)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        return F.relu_(x) if self.relu else x  # in place: batch norm keeps its input, not its output
+
+
+class Bottleneck(nn.Module):
+    """Residual block 1x1, 3x3, 1x1; the first of a stage (`first`) has a convolved shortcut.
+
+    The stride is in the first 1x1, as in Caffe's ResNets, or (`stride_in` "conv3x3") in the 3x3, as in
+    torchvision's. Both have the same weights.
+    """
+
+    def __init__(self, into: int, out: int, stride: int, dilation: int, first: bool, stride_in: str):
+        super().__init__()
+        middle = out // 4
+        early, late = (stride, 1) if stride_in == "reduce" else (1, stride)
+        self.reduce = ConvBnReLU(into, middle, 1, early, 0, 1)
+        self.conv3x3 = ConvBnReLU(middle, middle, 3, late, dilation, dilation)
+        self.increase = ConvBnReLU(middle, out, 1, 1, 0, 1, relu=False)
+        self.shortcut = ConvBnReLU(into, out, 1, stride, 0, 1, relu=False) if first else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.increase(self.conv3x3(self.reduce(x)))
+        return F.relu_(branch.add_(self.shortcut(x)))
+
+
+class Stem(nn.Sequential):
+    """(B, 3, H, W) -> (B, width, ~H/4, ~W/4); the pool rounds up, as Caffe's does: 240 -> 120 -> 61."""
+
+    def __init__(self, width: int):
+        super().__init__(OrderedDict(
+            conv1=ConvBnReLU(3, width, 7, 2, 3, 1),
+            pool=nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True),
+        ))
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling of DeepLab-v2: the sum of 3x3 convolutions of several dilations."""
+
+    def __init__(self, into: int, channels: int, rates: tuple[int, ...]):
+        super().__init__()
+        if not rates:
+            raise ValueError("the head needs at least one dilation rate")
+        for position, rate in enumerate(rates):
+            branch = nn.Conv2d(into, channels, 3, padding=rate, dilation=rate)
+            nn.init.normal_(branch.weight, std=0.01)
+            nn.init.zeros_(branch.bias)
+            self.add_module(f"c{position}", branch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = self.children()
+        total = first(x)  # (B, channels, h, w)
+        for branch in others:
+            total = total + branch(x)
+        return total
+
+
+def backbone(blocks: tuple[int, ...], width: int, stride_in: str) -> OrderedDict[str, nn.Module]:
+    """layer1 (the stem) to layer5: (B, 3, H, W) -> (B, 32 * width, ~H/8, ~W/8)."""
+    if len(blocks) != 4 or min(blocks) < 1:
+        raise ValueError(f"blocks must be four positive numbers, one of each stage, not {tuple(blocks)}")
+    if stride_in not in STRIDES_IN:
+        raise ValueError(f"stride_in must be one of {', '.join(STRIDES_IN)}, not {stride_in!r}")
+    layers = OrderedDict(layer1=Stem(width))
+    into = width
+    stages = zip(blocks, (1, 2, 1, 1), (1, 1, 2, 4), strict=True)  # strides, dilations
+    for position, (count, stride, dilation) in enumerate(stages):
+        out = 4 * width * 2**position
+        stage = OrderedDict()
+        for block in range(count):
+            first = block == 0
+            stage[f"block{block + 1}"] = Bottleneck(
+                into if first else out, out, stride if first else 1, dilation, first, stride_in
+            )
+        layers[f"layer{position + 2}"] = nn.Sequential(stage)
+        into = out
+    return layers
+
+
+class DeepLabV2(nn.Sequential):
+    """(B, 3, H, W) -> logits (B, channels, ~H/8, ~W/8)."""
+
+    def __init__(self, channels: int, blocks: tuple[int, ...] = (3, 4, 23, 3),
+                 rates: tuple[int, ...] = (6, 12, 18, 24), width: int = 64, stride_in: str = "reduce"):
+        super().__init__(backbone(blocks, width, stride_in))
+        self.aspp = ASPP(32 * width, channels, rates)
+
+
+class DeepLabV1(nn.Sequential):
+    """The same stages under one 1x1 convolution: what the public COCO initialisation is stored as."""
+
+    def __init__(self, channels: int, blocks: tuple[int, ...] = (3, 4, 23, 3), width: int = 64,
+                 stride_in: str = "reduce"):
+        super().__init__(backbone(blocks, width, stride_in))
+        self.fc = nn.Conv2d(32 * width, channels, 1)
+
+
+class MSC(nn.Module):
+    """Runs `base` on the image and on rescaled copies of it, and fuses by the maximum.
+
+    In training mode it returns a list: the logits of the image, those of each copy at their own size, and
+    their maximum at the first one's size, which all get a loss. In evaluation mode it returns the maximum.
+    Without `scales` there is nothing to fuse: one output, as of `base` alone.
+
+    Args:
+        base: (B, 3, H, W) -> (B, channels, h, w).
+        scales: factors of the copies' size, in this order.
+        freeze_bn: keep batch norm in evaluation mode always, as the published recipes do.
+    """
+
+    def __init__(self, base: nn.Module, scales: tuple[float, ...] = (0.5, 0.75), freeze_bn: bool = True):
+        super().__init__()
+        self.base = base
+        self.scales = tuple(scales)
+        self.freeze_bn = freeze_bn
+        freeze_affine(self)
+        self.train()
+
+    def train(self, mode: bool = True) -> "MSC":
+        super().train(mode)
+        if self.freeze_bn:
+            freeze_statistics(self)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        outputs = [self.base(x)]
+        outputs += [self.base(rescale(x, scale)) for scale in self.scales]
+        fused = outputs[0]  # (B, channels, h, w)
+        for output in outputs[1:]:
+            output = F.interpolate(output, fused.shape[-2:], mode="bilinear", align_corners=False)
+            fused = torch.maximum(fused, output)
+        if not self.training:
+            return fused
+        return [*outputs, fused] if self.scales else outputs
+
+
+def rescale(x: Tensor, scale: float) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, floor(H * scale), floor(W * scale)), bilinear; at least one pixel.
+
+    Samples by the given scale, not by the ratio of the rounded sizes; published networks of today's
+    PyTorch do so.
+    """
+    size = [int(side * scale) for side in x.shape[-2:]]
+    if min(size) < 1:  # an image one pixel wide; PyTorch refuses an empty result
+        return F.interpolate(x, [max(1, side) for side in size], mode="bilinear", align_corners=False)
+    return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+
+
+def freeze_statistics(module: nn.Module) -> None:
+    """Batch norm anywhere in the module uses its running statistics and leaves them alone."""
+    for part in module.modules():
+        if isinstance(part, _BatchNorm):
+            part.eval()
+
+
+def freeze_affine(module: nn.Module) -> None:
+    """Scale and shift of batch norm get no gradient: no published recipe trains them."""
+    for part in module.modules():
+        if isinstance(part, _BatchNorm):
+            part.requires_grad_(False)
+
+
+def build_v2(channels: int, blocks: tuple[int, ...] = (3, 4, 23, 3), rates: tuple[int, ...] = (6, 12, 18, 24),
+             width: int = 64, scales: tuple[float, ...] = (0.5, 0.75), freeze_bn: bool = True,
+             stride_in: str = "reduce") -> MSC:
+    """DeepLab-v2 with random weights, in training mode.
+
+    Args:
+        channels: of the logits, background included.
+        blocks: residual blocks of each of the four stages; (3, 4, 23, 3) is ResNet-101.
+        rates: dilations of the head's branches.
+        width: channels of the stem; the stages have 4, 8, 16 and 32 times that.
+        scales: further scales every image is seen at, see `MSC`.
+        freeze_bn: batch norm keeps its running statistics.
+        stride_in: "reduce", or "conv3x3" for weights from torchvision.
+
+    Raises:
+        ValueError: for blocks, rates or stride_in that are none.
+    """
+    return MSC(DeepLabV2(channels, blocks, rates, width, stride_in), scales, freeze_bn)
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """What the optimiser trains: convolutions of the backbone, and weights and biases of the head.
+
+    Returns:
+        [{params: list, rate: multiple of the base learning rate, weight_decay: whether the recipe's
+        applies}]; batch norm is in none.
+    """
+    convolutions = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Conv2d)]
+    body = [part for name, part in convolutions if "layer" in name]
+    head = [part for name, part in convolutions if "layer" not in name]
+    return [
+        {"params": [part.weight for part in body], "rate": 1, "weight_decay": True},
+        {"params": [part.weight for part in head], "rate": 10, "weight_decay": True},
+        {"params": [part.bias for part in head], "rate": 20, "weight_decay": False},
+    ]
