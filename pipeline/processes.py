@@ -4,7 +4,6 @@ A step is a generator function `work(names, position, *args)`: it handles its im
 one `Outcome` after each; what it returns is collected. `position` counts the processes of this machine.
 """
 
-import atexit
 import math
 import multiprocessing
 import os
@@ -13,7 +12,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
-from datetime import timedelta
 from queue import Empty
 from typing import Any, NamedTuple
 
@@ -52,34 +50,11 @@ def failed(name: str, error: Exception) -> Outcome:
     return Outcome(name, failure=kind + " ".join(str(error).split()))
 
 
-def rank_and_world() -> tuple[int, int]:
-    """This process among those torchrun started; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def shard(items: Sequence, rank: int, world: int, block: int = 1) -> list:
     """The items of process `rank` of `world`: every world-th block of items, so that parts differ by one
     block at most. A part may be shared out again by the same blocks."""
     starts = range(rank * block, len(items), world * block)
     return [item for start in starts for item in items[start : start + block]]
-
-
-def gather(value: Any) -> list:
-    """`value` of every torchrun rank, in rank order; waits until all have come this far."""
-    world = rank_and_world()[1]
-    if world == 1:
-        return [value]
-    from torch import distributed
-
-    if not distributed.is_initialized():
-        distributed.init_process_group("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
-        atexit.register(distributed.destroy_process_group)  # or its threads may abort the exit
-    values = [None] * world
-    try:
-        distributed.all_gather_object(values, value)
-    except RuntimeError as error:  # gloo's: a connection broke
-        raise ChildProcessError("another of torchrun's processes died; the same command continues") from error
-    return values
 
 
 def cores() -> int:

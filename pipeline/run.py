@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from pipeline import processes
 from pipeline.processes import Outcome, Work
+from segmentation.distributed import WorkFailed, gather, rank_and_world
 from segmentation.files import DiskFull, replacing, sweep
 
 PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "pydensecrf2", "numba")
@@ -36,7 +37,7 @@ def command(main: Callable[[], int | None]) -> None:
         if os.environ.get("CLIP_WSSS_DEBUG") == "1":
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        code = 1 if isinstance(error, ChildProcessError | DiskFull) else 2
+        code = 1 if isinstance(error, ChildProcessError | DiskFull | WorkFailed) else 2
     sys.exit(code)
 
 
@@ -75,11 +76,11 @@ class Run:
         self.done = 0
         self.failures: list[tuple[str, str]] = []
         self.notes: dict[str, tuple[int, list[str]]] = {}  # how many images, and the first few
-        self.rank, self.world = processes.rank_and_world()
+        self.rank, self.world = rank_and_world()
         if self.folder is not None and self.rank == 0:
             record = {"step": step, "settings": dict(settings or {}), "inputs": dict(inputs or {})}
             _settle(self.folder, record, outputs, overwrite, dict(info or {}))
-        processes.gather(None)  # no rank may write before the folder is settled
+        gather(None)  # no rank may write before the folder is settled
 
     def map(
         self,
@@ -108,7 +109,7 @@ class Run:
                 bar.update()
 
             results = processes.run(work, names, args, num_workers, take, block)
-        return [result for part in processes.gather(results) for result in part]
+        return [result for part in gather(results) for result in part]
 
     def take(self, outcome: Outcome) -> None:
         """Count one image."""
@@ -130,7 +131,7 @@ class Run:
         Returns:
             The exit code: 1 if an image failed, else 0.
         """
-        parts = processes.gather((self.done, self.failures, self.notes))
+        parts = gather((self.done, self.failures, self.notes))
         self.failures = failures = sorted(failure for _, failed, _ in parts for failure in failed)
         if self.rank == 0:
             print(f"{sum(done for done, _, _ in parts)} images, {len(failures)} failed", file=sys.stderr)

@@ -260,7 +260,7 @@ def test_a_killed_rank_ends_an_evaluation(tmp_path, capsys, monkeypatch):
 
 LOSE_RANK_1 = """
 import os
-from pipeline.processes import gather
+from segmentation.distributed import gather
 from pipeline.run import command
 def main():
     gather("all have come this far")
