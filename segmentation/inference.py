@@ -1,0 +1,147 @@
+"""From a trained network and an image to class probabilities at the image's size."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+AVERAGES = ("probabilities", "logits")
+RESIZES = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of products
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a network is tested. The defaults are deeplab-pytorch's: the image as it is, once.
+
+    Attributes:
+        scales: multiples of the image's size.
+        flip: take the mirrored image too, at every scale.
+        average: what is averaged over scales and mirrored images, at the image's size: "probabilities",
+            or "logits" (SEAM's), of which the softmax is taken then.
+        align_corners: how logits are brought to the image's size.
+        resize: how the image is brought to a scale, "linear" or "cubic" (SEAM's); after normalisation.
+
+    Raises:
+        ValueError: no scales, scales that are not above 0, or unknown names.
+    """
+
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    average: str = "probabilities"
+    align_corners: bool = False
+    resize: str = "linear"
+
+    def __post_init__(self):
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(f"test scales must be numbers above 0, got {list(self.scales)}")
+        if self.average not in AVERAGES:
+            raise ValueError(f"average must be one of {', '.join(AVERAGES)}, got {self.average!r}")
+        if self.resize not in RESIZES:
+            raise ValueError(f"resize must be one of {', '.join(RESIZES)}, got {self.resize!r}")
+
+
+def infer(
+    model: nn.Module,
+    image: np.ndarray,
+    protocol: Protocol,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+) -> Tensor:
+    """Class probabilities of an image.
+
+    Args:
+        model: in eval mode, on `device`, in any memory format; see `scale_logits`.
+        image: (3, H, W) float32, normalised as the network was trained with.
+        protocol: scales, flip and how they are averaged.
+        device: where the model is.
+        precision: a name in `PRECISIONS`, of the network's products; the softmax is float32.
+
+    Returns:
+        (C, H, W) float32 on `device`, summing to 1 over C.
+
+    Raises:
+        ValueError: see `scale_logits`.
+    """
+    passes = scale_logits(model, image, protocol, device, precision)
+    return combine((logits for _, logits in passes), image.shape[1:], protocol)
+
+
+def scale_logits(
+    model: nn.Module,
+    image: np.ndarray,
+    protocol: Protocol,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+) -> Iterator[tuple[float, Tensor]]:
+    """The network's logits at each scale, as they leave it, for `combine`.
+
+    Args:
+        model: (B, 3, h, w) -> logits (B, C, h', w'); see `infer` for the other arguments.
+
+    Yields:
+        The scale, and (1, C, h', w') float32; (2, C, h', w') with flip, where the second is mirrored still.
+
+    Raises:
+        ValueError: the model is in training mode, the precision is unknown, or nothing is left of the image
+            at a scale.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() before inference")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    device, dtype = torch.device(device), PRECISIONS[precision]
+    for scale in protocol.scales:
+        batch = torch.from_numpy(rescale(image, scale, protocol.resize))[None].to(device)  # (1, 3, h, w)
+        if protocol.flip:
+            batch = torch.cat([batch, batch.flip(-1)])  # (2, 3, h, w)
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = model(batch).float()  # (B, C, h', w')
+        yield scale, logits
+
+
+@torch.inference_mode()
+def combine(passes: Iterable[Tensor], size: tuple[int, int], protocol: Protocol) -> Tensor:
+    """Average what `scale_logits` yields.
+
+    Args:
+        passes: (1 or, with flip, 2, C, h', w') logits of each scale.
+        size: (H, W) of the image.
+
+    Returns:
+        (C, H, W) float32 probabilities.
+    """
+    total, count = None, 0
+    for logits in passes:
+        full = F.interpolate(logits, size, mode="bilinear", align_corners=protocol.align_corners)
+        if protocol.average == "probabilities":
+            full = full.softmax(1)  # (B, C, H, W)
+        full = torch.cat([full[:1], full[1:].flip(-1)]) if len(full) > 1 else full
+        added = full.sum(0)  # (C, H, W)
+        total, count = added if total is None else total.add_(added), count + len(full)
+    mean = total / count
+    return mean if protocol.average == "probabilities" else mean.softmax(0)
+
+
+def rescale(image: np.ndarray, scale: float, resize: str = "linear") -> np.ndarray:
+    """Resize a normalised image (3, H, W) float32 by a factor, by OpenCV.
+
+    Sides are rounded, halves to the even number; pixels lie where the factor says, by half-pixel centres;
+    nothing is smoothed before.
+
+    Raises:
+        ValueError: nothing would be left.
+    """
+    if scale == 1:
+        return np.ascontiguousarray(image)
+    height, width = (round(side * scale) for side in image.shape[1:])
+    if min(height, width) < 1:
+        raise ValueError(f"nothing is left of an image of {image.shape[1:]} (H, W) at scale {scale:g}")
+    pixels = np.ascontiguousarray(image.transpose(1, 2, 0))  # (H, W, 3)
+    resized = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=RESIZES[resize])
+    return np.ascontiguousarray(resized.transpose(2, 0, 1))

@@ -1,0 +1,151 @@
+"""Test-time scales and flips: the published multi-scale test, and what each argument means."""
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from segmentation.inference import Protocol, combine, infer, rescale, scale_logits
+from segmentation.transforms import imagenet_normalise
+from tests.deeplab.common import golden, input_b
+from tests.weights import fill_module, parity_array, parity_image
+
+SEAM = Protocol((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), True, "logits", align_corners=True, resize="cubic")
+
+
+class Small(nn.Module):
+    """Four classes at stride 8, not symmetric."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 9, stride=8, padding=4)
+        fill_module(self)
+        self.seen = []
+        self.eval()
+
+    def forward(self, batch):
+        self.seen.append(tuple(batch.shape))
+        return 20 * self.layer(batch)
+
+
+def image(name: str, height: int, width: int) -> np.ndarray:
+    return imagenet_normalise(parity_image(name, height, width))
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+def test_scales_and_flips_are_averaged(average, align_corners):
+    model, picture = Small(), image("protocol", 41, 58)
+    found = infer(model, picture, Protocol((0.5, 1.0, 1.5), True, average, align_corners))
+    views = []
+    for scale in (0.5, 1.0, 1.5):
+        batch = torch.from_numpy(rescale(picture, scale))[None]
+        for mirrored in (False, True):
+            logits = model(batch.flip(3) if mirrored else batch)
+            full = F.interpolate(logits, (41, 58), mode="bilinear", align_corners=align_corners)
+            full = full.flip(3) if mirrored else full
+            views.append(full.softmax(1) if average == "probabilities" else full)
+    mean = torch.cat(views).mean(0)
+    expected = mean if average == "probabilities" else mean.softmax(0)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=0)
+    assert found.shape == (4, 41, 58)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.75, 1.25, 1.5])
+def test_pixels_lie_where_the_factor_says(scale):
+    """PyTorch's resize by a given factor is an independent witness; it rounds sizes down."""
+    picture = image("factor", 41, 58)
+    found = rescale(picture, scale)
+    assert found.shape[1:] == (round(41 * scale), round(58 * scale))
+    witness = F.interpolate(torch.from_numpy(picture)[None], scale_factor=scale, mode="bilinear")[0].numpy()
+    height, width = witness.shape[1:]
+    np.testing.assert_allclose(found[:, :height, :width], witness, atol=1e-4)
+
+
+def test_a_mirrored_image_shares_its_batch():
+    model = Small()
+    infer(model, image("batch", 20, 30), Protocol((1.0, 2.0), flip=True))
+    infer(model, image("batch", 20, 30), Protocol())
+    assert model.seen == [(2, 3, 20, 30), (2, 3, 40, 60), (1, 3, 20, 30)]
+
+
+def test_a_mirrored_image_gives_mirrored_probabilities():
+    picture = image("mirror", 32, 48)  # sides that stay whole, or one edge is cut
+    found = infer(Small(), picture, Protocol((1.0, 1.5), flip=True))
+    mirrored = infer(Small(), picture[..., ::-1].copy(), Protocol((1.0, 1.5), flip=True))
+    torch.testing.assert_close(found, mirrored.flip(-1), atol=1e-5, rtol=0)
+
+
+def test_the_default_is_the_network_s_logits_at_image_size():
+    model, picture = Small(), image("plain", 25, 39)
+    ((scale, logits),) = scale_logits(model, picture, Protocol())
+    assert (scale, tuple(logits.shape)) == (1.0, (1, 4, 4, 5))
+    expected = F.interpolate(logits, (25, 39), mode="bilinear", align_corners=False).softmax(1)[0]
+    torch.testing.assert_close(infer(model, picture, Protocol()), expected, atol=1e-6, rtol=0)
+
+
+def test_averages_differ():
+    picture = image("averages", 33, 47)
+    one, two = (infer(Small(), picture, Protocol((0.5, 1.0), average=a)) for a in ("probabilities", "logits"))
+    assert (one - two).abs().max() > 1e-3
+
+
+def test_half_precision_is_close_and_leaves_float32():
+    model, picture = Small(), image("half", 33, 47)
+    full, half = infer(model, picture, Protocol()), infer(model, picture, Protocol(), precision="bf16")
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.sum(0), torch.ones(33, 47))
+    assert 0 < (full - half).abs().max() < 0.2
+
+
+def test_memory_format_changes_nothing():
+    model, picture = Small(), image("format", 33, 47)
+    expected = infer(model, picture, SEAM)
+    found = infer(model.to(memory_format=torch.channels_last), picture, SEAM)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"scales": ()}, "above 0"),
+        ({"scales": (1.0, 0.0)}, "above 0"),
+        ({"scales": (float("nan"),)}, "above 0"),
+        ({"average": "votes"}, "probabilities, logits"),
+        ({"resize": "nearest"}, "linear, cubic"),
+    ],
+)
+def test_wrong_protocols_are_refused(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        Protocol(**wrong)
+
+
+def test_misuse_is_told():
+    with pytest.raises(ValueError, match="eval"):
+        infer(Small().train(), image("misuse", 9, 9), Protocol())
+    with pytest.raises(ValueError, match="fp32, tf32, bf16, fp16"):
+        infer(Small(), image("misuse", 9, 9), Protocol(), precision="int8")
+    with pytest.raises(ValueError, match="nothing is left"):
+        infer(Small(), image("misuse", 1, 9), Protocol((0.5,)))
+
+
+@pytest.mark.parametrize(("index", "size"), [(0, (40, 56)), (1, (49, 33))])
+def test_images_are_resized_as_published(index, size):
+    expected = golden("b_test")
+    prefix = "{}x{}_".format(*size)
+    normalised = input_b(f"r38:ms{index}", *size)[0].numpy()
+    np.testing.assert_allclose(
+        rescale(normalised, 0.75, "cubic")[:, :6, :6], expected[prefix + "image_0.75_corner"], atol=1e-5
+    )
+    sizes = [rescale(normalised, scale, "cubic").shape[1:] for scale in SEAM.scales for _ in range(2)]
+    np.testing.assert_array_equal(sizes, expected[prefix + "sizes"])
+
+
+def test_logits_of_one_pass_are_combined_as_published():
+    """Network A's saved logits, brought to the image's size."""
+    expected = golden("a_crf")
+    for name, size, classes in [("sq", (48, 48), 5), ("wide", (37, 61), 21)]:
+        small = [-(-side // 8) for side in size]
+        logits = torch.from_numpy(parity_array(f"dl:crfl_{name}", (1, classes, *small), scale=2.0))
+        found = combine([logits], size, Protocol())
+        np.testing.assert_allclose(found[:, ::4, ::4], expected[f"{name}_prob"], atol=1e-6)
