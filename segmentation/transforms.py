@@ -1,8 +1,14 @@
 """From image and mask to what a segmentation network eats."""
 
+import random
+from dataclasses import dataclass
+
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
+
+from segmentation.benchmark import IGNORE
 
 # Caffe's ImageNet means (B, G, R), as DeepLab-v2 has them.
 CAFFE_MEAN = np.array([104.008, 116.669, 122.675])
@@ -23,6 +29,168 @@ def imagenet_normalise(image: np.ndarray) -> np.ndarray:
     scaled = np.float32(image) / np.float32(255)
     standard = (scaled - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
     return np.ascontiguousarray(standard.transpose(2, 0, 1))
+
+
+def denormalised(image: np.ndarray) -> np.ndarray:
+    """The picture that SEAM's CRF sees: `imagenet_normalise` undone in float32, and truncated.
+
+    Args:
+        image: (3, H, W) float32, standardised.
+
+    Returns:
+        (H, W, 3) uint8 RGB; a third to half of the values are one below what they were.
+    """
+    unit = image.transpose(1, 2, 0) * np.float32(IMAGENET_STD) + np.float32(IMAGENET_MEAN)
+    return np.clip(unit * np.float32(255), 0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class ScaleCrop:
+    """Training samples of DeepLab-v2 as deeplab-pytorch draws them: one of some scales, a crop, a flip.
+
+    Attributes:
+        crop: side of the sample.
+        scales: to choose from.
+        base: the longer side that a scale of 1 stands for; None is that of the image.
+        flip: half of the samples are mirrored.
+    """
+
+    crop: int
+    scales: tuple[float, ...]
+    base: int | None = None
+    flip: bool = True
+
+    def __call__(
+        self, image: np.ndarray, label: np.ndarray, draw: random.Random
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw a sample; scale, top, left and flip are drawn in this order.
+
+        What lies beyond the image, on the right and below, is 0 (the mean) and 255.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            label: (H, W) uint8.
+            draw: where chance comes from.
+
+        Returns:
+            (3, crop, crop) float32, see `caffe_normalise`, and (crop, crop) int64.
+
+        Raises:
+            ValueError: image and label differ in size.
+        """
+        height, width = _common_size(image, label)
+        if self.base is not None:
+            longer = max(height, width)
+            height, width = int(self.base * height / longer), int(self.base * width / longer)
+        scale = draw.choice(self.scales)
+        height, width = max(1, int(height * scale)), max(1, int(width * scale))
+        top = draw.randint(0, max(height - self.crop, 0))
+        left = draw.randint(0, max(width - self.crop, 0))
+        mirrored = self.flip and draw.random() < 0.5
+
+        seen = slice(top, top + self.crop), slice(left, left + self.crop)
+        resized = cv2.resize(np.float32(image), (width, height), interpolation=cv2.INTER_LINEAR)
+        rows, columns = (
+            nearest_index(out, side)[part]
+            for out, side, part in zip((height, width), label.shape, seen, strict=True)
+        )
+        return _framed(
+            caffe_normalise(resized[seen]), label[np.ix_(rows, columns)], self.crop, (0, 0), mirrored
+        )
+
+
+@dataclass(frozen=True)
+class JitterScaleCrop:
+    """Training samples of DeepLab-v1 on ResNet-38d as SEAM's code base draws them.
+
+    Attributes:
+        crop: side of the sample.
+        scale_range: the scale is drawn evenly from it.
+        jitter: of hue, saturation and value, see `jittered`.
+    """
+
+    crop: int
+    scale_range: tuple[float, float] = (0.5, 1.5)
+    jitter: int = 10
+
+    def __call__(
+        self, image: np.ndarray, label: np.ndarray, draw: random.Random
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw a sample; jitter, flip, scale, then the place across and down are drawn in this order.
+
+        A side shorter than the crop gets a place drawn within it; around it is 0 (the mean) and 255.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            label: (H, W) uint8.
+            draw: where chance comes from.
+
+        Returns:
+            (3, crop, crop) float32, see `imagenet_normalise`, and (crop, crop) int64.
+
+        Raises:
+            ValueError: image and label differ in size.
+        """
+        size = _common_size(image, label)
+        image = jittered(image, draw, self.jitter)
+        if draw.random() < 0.5:
+            image, label = cv2.flip(image, 1), cv2.flip(label, 1)
+        least, most = self.scale_range
+        scale = max(draw.random() * (most - least) + least, 1 / min(size))  # no side of 0 pixels
+        # Given as factors, not as a size, scales decide where pixels are sampled.
+        factors = {"dsize": None, "fx": scale, "fy": scale}
+        image = cv2.resize(image, **factors, interpolation=cv2.INTER_CUBIC)
+        label = cv2.resize(label, **factors, interpolation=cv2.INTER_NEAREST)
+
+        height, width = label.shape
+        left, x = self._place(width, draw)
+        top, y = self._place(height, draw)
+        seen = slice(top, top + self.crop), slice(left, left + self.crop)
+        return _framed(imagenet_normalise(image[seen]), label[seen], self.crop, (y, x))
+
+    def _place(self, side: int, draw: random.Random) -> tuple[int, int]:
+        """Offsets in the image and in the sample, one of which is 0."""
+        offset = draw.randrange(abs(side - self.crop) + 1)
+        return (offset, 0) if side > self.crop else (0, offset)
+
+
+def jittered(image: np.ndarray, draw: random.Random, most: int = 10) -> np.ndarray:
+    """Shift hue (OpenCV's, 0 to 179, a circle), saturation and value by up to `most` steps each.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        draw: where chance comes from: three `randint`.
+        most: steps either way.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    hue, saturation, value = (draw.randint(-most, most) for _ in range(3))
+    steps = np.arange(256)
+    tables = [(steps + hue) % 180, np.clip(steps + saturation, 0, 255), np.clip(steps + value, 0, 255)]
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+    shifted = cv2.LUT(hsv, np.stack(tables, axis=-1).astype(np.uint8)[None])  # (1, 256, 3) tables
+    return cv2.cvtColor(shifted, cv2.COLOR_HSV2RGB)
+
+
+def _common_size(image: np.ndarray, label: np.ndarray) -> tuple[int, int]:
+    if image.shape[:2] != label.shape:
+        raise ValueError(f"the image is {image.shape[:2]} but its mask {label.shape} (H, W)")
+    return label.shape
+
+
+def _framed(
+    image: np.ndarray, label: np.ndarray, crop: int, corner: tuple[int, int], mirrored: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put (3, h, w) and (h, w) into (3, crop, crop) of 0 and (crop, crop) of 255, at (y, x)."""
+    (y, x), (height, width) = corner, label.shape
+    images = np.zeros((3, crop, crop), np.float32)
+    labels = np.full((crop, crop), IGNORE, np.int64)
+    images[:, y : y + height, x : x + width] = image
+    labels[y : y + height, x : x + width] = label
+    if mirrored:
+        images, labels = images[..., ::-1].copy(), labels[..., ::-1].copy()
+    return images, labels
 
 
 def nearest_index(out: int, size: int) -> np.ndarray:
@@ -52,7 +220,7 @@ def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     if labels.shape[-2:] == size:
         return labels
     rows, columns = (
-        torch.from_numpy(nearest_index(out, side)).to(labels.device)
+        torch.from_numpy(nearest_index(out, side)).to(labels.device, non_blocking=True)  # no wait for a GPU
         for out, side in zip(size, labels.shape[-2:], strict=True)
     )
     return labels.index_select(1, rows).index_select(2, columns)  # (B, h, W), (B, h, w)
