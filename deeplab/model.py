@@ -82,10 +82,15 @@ class ASPP(nn.Module):
         return total
 
 
-def backbone(blocks: tuple[int, ...], width: int, stride_in: str) -> OrderedDict[str, nn.Module]:
-    """layer1 (the stem) to layer5: (B, 3, H, W) -> (B, 32 * width, ~H/8, ~W/8)."""
+def check_blocks(blocks: tuple[int, ...]) -> None:
+    """ValueError unless there are four stages, none of them empty."""
     if len(blocks) != 4 or min(blocks) < 1:
         raise ValueError(f"blocks must be four positive numbers, one of each stage, not {tuple(blocks)}")
+
+
+def backbone(blocks: tuple[int, ...], width: int, stride_in: str) -> OrderedDict[str, nn.Module]:
+    """layer1 (the stem) to layer5: (B, 3, H, W) -> (B, 32 * width, ~H/8, ~W/8)."""
+    check_blocks(blocks)
     if stride_in not in STRIDES_IN:
         raise ValueError(f"stride_in must be one of {', '.join(STRIDES_IN)}, not {stride_in!r}")
     layers = OrderedDict(layer1=Stem(width))
