@@ -8,7 +8,7 @@ they feed in; each is a preset.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,10 +19,10 @@ if TYPE_CHECKING:  # torch and numba are imported by the backends that need them
     import torch
     from torch import Tensor
 
-IMAGE_MODES = ("raw", "wrapped")
+IMAGE_MODES = ("raw", "bgr", "wrapped")
 UNARY_TYPES = ("float16", "float32")
 
-# Caffe's ImageNet means (B, G, R), which CLIP-ES subtracts from the image it gives to the CRF.
+# Caffe's ImageNet means (B, G, R), which CLIP-ES and DeepLab-v2 subtract from the image that the CRF sees.
 MEAN_BGR = np.array([104.008, 116.669, 122.675], np.float32)
 
 
@@ -38,7 +38,9 @@ class Preset:
         clip: the least probability; the energy is at most -log of it.
         unary_type: "float16" computes the energies in half precision, as CLIP-ES does; "float32" moves its
             posterior by up to 3e-2 and few labels.
-        image_mode: "raw", or "wrapped" (see `wrapped_bgr`), which gives the published CLIP-ES numbers.
+        image_mode: "raw"; "bgr", the same in the other channel order, by which the lattice differs: on a noisy
+            image a label in a hundred; or "wrapped" (see `wrapped_bgr`), which gives the published numbers
+            of CLIP-ES and DeepLab-v2.
     """
 
     iterations: int
@@ -81,7 +83,38 @@ PRESETS = {
         unary_type="float16",
         image_mode="wrapped",
     ),
+    # DeepLab-v2's (deeplab-pytorch), on the image as it is.
+    "deeplab": Preset(
+        iterations=10,
+        gaussian_sxy=1,
+        gaussian_compat=3,
+        bilateral_sxy=67,
+        bilateral_srgb=3,
+        bilateral_compat=4,
+        image_mode="bgr",
+    ),
+    # DeepLab-v1 on ResNet-38d, as SEAM's code base tests it.
+    "seam": Preset(
+        iterations=1,
+        gaussian_sxy=3,
+        gaussian_compat=3,
+        bilateral_sxy=32,
+        bilateral_srgb=13,
+        bilateral_compat=10,
+    ),
+    # The same network as WeakCLIP's fork (deeplabv1-resnet38) tests it on VOC.
+    "r38_voc": Preset(
+        iterations=10,
+        gaussian_sxy=1,
+        gaussian_compat=3,
+        bilateral_sxy=112,
+        bilateral_srgb=2,
+        bilateral_compat=3,
+    ),
 }
+# What DeepLab-v2's published numbers were made with, and the fork's on COCO: the same, on another image.
+PRESETS["deeplab_published"] = replace(PRESETS["deeplab"], image_mode="wrapped")
+PRESETS["r38_coco"] = replace(PRESETS["deeplab"], image_mode="raw")
 
 
 def densecrf(
@@ -159,7 +192,7 @@ def densecrf_batch(
 
 
 def wrapped_bgr(image: np.ndarray) -> np.ndarray:
-    """CLIP-ES's CRF image: means subtracted, then cast to 8 bits, where what is negative wraps around.
+    """The CRF image of CLIP-ES and DeepLab-v2: less its means, cast to 8 bits, where what is negative wraps.
 
     Grey levels just below a channel's mean thus lie far from those just above it. The public cast is
     undefined in C and happens to be this on x86; here it is modulo 256 on any machine.
@@ -172,6 +205,15 @@ def wrapped_bgr(image: np.ndarray) -> np.ndarray:
     """
     shifted = image[..., ::-1].astype(np.float32) - MEAN_BGR
     return (np.trunc(shifted).astype(np.int32) % 256).astype(np.uint8)
+
+
+def seen(image: np.ndarray, preset: Preset) -> np.ndarray:
+    """What the appearance kernel sees of an (H, W, 3) uint8 RGB image, of the same shape."""
+    if preset.image_mode == "wrapped":
+        image = wrapped_bgr(image)
+    elif preset.image_mode == "bgr":
+        image = image[..., ::-1]
+    return np.ascontiguousarray(image)
 
 
 def unary(probabilities: np.ndarray, preset: Preset) -> np.ndarray:
@@ -190,8 +232,7 @@ def _one_by_one(infer: Callable[[np.ndarray, np.ndarray, Preset], np.ndarray]) -
             array, rgb = (
                 x if isinstance(x, np.ndarray) else x.detach().cpu().numpy() for x in (classes, image)
             )
-            guide = np.ascontiguousarray(wrapped_bgr(rgb) if preset.image_mode == "wrapped" else rgb)
-            posterior = infer(guide, unary(array, preset), preset)
+            posterior = infer(seen(rgb, preset), unary(array, preset), preset)
             if array is not classes:
                 import torch
 

@@ -218,10 +218,13 @@ def _unary(probabilities: Tensor, preset: Preset) -> Tensor:
 
 
 def _guide(image: Tensor, preset: Preset) -> Tensor:
-    """What the appearance kernel sees: (H, W, 3) uint8; see `refinement.densecrf.wrapped_bgr`."""
+    """`refinement.densecrf.seen` on a device."""
     if preset.image_mode == "raw":
         return image
-    shifted = image.flip(-1).float() - torch.from_numpy(MEAN_BGR).to(image.device)
+    bgr = image.flip(-1)
+    if preset.image_mode == "bgr":
+        return bgr
+    shifted = bgr.float() - torch.from_numpy(MEAN_BGR).to(image.device)
     return (shifted.trunc().int() % 256).byte()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from refinement import densecrf_torch
-from refinement.densecrf import PRESETS, unary, wrapped_bgr
+from refinement.densecrf import IMAGE_MODES, PRESETS, seen, unary
 from refinement.densecrf_torch import RUN, _filter, _groups, _guide, _lattice, _runs, _unary
 from refinement.lattice import Kernel, packing
 
@@ -25,11 +25,11 @@ def test_energies_are_numpys_for_every_half():
     )
 
 
-def test_guide_is_wrapped_alike():
+def test_device_sees_the_same_image():
     levels = np.arange(256 * 3, dtype=np.uint32).reshape(16, 16, 3).astype(np.uint8)
-    np.testing.assert_array_equal(_guide(torch.from_numpy(levels), CLIP_ES), wrapped_bgr(levels))
-    raw = replace(CLIP_ES, image_mode="raw")
-    np.testing.assert_array_equal(_guide(torch.from_numpy(levels), raw), levels)
+    for mode in IMAGE_MODES:
+        preset = replace(CLIP_ES, image_mode=mode)
+        np.testing.assert_array_equal(_guide(torch.from_numpy(levels), preset), seen(levels, preset))
 
 
 def test_runs_sum_what_they_should():
