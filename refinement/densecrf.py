@@ -38,8 +38,8 @@ class Preset:
         clip: the least probability; the energy is at most -log of it.
         unary_type: "float16" computes the energies in half precision, as CLIP-ES does; "float32" moves its
             posterior by up to 3e-2 and few labels.
-        image_mode: "raw"; "bgr", the same in the other channel order, by which the lattice differs: on a noisy
-            image a label in a hundred; or "wrapped" (see `wrapped_bgr`), which gives the published numbers
+        image_mode: "raw"; "bgr", the same in the other channel order, in which the lattice differs: on noisy
+            images a label in a hundred; or "wrapped" (see `wrapped_bgr`), which gives the published numbers
             of CLIP-ES and DeepLab-v2.
     """
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segmentation.benchmark import Benchmark, load, voc_palette
+from tests.deeplab.common import golden
 
 FULL = """
 name: leaves
@@ -38,6 +39,8 @@ def test_palette_is_vocs():
     assert palette.dtype == np.uint8
     known = {0: (0, 0, 0), 1: (128, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128), 255: (224, 224, 192)}
     assert {index: tuple(palette[index].tolist()) for index in known} == known
+    painted = golden("b_metrics")["colormap_255_and_0_to_20"]  # as a public trainer paints its predictions
+    np.testing.assert_array_equal(palette[:21], painted[:21])  # 255, its last row, is white there
 
 
 def test_yaml_with_every_field(tmp_path):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from segmentation.metrics import ABSENT, confusion, scores
 from tests.conftest import golden
+from tests.deeplab.common import golden as deeplab_golden
 
 SUMMARY = ("Pixel Accuracy", "Mean Accuracy", "Frequency Weighted IoU", "Mean IoU")
 
@@ -21,6 +22,32 @@ def test_golden_scores():
             np.testing.assert_allclose(summary, arrays[f"{name}_summary"], atol=1e-12)
             np.testing.assert_allclose(list(result["Class IoU"].values()), arrays[f"{name}_iou"], atol=1e-12)
             assert abs(result["Mean IoU"] - arrays[f"{name}_miou"]) < 1e-12
+
+
+def counted(arrays, channels, prefix=""):
+    """The confusion matrix of all images of a golden case."""
+    names = [name for name in arrays if name.startswith(f"{prefix}gt")]
+    assert names
+    return sum(confusion(arrays[name], arrays[name.replace("gt", "pred")], channels) for name in names)
+
+
+@pytest.mark.parametrize("case", ["voc", "absent_classes", "one_class", "coco", "perfect"])
+def test_golden_scores_of_deeplab_v2(case):
+    arrays = deeplab_golden("a_metrics")
+    result = scores(counted(arrays, int(arrays[f"{case}_n"]), f"{case}_"))
+    pixels, accuracy, frequency, iou = (result[key] for key in SUMMARY)
+    summary = [pixels, accuracy, iou, frequency]  # in their order
+    np.testing.assert_allclose(summary, arrays[f"{case}_summary"], rtol=0, atol=1e-12)
+    class_iou = list(result["Class IoU"].values())
+    np.testing.assert_allclose(class_iou, arrays[f"{case}_class_iou"], rtol=0, atol=1e-12)
+
+
+def test_golden_scores_of_resnet38():
+    arrays = deeplab_golden("b_metrics")
+    result = scores(counted(arrays, 21), absent="zero")
+    percent = 100 * np.nan_to_num(list(result["Class IoU"].values()))
+    np.testing.assert_allclose(percent, arrays["iou_percent"], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(100 * result["Mean IoU"], arrays["miou_percent"], rtol=0, atol=1e-9)
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 21), st.integers(0, 2**31))
