@@ -29,8 +29,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, share: Share | None = None) ->
     Returns:
         A scalar; 0, with gradients of 0, where nothing is labelled.
     """
-    total = F.cross_entropy(_full(logits), labels, ignore_index=IGNORE, reduction="sum")
-    return _mean_of_means([total], [labels != IGNORE], share)
+    return _mean_of_means(logits, labels, [labels != IGNORE], share)
 
 
 def balanced_cross_entropy(logits: Tensor, labels: Tensor, share: Share | None = None) -> Tensor:
@@ -39,9 +38,7 @@ def balanced_cross_entropy(logits: Tensor, labels: Tensor, share: Share | None =
     AdvCAM and CLIMS train with it from ImageNet weights. A half that no pixel is labelled with adds 0,
     where the public code gives NaN. Arguments and result as of `cross_entropy`; `share` gets two counts.
     """
-    pixels = F.cross_entropy(_full(logits), labels, ignore_index=IGNORE, reduction="none")  # (B, h, w)
-    halves = [labels == 0, (labels != 0) & (labels != IGNORE)]
-    return _mean_of_means([pixels.where(half, 0).sum() for half in halves], halves, share)
+    return _mean_of_means(logits, labels, [labels == 0, (labels != 0) & (labels != IGNORE)], share)
 
 
 LOSSES = {"ce": cross_entropy, "balanced": balanced_cross_entropy}
@@ -68,14 +65,15 @@ def pyramid(
     return [loss(logits, resize_labels(labels, logits.shape[-2:]), share) for logits in outputs]
 
 
-def _full(logits: Tensor) -> Tensor:
-    """A sum over thousands of pixels needs more than half precision; float64 stays."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+def _mean_of_means(logits: Tensor, labels: Tensor, parts: list[Tensor], share: Share | None) -> Tensor:
+    """The mean over parts, (B, h, w) bool each, of the mean of -log p; one without pixels adds 0.
 
-
-def _mean_of_means(sums: list[Tensor], masks: list[Tensor], share: Share | None) -> Tensor:
-    """The mean of sum / pixels, where a mask without pixels adds 0; nothing is read back from the device."""
-    counts = torch.stack([mask.sum() for mask in masks]).double()  # (n,)
+    A GPU is not waited for, and adds up in the same order each time; the sum of F.cross_entropy does not.
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    pixels = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # (B, h, w)
+    sums = torch.stack([pixels.where(part, 0).sum() for part in parts])  # (n,)
+    counts = torch.stack([part.sum() for part in parts]).double()
     counts = counts if share is None else share(counts)
-    sums = torch.stack(sums)
     return (sums / counts.where(counts > 0, 1).to(sums.dtype)).mean()
