@@ -1,0 +1,224 @@
+"""Step 3, a network learns from masks: python -m deeplab.train --help"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clip.download import sha256
+from deeplab import config as configs
+from deeplab.checkpoint import load_init
+from deeplab.config import Config
+from deeplab.data import Split, benchmark_of, training_split, validation_split
+from deeplab.networks import Network, network_of
+from pipeline.flags import HelpFormatter
+from pipeline.masks import fingerprint
+from pipeline.processes import device_of
+from pipeline.run import Run, command, read_settings, some
+from segmentation.benchmark import Benchmark
+from segmentation.dataset import TrainingSet, check_values
+from segmentation.distributed import gather, rank_and_world
+from segmentation.files import replacing
+from segmentation.images import find_image, read_rgb
+from segmentation.inference import infer
+from segmentation.losses import LOSSES, pyramid
+from segmentation.masks import overlay, read_mask
+from segmentation.metrics import confusion, scores
+from segmentation.trainer import FINAL, RESUME, Objective, Trainer
+
+STEP = "deeplab.train"
+SHOWN = 3  # samples in the pictures of the log
+
+
+def objective(loss: str) -> Objective:
+    """The loss of every output of the network, each at its own size; their sum is minimised.
+
+    Args:
+        loss: a name in `segmentation.losses.LOSSES`.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"solver.loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+
+    def losses(model: nn.Module, images: Tensor, labels: Tensor, share: Callable) -> dict[str, Tensor]:
+        found = pyramid(model(images), labels, LOSSES[loss], share)
+        return {f"output_{index}": value for index, value in enumerate(found)}
+
+    return losses
+
+
+def validation(
+    split: Split, network: Network, channels: int, device: str, precision: str
+) -> Callable[[nn.Module], dict[str, float]]:
+    """A function network -> scores on a split, its images shared out among the ranks.
+
+    Every image is taken once, as it is: the public protocol may take it many times (`deeplab.test`).
+    """
+    protocol = replace(network.protocol, scales=(1.0,), flip=False)
+    rank, world = rank_and_world()
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        hist, failed = np.zeros((channels, channels), np.int64), []
+        for name in split.names[rank::world]:
+            try:
+                image = read_rgb(find_image(split.image_dir, name))
+                mask_file = Path(split.label_dir) / f"{name}.png"
+                truth = read_mask(mask_file)
+                check_values(truth, channels, mask_file)
+                found = infer(model, network.normalise(image), protocol, device, precision)
+                hist += confusion(truth, found.argmax(0).cpu().numpy(), channels)
+            except (ValueError, OSError) as error:  # no reason to stop training
+                failed.append(f"{name} ({error})")
+        hists, failures = zip(*gather((hist, failed)), strict=True)
+        failures = [failure for part in failures for failure in part]
+        if failures and rank == 0:
+            print(f"{len(failures)} images could not be validated on: {some(failures)}", file=sys.stderr)
+        found = scores(sum(hists))
+        return {name: found[name] for name in ("Mean IoU", "Pixel Accuracy")}
+
+    return validate
+
+
+def pictures(
+    network: Network, benchmark: Benchmark
+) -> Callable[[nn.Module, Tensor, Tensor], dict[str, np.ndarray]]:
+    """A function (network, images, masks) -> one picture: samples in rows, as drawn, labelled, predicted."""
+
+    def paint(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
+        images, labels = images[:SHOWN], labels[:SHOWN]
+        logits = nn.functional.interpolate(model(images).float(), labels.shape[-2:], mode="bilinear")
+        rows = []
+        for image, *masks in zip(images, labels, logits.argmax(1), strict=True):
+            drawn = network.denormalise(image.float().cpu().numpy())
+            shown = [overlay(drawn, mask.cpu().numpy().astype(np.uint8), benchmark.palette) for mask in masks]
+            rows.append(np.concatenate([drawn, *shown], axis=1))  # (h, 3 w, 3)
+        return {"input_label_prediction": np.concatenate(rows)}
+
+    return paint
+
+
+def prepare(config: Config, overwrite: bool = False, resume: bool = False) -> Trainer:
+    """A trainer as the configuration says, its folder settled and its network initialised or resumed.
+
+    Raises:
+        FileNotFoundError, ValueError: something is missing or does not fit; nothing was trained yet.
+    """
+    network, benchmark = network_of(config), benchmark_of(config)
+    split = training_split(config, benchmark)
+    dataset = TrainingSet(
+        split.names,
+        split.image_dir,
+        split.label_dir,
+        benchmark.channels,
+        network.transform(config.augment),
+        config.solver.seed,
+    )
+    dataset.check()
+    losses = objective(config.solver.loss)
+    device = torch.device(device_of(config.run.device, int(os.environ.get("LOCAL_RANK", 0))))
+    validate = None
+    if config.data.val_split:
+        val = validation_split(config, benchmark)
+        validate = validation(val, network, benchmark.channels, str(device), config.run.precision)
+
+    settle(config, split, overwrite, resume)
+    torch.manual_seed(config.solver.seed)
+    model = network.build(config.model, benchmark.channels)
+    if config.model.init:
+        report = load_init(model, config.model.init)
+        if rank_and_world()[0] == 0:
+            print(report, file=sys.stderr)
+    trainer = Trainer(
+        model.to(device),
+        network.groups(model),
+        losses,
+        dataset,
+        config.solver,
+        config.run,
+        horizon=network.horizon(config.solver),
+        validation=validate,
+        pictures=pictures(network, benchmark),
+    )
+    if resume and not trainer.load_resume() and rank_and_world()[0] == 0:
+        print(f"nothing to resume in {config.run.output}: starting at iteration 0", file=sys.stderr)
+    return trainer
+
+
+def settle(config: Config, split: Split, overwrite: bool, resume: bool) -> None:
+    """Take the output folder, or refuse it; record the configuration there.
+
+    Raises:
+        ValueError: it holds another run, or this one and neither `resume` nor `overwrite` is set.
+    """
+    folder = Path(config.run.output)
+    trained = [folder / RESUME, *folder.glob("checkpoint_*.pth")]
+    first = next((file for file in trained if file.is_file()), None)
+    if first and not resume and not overwrite:
+        raise ValueError(
+            f"{folder} holds {first.name}: --resume continues that run, --overwrite starts anew, or choose "
+            "another run.output"
+        )
+    settings = asdict(config)
+    running = settings.pop("run")
+    labels = read_settings(split.label_dir)
+    run = Run(
+        folder,
+        {"benchmark": config.data.benchmark, "precision": running["precision"], **settings},
+        inputs={
+            "init": sha256(config.model.init) if Path(config.model.init).is_file() else "",
+            "labels": fingerprint(labels),
+        },
+        outputs=("checkpoint_*.pth", RESUME),
+        overwrite=overwrite,
+        step=STEP,
+        info=running,
+    )
+    if run.rank == 0:
+        if not resume:
+            shutil.rmtree(folder / "logs", ignore_errors=True)
+        with replacing(folder / configs.CONFIG) as stream:
+            stream.write(configs.text(config).encode())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m deeplab.train",
+        description="Step 3: train DeepLab on masks; under torchrun in several processes. SIGTERM and Ctrl-C "
+        "save, and --resume continues as if nothing had happened. run.output/logs is for TensorBoard.",
+        epilog="The keys are those of deeplab/config.py, explained in docs/deeplab.md.",
+        formatter_class=HelpFormatter,
+    )
+    flag = parser.add_argument
+    flag("--config", metavar="FILE.yaml", help="configuration; published recipes are in deeplab/configs")
+    flag("--resume", action="store_true", help="continue the run in run.output; start it if nothing is saved")
+    flag("--overwrite", action="store_true", help="remove what another run left in run.output")
+    flag("overrides", nargs="*", metavar="key=value", help="changes to the configuration, such as "
+         "data.label_dir=output/voc12/pseudo_masks solver.learning_rate=2e-4")  # fmt: skip
+    args = parser.parse_args(arguments)
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite contradict each other")
+    config = configs.read(args.config, args.overrides)
+    folder, first = Path(config.run.output), rank_and_world()[0] == 0
+    if args.resume and (folder / FINAL).is_file():
+        if first:
+            print(f"training is complete: {folder / FINAL}")
+        return 0
+    if first:
+        print(configs.text(config))
+    trainer = prepare(config, args.overwrite, args.resume)
+    complete = trainer.run()
+    if first and complete:
+        print(f"trained {trainer.done} iterations: {folder / FINAL}")
+    elif first:
+        print(f"stopped after iteration {trainer.done}: the same command with --resume continues")
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,407 @@
+"""Training a segmentation network: one loop for all of them, in one process or under torchrun.
+
+An iteration is `accumulate` batches, one step of the optimizer, and one value of the schedule. What it
+does is a function of the seed and of its number, so a run that was stopped continues as if it had not been:
+to the last bit on the same machine, with as many threads and ranks.
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from segmentation.dataset import Batch, Order, TrainingSet
+from segmentation.distributed import WorkFailed, World, gather
+from segmentation.files import replacing
+from segmentation.inference import PRECISIONS
+from segmentation.schedules import poly
+
+RESUME = "resume.pt"
+FINAL = "checkpoint_final.pth"
+AVERAGED = 20  # iterations whose mean loss is logged, as deeplab-pytorch has it
+
+# (network, images (B, 3, h, w), masks (B, h, w) int64, share) -> named losses, whose sum is minimised. Sums
+# over pixels are divided by share(count of pixels), see `World.share`.
+Objective = Callable[[nn.Module, Tensor, Tensor, Callable[[Tensor], Tensor]], dict[str, Tensor]]
+
+# The network, in eval mode -> scores to log, on every rank.
+Validation = Callable[[nn.Module], dict[str, float]]
+
+# (network in eval mode, images, masks) -> pictures (H, W, 3) uint8 RGB to log.
+Pictures = Callable[[nn.Module, Tensor, Tensor], dict[str, np.ndarray]]
+
+
+@dataclass
+class Solver:
+    """What the result depends on; the defaults are deeplab-pytorch's for VOC12."""
+
+    iterations: int = 20_000
+    batch_size: int = 5  # images of a batch, of all processes together
+    accumulate: int = 2  # batches of an iteration
+    drop_last: bool = False  # of an epoch's images those that fill no batch; false: they make a smaller one
+    learning_rate: float = 2.5e-4
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    power: float = 0.9  # of the poly schedule
+    decay_every: int = 10  # iterations between its steps
+    loss: str = "ce"  # a name in segmentation.losses.LOSSES
+    seed: int = 0
+
+
+@dataclass
+class Running:
+    """Where and how it runs."""
+
+    output: str = "output/deeplab"  # checkpoints, logs, settings
+    device: str = "auto"  # auto, cpu, cuda or cuda:i
+    precision: str = "fp32"  # fp32, tf32, or autocast to bf16 or fp16
+    channels_last: bool = True
+    compile: bool = False
+    deterministic: bool = False  # on a GPU: slower kernels that give the same bits every time
+    sync_batchnorm: bool = False  # statistics of live batch norm over the GPUs of all ranks
+    workers: int = 4  # threads that read and augment, of each process
+    log_every: int = 100  # iterations, as all below; 0 means never
+    picture_every: int = 1000
+    validate_every: int = 5000
+    save_every: int = 5000
+    resume_every: int = 500
+    keep: int = 5  # checkpoints beside the final one, the oldest are removed; 0: all
+
+
+def optimizer(groups: Sequence[Mapping[str, Any]], solver: Solver) -> torch.optim.SGD:
+    """SGD over parameter groups of the keys `params`, `rate` (multiple of the learning rate) and
+    `weight_decay` (whether there is any)."""
+    return torch.optim.SGD(
+        [
+            {
+                "params": group["params"],
+                "lr": group["rate"] * solver.learning_rate,
+                "initial_lr": group["rate"] * solver.learning_rate,
+                "weight_decay": solver.weight_decay * group["weight_decay"],
+            }
+            for group in groups
+            if group["params"]
+        ],
+        lr=solver.learning_rate,
+        momentum=solver.momentum,
+    )
+
+
+class Trainer:
+    """One run: `Trainer(...)`, then `run()`.
+
+    Args:
+        model: a network on its device. Frozen parts are its own business: `train()` must keep them frozen.
+        groups: see `optimizer`.
+        objective: see `Objective`.
+        dataset: see `TrainingSet`.
+        solver, running: see there.
+        horizon: iterations after which the schedule reaches 0; None: all.
+        validation, pictures: see there.
+
+    The folder `running.output` gets `checkpoint_<iteration>.pth` and `checkpoint_final.pth`, state dicts of
+    the network alone, `resume.pt` while training lasts, and logs for TensorBoard in `logs`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Mapping[str, Any]],
+        objective: Objective,
+        dataset: TrainingSet,
+        solver: Solver,
+        running: Running,
+        horizon: int | None = None,
+        validation: Validation | None = None,
+        pictures: Pictures | None = None,
+    ):
+        if running.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {running.precision!r}")
+        if min(solver.iterations, solver.accumulate, running.workers) < 1:
+            raise ValueError("iterations, accumulate and workers must be 1 or more")
+        self.model, self.objective, self.dataset = model, objective, dataset
+        self.solver, self.running = solver, running
+        self.horizon = horizon or solver.iterations
+        self.validation, self.pictures = validation, pictures
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.folder = Path(running.output)
+        self.world = World(self.device)
+        if solver.batch_size < self.world.size:
+            raise ValueError(
+                f"a batch of {solver.batch_size} images is too small for {self.world.size} processes"
+            )
+        self.order = Order(len(dataset.names), solver.batch_size, solver.seed, solver.drop_last)
+        on_gpu = self.device.type == "cuda"
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = running.precision == "tf32"
+        torch.backends.cudnn.benchmark = not running.deterministic  # all training images have one size
+        torch.use_deterministic_algorithms(running.deterministic, warn_only=True)
+        if running.sync_batchnorm and on_gpu and self.world.size > 1:
+            self.model = model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.world.group)
+        if running.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.optimizer = optimizer(groups, solver)
+        # Small gradients vanish in half precision unless they are scaled; bfloat16 has float32's range.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=running.precision == "fp16")
+        if running.compile:
+            model.compile()
+        self.network = model  # what is called: DDP's wrapper, if there is one
+        if self.world.size > 1:
+            self.network = DistributedDataParallel(
+                model, device_ids=[self.device.index] if on_gpu else None, process_group=self.world.group
+            )
+        self.done = 0  # iterations
+        self.recent: deque[float] = deque(maxlen=AVERAGED)
+        self.last_good = "none yet"
+
+    def run(self) -> bool:
+        """Train to the end, or until SIGTERM or SIGINT, which lets an iteration end and saves.
+
+        Returns:
+            Whether training is complete.
+
+        Raises:
+            WorkFailed: a file is missing or wrong, or the loss is not finite; the sentence says which.
+        """
+        total, first = self.solver.iterations, self.done * self.solver.accumulate
+        numbers = range(first, total * self.solver.accumulate)
+        world = self.world
+        batches = self.dataset.batches(self.order, numbers, world.rank, world.size, self.running.workers)
+        writer = SummaryWriter(self.folder / "logs", purge_step=self.done) if world.rank == 0 else None
+        bar = tqdm(
+            total=total, initial=self.done, unit="iteration", disable=True if world.rank else None
+        )
+        clock, images = time.monotonic(), 0
+        self.network.train()
+        with stopping() as stop, bar:
+            while self.done < total:
+                chunk = self._next(batches, stop)
+                if chunk is None:
+                    self.save_resume()
+                    return False
+                losses = self.iterate(chunk)
+                images += sum(len(batch.names) for batch in chunk) * world.size
+                bar.update()
+                bar.set_postfix(loss=f"{self.recent[-1]:.4f}", refresh=False)
+                if writer and _due(self.done, self.running.log_every):
+                    self._log(writer, losses, images / (time.monotonic() - clock))
+                    clock, images = time.monotonic(), 0
+                self._look(writer, chunk[-1])
+                self._save()
+        if writer:
+            writer.close()
+        return True
+
+    def _next(self, batches: Iterator[Batch], stop: threading.Event) -> list[Batch] | None:
+        """The batches of the next iteration, or None when any rank was asked to stop."""
+        chunk, failure = [], ""
+        try:
+            chunk = [next(batches) for _ in range(self.solver.accumulate)]
+        except (ValueError, OSError) as error:
+            failure = str(error)
+        stopped, failed = self.world.any(stop.is_set(), bool(failure))
+        if failed:
+            self._fail(next(filter(None, gather(failure))))
+        return None if stopped else chunk
+
+    def iterate(self, chunk: Sequence[Batch]) -> dict[str, float]:
+        """One iteration: forward and backward of each batch, one step.
+
+        Returns:
+            The losses by name, summed over the batches and averaged as the gradients are.
+        """
+        done, solver = self.done, self.solver
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * poly(done, self.horizon, solver.power, solver.decay_every)
+        # Dropout's numbers are a function of the iteration too, so there is no generator to save.
+        torch.manual_seed(hash_seed(solver.seed, done, self.world.rank))
+        self.optimizer.zero_grad(set_to_none=True)
+        summed: dict[str, Tensor] = {}
+        half = PRECISIONS[self.running.precision]
+        autocast = torch.autocast(self.device.type, half, enabled=half is not None)
+        for number, batch in enumerate(chunk, start=1):
+            last = number == len(chunk)
+            alone = nullcontext() if last or self.world.size == 1 else self.network.no_sync()
+            images, labels = self._on_device(batch)
+            with alone:
+                with autocast:
+                    losses = self.objective(self.network, images, labels, self.world.share)
+                self.scaler.scale(sum(losses.values()) / len(chunk)).backward()
+            for name, loss in losses.items():
+                summed[name] = summed.get(name, 0) + loss.detach()
+        values = self.world.mean(torch.stack(list(summed.values())).double().cpu())
+        if not values.isfinite().all():
+            parts = gather([name for batch in chunk for name in batch.names])
+            names = ", ".join(name for part in parts for name in part)
+            self._fail(
+                f"the loss of iteration {done + 1} is {float(values.sum())}; its images: {names}; last good "
+                f"checkpoint: {self.last_good}; a lower learning_rate may help"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.done += 1
+        self.recent.append(float(values.sum()))
+        return dict(zip(summed, values.tolist(), strict=True))
+
+    def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images, labels = torch.from_numpy(batch.images), torch.from_numpy(batch.labels)
+        if self.device.type == "cuda":
+            images, labels = images.pin_memory(), labels.pin_memory()
+        layout = torch.channels_last if self.running.channels_last else torch.contiguous_format
+        images = images.to(self.device, self.dtype, non_blocking=True, memory_format=layout)
+        return images, labels.to(self.device, non_blocking=True)
+
+    def _fail(self, sentence: str) -> None:
+        if self.world.rank:
+            sys.exit(1)  # rank 0 tells it
+        raise WorkFailed(f"training stopped: {sentence}")
+
+    def _log(self, writer: SummaryWriter, losses: Mapping[str, float], rate: float) -> None:
+        writer.add_scalar("loss/train", sum(self.recent) / len(self.recent), self.done)
+        for name, loss in losses.items():
+            writer.add_scalar(f"loss/{name}", loss, self.done)
+        for index, group in enumerate(self.optimizer.param_groups):
+            writer.add_scalar(f"lr/group_{index}", group["lr"], self.done)
+        writer.add_scalar("images_per_second", rate, self.done)
+        if self.device.type == "cuda":
+            writer.add_scalar("gpu_memory_gb", torch.cuda.max_memory_allocated() / 2**30, self.done)
+
+    def _look(self, writer: SummaryWriter | None, batch: Batch) -> None:
+        """Validate and paint, when it is time."""
+        validate = self.validation and _due(self.done, self.running.validate_every)
+        paint = writer and self.pictures and _due(self.done, self.running.picture_every)
+        if not validate and not paint:
+            return
+        self.network.eval()
+        with torch.inference_mode():
+            if validate:
+                scores = self.validation(self.model)
+                if writer:
+                    told = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+                    tqdm.write(f"iteration {self.done}: {told}", file=sys.stderr)
+                    for name, score in scores.items():
+                        writer.add_scalar(f"validation/{name}", score, self.done)
+            if paint:
+                for name, picture in self.pictures(self.model, *self._on_device(batch)).items():
+                    writer.add_image(name, picture, self.done, dataformats="HWC")
+        self.network.train()
+
+    def _save(self) -> None:
+        """Write what is due: a checkpoint, the final one, the resume file."""
+        complete = self.done == self.solver.iterations
+        save = complete or _due(self.done, self.running.save_every)
+        if save or _due(self.done, self.running.resume_every):
+            self.check_finite()
+        if save and self.world.rank == 0:
+            name = FINAL if complete else f"checkpoint_{self.done}.pth"
+            write_checkpoint(self.model, self.folder / name)
+            self.last_good = str(self.folder / name)
+        if complete and self.world.rank == 0:
+            (self.folder / RESUME).unlink(missing_ok=True)
+        elif not complete and (save or _due(self.done, self.running.resume_every)):
+            self.save_resume()
+        if save and self.running.keep and self.world.rank == 0:
+            for old in checkpoints(self.folder)[: -self.running.keep]:
+                old.unlink()
+
+    def check_finite(self) -> None:
+        """Raises WorkFailed if a parameter is not finite, so that no bad one is saved."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            self._fail(
+                f"after iteration {self.done} parameters are no longer finite; last good checkpoint: "
+                f"{self.last_good}; a lower learning_rate may help"
+            )
+
+    def save_resume(self) -> None:
+        """Write all that a later `load_resume` needs."""
+        if self.world.rank:
+            return
+        state = {
+            "iteration": self.done,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "recent_losses": list(self.recent),
+            "last_good": self.last_good,
+        }
+        with replacing(self.folder / RESUME) as stream:
+            torch.save(state, stream)
+
+    def load_resume(self) -> bool:
+        """Continue from the resume file, if there is one; all ranks read it.
+
+        Raises:
+            ValueError: it is damaged, or another network's.
+        """
+        file = self.folder / RESUME
+        if not file.is_file():
+            return False
+        try:
+            state = torch.load(file, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+        except Exception:  # damaged files fail in any way they like
+            raise ValueError(f"{file} is damaged or of another network: remove it to start anew") from None
+        self.done = state["iteration"]
+        self.recent.extend(state["recent_losses"])
+        self.last_good = state["last_good"]
+        return True
+
+
+def write_checkpoint(model: nn.Module, file: Path) -> None:
+    """Write a network's state dict, and nothing else, as the public projects do; whole or not at all."""
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with replacing(file) as stream:
+        torch.save(state, stream)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """`checkpoint_<iteration>.pth` in a folder, oldest first."""
+    numbered = [file for file in folder.glob("checkpoint_*.pth") if file.stem.split("_")[1].isdecimal()]
+    return sorted(numbered, key=lambda file: int(file.stem.split("_")[1]))
+
+
+def hash_seed(*parts: int) -> int:
+    """A seed of 64 bits from several numbers."""
+    low, high = np.random.SeedSequence(parts).generate_state(2, np.uint32).tolist()
+    return low | high << 32
+
+
+@contextmanager
+def stopping() -> Iterator[threading.Event]:
+    """SIGTERM and SIGINT set an event; a second SIGINT interrupts at once."""
+    event = threading.Event()
+    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number, _):
+        event.set()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        for number in usual:
+            signal.signal(number, ask)
+    try:
+        yield event
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in usual.items():
+                signal.signal(number, handler)
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
