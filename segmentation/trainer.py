@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -146,6 +147,7 @@ class Trainer:
             )
         self.order = Order(len(dataset.names), solver.batch_size, solver.seed, solver.drop_last)
         on_gpu = self.device.type == "cuda"
+        cv2.setNumThreads(0)  # samples are read by threads of our own
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = running.precision == "tf32"
         torch.backends.cudnn.benchmark = not running.deterministic  # all training images have one size
         torch.use_deterministic_algorithms(running.deterministic, warn_only=True)
