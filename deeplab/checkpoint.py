@@ -1,0 +1,281 @@
+"""Weight files -> the two DeepLab networks, with a report of what went where; and the file of a network.
+
+Which names a file may have is told in `deeplab.keymaps`. A file is data: pickles may hold tensors only.
+"""
+import io
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from clip.checkpoint import read_state
+from deeplab.keymaps import FAMILIES, STRIDE_IN, Family, own_key, recognise, unwrap
+from segmentation.files import replacing
+
+#: Share of the backbone's tensors, of model and file together, that both must have.
+ENOUGH = 0.9
+#: Files that only the frameworks that wrote them read well.
+FOREIGN = {".caffemodel": "Caffe", ".params": "MXNet"}
+#: How the two networks are told apart by names, and what they are.
+NETWORKS = {"base.": "DeepLab-v2 on ResNet-101", "backbone.": "DeepLab-v1 on ResNet-38d"}
+BACKBONES = ("base.layer", "backbone.")
+#: Tensors whose first axis is the classes.
+CLASSIFIERS = ("base.aspp.c0.weight", "base.fc.weight", "cls_conv.weight")
+COUNTER = "num_batches_tracked"  # of training steps; no result depends on it
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file of weights: its tensors in our names, and those of its keys that have no place in them."""
+
+    file: Path | str
+    family: Family
+    state: dict[str, Tensor]
+    dropped: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.file} ({self.family.name})"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a file's tensors and of the model's; names are ours, of dropped keys the file's."""
+
+    source: str
+    matched: tuple[str, ...]
+    initial: tuple[str, ...]
+    ignored: tuple[str, ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"{self.source}: {len(self.matched)} tensors loaded"]
+        if self.initial:
+            parts.append(f"{len(self.initial)} of the model left at their initial values{_few(self.initial)}")
+        if self.ignored:
+            parts.append(f"{len(self.ignored)} of the file ignored{_few(self.ignored)}")
+        return "; ".join([*parts, *([self.note] if self.note else [])])
+
+
+def family(source: str | Path | Mapping[str, Tensor]) -> str:
+    """The name of the family (`keymaps.FAMILIES`) that a file's or a state dict's keys belong to.
+
+    The network for its weights is built with `stride_in=STRIDE_IN.get(family, "reduce")`; checkpoints in
+    our own names do not show where the stride is, and want what they were trained with.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read`.
+    """
+    if isinstance(source, Mapping):
+        return _family(source, "the state dict").name
+    return _family(_tensors(Path(source)), source).name
+
+
+def read(file: str | Path) -> dict[str, Tensor]:
+    """The weights in a file of any known family, under the names of our networks, on the CPU.
+
+    Args:
+        file: .pth or .pt (a state dict, also one under `state_dict`, `model_state_dict` or `model`),
+            .safetensors or .npz.
+
+    Returns:
+        A state dict `base....` or `backbone....`, in the file's precision; what has no place in our
+        networks is left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a readable file, or of no known family, with what to do in one sentence.
+    """
+    return _weights(file).state
+
+
+def load_init(model: nn.Module, file: str | Path) -> Report:
+    """Load initial weights for training: the backbone, and what fits of the head.
+
+    Args:
+        model: either network, also wrapped for data parallelism; unchanged if there is an error.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read`; or the file is of the other network, of another depth
+            (less than nine tenths of the backbone's tensors in common) or of other widths.
+    """
+    weights, own = _weights(file), _own(model)
+    _check_network(weights, own)
+    theirs, ours = ({name for name in state if _backbone(name)} for state in (weights.state, own))
+    if len(theirs & ours) < ENOUGH * len(theirs | ours):
+        raise ValueError(
+            f"{weights} and the model have {len(theirs & ours)} of {len(theirs | ours)} backbone tensors in "
+            f"common: only the file has {len(theirs - ours)}{_few(theirs - ours)}, only the model "
+            f"{len(ours - theirs)}{_few(ours - theirs)}; take weights of a network of the same depth"
+        )
+    _check_shapes(weights, own, theirs & ours)
+    matched = [name for name in own if name in weights.state and weights.state[name].shape == own[name].shape]
+    return _load(model, weights, matched)
+
+
+def load_full(model: nn.Module, file: str | Path) -> Report:
+    """Load a trained network for prediction: every tensor must be there, and no other.
+
+    Args:
+        model: either network, also wrapped for data parallelism; unchanged if there is an error.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read`; or the file is of the other network, of another number
+            of classes or of other widths, or has more or less tensors than the model.
+    """
+    weights, own = _weights(file), _own(model)
+    _check_network(weights, own)
+    state = weights.state
+    if not any(name in state for name in own if not name.startswith(BACKBONES)):
+        raise ValueError(
+            f"{weights} has the backbone but not the head of {_network(own)}: it can start a training, but "
+            "not predict"
+        )
+    for name in CLASSIFIERS:
+        if name in state and name in own and len(state[name]) != len(own[name]):
+            raise ValueError(
+                f"{weights} was trained for {len(state[name])} classes, background included, the model has "
+                f"{len(own[name])}: take a checkpoint of the same classes"
+            )
+    missing, surplus = own.keys() - state.keys(), {*weights.dropped, *(state.keys() - own.keys())}
+    if missing or surplus:
+        raise ValueError(
+            f"{weights} is not a checkpoint of this model: {len(missing)} tensors are missing{_few(missing)} "
+            f"and {len(surplus)} unknown{_few(surplus)}"
+        )
+    _check_shapes(weights, own, own)
+    return _load(model, weights, list(own))
+
+
+def save(model: nn.Module, file: str | Path) -> None:
+    """Write the model's state dict and nothing else, as the public projects do; whole or not at all.
+
+    Args:
+        model: also wrapped for data parallelism, or compiled, which the names in the file do not show.
+        file: .safetensors, or any other name for torch's own format.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    state = {
+        key.replace("module.", "").replace("_orig_mod.", ""): value.detach().cpu().contiguous()
+        for key, value in model.state_dict().items()
+    }
+    if Path(file).suffix == ".safetensors":
+        data = safetensors.torch.save(state)
+    else:
+        buffer = io.BytesIO()  # torch would hide why a stream cannot be written, such as a full disk
+        torch.save(state, buffer)
+        data = buffer.getbuffer()
+    with replacing(file) as stream:
+        stream.write(data)
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file under the file's own names; what else it holds is left out."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is not there: give a file of weights")
+    if framework := FOREIGN.get(file.suffix):
+        raise ValueError(
+            f"{file} is in {framework}'s own format: where {framework} is installed, write its arrays to an "
+            ".npz by the lines in docs/deeplab_weights.md, and give that"
+        )
+    if file.suffix == ".npz":
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        except Exception:  # damaged files fail in any way they like
+            raise ValueError(
+                f"{file} is not a readable .npz: it is damaged, or holds more than arrays of numbers"
+            ) from None
+    return {str(key): value for key, value in read_state(file).items() if isinstance(value, Tensor)}
+
+
+def _family(state: Mapping[str, Tensor], source: object) -> Family:
+    found = recognise(state)
+    if found is None:
+        raise ValueError(
+            f"{source} holds no weights that are known here ({', '.join(known.name for known in FAMILIES)}): "
+            f"it has {len(state)} tensors{_few(state)}, none like base.layer2.block1.reduce.conv.weight or "
+            "backbone.b2.conv_branch2a.weight"
+        )
+    return found
+
+
+def _weights(file: str | Path) -> Weights:
+    tensors = _tensors(Path(file))
+    found = _family(tensors, file)
+    if len({unwrap(key) for key in tensors}) < len(tensors):
+        raise ValueError(f"{file} holds more than one network: save the one that is meant alone")
+    try:
+        state, dropped = found.convert(tensors)
+    except ValueError as error:
+        raise ValueError(f"{file} is not a whole checkpoint: {error}") from None
+    for key, value in state.items():
+        if not (value.is_floating_point() or key.endswith(COUNTER)):
+            raise ValueError(f"{file} is not a checkpoint: {key} holds {value.dtype}, not floats")
+    for key in [key for key in state if key.endswith("running_mean")]:  # files older than the counter
+        state.setdefault(key.replace("running_mean", COUNTER), torch.zeros((), dtype=torch.long))
+    return Weights(file, found, state, dropped)
+
+
+def _own(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model, in memory that they share with it, under their names in the whole network."""
+    return {own_key(key) or key: value for key, value in model.state_dict().items()}
+
+
+def _backbone(name: str) -> bool:
+    return name.startswith(BACKBONES) and not name.endswith(COUNTER)
+
+
+def _network(names: Iterable[str]) -> str:
+    return next(title for name in names for prefix, title in NETWORKS.items() if name.startswith(prefix))
+
+
+def _check_network(weights: Weights, own: Mapping[str, Tensor]) -> None:
+    theirs, ours = _network(weights.state), _network(own)
+    if theirs != ours:
+        raise ValueError(
+            f"{weights} holds weights of {theirs}, but the model is {ours}: take that network, or weights of "
+            "this one"
+        )
+
+
+def _check_shapes(weights: Weights, own: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    for name in sorted(names):
+        theirs, ours = tuple(weights.state[name].shape), tuple(own[name].shape)
+        if theirs != ours:
+            raise ValueError(
+                f"{weights} does not fit the model: {name} is {theirs} in the file, {ours} in the model"
+            )
+
+
+def _load(model: nn.Module, weights: Weights, matched: Collection[str]) -> Report:
+    """Copy the matched tensors, in the model's precision and to its device, and say what was done."""
+    own = _own(model)
+    with torch.no_grad():
+        for name in matched:
+            own[name].copy_(weights.state[name])
+    left = [name for name in own if name not in set(matched)]
+    ignored = [*weights.dropped, *(name for name in weights.state if name not in set(matched))]
+    return Report(
+        str(weights),
+        *(tuple(key for key in keys if not key.endswith(COUNTER)) for keys in (matched, left, ignored)),
+        note=_stride_note(model, STRIDE_IN.get(weights.family.name)),
+    )
+
+
+def _stride_note(model: nn.Module, stride_in: str | None) -> str:
+    """What to tell of weights whose network has its strides elsewhere than the model, if anything."""
+    for name, part in model.named_modules():
+        if stride_in and name.endswith(f"layer3.block1.{stride_in}.conv") and part.stride == (1, 1):
+            return f"their network has its strides elsewhere: stride_in={stride_in} gives its features"
+    return ""
+
+
+def _few(keys: Collection[str]) -> str:
+    shown = sorted(keys)
+    return f" ({', '.join(shown[:3])}{', ...' if len(shown) > 3 else ''})" if shown else ""

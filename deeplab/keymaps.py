@@ -1,0 +1,239 @@
+"""Names that public weight files give their tensors -> names of our networks. Pure functions, no files.
+
+Ours are those of the public deeplab-pytorch, `base.layer1.conv1.conv.weight`, and of SEAM's retraining
+code, `backbone.b2.conv_branch2a.weight`; so the files of both need no more than their prefixes sorted out.
+Numbers of blocks are free throughout.
+"""
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from segmentation.transforms import IMAGENET_STD
+
+#: A state dict in our names, and the keys of the file that have no place in it.
+Converted = tuple[dict[str, Tensor], list[str]]
+
+#: Attributes under which wrappers, and projects that hold one network in another, keep the network.
+WRAPPERS = re.compile(r"((module|_orig_mod|model|base|backbone)\.)+")
+#: Stages and heads of the two networks.
+STAGES_A = re.compile(r"layer[1-5]\.")
+STAGES_B = re.compile(r"(conv1a|b\d(_\d+)?|bn7)\.")
+HEADS_A = re.compile(r"(aspp|fc)\.")
+HEADS_B = re.compile(r"(conv_fov2?|bn_fov2?|cls_conv)\.")
+
+#: The three convolutions of a residual block, by torchvision's number and by Caffe's branch.
+PARTS = {"1": "reduce", "2": "conv3x3", "3": "increase"}
+BRANCHES = {"1": "shortcut", "2a": "reduce", "2b": "conv3x3", "2c": "increase"}
+#: Branches of the multi-scale Caffe model that share the weights of the main one.
+SHARED = ("res075", "res05")
+
+MXNET_LEAVES = {
+    "weight": "weight",
+    "beta": "bias",
+    "gamma": "weight",
+    "moving_mean": "running_mean",
+    "moving_var": "running_var",
+}
+
+
+def unwrap(key: str) -> str:
+    """The key without what wrappers put before it: "module.base.layer2..." -> "layer2..."."""
+    return key[match.end() :] if (match := WRAPPERS.match(key)) else key
+
+
+def own_key(key: str) -> str | None:
+    """A key of one of our networks, behind any prefix or none -> the key in the whole network.
+
+    Returns:
+        `base....` (network A), `backbone....` or a key of the head (network B), None for any other.
+    """
+    key = unwrap(key)
+    if STAGES_A.match(key) or HEADS_A.match(key):
+        return f"base.{key}"
+    if STAGES_B.match(key):
+        return f"backbone.{key}"
+    return key if HEADS_B.match(key) else None
+
+
+def torchvision_key(key: str) -> str | None:
+    """A key of torchvision's ResNets with bottlenecks -> network A's; None for the classifier."""
+    if match := re.fullmatch(r"(conv|bn)1\.(\w+)", key):
+        return "base.layer1.conv1.{}.{}".format(*match.groups())
+    match = re.fullmatch(r"layer(\d)\.(\d+)\.(?:(conv|bn)([123])|downsample\.([01]))\.(\w+)", key)
+    if match is None:
+        return None
+    stage, block, kind, part, shortcut, leaf = match.groups()
+    if shortcut:
+        kind, part = ("conv", "bn")[int(shortcut)], "shortcut"
+    else:
+        part = PARTS[part]
+    return f"base.layer{int(stage) + 1}.block{int(block) + 1}.{part}.{kind}.{leaf}"
+
+
+def caffe_layer(layer: str) -> str | None:
+    """A layer of Caffe's ResNets or of the public DeepLab models -> network A's module.
+
+    Batch norm is two layers in Caffe, `bn...` and `scale...`, and one module here. Blocks count a, b, c
+    or a, b1, b2.
+
+    Returns:
+        None for layers without a counterpart, such as the classifier `fc1000`.
+    """
+    kinds = {"res": "conv", "bn": "bn", "scale": "bn"}
+    if layer == "conv1":
+        return "base.layer1.conv1.conv"
+    if layer in ("bn_conv1", "scale_conv1"):
+        return "base.layer1.conv1.bn"
+    if match := re.fullmatch(r"(res|bn|scale)([2-5])([a-z])(\d*)_branch(1|2[abc])", layer):
+        kind, stage, letter, number, branch = match.groups()
+        if number and letter != "b":
+            return None
+        block = int(number) + 1 if number else ord(letter) - ord("a") + 1
+        return f"base.layer{stage}.block{block}.{BRANCHES[branch]}.{kinds[kind]}"
+    if match := re.fullmatch(r"fc[^_]*_[^_]+_(c\d+)", layer):
+        return f"base.aspp.{match[1]}"
+    return "base.fc" if re.fullmatch(r"fc[^_]*_[^_]+", layer) else None
+
+
+def mxnet_key(key: str) -> str | None:
+    """A name in the ImageNet file of MXNet's ResNet-38 -> network B's; None for the classifier."""
+    key = key.removeprefix("arg:").removeprefix("aux:")  # as mxnet.nd.load gives them
+    match = re.fullmatch(r"(\w+?)_(weight|beta|gamma|moving_mean|moving_var)", key)
+    if match is None:
+        return None
+    name, leaf = match[1], MXNET_LEAVES[match[2]]
+    if name in ("conv1a", "bn7"):
+        return f"backbone.{name}.{leaf}"
+    match = re.fullmatch(r"(res|bn)(\d)(?:a|b(\d+))_branch(\w+)", name)
+    if match is None:
+        return None
+    kind, stage, number, branch = match.groups()
+    block = f"{stage}_{number}" if number else stage  # 4a -> b4, 4b1 -> b4_1
+    return f"backbone.b{block}.{'conv' if kind == 'res' else 'bn'}_branch{branch}.{leaf}"
+
+
+def rename(state: Mapping[str, Any], key_of: Callable[[str], str | None]) -> Converted:
+    """Every tensor under the name that `key_of` gives it; those that it gives None are told, not kept."""
+    renamed = {key_of(key): torch.as_tensor(value) for key, value in state.items()}
+    renamed.pop(None, None)
+    return renamed, [key for key in state if key_of(key) is None]
+
+
+def own(state: Mapping[str, Any]) -> Converted:
+    """Checkpoints of our networks and of the public projects whose names they have."""
+    return rename(state, own_key)
+
+
+def torchvision(state: Mapping[str, Any]) -> Converted:
+    """torchvision's ResNets -> network A, whose images are BGR of 0 to 255 minus the mean.
+
+    The network gives torchvision's features if it is built with `stride_in="conv3x3"`, up to two things:
+    torchvision's first pool rounds down, and the means differ by up to one grey level.
+    """
+    renamed, dropped = rename({unwrap(key): value for key, value in state.items()}, torchvision_key)
+    first = "base.layer1.conv1.conv.weight"
+    if first in renamed:
+        renamed[first] = bgr_stem(renamed[first])
+    return renamed, dropped
+
+
+def bgr_stem(weight: Tensor) -> Tensor:
+    """First convolution for RGB / 255 over ImageNet's deviation -> the same for BGR of 0 to 255.
+
+    Args:
+        weight: (out, 3, k, k).
+
+    Raises:
+        ValueError: not three input channels.
+    """
+    if weight.ndim != 4 or weight.shape[1] != 3:
+        raise ValueError(f"conv1.weight has shape {tuple(weight.shape)}, not that of a filter of RGB images")
+    deviation = torch.tensor(IMAGENET_STD, dtype=torch.float64).view(1, 3, 1, 1) * 255
+    return (weight.double() / deviation).flip(1).float()
+
+
+def caffe(blobs: Mapping[str, Any]) -> Converted:
+    """Blobs `{"layer/0": array, ...}` of Caffe's ResNets -> network A.
+
+    Caffe's batch norm layer keeps sums of mean and variance and, in its third blob, the weight that they
+    add up to; scale and shift are those of the `scale...` layer. A bias that a convolution before batch
+    norm has (ResNet-50's first) moves into the mean.
+
+    Raises:
+        ValueError: a layer lacks blobs, or batch norm its `scale...` layer.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, value in blobs.items():
+        layer, _, position = key.rpartition("/")
+        if not any(branch in layer for branch in SHARED):
+            layers.setdefault(layer, {})[position] = torch.as_tensor(value)
+
+    state, dropped = {}, []
+    for layer, values in layers.items():
+        module = caffe_layer(layer)
+        if module is None:
+            dropped += [f"{layer}/{position}" for position in values]
+        elif layer.startswith("bn"):
+            mean, variance, total = (
+                _blob(layer, values, position, "batch norm").double() for position in "012"
+            )
+            share = 1 / total.flatten()[0] if total.any() else 0  # as Caffe has it
+            state[f"{module}.running_mean"] = mean.flatten() * share
+            state[f"{module}.running_var"] = variance.flatten() * share
+        elif layer.startswith("scale"):
+            for position, leaf in enumerate(("weight", "bias")):
+                state[f"{module}.{leaf}"] = _blob(layer, values, str(position), "scale").flatten()
+        else:
+            state[f"{module}.weight"] = _blob(layer, values, "0", "convolution")
+            if "1" in values:
+                state[f"{module}.bias"] = values["1"].flatten()
+
+    for layer in layers:
+        module = caffe_layer(layer)
+        if layer.startswith("bn") and module and f"{module}.weight" not in state:
+            raise ValueError(f"batch norm layer {layer} has no layer {layer.replace('bn', 'scale', 1)}")
+    for key in [key for key in state if key.endswith(".conv.bias")]:
+        mean = key.replace("conv.bias", "bn.running_mean")
+        if mean in state:
+            state[mean] = state[mean] - state.pop(key).double()
+    return state, dropped
+
+
+def _blob(layer: str, values: dict[str, Tensor], position: str, kind: str) -> Tensor:
+    if position not in values:
+        raise ValueError(f"{kind} layer {layer} has no blob {layer}/{position}")
+    return values[position]
+
+
+def mxnet(state: Mapping[str, Any]) -> Converted:
+    """MXNet's ResNet-38 of ImageNet (Wu et al., "Wider or Deeper") -> the backbone of network B."""
+    return rename(state, mxnet_key)
+
+
+class Family(NamedTuple):
+    """One layout of names: files that have any key like `sign`, wrappers aside, are converted so."""
+
+    name: str
+    sign: re.Pattern[str]
+    convert: Callable[[Mapping[str, Any]], Converted]
+
+
+FAMILIES = (
+    Family("deeplab-pytorch", re.compile(r"layer[2-5]\.block\d+\.\w+\.conv\.weight"), own),
+    Family("resnet38d", re.compile(r"b\d(_\d+)?\.conv_branch\w+\.weight"), own),
+    Family("torchvision", re.compile(r"layer[1-4]\.\d+\.conv[123]\.weight"), torchvision),
+    Family("caffe", re.compile(r"res[2-5]([a-z]|b\d+)_branch(1|2[abc])/0"), caffe),
+    Family("mxnet", re.compile(r"(arg:)?res\d(a|b\d+)_branch\w+_weight"), mxnet),
+)
+
+#: `stride_in` of the network that a family's weights were trained in, where the family shows it.
+STRIDE_IN = {"torchvision": "conv3x3", "caffe": "reduce"}
+
+
+def recognise(state: Mapping[str, Any]) -> Family | None:
+    """The family of a state dict, by its keys."""
+    keys = [unwrap(key) for key in state]
+    return next((family for family in FAMILIES if any(map(family.sign.fullmatch, keys))), None)
