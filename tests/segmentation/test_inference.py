@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from deeplab.resnet38 import build_r38
 from segmentation.inference import Protocol, combine, infer, rescale, scale_logits
 from segmentation.transforms import imagenet_normalise
 from tests.deeplab.common import golden, input_b
@@ -149,3 +150,15 @@ def test_logits_of_one_pass_are_combined_as_published():
         logits = torch.from_numpy(parity_array(f"dl:crfl_{name}", (1, classes, *small), scale=2.0))
         found = combine([logits], size, Protocol())
         np.testing.assert_allclose(found[:, ::4, ::4], expected[f"{name}_prob"], atol=1e-6)
+
+
+@pytest.mark.parametrize(("index", "size"), [(0, (40, 56)), (1, (49, 33))])
+def test_golden_of_seam_s_test(index, size):
+    """Twelve passes of a reduced DeepLab-v1; plain and mirrored in one batch, where the original has two."""
+    expected, prefix = golden("b_test"), "{}x{}_".format(*size)
+    model = fill_module(build_r38(5, width=4)).eval()
+    probabilities = infer(model, input_b(f"r38:ms{index}", *size)[0].numpy(), SEAM)
+    logits = expected[prefix + "mean_logits"]
+    found = probabilities.log() - probabilities.log().mean(0)  # probabilities know logits up to a constant
+    np.testing.assert_allclose(found, logits - logits.mean(0), atol=1e-4 * np.abs(logits).max())
+    assert (probabilities.argmax(0).numpy() == expected[prefix + "label"]).all()

@@ -1,0 +1,338 @@
+"""Step 3b through its command: public test and CRF of a toy tree; resuming, processes, odd and bad files."""
+
+import json
+import os
+import pickle
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deeplab import config as configs
+from deeplab import evaluation
+from deeplab.config import Config
+from deeplab.networks import network_of
+from deeplab.test import main
+from deeplab.trained import crf_labels
+from pipeline import run as runs
+from pipeline.processes import drain, shard
+from segmentation.benchmark import voc_palette
+from segmentation.masks import read_mask, write_mask
+from segmentation.metrics import confusion, scores
+from tests.deeplab.common import fill_a, golden
+from tests.weights import fill_module, parity_image
+
+SIZES = {"im0": (60, 80), "im1": (75, 50), "im2": (64, 64)}
+SUMMARY = ("Pixel Accuracy", "Mean Accuracy", "Mean IoU", "Frequency Weighted IoU")
+TINY = ["model.width=4", "model.blocks=[1,1,1,1]", "model.rates=[1,2]"]
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return golden("a_end_to_end")
+
+
+@pytest.fixture
+def tree(arrays, tmp_path):
+    """The images and masks of the golden tree, and a configuration of network A at full width."""
+    (tmp_path / "images").mkdir()
+    for name, size in SIZES.items():
+        Image.fromarray(parity_image(f"dl:e2e_{name}", *size)).save(tmp_path / "images" / f"{name}.png")
+        write_mask(tmp_path / "truth" / f"{name}.png", arrays[f"{name}_gt"], voc_palette())
+    (tmp_path / "split.txt").write_text("".join(f"{name}\n" for name in SIZES))
+    (tmp_path / "toy.yaml").write_text(
+        "{name: toy, classes: [one, two, three, four], image_dir: images, mask_dir: truth}\n"
+    )
+    (tmp_path / "config.yaml").write_text(
+        f"data: {{benchmark: {tmp_path}/toy.yaml, val_split: {tmp_path}/split.txt}}\n"
+        "model: {blocks: [1, 1, 1, 1]}\n"
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def tiny(tree):
+    """The same with a small network, trained in `run`; returns command(*flags) -> exit code."""
+    words = [*TINY, f"data.benchmark={tree}/toy.yaml", f"data.val_split={tree}/split.txt"]
+    config = configs.read(None, words)
+    save_run(tree / "run", config, 5)
+    return lambda *flags: main(["--run", str(tree / "run"), "--device", "cpu", *flags])
+
+
+def save_run(folder, config: Config, channels: int, seed: int = 0) -> None:
+    """What a training leaves."""
+    model = network_of(config).build(config.model, channels)
+    filled = fill_a(model, seed) if config.model.network == "deeplab_v2" else fill_module(model, seed)
+    folder.mkdir(exist_ok=True)
+    torch.save(filled.state_dict(), folder / "checkpoint_final.pth")
+    (folder / "config.yaml").write_text(configs.text(config))
+
+
+def content(folder) -> dict:
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.[pn][np][gy]")}
+
+
+def summary(file) -> list:
+    best = json.loads(file.read_text())["best"]
+    return [best[name] for name in SUMMARY]
+
+
+def test_golden_logits_masks_and_scores(arrays, tree, capsys):
+    config = configs.read(tree / "config.yaml")
+    save_run(tree / "weights", config, 5)
+    flags = ["--config", str(tree / "config.yaml"), "--device", "cpu", "--save_logits", "float32"]
+    flags += ["--checkpoint", str(tree / "weights" / "checkpoint_final.pth")]
+    for preset, kind in [("deeplab_published", "wrapped"), ("deeplab", "raw")]:
+        out = tree / preset
+        assert main([*flags, "--out", str(out), "--crf", preset]) == 0
+        for name in SIZES:
+            logits = np.load(out / "logits" / f"{name}.npy")
+            assert logits.dtype == np.float32
+            largest = np.abs(arrays[f"{name}_logit"]).max()
+            np.testing.assert_allclose(logits, arrays[f"{name}_logit"], rtol=0, atol=1e-4 * largest)
+            for folder, key in [("masks", "pred"), ("masks_crf", f"pred_crf_{kind}")]:
+                mask = read_mask(out / folder / f"{name}.png")
+                assert (mask != arrays[f"{name}_{key}"]).mean() <= 2e-3
+        np.testing.assert_allclose(summary(out / "scores.json"), arrays["scores"], atol=1e-3)
+        expected = arrays["scores_crf" if kind == "wrapped" else "scores_crf_raw"]
+        np.testing.assert_allclose(summary(out / "scores_crf.json"), expected, atol=1e-3)
+    for name, key in [("scores", "scores_class_iou"), ("scores_crf", "scores_crf_class_iou")]:
+        iou = json.loads((tree / "deeplab_published" / f"{name}.json").read_text())["best"]["Class IoU"]
+        assert [*iou] == ["background", "one", "two", "three", "four"]
+        np.testing.assert_allclose([*iou.values()], arrays[key], atol=1e-3)
+    told = capsys.readouterr().out
+    assert "without CRF:" in told and "with CRF (deeplab_published):" in told and "Mean IoU" in told
+
+
+def test_the_published_protocol_is_the_default(tiny, tree):
+    assert tiny() == 0
+    report = json.loads((tree / "run" / "test" / "scores.json").read_text())
+    assert report["protocol"]["scales"] == [1.0] and report["protocol"]["flip"] is False
+    assert report["crf"] is None and report["images"] == 3 and report["failed"] == []
+    assert not (tree / "run" / "test" / "masks_crf").exists()
+    one = np.stack([read_mask(tree / "run" / "test" / "masks" / "im2.png")])
+    assert tiny("--out", str(tree / "more"), "--scales", "0.5,1.0,1.5", "--flip") == 0
+    assert (read_mask(tree / "more" / "masks" / "im2.png") != one).any()
+
+
+def test_network_b_is_tested_as_seam_tests_it(tree):
+    words = ["model.network=deeplab_v1_r38", "model.width=2", "model.blocks=[1,1,1,1]", "test.crf=auto"]
+    config = configs.read(tree / "config.yaml", words)
+    save_run(tree / "b", config, 5)
+    assert main(["--run", str(tree / "b"), "--device", "cpu"]) == 0
+    report = json.loads((tree / "b" / "test" / "scores_crf.json").read_text())
+    assert report["crf"] == "seam"
+    assert report["protocol"]["scales"] == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
+    assert report["protocol"]["flip"] and report["protocol"]["average"] == "logits"
+    flags = ["--run", str(tree / "b"), "--device", "cpu", "--out", str(tree / "fork")]
+    assert main([*flags, "--scales", "1.0", "--no_flip", "--crf", "r38_voc"]) == 0
+    report = json.loads((tree / "fork" / "scores_crf.json").read_text())
+    assert report["protocol"]["scales"] == [1.0] and not report["protocol"]["flip"]
+
+
+@pytest.mark.parametrize(("preset", "size", "tag"), [
+    ("seam", (40, 56), ""), ("seam", (49, 33), ""),
+    ("r38_voc", (40, 56), "voc12"), ("r38_coco", (40, 56), "coco"),
+])  # fmt: skip
+def test_crf_of_network_b_sees_what_the_public_one_sees(preset, size, tag):
+    expected, prefix = golden("b_test"), "{}x{}_".format(*size)
+    image = parity_image("r38:ms0" if size == (40, 56) else "r38:ms1", *size)
+    probabilities = torch.from_numpy(expected[prefix + "mean_logits"]).softmax(0)
+    found = crf_labels(image, probabilities, preset)
+    key = f"fork_{tag}_label" if tag else prefix + "label_crf"
+    assert (found != expected[key]).mean() <= 1e-3
+
+
+def test_processes_and_resuming_give_the_same_files(tiny, tree, monkeypatch):
+    more = ["--crf", "deeplab", "--save_logits", "float16"]
+    assert tiny(*more, "--out", str(tree / "one")) == 0
+    undisturbed = content(tree / "one")
+    assert len(undisturbed) == 9
+
+    def in_parts(run, work, names, job, num_workers):
+        """What several processes do, one after the other: each gets its own copy of the job."""
+        assert num_workers == 2
+        parts = [shard(names, i, num_workers) for i in range(num_workers)]
+        copies = [pickle.loads(pickle.dumps((work, part, job))) for part in parts]
+        return [drain(work(part, i, job), run.take) for i, (work, part, job) in enumerate(copies)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "map", in_parts)
+        assert tiny(*more, "--out", str(tree / "two"), "--num_workers", "2") == 0
+    assert content(tree / "two") == undisturbed
+    for file in ("scores.json", "scores_crf.json"):
+        assert summary(tree / "two" / file) == summary(tree / "one" / file)
+    for lost in ("masks/im0.png", "masks_crf/im1.png", "logits/im2.npy"):
+        (tree / "one" / lost).unlink()
+    kept = {file: os.stat(tree / "one" / file).st_mtime_ns for file in content(tree / "one")}
+    assert tiny(*more, "--out", str(tree / "one")) == 0
+    assert content(tree / "one") == undisturbed
+    assert kept == {file: os.stat(tree / "one" / file).st_mtime_ns for file in kept}
+
+
+def test_finished_masks_are_scored_without_a_network(tiny, tree, monkeypatch):
+    assert tiny() == 0
+    before = summary(tree / "run" / "test" / "scores.json")
+    monkeypatch.setattr(evaluation, "Segmenter", None)
+    assert tiny() == 0
+    assert summary(tree / "run" / "test" / "scores.json") == before
+
+
+def test_a_crf_can_be_added_later(tiny, tree):
+    assert tiny() == 0
+    first = content(tree / "run" / "test")
+    assert tiny("--crf", "auto") == 0
+    both = content(tree / "run" / "test")
+    assert first.items() < both.items() and len(both) == 6
+
+
+def test_other_settings_and_other_weights_are_not_mixed(tiny, tree):
+    assert tiny("--crf", "deeplab") == 0
+    with pytest.raises(ValueError, match="protocol"):
+        tiny("--flip")
+    with pytest.raises(ValueError, match="crf"):
+        tiny("--crf", "deeplab_published")
+    assert tiny("--crf", "deeplab_published", "--overwrite") == 0
+    save_run(tree / "run", configs.read(tree / "run" / "config.yaml"), 5, seed=1)
+    with pytest.raises(ValueError, match="checkpoint"):
+        tiny("--crf", "deeplab_published")
+
+
+def test_policies_for_absent_classes(tiny, tree):
+    truth = np.zeros((64, 64), np.uint8)
+    truth[:32] = 3
+    write_mask(tree / "truth" / "im2.png", truth, voc_palette())
+    (tree / "one.txt").write_text("im2\n")
+    for absent in ("drop", "zero", "nan-mean"):
+        flags = ["--split_file", str(tree / "one.txt"), "--out", str(tree / absent), "--absent", absent]
+        assert tiny(*flags) == 0
+        hist = confusion(truth, read_mask(tree / absent / "masks" / "im2.png"), 5)
+        expected = scores(hist, absent)["Mean IoU"]
+        assert summary(tree / absent / "scores.json")[2] == pytest.approx(expected, abs=1e-12)
+        assert json.loads((tree / absent / "scores.json").read_text())["absent"] == absent
+
+
+def test_bad_files_are_left_out_and_listed(tiny, tree, capsys):
+    """Each kind of damage is told of its file; the one good image is scored as if it were alone."""
+    images, truth = tree / "images", tree / "truth"
+    good = np.asarray(Image.open(images / "im2.png"))
+    labels = read_mask(truth / "im2.png")
+    wide = labels.copy()
+    wide[5, 7] = 9
+    bad = {
+        "unreadable": "cannot be read",
+        "no_image": "no image no_image",
+        "no_mask": "does not exist",
+        "other_size": "other_size.png is (63, 64) but its image (64, 64)",
+        "other_class": "holds 9, which is neither",
+        "deep": "mode I;16",
+        "coloured": "mode RGB",
+    }
+    for name in bad:
+        Image.fromarray(good).save(images / f"{name}.png")
+        write_mask(truth / f"{name}.png", labels, voc_palette())
+    (images / "unreadable.png").write_bytes((images / "im2.png").read_bytes()[:1000])
+    (images / "no_image.png").unlink()
+    (truth / "no_mask.png").unlink()
+    write_mask(truth / "other_size.png", labels[1:], voc_palette())
+    write_mask(truth / "other_class.png", wide, voc_palette())
+    Image.fromarray(labels.astype(np.uint16)).save(truth / "deep.png")
+    Image.fromarray(good).save(truth / "coloured.png")
+    (tree / "bad.txt").write_text("".join(f"{name}\n" for name in [*bad, "im2"]))
+    assert tiny("--split_file", str(tree / "bad.txt"), "--submission", "comp6") == 1
+    out = tree / "run" / "test"
+    failed = dict(line.split("\t") for line in (out / "failed.txt").read_text().splitlines())
+    assert failed.keys() == bad.keys()
+    for name, told in bad.items():
+        assert told in failed[name], failed[name]
+    report = json.loads((out / "scores.json").read_text())
+    assert report["images"] == 1 and sorted(report["failed"]) == sorted(bad)
+    expected = scores(confusion(labels, read_mask(out / "masks" / "im2.png"), 5))
+    assert report["best"]["Mean IoU"] == pytest.approx(expected["Mean IoU"], abs=1e-12)
+    assert not [*out.glob("*.tgz")] and "no submission was packed" in capsys.readouterr().out
+
+
+def test_a_mask_of_another_size_is_noticed_when_the_prediction_is_there(tiny, tree):
+    assert tiny() == 0
+    write_mask(tree / "truth" / "im1.png", np.zeros((50, 75), np.uint8), voc_palette())
+    assert tiny() == 1
+    assert "im1.png is (50, 75) but its image (75, 50)" in (tree / "run/test/failed.txt").read_text()
+
+
+@pytest.mark.parametrize(("flags", "competition", "folder"), [
+    (["--submission", "comp6"], "comp6_test_cls", "masks"),
+    (["--submission", "comp5", "--crf", "auto"], "comp5_test_cls", "masks_crf"),
+])  # fmt: skip
+def test_submissions_need_no_ground_truth(tiny, tree, flags, competition, folder):
+    for file in (tree / "truth").iterdir():
+        file.unlink()
+    (tree / "truth").rmdir()
+    with pytest.raises(FileNotFoundError, match="truth does not exist"):
+        tiny(*flags)
+    assert tiny(*flags, "--no_scores") == 0
+    out = tree / "run" / "test"
+    assert not [*out.glob("scores*.json")]
+    with tarfile.open(out / f"{competition}.tgz") as archive:
+        assert archive.getnames() == [
+            f"results/VOC2012/Segmentation/{competition}/{name}.png" for name in sorted(SIZES)
+        ]
+        for member, name in zip(archive.getmembers(), sorted(SIZES), strict=True):
+            packed = archive.extractfile(member).read()
+            assert packed == (out / folder / f"{name}.png").read_bytes()
+            assert (member.uid, member.uname) == (0, "")
+
+
+def test_masks_can_be_looked_at(tiny, tree):
+    tiny()
+    with Image.open(tree / "run" / "test" / "masks" / "im0.png") as picture:
+        assert picture.mode == "P" and picture.size == (80, 60)
+        assert picture.getpalette()[:9] == voc_palette()[:3].ravel().tolist()
+
+
+def test_half_precision_logits_are_rounded(tiny, tree):
+    for dtype in ("float32", "float16"):
+        tiny("--save_logits", dtype, "--out", str(tree / dtype))
+    full, half = (np.load(tree / dtype / "logits" / "im0.npy") for dtype in ("float32", "float16"))
+    assert full.shape == (5, 8, 11)
+    np.testing.assert_array_equal(full.astype(np.float16), half)
+
+
+@pytest.mark.parametrize(("flags", "told"), [
+    (["--save_logits", "float32", "--scales", "0.5"], "add 1.0"),
+    (["model.width=8"], "does not fit the model"),
+    (["test.crf=fancy"], "test.crf"),
+    (["model.network=v9"], "deeplab_v2, deeplab_v1_r38"),
+    (["--checkpoint", "nowhere.pth"], "nowhere.pth does not exist"),
+    (["--img_root", "nowhere"], "image folder nowhere does not exist"),
+    (["--device", "tpu"], "tpu"),
+])  # fmt: skip
+def test_mistakes_are_told(tiny, tree, flags, told):
+    with pytest.raises((ValueError, OSError), match=told):
+        tiny(*flags)
+    assert not [*tree.glob("run/test/**/*.png")]
+
+
+def test_other_classes_and_no_split_are_told(tiny, tree):
+    (tree / "three.yaml").write_text("{name: three, classes: [a, b], image_dir: images, mask_dir: truth}\n")
+    with pytest.raises(ValueError, match="trained for 5 classes, background included, the model has 3"):
+        tiny(f"data.benchmark={tree}/three.yaml")
+    with pytest.raises(ValueError, match="--split_file"):
+        tiny("data.val_split=''")
+
+
+def test_a_network_has_to_be_named(tmp_path):
+    with pytest.raises(ValueError, match="--run DIR"):
+        main(["--out", str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        main(["--run", str(tmp_path / "nowhere")])
+
+
+def test_mistakes_end_with_exit_code_2(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["test", "--run", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as stopped:
+        runs.command(main)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
