@@ -129,19 +129,25 @@ def combine(passes: Iterable[Tensor], size: tuple[int, int], protocol: Protocol)
 
 
 def rescale(image: np.ndarray, scale: float, resize: str = "linear") -> np.ndarray:
-    """Resize a normalised image (3, H, W) float32 by a factor, by OpenCV.
+    """Resize a normalised image (3, H, W) float32 by a factor, see `resize_by`."""
+    pixels = np.ascontiguousarray(image.transpose(1, 2, 0))  # (H, W, 3)
+    return np.ascontiguousarray(resize_by(pixels, scale, resize).transpose(2, 0, 1))
+
+
+def resize_by(pixels: np.ndarray, scale: float, resize: str = "linear") -> np.ndarray:
+    """Resize an image (H, W, 3) of uint8 or float32 by a factor, by OpenCV.
 
     Sides are rounded, halves to the even number; pixels lie where the factor says, by half-pixel centres;
     nothing is smoothed before.
 
+    Args:
+        resize: a name in `RESIZES`.
+
     Raises:
         ValueError: nothing would be left.
     """
+    if min(round(side * scale) for side in pixels.shape[:2]) < 1:
+        raise ValueError(f"nothing is left of an image of {pixels.shape[:2]} (H, W) at scale {scale:g}")
     if scale == 1:
-        return np.ascontiguousarray(image)
-    height, width = (round(side * scale) for side in image.shape[1:])
-    if min(height, width) < 1:
-        raise ValueError(f"nothing is left of an image of {image.shape[1:]} (H, W) at scale {scale:g}")
-    pixels = np.ascontiguousarray(image.transpose(1, 2, 0))  # (H, W, 3)
-    resized = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=RESIZES[resize])
-    return np.ascontiguousarray(resized.transpose(2, 0, 1))
+        return pixels
+    return cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=RESIZES[resize])

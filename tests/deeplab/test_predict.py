@@ -1,0 +1,165 @@
+"""Segmenting one's own pictures: the public demo, what is written, and what is refused."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deeplab import config as configs
+from deeplab.networks import network_of
+from deeplab.predict import explained, image_files, main, predict, with_legend
+from deeplab.trained import Segmenter, Setup
+from segmentation import benchmark as benchmarks
+from segmentation.benchmark import Benchmark, voc_palette
+from segmentation.inference import Protocol, resize_by
+from segmentation.masks import read_mask
+from tests.deeplab.common import fill_a, golden
+from tests.weights import parity_image
+
+TOY = Benchmark("toy", ["one", "two", "three", "four"])
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    """Golden network A: 5 classes, full width, one block a stage."""
+    folder = tmp_path_factory.mktemp("demo")
+    config = configs.read(None, ["model.blocks=[1,1,1,1]"])
+    torch.save(fill_a(network_of(config).build(config.model, 5)).state_dict(), folder / "weights.pth")
+    return Setup(config, TOY, str(folder / "weights.pth"), Protocol(), device="cpu")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A trained run of a small network; returns its folder."""
+    (tmp_path / "toy.yaml").write_text("{name: toy, classes: [one, two, three, four]}\n")
+    words = ["model.width=4", "model.blocks=[1,1,1,1]", "model.rates=[1,2]"]
+    config = configs.read(None, [*words, f"data.benchmark={tmp_path}/toy.yaml"])
+    folder = tmp_path / "run"
+    folder.mkdir()
+    model = fill_a(network_of(config).build(config.model, 5))
+    torch.save(model.state_dict(), folder / "checkpoint_final.pth")
+    (folder / "config.yaml").write_text(configs.text(config))
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, size in {"a": (60, 90), "b": (75, 50)}.items():
+        Image.fromarray(parity_image(name, *size)).save(folder / f"{name}.png")
+    return folder
+
+
+def test_golden_demo(setup):
+    expected = golden("a_demo")
+    image = parity_image("dl:demo", 70, 131)
+    for crf, key in [(None, "label"), ("deeplab", "label_crf")]:
+        segmenter = Segmenter(replace(setup, crf=crf))
+        shown, labels = predict(segmenter, image, 97)
+        np.testing.assert_array_equal(shown[..., ::-1], expected["raw"])  # the demo's is BGR
+        assert (labels != expected[key]).mean() <= 1e-3
+    network_input = segmenter.network.normalise(shown)[None]
+    np.testing.assert_allclose(network_input[:, :, ::3, ::3], expected["input"], rtol=0, atol=1e-5)
+
+
+def test_the_public_table_of_coco_s_ids():
+    benchmark = benchmarks.load("coco14/coco91.yaml")
+    table = [f"{index}:{name}" for index, name in enumerate(["background", *benchmark.classes])]
+    assert table == golden("a_demo")["table"].tolist()
+    assert benchmark.channels == 91 and benchmark.category_ids == [*range(1, 91)]
+
+
+def test_a_picture_may_keep_its_size(setup):
+    image = parity_image("size", 41, 50)
+    shown, labels = predict(Segmenter(setup), image, 0)
+    assert shown is image and labels.shape == (41, 50)
+
+
+def test_masks_fit_the_image_and_overlays_what_was_segmented(run, pictures, capsys):
+    assert main([str(pictures), "--run", str(run), "--size", "64", "--device", "cpu"]) == 0
+    for name, size, shown in [("a", (60, 90), (43, 64)), ("b", (75, 50), (64, 43))]:
+        mask = read_mask(run / "predict" / "masks" / f"{name}.png")
+        assert mask.shape == size and mask.max() < 5
+        with Image.open(run / "predict" / "overlays" / f"{name}.png") as picture:
+            assert picture.mode == "RGB" and picture.width >= shown[1] and picture.height > shown[0]
+    assert str(run / "predict" / "masks") in capsys.readouterr().out
+
+
+def test_one_picture_is_predicted_again_with_other_settings(run, pictures, tmp_path):
+    flags = [str(pictures / "a.png"), "--run", str(run), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(flags) == 0
+    assert [file.name for file in (tmp_path / "out" / "masks").iterdir()] == ["a.png"]
+    first = (tmp_path / "out" / "masks" / "a.png").read_bytes()
+    assert main([*flags, "--crf", "auto", "--scales", "0.5,1.0", "--flip"]) == 0
+    assert (tmp_path / "out" / "masks" / "a.png").read_bytes() != first
+
+
+def test_bad_pictures_are_left_out_and_listed(run, pictures):
+    (pictures / "cut.png").write_bytes((pictures / "a.png").read_bytes()[:500])
+    (pictures / "text.jpg").write_text("no picture")
+    Image.fromarray(np.zeros((3, 2000, 3), np.uint8)).save(pictures / "thin.png")
+    (pictures / "notes.txt").write_text("not meant to be read")
+    assert main([str(pictures), "--run", str(run), "--device", "cpu", "--size", "64"]) == 1
+    for folder in ("masks", "overlays"):
+        assert sorted(file.name for file in (run / "predict" / folder).iterdir()) == ["a.png", "b.png"]
+    failed = (run / "predict" / "failed.txt").read_text()
+    assert failed.count("\n") == 3 and failed.count("cannot be read") == 2 and "nothing is left" in failed
+
+
+def test_only_classes_that_are_there_are_painted_and_named():
+    image = parity_image("explained", 60, 400)
+    labels = np.zeros((60, 400), np.uint8)
+    labels[10:30, 20:60], labels[40:50, 100:300] = 2, 4
+    picture = explained(image, labels, TOY)
+    painted, legend = picture[:60], picture[60:]
+    np.testing.assert_array_equal(painted[labels == 0], image[labels == 0])
+    for index in range(1, 5):
+        colour = voc_palette()[index]
+        assert (legend == colour).all(2).any() == (index in (2, 4))
+    half = np.rint(image[labels == 2] * 0.5 + voc_palette()[2] * 0.5)
+    np.testing.assert_array_equal(painted[labels == 2], half)
+
+
+def test_without_a_background_class_the_first_is_painted_too():
+    image, labels = parity_image("floor", 40, 300), np.zeros((40, 300), np.uint8)
+    benchmark = Benchmark("flat", ["wall", "floor"], has_background=False)
+    assert (explained(image, labels, benchmark)[:40] != image).any()
+    np.testing.assert_array_equal(explained(image, labels, TOY)[:40], image)
+
+
+def test_a_legend_has_as_many_rows_as_it_needs():
+    image = parity_image("legend", 50, 120)
+    heights = []
+    for count in (1, 3, 12):
+        entries = [(f"class number {index}", (index, 0, 0)) for index in range(count)]
+        picture = with_legend(image, entries)
+        np.testing.assert_array_equal(picture[:50, :120], image)
+        assert all((picture[50:] == colour).all(2).any() for _, colour in entries)
+        heights.append(len(picture))
+    assert heights == sorted(set(heights))
+
+
+def test_mistakes_are_told(run, pictures, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        main(["nowhere", "--run", str(run)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        main([str(tmp_path / "empty"), "--run", str(run)])
+    Image.new("RGB", (9, 9)).save(pictures / "a.jpg")
+    with pytest.raises(ValueError, match=r"a.jpg and a.png would get the same mask"):
+        image_files(str(pictures))
+    with pytest.raises(ValueError, match="nothing is left"):
+        resize_by(np.zeros((3, 2000, 3), np.uint8), 64 / 2000)
+
+
+def test_nothing_of_others_is_replaced(run, pictures, tmp_path):
+    (tmp_path / "set" / "masks").mkdir(parents=True)
+    precious = tmp_path / "set" / "masks" / "a.png"
+    precious.write_bytes((pictures / "a.png").read_bytes())
+    for source, told in [(precious, "would be replaced"), (pictures, "was not filled by this command")]:
+        with pytest.raises(ValueError, match=told):
+            main([str(source), "--run", str(run), "--out", str(tmp_path / "set"), "--device", "cpu"])
+    assert precious.read_bytes() == (pictures / "a.png").read_bytes()
