@@ -16,7 +16,12 @@ STRIDES_IN = ("reduce", "conv3x3")
 
 
 class ConvBnReLU(nn.Module):
-    """Convolution without bias, batch normalisation and, unless told otherwise, ReLU."""
+    """Convolution without bias, batch normalisation and, unless told otherwise, ReLU.
+
+    PyTorch's batch norm keeps its input for the backward pass even where it is frozen and needs none. So
+    a frozen one is computed as what it is, a factor and a term per channel, while gradients are recorded:
+    training then keeps half of the memory.
+    """
 
     def __init__(self, into: int, out: int, kernel: int, stride: int, padding: int, dilation: int,
                  relu: bool = True):
@@ -26,8 +31,15 @@ class ConvBnReLU(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(self.conv(x))
-        return F.relu_(x) if self.relu else x  # in place: batch norm keeps its input, not its output
+        x = self.conv(x)
+        if self.bn.training or not torch.is_grad_enabled():
+            x = self.bn(x)
+        else:
+            scale = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
+            shift = self.bn.bias - self.bn.running_mean * scale
+            scale, shift = (part.to(x.dtype)[:, None, None] for part in (scale, shift))  # (C, 1, 1)
+            x = torch.addcmul(shift, x, scale)
+        return F.relu_(x) if self.relu else x  # in place: nothing above keeps its result
 
 
 class Bottleneck(nn.Module):

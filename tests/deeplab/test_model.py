@@ -1,10 +1,14 @@
-"""Network A: DeepLab-v2 with the multi-scale wrapper, and the shell of DeepLab-v1."""
+"""Network A, DeepLab-v2 with the multi-scale wrapper; and what holds for both networks."""
 from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from deeplab.model import DeepLabV1, build_v2, parameter_groups
+from deeplab import model as network_a
+from deeplab import resnet38 as network_b
+from deeplab.model import DeepLabV1, build_v2, parameter_groups, rescale
+from deeplab.resnet38 import build_r38
 from tests.conftest import relative
 from tests.deeplab.common import fill_a, golden, input_a
 
@@ -52,10 +56,68 @@ def test_every_stage_and_every_output(plain, msc, position, size):
             assert relative(branch(x), plain[f"last_aspp_branch{number}"]) < 1e-4
 
     assert relative(net().eval()(image), msc[f"{key}_eval"]) < 1e-4
-    for number, output in enumerate(net().train()(image)):
-        assert relative(output, msc[f"{key}_train{number}"]) < 1e-4
-    assert number == 3
-    net().eval()
+    for scale, name in ((0.5, "half"), (0.75, "threequarter")):
+        assert relative(rescale(image, scale)[:, :, -3:, -3:], msc[f"{key}_{name}"]) < 1e-4
+
+
+@pytest.mark.parametrize("recording", [False, True])  # frozen batch norm has two ways to compute
+@pytest.mark.parametrize("position, size", list(enumerate(SIZES)))
+def test_training_outputs(msc, position, size, recording):
+    with torch.set_grad_enabled(recording):
+        outputs = net().train()(input_a(f"dl:plain{position}", *size))
+    expected = [msc["{}x{}_train{}".format(*size, number)] for number in range(4)]
+    for output, other in zip(outputs, expected, strict=True):
+        assert relative(output.detach(), other) < 1e-4
+
+
+@torch.no_grad()
+def test_other_heads_depths_and_batches(plain, msc):
+    image = input_a("dl:v2s", 49, 61)
+    small_rates = fill_a(build_v2(3, (1, 2, 2, 1), rates=(3, 6, 9, 12)), seed=1)
+    assert relative(small_rates.base(image), plain["v2s_1221_49x61_logits"]) < 1e-4
+    shell = fill_a(DeepLabV1(7, SMALL), seed=2, stem="layer1.conv1.conv.weight")
+    assert relative(shell(image), plain["v1_49x61_logits"]) < 1e-4
+    assert relative(net().eval().base(pair()), plain["batch2_41x57_logits"]) < 1e-4
+    three = fill_a(build_v2(5, SMALL, scales=(0.5, 0.75, 1.25)))
+    assert relative(three(pair()), msc["scales3_41x57_eval"]) < 1e-4
+
+
+@torch.no_grad()
+def test_live_batch_norm(msc):
+    model = fill_a(build_v2(5, SMALL, freeze_bn=False)).train()
+    for number, output in enumerate(model(pair())):
+        assert relative(output, msc[f"live_bn_41x57_train{number}"]) < 2e-4
+    norm = model.base.layer1.conv1.bn
+    assert relative(norm.running_mean, msc["live_bn_stem_running_mean"]) < 2e-4
+    assert relative(norm.running_var, msc["live_bn_stem_running_var"]) < 2e-4
+    assert norm.num_batches_tracked == msc["live_bn_stem_count"]
+
+
+@torch.no_grad()
+def test_no_scales_is_the_plain_network():
+    model = fill_a(build_v2(5, SMALL, scales=(), width=4))
+    logits = model.base(pair())
+    assert torch.equal(model(pair()), logits)
+    (output,) = model.train()(pair())
+    assert torch.equal(output, logits)
+
+
+@pytest.mark.parametrize("frozen, expected", [(True, 2), (False, 6)])
+def test_what_a_block_keeps_for_the_backward_pass(frozen, expected):
+    """Of four convolutions the two results after ReLU; live batch norm keeps the four before it as well."""
+    block = build_v2(3, SMALL, width=4, freeze_bn=frozen).base.layer2.block1
+    x = torch.randn(1, 4, 8, 8)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = block(x)
+    others = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), x, y)}
+    maps = [t for key, t in kept.items() if key not in others and t.shape[-2:] == x.shape[-2:]]
+    assert len(maps) == expected
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -92,3 +154,84 @@ def test_state_dict_is_the_public_one():
     shell = {key: list(value.shape) for key, value in v1.state_dict().items()}
     body = {key.removeprefix("base."): shape for key, shape in found.items() if "aspp" not in key}
     assert list(shell.items()) == [*body.items(), *expected["deeplabv1_resnet101_91_fc_only"].items()]
+
+
+def narrow_a(**settings):
+    return build_v2(3, SMALL, rates=(1, 2), width=4, **settings)
+
+
+def narrow_b(**settings):
+    return build_r38(3, (1, 2, 1, 2), width=2, **settings)
+
+
+BOTH = pytest.mark.parametrize("build, network", [(narrow_a, network_a), (narrow_b, network_b)])
+
+
+def cells(side: int) -> int:
+    """Of network A: three strides of 2, of which the second, Caffe's pool, rounds up."""
+    side = (side - 1) // 2 + 1
+    pooled = side // 2 + 1
+    pooled -= 2 * (pooled - 1) > side  # no window starts in the padding
+    return (pooled - 1) // 2 + 1
+
+
+def test_sizes_of_caffe():
+    assert [cells(side) for side in (321, 240, 160, 513)] == [41, 31, 21, 65]
+
+
+@torch.no_grad()
+@BOTH
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (2, 3), (7, 9), (33, 50)])
+def test_any_size(build, network, size):
+    torch.manual_seed(0)
+    model = build().eval()
+    logits = model(torch.randn(1, 3, *size))
+    assert logits.shape == (1, 3, *(size if build is narrow_b else map(cells, size)))
+    assert logits.isfinite().all()
+
+
+@torch.no_grad()
+@BOTH
+def test_saved_and_loaded(build, network, tmp_path):
+    torch.manual_seed(0)
+    model, other = build().eval(), build().eval()
+    image = torch.randn(1, 3, 40, 30)
+    assert not torch.equal(model(image), other(image))
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    other.load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True))
+    assert torch.equal(model(image), other(image))
+
+
+@BOTH
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_training_moves(build, network, frozen):
+    """Everything in a group gets a gradient, nothing else has one, and frozen statistics stay."""
+    torch.manual_seed(0)
+    model = build(freeze_bn=frozen).eval().train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    outputs = model(torch.randn(2, 3, 33, 41))
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    sum(F.cross_entropy(output, torch.ones_like(output[:, 0]).long()) for output in outputs).backward()
+
+    trained = {parameter for group in network.parameter_groups(model) for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        moved = parameter.grad is not None and bool(parameter.grad.any())
+        assert moved == (parameter in trained) == parameter.requires_grad, name
+        assert parameter.requires_grad != ("bn" in name or (frozen and "conv1a" in name)), name
+    for name, value in model.named_buffers():
+        live = not frozen or name.startswith("bn_fov")  # network B's head learns statistics always
+        assert torch.equal(before[name], value) != live, name
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"blocks": (3, 4, 23)}, "blocks must be four"),
+    ({"blocks": (1, 1, 0, 1)}, "blocks must be four"),
+    ({"rates": ()}, "at least one dilation rate"),
+    ({"stride_in": "first"}, "stride_in must be one of reduce, conv3x3"),
+])  # fmt: skip
+def test_impossible_networks(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        build_v2(3, **{"blocks": SMALL, "width": 1} | wrong)
+    if "blocks" in wrong:
+        with pytest.raises(ValueError, match=message):
+            build_r38(3, width=1, **wrong)
