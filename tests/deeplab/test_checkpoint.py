@@ -232,6 +232,21 @@ def test_caffe_blobs(tmp_path):
     assert "stride_in=reduce" in load_init(net_a(stride_in="conv3x3"), tmp_path / "init.npz").note
 
 
+def test_caffe_blobs_of_a_trained_network(tmp_path):
+    source = net_a(seed=1).state_dict()
+    blobs = {key: value for key, value in as_caffe(source).items() if not key.startswith("fc1_coco")}
+    for branch in range(4):
+        for position, leaf in enumerate(("weight", "bias")):
+            value = source[f"base.aspp.c{branch}.{leaf}"]
+            blobs[f"fc1_voc12_c{branch}/{position}"] = value
+            blobs[f"fc1_voc12_c{branch}_res05/{position}"] = value
+    write_numpy(blobs, tmp_path / "train2.npz")
+    model = net_a()
+    load_full(model, tmp_path / "train2.npz")
+    for key, value in without_counters(model.state_dict()).items():
+        torch.testing.assert_close(value, source[key], msg=key)
+
+
 def test_torchvision_weights(tmp_path):
     source = net_a(seed=1).state_dict()
     torch.save(as_torchvision(source), tmp_path / "resnet.pth")
@@ -275,7 +290,7 @@ def test_torchvision_features(tmp_path):
     scale = expected.abs().max()
     assert features["same mean"].shape == expected.shape
     assert (features["same mean"] - expected).abs().max() <= 1e-5 * scale
-    assert (features["own mean"] - expected).abs().max() <= 0.02 * scale
+    assert (features["own mean"] - expected).abs().max() <= 0.01 * scale
 
     unflipped = build_v2(3, tuple(blocks), stride_in="conv3x3")
     unflipped.load_state_dict(ours.state_dict())
