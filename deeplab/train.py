@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,19 +22,20 @@ from deeplab.networks import Network, network_of
 from pipeline.flags import HelpFormatter
 from pipeline.masks import fingerprint
 from pipeline.processes import device_of
-from pipeline.run import Run, command, read_settings, some
+from pipeline.run import Run, check_folder, command, read_settings, some
 from segmentation.benchmark import Benchmark
-from segmentation.dataset import TrainingSet, check_values
-from segmentation.distributed import gather, rank_and_world
+from segmentation.dataset import TrainingSet, check_files, check_values
+from segmentation.distributed import gather, rank_and_world, together
 from segmentation.files import replacing
 from segmentation.images import find_image, read_rgb
 from segmentation.inference import infer
 from segmentation.losses import LOSSES, pyramid
 from segmentation.masks import overlay, read_mask
 from segmentation.metrics import confusion, scores
-from segmentation.trainer import FINAL, RESUME, Objective, Trainer
+from segmentation.trainer import FINAL, RESUME, Objective, Trainer, checkpoints
 
 STEP = "deeplab.train"
+OUTPUTS = ("checkpoint_*.pth", RESUME)
 SHOWN = 3  # samples in the pictures of the log
 
 
@@ -103,87 +105,96 @@ def pictures(
     return paint
 
 
-def prepare(config: Config, overwrite: bool = False, resume: bool = False) -> Trainer:
-    """A trainer as the configuration says, its folder settled and its network initialised or resumed.
+def prepare(config: Config, overwrite: bool = False, resume: bool = False) -> Trainer | None:
+    """A trainer as the configuration says, its network initialised or resumed, its folder settled.
+
+    Returns:
+        None if the run that was to be resumed is complete.
 
     Raises:
-        FileNotFoundError, ValueError: something is missing or does not fit; nothing was trained yet.
+        FileNotFoundError, ValueError: something is missing or does not fit; nothing was trained yet, nor
+            anything removed.
     """
-    network, benchmark = network_of(config), benchmark_of(config)
-    split = training_split(config, benchmark)
-    dataset = TrainingSet(
-        split.names,
-        split.image_dir,
-        split.label_dir,
-        benchmark.channels,
-        network.transform(config.augment),
-        config.solver.seed,
-    )
-    dataset.check()
-    losses = objective(config.solver.loss)
-    device = torch.device(device_of(config.run.device, int(os.environ.get("LOCAL_RANK", 0))))
-    validate = None
-    if config.data.val_split:
-        val = validation_split(config, benchmark)
-        validate = validation(val, network, benchmark.channels, str(device), config.run.precision)
-
-    settle(config, split, overwrite, resume)
-    torch.manual_seed(config.solver.seed)
-    model = network.build(config.model, benchmark.channels)
-    if config.model.init:
-        report = load_init(model, config.model.init)
-        if rank_and_world()[0] == 0:
+    with together():
+        network, benchmark = network_of(config), benchmark_of(config)
+        split = training_split(config, benchmark)
+        losses = objective(config.solver.loss)
+        record = settled(config, split, overwrite, resume)
+        if resume and (Path(config.run.output) / FINAL).is_file():
+            return None
+        check_files(split.names, split.image_dir, split.label_dir)
+        dataset = TrainingSet(
+            split.names,
+            split.image_dir,
+            split.label_dir,
+            benchmark.channels,
+            network.transform(config.augment),
+            config.solver.seed,
+        )
+        device = torch.device(device_of(config.run.device, int(os.environ.get("LOCAL_RANK", 0))))
+        validate = None
+        if config.data.val_split:
+            val = validation_split(config, benchmark)
+            check_files(val.names, val.image_dir, val.label_dir)
+            validate = validation(val, network, benchmark.channels, str(device), config.run.precision)
+        torch.manual_seed(config.solver.seed)
+        model = network.build(config.model, benchmark.channels)
+        report = load_init(model, config.model.init) if config.model.init else None
+    with together():
+        trainer = Trainer(
+            model.to(device),
+            network.groups(model),
+            losses,
+            dataset,
+            config.solver,
+            config.run,
+            horizon=network.horizon(config.solver),
+            validation=validate,
+            pictures=pictures(network, benchmark),
+        )
+        resumed = resume and trainer.load_resume()
+        run = Run(config.run.output, outputs=OUTPUTS, overwrite=overwrite, step=STEP, **record)
+    if run.rank == 0:
+        if report:
             print(report, file=sys.stderr)
-    trainer = Trainer(
-        model.to(device),
-        network.groups(model),
-        losses,
-        dataset,
-        config.solver,
-        config.run,
-        horizon=network.horizon(config.solver),
-        validation=validate,
-        pictures=pictures(network, benchmark),
-    )
-    if resume and not trainer.load_resume() and rank_and_world()[0] == 0:
-        print(f"nothing to resume in {config.run.output}: starting at iteration 0", file=sys.stderr)
+        if not resume:
+            shutil.rmtree(run.folder / "logs", ignore_errors=True)
+        elif not resumed:
+            print(f"nothing to resume in {run.folder}: starting at iteration 0", file=sys.stderr)
+        with replacing(run.folder / configs.CONFIG) as stream:
+            stream.write(configs.text(config).encode())
     return trainer
 
 
-def settle(config: Config, split: Split, overwrite: bool, resume: bool) -> None:
-    """Take the output folder, or refuse it; record the configuration there.
+def settled(config: Config, split: Split, overwrite: bool, resume: bool) -> dict[str, Any]:
+    """What the run records of itself (arguments of `Run`), if its folder may be taken; changes nothing.
 
     Raises:
-        ValueError: it holds another run, or this one and neither `resume` nor `overwrite` is set.
+        ValueError: the folder holds another run, or this one and neither `resume` nor `overwrite` is set.
     """
     folder = Path(config.run.output)
-    trained = [folder / RESUME, *folder.glob("checkpoint_*.pth")]
+    if folder.resolve() in (Path(split.image_dir).resolve(), Path(split.label_dir).resolve()):
+        raise ValueError(f"run.output {folder} is the folder of the images or masks: choose another")
+    parts = asdict(config)
+    info = {"run": parts.pop("run"), "test": parts.pop("test")}
+    settings = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+    settings = {"benchmark": settings.pop("data.benchmark"), **settings}
+    record = {
+        "settings": {**settings, "run.precision": config.run.precision},
+        "inputs": {
+            "init": sha256(config.model.init) if Path(config.model.init).is_file() else "",
+            "labels": fingerprint(read_settings(split.label_dir)),
+        },
+    }
+    check_folder(folder, **record, outputs=OUTPUTS, overwrite=overwrite, step=STEP)
+    trained = [folder / RESUME, *checkpoints(folder), folder / FINAL]
     first = next((file for file in trained if file.is_file()), None)
     if first and not resume and not overwrite:
         raise ValueError(
             f"{folder} holds {first.name}: --resume continues that run, --overwrite starts anew, or choose "
             "another run.output"
         )
-    settings = asdict(config)
-    running = settings.pop("run")
-    labels = read_settings(split.label_dir)
-    run = Run(
-        folder,
-        {"benchmark": config.data.benchmark, "precision": running["precision"], **settings},
-        inputs={
-            "init": sha256(config.model.init) if Path(config.model.init).is_file() else "",
-            "labels": fingerprint(labels),
-        },
-        outputs=("checkpoint_*.pth", RESUME),
-        overwrite=overwrite,
-        step=STEP,
-        info=running,
-    )
-    if run.rank == 0:
-        if not resume:
-            shutil.rmtree(folder / "logs", ignore_errors=True)
-        with replacing(folder / configs.CONFIG) as stream:
-            stream.write(configs.text(config).encode())
+    return {**record, "info": info}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -203,20 +214,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite contradict each other")
-    config = configs.read(args.config, args.overrides)
-    folder, first = Path(config.run.output), rank_and_world()[0] == 0
-    if args.resume and (folder / FINAL).is_file():
-        if first:
-            print(f"training is complete: {folder / FINAL}")
-        return 0
+    first = rank_and_world()[0] == 0
+    with together():
+        config = configs.read(args.config, args.overrides)
     if first:
         print(configs.text(config))
     trainer = prepare(config, args.overwrite, args.resume)
-    complete = trainer.run()
-    if first and complete:
-        print(f"trained {trainer.done} iterations: {folder / FINAL}")
-    elif first:
-        print(f"stopped after iteration {trainer.done}: the same command with --resume continues")
+    final = Path(config.run.output) / FINAL
+    if trainer is None:
+        told = f"training is complete: {final}"
+    elif trainer.run():
+        told = f"trained {trainer.done} iterations: {final}"
+    else:
+        told = f"stopped after iteration {trainer.done}: the same command with --resume continues"
+    if first:
+        print(told)
     return 0
 
 

@@ -96,16 +96,6 @@ class TrainingSet:
     transform: Transform
     seed: int = 0
 
-    def check(self) -> None:
-        """Raises FileNotFoundError for the first image or mask that is not there, before training starts."""
-        for name in self.names:
-            find_image(self.image_dir, name)
-            if not self._mask(name).is_file():
-                raise FileNotFoundError(f"mask {self._mask(name)} of image {name} does not exist")
-
-    def _mask(self, name: str) -> Path:
-        return Path(self.label_dir) / f"{name}.png"
-
     def sample(self, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
         """Image (3, h, w) float32 and mask (h, w) int64 as `transform` gives them.
 
@@ -113,7 +103,7 @@ class TrainingSet:
             FileNotFoundError, ValueError: naming the file that is missing, unreadable or does not fit.
         """
         name = self.names[draw.index]
-        image_file, mask_file = find_image(self.image_dir, name), self._mask(name)
+        image_file, mask_file = find_image(self.image_dir, name), Path(self.label_dir) / f"{name}.png"
         image, mask = read_rgb(image_file), read_mask(mask_file)
         if image.shape[:2] != mask.shape:
             raise ValueError(
@@ -164,6 +154,15 @@ class TrainingSet:
 def _collected(samples: list[tuple[str, Future]]) -> Batch:
     images, labels = zip(*(future.result() for _, future in samples), strict=True)
     return Batch(np.stack(images), np.stack(labels), [name for name, _ in samples])
+
+
+def check_files(names: Sequence[str], image_dir: str | Path, label_dir: str | Path) -> None:
+    """Raises FileNotFoundError for the first image or mask that is not there."""
+    for name in names:
+        find_image(image_dir, name)
+        mask_file = Path(label_dir) / f"{name}.png"
+        if not mask_file.is_file():
+            raise FileNotFoundError(f"mask {mask_file} of image {name} does not exist")
 
 
 def check_values(mask: np.ndarray, channels: int, file: str | Path) -> None:

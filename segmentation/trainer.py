@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from segmentation.dataset import Batch, Order, TrainingSet
-from segmentation.distributed import WorkFailed, World, gather
+from segmentation.distributed import WorkFailed, World, exit_after_rank_0, gather
 from segmentation.files import replacing
 from segmentation.inference import PRECISIONS
 from segmentation.schedules import poly
@@ -133,6 +133,8 @@ class Trainer:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {running.precision!r}")
         if min(solver.iterations, solver.accumulate, running.workers) < 1:
             raise ValueError("iterations, accumulate and workers must be 1 or more")
+        if solver.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {solver.seed}")
         self.model, self.objective, self.dataset = model, objective, dataset
         self.solver, self.running = solver, running
         self.horizon = horizon or solver.iterations
@@ -147,6 +149,8 @@ class Trainer:
             )
         self.order = Order(len(dataset.names), solver.batch_size, solver.seed, solver.drop_last)
         on_gpu = self.device.type == "cuda"
+        if on_gpu:  # pinned memory and statistics belong to the current one
+            torch.cuda.set_device(self.device)
         cv2.setNumThreads(0)  # samples are read by threads of our own
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = running.precision == "tf32"
         torch.backends.cudnn.benchmark = not running.deterministic  # all training images have one size
@@ -167,6 +171,7 @@ class Trainer:
             )
         self.done = 0  # iterations
         self.recent: deque[float] = deque(maxlen=AVERAGED)
+        self.validated = 0  # the iteration after which that was done last
         self.last_good = "none yet"
 
     def run(self) -> bool:
@@ -178,34 +183,43 @@ class Trainer:
         Raises:
             WorkFailed: a file is missing or wrong, or the loss is not finite; the sentence says which.
         """
-        total, first = self.solver.iterations, self.done * self.solver.accumulate
-        numbers = range(first, total * self.solver.accumulate)
+        total, accumulate = self.solver.iterations, self.solver.accumulate
+        numbers = range(self.done * accumulate, total * accumulate)
         world = self.world
         batches = self.dataset.batches(self.order, numbers, world.rank, world.size, self.running.workers)
-        writer = SummaryWriter(self.folder / "logs", purge_step=self.done) if world.rank == 0 else None
+        clock, images = time.monotonic(), 0
+        self.network.train()
         bar = tqdm(
             total=total, initial=self.done, unit="iteration", disable=True if world.rank else None
         )
-        clock, images = time.monotonic(), 0
-        self.network.train()
-        with stopping() as stop, bar:
+        with stopping(twice=world.size > 1) as stop, self._logs() as writer, bar:
+            self._validate(writer)  # if the run was ended before or while it did
             while self.done < total:
                 chunk = self._next(batches, stop)
                 if chunk is None:
+                    self.check_finite()
                     self.save_resume()
                     return False
+                images += sum(len(self.order.batch(self.done * accumulate + n)) for n in range(accumulate))
                 losses = self.iterate(chunk)
-                images += sum(len(batch.names) for batch in chunk) * world.size
                 bar.update()
                 bar.set_postfix(loss=f"{self.recent[-1]:.4f}", refresh=False)
                 if writer and _due(self.done, self.running.log_every):
                     self._log(writer, losses, images / (time.monotonic() - clock))
                     clock, images = time.monotonic(), 0
-                self._look(writer, chunk[-1])
-                self._save()
-        if writer:
-            writer.close()
+                self._paint(writer, chunk[-1])
+                if writer:
+                    writer.flush()
+                self._save()  # before validation, which may take longer than who asks to stop will wait
+                self._validate(writer)
         return True
+
+    def _logs(self) -> AbstractContextManager[SummaryWriter | None]:
+        """The writer, closed at the end whatever that is; None on other ranks than 0."""
+        if self.world.rank:
+            return nullcontext()
+        # What an earlier process logged after the iteration that it is resumed at counts no more.
+        return SummaryWriter(self.folder / "logs", purge_step=self.done + 1)
 
     def _next(self, batches: Iterator[Batch], stop: threading.Event) -> list[Batch] | None:
         """The batches of the next iteration, or None when any rank was asked to stop."""
@@ -216,6 +230,8 @@ class Trainer:
             failure = str(error)
         stopped, failed = self.world.any(stop.is_set(), bool(failure))
         if failed:
+            self.check_finite()
+            self.save_resume()  # the file may be mended
             self._fail(next(filter(None, gather(failure))))
         return None if stopped else chunk
 
@@ -223,7 +239,7 @@ class Trainer:
         """One iteration: forward and backward of each batch, one step.
 
         Returns:
-            The losses by name, summed over the batches and averaged as the gradients are.
+            The losses by name; means over the batches, as the gradients are.
         """
         done, solver = self.done, self.solver
         for group in self.optimizer.param_groups:
@@ -244,7 +260,7 @@ class Trainer:
                 self.scaler.scale(sum(losses.values()) / len(chunk)).backward()
             for name, loss in losses.items():
                 summed[name] = summed.get(name, 0) + loss.detach()
-        values = self.world.mean(torch.stack(list(summed.values())).double().cpu())
+        values = self.world.mean(torch.stack(list(summed.values())).double().cpu()) / len(chunk)
         if not values.isfinite().all():
             parts = gather([name for batch in chunk for name in batch.names])
             names = ", ".join(name for part in parts for name in part)
@@ -267,8 +283,7 @@ class Trainer:
         return images, labels.to(self.device, non_blocking=True)
 
     def _fail(self, sentence: str) -> None:
-        if self.world.rank:
-            sys.exit(1)  # rank 0 tells it
+        exit_after_rank_0()
         raise WorkFailed(f"training stopped: {sentence}")
 
     def _log(self, writer: SummaryWriter, losses: Mapping[str, float], rate: float) -> None:
@@ -281,25 +296,34 @@ class Trainer:
         if self.device.type == "cuda":
             writer.add_scalar("gpu_memory_gb", torch.cuda.max_memory_allocated() / 2**30, self.done)
 
-    def _look(self, writer: SummaryWriter | None, batch: Batch) -> None:
-        """Validate and paint, when it is time."""
-        validate = self.validation and _due(self.done, self.running.validate_every)
-        paint = writer and self.pictures and _due(self.done, self.running.picture_every)
-        if not validate and not paint:
+    def _paint(self, writer: SummaryWriter | None, batch: Batch) -> None:
+        if not (writer and self.pictures and _due(self.done, self.running.picture_every)):
             return
         self.network.eval()
         with torch.inference_mode():
-            if validate:
-                scores = self.validation(self.model)
-                if writer:
-                    told = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
-                    tqdm.write(f"iteration {self.done}: {told}", file=sys.stderr)
-                    for name, score in scores.items():
-                        writer.add_scalar(f"validation/{name}", score, self.done)
-            if paint:
-                for name, picture in self.pictures(self.model, *self._on_device(batch)).items():
-                    writer.add_image(name, picture, self.done, dataformats="HWC")
+            for name, picture in self.pictures(self.model, *self._on_device(batch)).items():
+                writer.add_image(name, picture, self.done, dataformats="HWC")
         self.network.train()
+
+    def _validate(self, writer: SummaryWriter | None) -> None:
+        """Validate if it is time, and not done yet."""
+        due = self.done > self.validated and _due(self.done, self.running.validate_every)
+        if not (self.validation and due):
+            return
+        self.world.same(self.model.buffers())  # live batch norm counts on each rank alone; rank 0's are saved
+        self.network.eval()
+        with torch.inference_mode():
+            scores = self.validation(self.model)
+        self.network.train()
+        self.validated = self.done
+        if writer:
+            told = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+            tqdm.write(f"iteration {self.done}: {told}", file=sys.stderr)
+            for name, score in scores.items():
+                writer.add_scalar(f"validation/{name}", score, self.done)
+            writer.flush()
+        if self.done < self.solver.iterations:
+            self.save_resume()
 
     def _save(self) -> None:
         """Write what is due: a checkpoint, the final one, the resume file."""
@@ -320,10 +344,10 @@ class Trainer:
                 old.unlink()
 
     def check_finite(self) -> None:
-        """Raises WorkFailed if a parameter is not finite, so that no bad one is saved."""
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+        """Raises WorkFailed if a parameter or statistic is not finite, so that no bad one is saved."""
+        if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
             self._fail(
-                f"after iteration {self.done} parameters are no longer finite; last good checkpoint: "
+                f"after iteration {self.done} the weights are no longer finite; last good checkpoint: "
                 f"{self.last_good}; a lower learning_rate may help"
             )
 
@@ -337,6 +361,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "recent_losses": list(self.recent),
+            "validated": self.validated,
             "last_good": self.last_good,
         }
         with replacing(self.folder / RESUME) as stream:
@@ -356,11 +381,11 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
+            self.done, self.validated = state["iteration"], state["validated"]
+            self.recent.extend(state["recent_losses"])
+            self.last_good = state["last_good"]
         except Exception:  # damaged files fail in any way they like
             raise ValueError(f"{file} is damaged or of another network: remove it to start anew") from None
-        self.done = state["iteration"]
-        self.recent.extend(state["recent_losses"])
-        self.last_good = state["last_good"]
         return True
 
 
@@ -384,14 +409,19 @@ def hash_seed(*parts: int) -> int:
 
 
 @contextmanager
-def stopping() -> Iterator[threading.Event]:
-    """SIGTERM and SIGINT set an event; a second SIGINT interrupts at once."""
+def stopping(twice: bool = False) -> Iterator[threading.Event]:
+    """SIGTERM and SIGINT set an event; a second SIGINT interrupts at once.
+
+    Args:
+        twice: signals may come twice, as under torchrun, which passes on the Ctrl-C that its processes may
+            have got from the terminal already: then a second one is no more than the first.
+    """
     event = threading.Event()
     usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def ask(number, _):
         event.set()
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and not twice:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     if threading.current_thread() is threading.main_thread():  # only there may handlers be set

@@ -1,0 +1,95 @@
+"""Ranks that train one network: what they tell each other, and that together they are as one."""
+
+
+import numpy as np
+import pytest
+import torch
+
+from segmentation.dataset import Order
+from segmentation.distributed import World, together
+from segmentation.losses import LOSSES
+from segmentation.masks import read_mask
+from tests import training
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    training.write_world(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def on_two(world, tmp_path_factory):
+    """What two ranks have trained: ((loss, whole), ...) -> what each rank returned."""
+    cases = [*((loss, True) for loss in LOSSES), ("ce", False)]
+    started = training.ranks(training.train_cases, world, tmp_path_factory.mktemp("two"), cases)
+    ended = [process.end() for process in started]
+    assert all(code == 0 for code, *_ in ended), ended
+    return [dict(zip(cases, returned, strict=True)) for _, _, returned in ended]
+
+
+def furthest(found, expected):
+    return max(np.abs(found[name] - expected[name]).max() for name in expected)
+
+
+def test_the_world_has_what_ranks_may_stumble_over(world):
+    """A rank without an image, one without a labelled pixel, and one with hardly any."""
+    names = (world / "train.txt").read_text().split()
+    masks = [read_mask(world / "SegmentationClass" / f"{name}.png") for name in names]
+    labelled = [(mask != 255).mean() for mask in masks]
+    order = Order(len(names), 4, 0)
+    batches = [[draw.index for draw in order.batch(number)] for number in range(40)]
+    found = [[sum(labelled[index] for index in batch[rank::2]) for rank in (0, 1)] for batch in batches]
+    assert [0, 0] in found
+    assert any(not batch[1::2] and part[0] > 0 for batch, part in zip(batches, found, strict=True))
+    assert any(batch[1::2] and max(part) > 0 == min(part) for batch, part in zip(batches, found, strict=True))
+    assert any(0 < min(part) < 0.2 for part in found)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_ranks_train_as_one(world, on_two, tmp_path, loss):
+    expected, losses = training.train_a(world, tmp_path, loss, whole=True)
+    for parameters, told in (rank[loss, True] for rank in on_two):
+        assert furthest(parameters, expected) < 1e-9
+        assert np.abs(np.subtract(told, losses)).max() < 1e-9
+    assert len({round(value, 6) for value in losses}) == 20  # it has learned
+
+    if loss == "ce":  # a mean of the ranks' means would have gone elsewhere
+        assert furthest(on_two[0]["ce", False][0], expected) > 1e-4
+
+
+def test_ranks_exchange():
+    ended = [process.end() for process in training.ranks(training.exchange)]
+    assert [code for code, *_ in ended] == [0, 0]
+    for rank, (_, _, found) in enumerate(ended):
+        assert found == {
+            "any": [True, False],
+            "mean": [0.5, 5.0],
+            "total": [1.0, 10.0],
+            "share": [0.5, 5.0],
+            "same": [0.0, 0.0],
+            "given": [float(rank), 10.0 * rank],  # what is summed stays as it was
+        }
+
+
+def test_alone_nothing_is_exchanged():
+    world = World(torch.device("cpu"))
+    values = torch.tensor([1.0, 2.0])
+    assert world.any(True, False) == [True, False]
+    assert all(torch.equal(f(values), values) for f in (world.mean, world.total, world.share))
+    with pytest.raises(ValueError, match="wrong"), together():
+        raise ValueError("wrong")
+
+
+def test_what_fails_on_one_rank_is_told_once():
+    ended = [process.end() for process in training.ranks(training.fail_on_rank_1)]
+    (code, told, _), (other, silent, _) = ended
+    assert (code, other) == (2, 1)
+    assert told == "error: rank 1 found nothing\n" and silent == ""
+
+
+def test_a_lost_rank_is_noticed():
+    (code, told, _), (lost, *_) = [process.end() for process in training.ranks(training.lose_rank_1)]
+    assert (code, lost) == (1, 9)
+    assert told == "error: another of torchrun's processes died; the same command continues\n"

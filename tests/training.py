@@ -1,0 +1,187 @@
+"""What tests of training share: a small world of images and masks, and processes that start fast.
+
+A fork server imports everything once; what it forks is a process like any other to torch and to signals.
+"""
+
+import atexit
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from deeplab import model as network_a
+from deeplab import train
+from pipeline.run import command
+from segmentation.benchmark import voc_palette
+from segmentation.dataset import TrainingSet
+from segmentation.distributed import World, rank_and_world, together
+from segmentation.masks import write_mask
+from segmentation.trainer import Running, Solver, Trainer
+from segmentation.transforms import ScaleCrop
+from tests.deeplab.common import labels
+from tests.weights import parity_image
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["deeplab.train", "tests.training"])
+PATIENCE = 120  # seconds
+
+
+def write_world(root: Path, train: int = 5, val: int = 3, size: tuple[int, int] = (40, 52)) -> list[str]:
+    """Images and masks in VOC's layout, with split files train.txt and val.txt; the names to train on.
+
+    Of five images one has hardly a labelled pixel, and two have none.
+    """
+    names = [f"image_{number}" for number in range(train + val)]
+    for number, name in enumerate(names):
+        mask = labels(name, (1, *size), 4, block=8, p=0.9)[0].astype(np.uint8)
+        if number % 5 in (1, 4):
+            mask[:] = 255
+        elif number % 5 == 3:
+            mask[4:] = 255
+        write_mask(root / "SegmentationClass" / f"{name}.png", mask, voc_palette())
+        (root / "JPEGImages").mkdir(exist_ok=True)
+        Image.fromarray(parity_image(name, *size)).save(root / "JPEGImages" / f"{name}.png")
+    for split, part in (("train", names[:train]), ("val", names[train:])):
+        (root / f"{split}.txt").write_text("".join(f"{name}\n" for name in part))
+    return names[:train]
+
+
+class Process:
+    """A function in a process of its own; a rank of torchrun's, if `rank` is given.
+
+    Args:
+        function: importable by the process, that is, of this module or a package's.
+        arguments: of the function.
+        rank: (rank, number of ranks, port where they meet).
+    """
+
+    def __init__(self, function: Callable, *arguments, rank: tuple[int, int, int] | None = None):
+        environment = {}
+        if rank:
+            number, world, port = map(str, rank)
+            environment = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self.printed = Path(tempfile.mkstemp()[1])
+        self.receiving, sending = CONTEXT.Pipe(duplex=False)
+        work = (function, arguments, environment, self.printed, sending)
+        self.process = CONTEXT.Process(target=_child, args=work, daemon=True)
+        self.process.start()
+        sending.close()
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that the process does."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.is_alive() and time.monotonic() < deadline, self.printed.read_text()
+            time.sleep(0.002)
+
+    def end(self) -> tuple[int, str, Any]:
+        """Exit code, what was printed, and what the function returned, None if it did not."""
+        try:
+            returned = self.receiving.recv()
+        except EOFError:
+            returned = None
+        self.process.join(PATIENCE)
+        printed = self.printed.read_text()
+        self.printed.unlink()
+        return self.process.exitcode, printed, returned
+
+
+def ranks(function: Callable, *arguments, count: int = 2) -> list[Process]:
+    """Start a function on several ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [Process(function, *arguments, rank=(rank, count, port)) for rank in range(count)]
+
+
+def _child(function: Callable, arguments: tuple, environment: dict, printed: Path, sending) -> None:
+    os.environ.update(environment)
+    stream = os.open(printed, os.O_WRONLY | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    torch.set_num_threads(1)
+    try:
+        sending.send(function(*arguments))
+    finally:
+        sys.stdout.flush()
+        atexit._run_exitfuncs()  # which only processes that Python itself started do
+
+
+def trained(arguments: Sequence[str]) -> None:
+    """The command, as `python -m deeplab.train` runs it."""
+    command(lambda: train.main(arguments))
+
+
+def train_a(root: Path, output: Path, loss: str, whole: bool) -> tuple[dict[str, np.ndarray], list[float]]:
+    """Twenty iterations of network A in float64 on five images, in batches of four and of one.
+
+    Args:
+        whole: divide by the labelled pixels of all ranks; else a rank divides by its own.
+
+    Returns:
+        The parameters, and the losses of the last iterations.
+    """
+    torch.manual_seed(0)
+    model = network_a.build_v2(21, (1, 1, 1, 1), (1, 2), width=4, scales=(0.5,)).double()
+    names = (root / "train.txt").read_text().split()
+    dataset = TrainingSet(
+        names, str(root / "JPEGImages"), str(root / "SegmentationClass"), 21, ScaleCrop(33, (0.75, 1.0))
+    )
+    objective = train.objective(loss)
+
+    def alone(network, images, masks, share):
+        return objective(network, images, masks, share if whole else lambda counts: counts)
+
+    solver = Solver(iterations=20, batch_size=4, accumulate=2, learning_rate=1e-3, decay_every=1, loss=loss)
+    running = Running(str(output), "cpu", workers=1)
+    trainer = Trainer(model, network_a.parameter_groups(model), alone, dataset, solver, running)
+    assert trainer.run()
+    return {name: value.detach().numpy() for name, value in model.named_parameters()}, list(trainer.recent)
+
+
+def train_cases(root: Path, output: Path, cases: Sequence[tuple[str, bool]]) -> list:
+    return [train_a(root, output / f"{loss}_{whole}", loss, whole) for loss, whole in cases]
+
+
+def exchange() -> dict[str, list]:
+    """What each way of telling the other ranks gives."""
+    world = World(torch.device("cpu"))
+    given = torch.tensor([1.0, 10.0]) * world.rank
+    found = {name: getattr(world, name)(given).tolist() for name in ("mean", "total", "share")}
+    same = given.clone()
+    world.same([same])
+    found |= {"any": world.any(world.rank == 1, False), "same": same.tolist(), "given": given.tolist()}
+    return found
+
+
+def fail_on_rank_1() -> None:
+    def main():
+        with together():
+            if rank_and_world()[0] == 1:
+                raise FileNotFoundError("rank 1 found nothing")
+
+    command(main)
+
+
+def lose_rank_1() -> None:
+    def main():
+        world = World(torch.device("cpu"))
+        world.any(False)
+        if world.rank == 1:
+            os._exit(9)
+        world.any(False)
+
+    command(main)
