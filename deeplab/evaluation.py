@@ -9,6 +9,7 @@ import numpy as np
 
 from clip.download import sha256
 from deeplab.trained import Segmenter, Setup
+from pipeline.cams_cli import recorded
 from pipeline.evaluate import tell
 from pipeline.processes import Outcome, attempt
 from pipeline.run import Run
@@ -79,6 +80,8 @@ def evaluate_images(
         truth_file = truth = None
         if job.gt_root is not None:
             truth_file = Path(job.gt_root) / f"{name}.png"
+            if not truth_file.is_file():
+                raise FileNotFoundError(f"mask {truth_file} does not exist")
             truth = read_mask(truth_file)
             check_values(truth, channels, truth_file)
         files = job.files(name)
@@ -153,6 +156,11 @@ def evaluate(
     for what, folder in (("image", job.image_root), ("ground-truth", job.gt_root)):
         if folder is not None and not Path(folder).is_dir():
             raise FileNotFoundError(f"{what} folder {folder} does not exist")
+    if job.gt_root is not None and not any((Path(job.gt_root) / f"{name}.png").is_file() for name in names):
+        raise FileNotFoundError(
+            f"{job.gt_root} holds the mask of none of the {len(names)} images: give another --gt_root, or "
+            "--no_scores where there is no ground truth"
+        )
     run = settled(job, overwrite)
     parts = run.map(evaluate_images, names, job, num_workers=num_workers)
     code = run.finish()
@@ -170,9 +178,11 @@ def evaluate(
 def settled(job: Evaluation, overwrite: bool) -> Run:
     """The run of a test, after each folder that it fills has been found empty or of the same settings."""
     setup = job.setup
+    model = asdict(setup.config.model)
+    del model["init"]  # the weights that the training started from
     settings = {
-        "benchmark": setup.config.data.benchmark,
-        "model": asdict(setup.config.model),
+        "benchmark": recorded(setup.config.data.benchmark),
+        "model": model,
         "protocol": asdict(setup.protocol),
         "precision": setup.precision,
     }

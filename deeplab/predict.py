@@ -5,6 +5,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -75,7 +76,7 @@ def predict_images(files: Sequence[str], position: int, job: Prediction) -> Gene
 
 
 def explained(image: np.ndarray, labels: np.ndarray, benchmark: Benchmark) -> np.ndarray:
-    """A picture with its classes painted over it, and their names below.
+    """A picture with its classes painted over it, outlined in their colours, and their names below.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -86,6 +87,9 @@ def explained(image: np.ndarray, labels: np.ndarray, benchmark: Benchmark) -> np
     """
     clear = [0, IGNORE] if benchmark.has_background else [IGNORE]
     painted = overlay(image, labels, benchmark.palette, OPACITY, clear)
+    square = np.ones((3, 3), np.uint8)
+    edge = (cv2.dilate(labels, square) != cv2.erode(labels, square)) & ~np.isin(labels, clear)
+    painted[edge] = benchmark.palette[labels[edge]]  # the legend's colours, which paint over colours is not
     classes = ["background"] * benchmark.has_background + list(benchmark.classes)
     found = [index for index in np.unique(labels) if index not in clear]
     entries = [(classes[index], tuple(benchmark.palette[index].tolist())) for index in found]

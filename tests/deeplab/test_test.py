@@ -17,6 +17,7 @@ from deeplab.config import Config
 from deeplab.networks import network_of
 from deeplab.test import main
 from deeplab.trained import crf_labels
+from pipeline import evaluate as step_2a
 from pipeline import run as runs
 from pipeline.processes import drain, shard
 from segmentation.benchmark import voc_palette
@@ -181,6 +182,17 @@ def test_finished_masks_are_scored_without_a_network(tiny, tree, monkeypatch):
     assert summary(tree / "run" / "test" / "scores.json") == before
 
 
+def test_masks_are_what_other_steps_evaluate(tiny, tree):
+    assert tiny() == 0
+    _, benchmark = step_2a.benchmark_of(tree / "run" / "test" / "masks", None)
+    assert benchmark.classes == ["one", "two", "three", "four"]
+    job = step_2a.Evaluation(
+        benchmark, str(tree / "run" / "test" / "masks"), str(tree / "truth"), "png", (None,)
+    )
+    assert step_2a.evaluate(job, list(SIZES), tree / "again.json") == 0
+    assert summary(tree / "again.json") == summary(tree / "run" / "test" / "scores.json")
+
+
 def test_a_crf_can_be_added_later(tiny, tree):
     assert tiny() == 0
     first = content(tree / "run" / "test")
@@ -225,7 +237,7 @@ def test_bad_files_are_left_out_and_listed(tiny, tree, capsys):
     bad = {
         "unreadable": "cannot be read",
         "no_image": "no image no_image",
-        "no_mask": "does not exist",
+        "no_mask": "no_mask.png does not exist",
         "other_size": "other_size.png is (63, 64) but its image (64, 64)",
         "other_class": "holds 9, which is neither",
         "deep": "mode I;16",
@@ -269,6 +281,8 @@ def test_a_mask_of_another_size_is_noticed_when_the_prediction_is_there(tiny, tr
 def test_submissions_need_no_ground_truth(tiny, tree, flags, competition, folder):
     for file in (tree / "truth").iterdir():
         file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"mask of none of the 3 images: .* --no_scores"):
+        tiny(*flags)
     (tree / "truth").rmdir()
     with pytest.raises(FileNotFoundError, match="truth does not exist"):
         tiny(*flags)
