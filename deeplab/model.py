@@ -2,7 +2,7 @@
 
 Names, order and shapes of the state dict are those of the public deeplab-pytorch, so that its files load
 as they are. Images are BGR minus the mean, see `segmentation.transforms.caffe_normalise`; logits have an
-eighth of the image's size. Widths below are of the full net; every one is a multiple of `width`.
+eighth of the image's size.
 """
 from collections import OrderedDict
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-BN = {"eps": 1e-5, "momentum": 1e-3}  # of Caffe's moving average with fraction 0.999
+BN = {"eps": 1e-5, "momentum": 1e-3}  # Caffe's moving average with fraction 0.999, as deeplab-pytorch has it
 STRIDES_IN = ("reduce", "conv3x3")
 
 
@@ -154,6 +154,8 @@ class MSC(nn.Module):
 
     def __init__(self, base: nn.Module, scales: tuple[float, ...] = (0.5, 0.75), freeze_bn: bool = True):
         super().__init__()
+        if min(scales, default=1) <= 0:
+            raise ValueError(f"scales must be positive, not {tuple(scales)}")
         self.base = base
         self.scales = tuple(scales)
         self.freeze_bn = freeze_bn
@@ -181,8 +183,8 @@ class MSC(nn.Module):
 def rescale(x: Tensor, scale: float) -> Tensor:
     """(B, 3, H, W) -> (B, 3, floor(H * scale), floor(W * scale)), bilinear; at least one pixel.
 
-    Samples by the given scale, not by the ratio of the rounded sizes; published networks of today's
-    PyTorch do so.
+    Samples by the given scale, not by the ratio of the rounded sizes, as deeplab-pytorch does since
+    PyTorch 1.6.
     """
     size = [int(side * scale) for side in x.shape[-2:]]
     if min(size) < 1:  # an image one pixel wide; PyTorch refuses an empty result
@@ -219,7 +221,7 @@ def build_v2(channels: int, blocks: tuple[int, ...] = (3, 4, 23, 3), rates: tupl
         stride_in: "reduce", or "conv3x3" for weights from torchvision.
 
     Raises:
-        ValueError: for blocks, rates or stride_in that are none.
+        ValueError: for blocks, rates, scales or stride_in that are none.
     """
     return MSC(DeepLabV2(channels, blocks, rates, width, stride_in), scales, freeze_bn)
 

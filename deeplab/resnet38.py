@@ -1,15 +1,14 @@
 """DeepLab-v1 (LargeFOV) on ResNet-38d, the wide pre-activation network of Wu, Shen and van den Hengel.
 
 Names, order and shapes of the state dict are those of SEAM's segmentation code base. Images are
-standardised RGB, see `segmentation.transforms.imagenet_normalise`; logits have the image's size. Widths
-below are of the full net; every one is a multiple of `width`.
+standardised RGB, see `segmentation.transforms.imagenet_normalise`; logits have the image's size.
 """
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplab.model import check_blocks, freeze_affine, freeze_statistics
 
-BN = {"eps": 1e-5, "momentum": 3e-4}
+BN = {"eps": 1e-5, "momentum": 3e-4}  # as SEAM's code base has it
 
 
 class ResBlock(nn.Module):

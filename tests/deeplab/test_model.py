@@ -156,6 +156,13 @@ def test_state_dict_is_the_public_one():
     assert list(shell.items()) == [*body.items(), *expected["deeplabv1_resnet101_91_fc_only"].items()]
 
 
+def test_head_starts_small():
+    torch.manual_seed(0)
+    head = build_v2(5, SMALL, width=8).base.aspp
+    assert relative(head.c0.weight.std().item(), 0.01) < 0.02
+    assert not any(branch.bias.any() for branch in head.children())
+
+
 def narrow_a(**settings):
     return build_v2(3, SMALL, rates=(1, 2), width=4, **settings)
 
@@ -226,6 +233,7 @@ def test_what_training_moves(build, network, frozen):
 @pytest.mark.parametrize("wrong, message", [
     ({"blocks": (3, 4, 23)}, "blocks must be four"),
     ({"blocks": (1, 1, 0, 1)}, "blocks must be four"),
+    ({"scales": (0.5, 0)}, "scales must be positive"),
     ({"rates": ()}, "at least one dilation rate"),
     ({"stride_in": "first"}, "stride_in must be one of reduce, conv3x3"),
 ])  # fmt: skip

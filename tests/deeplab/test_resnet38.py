@@ -97,3 +97,16 @@ def test_head_starts_from_kaiming():
     torch.manual_seed(0)
     head = build_r38(5, width=8).conv_fov.weight
     assert np.isclose(head.std().item(), (2 / (64 * 9)) ** 0.5, rtol=0.02)
+
+
+def test_dropout_of_the_publication():
+    model = build_r38(3, (1, 1, 1, 1), width=1)
+    drops = nn.Dropout | nn.Dropout2d
+    found = {name: part.p for name, part in model.named_modules() if isinstance(part, drops)}
+    assert found == {
+        "backbone.b6.dropout_2b1": 0.3,
+        "backbone.b6.dropout_2b2": 0.3,
+        "backbone.b7.dropout_2b1": 0.5,
+        "backbone.b7.dropout_2b2": 0.5,
+        "dropout1": 0.5,
+    }
