@@ -139,7 +139,8 @@ def on_cpu(labels: Tensor) -> np.ndarray:
 def add_flags(parser: argparse.ArgumentParser) -> Callable:
     """The flags that name a network and say how it is used; returns the parser's `add_argument`."""
     flag = parser.add_argument_group("which network").add_argument
-    flag("--run", metavar="DIR", help=f"folder that deeplab.train filled: its {CONFIG} and {FINAL}")
+    flag("--run", "--run_dir", metavar="DIR", help=f"folder that deeplab.train filled: its {CONFIG} and "
+         f"{FINAL} (torchrun mistakes --run for one of its own flags: give it --run_dir)")  # fmt: skip
     flag("--config", metavar="FILE", help="configuration, in place of the run's")
     flag("--checkpoint", metavar="FILE", help=f"weights, in place of the run's {FINAL}")
     flag("overrides", nargs="*", metavar="key=value", help="changes to the configuration")

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import sys
 import tarfile
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 from deeplab import config as configs
 from deeplab import evaluation
 from deeplab.config import Config
 from deeplab.networks import network_of
+from deeplab.predict import main as predict
 from deeplab.test import main
 from deeplab.trained import crf_labels
 from pipeline import evaluate as step_2a
@@ -350,3 +353,14 @@ def test_mistakes_end_with_exit_code_2(monkeypatch, capsys, tmp_path):
         runs.command(main)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [main, predict])
+def test_torchrun_hands_every_flag_on(command, capsys):
+    """It refuses what may begin several of its own, even behind the script; --run has a second name."""
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    flags = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
+    theirs = {flag for action in get_args_parser()._actions for flag in action.option_strings}
+    caught = {flag for flag in flags if any(other.startswith(flag) for other in theirs)}
+    assert "--run_dir" in flags and caught == {"--run", "--help"}
