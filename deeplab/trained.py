@@ -1,7 +1,7 @@
 """A trained network in use: what names one on the command line, and how an image goes through it."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -136,8 +136,8 @@ def on_cpu(labels: Tensor) -> np.ndarray:
     return labels.to(torch.uint8).cpu().numpy()
 
 
-def add_flags(parser: argparse.ArgumentParser) -> Callable:
-    """The flags that name a network and say how it is used; returns the parser's `add_argument`."""
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that name a network and say how it is used."""
     flag = parser.add_argument_group("which network").add_argument
     flag("--run", "--run_dir", metavar="DIR", help=f"folder that deeplab.train filled: its {CONFIG} and "
          f"{FINAL} (torchrun mistakes --run for one of its own flags: give it --run_dir)")  # fmt: skip
@@ -156,7 +156,6 @@ def add_flags(parser: argparse.ArgumentParser) -> Callable:
          + ", ".join(f"{network.crf} for {name}" for name, network in NETWORKS.items()))  # fmt: skip
     flag("--precision", choices=PRECISIONS, default="fp32", help="of the network's products")
     flag("--device", default="auto", help="auto, cpu, cuda or cuda:i")
-    return parser.add_argument
 
 
 def read_setup(args: argparse.Namespace) -> Setup:
