@@ -10,6 +10,8 @@ from yaml import YAMLError
 
 from segmentation.trainer import Running, Solver
 
+# What OmegaConf raises on a configuration that is not as it should be; TypeError: a list for the whole.
+WRONG = (OmegaConfBaseException, YAMLError, TypeError)
 CONFIG = "config.yaml"  # of a run folder: the configuration it was trained with
 
 
@@ -86,7 +88,7 @@ def read(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f"configuration {file} does not exist")
         try:
             config = OmegaConf.merge(config, OmegaConf.load(file))
-        except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        except (*WRONG, UnicodeDecodeError, OSError) as error:
             raise ValueError(f"configuration {file}: {_told(error)}") from None
     for word in overrides:
         key, equals, _ = word.partition("=")
@@ -94,13 +96,18 @@ def read(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f"expected key=value, such as solver.learning_rate=2e-4, got {word!r}")
         try:
             config = OmegaConf.merge(config, OmegaConf.from_dotlist([word]))
-        except (OmegaConfBaseException, YAMLError) as error:
+        except WRONG as error:
             raise ValueError(f"{word}: {_told(error)}") from None
-    return OmegaConf.to_object(config)
+    try:
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # a reference to nothing
+        raise ValueError(f"the configuration: {_told(error)}") from None
 
 
 def _told(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    """The first line of an error, and the key that OmegaConf tells in another."""
+    first, key = str(error).splitlines()[0], getattr(error, "full_key", None)
+    return f"{first} ({key})" if key and key not in first else first
 
 
 def text(config: Config) -> str:

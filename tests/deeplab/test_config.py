@@ -1,0 +1,54 @@
+"""The configuration: typed, checked, and told as a user would want it told."""
+
+import pytest
+
+from deeplab import config as configs
+
+
+def test_file_then_words(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("solver: {iterations: 30, learning_rate: 1e-3}\nmodel: {rates: [1, 2]}\n")
+    config = configs.read(file, ["solver.iterations=40", "data.root=/some where", "model.freeze_bn=null"])
+    assert (config.solver.iterations, config.solver.learning_rate) == (40, 1e-3)
+    assert config.model.rates == [1, 2] and config.model.freeze_bn is None
+    assert config.data.root == "/some where" and config.solver.batch_size == 5
+    (tmp_path / "again.yaml").write_text(configs.text(config))
+    assert configs.read(tmp_path / "again.yaml") == config
+    assert configs.read(None) == configs.Config()
+
+
+WRONG = {
+    "unknown key": ("solver: {iteration: 3}", [], "c.yaml.*iteration"),
+    "unknown part": ("solve: {iterations: 3}", [], "c.yaml.*solve"),
+    "type": ("solver: {iterations: many}", [], "c.yaml.*many.*solver.iterations"),
+    "list for a number": ("solver: {iterations: [3]}", [], "c.yaml.*solver.iterations"),
+    "type in a list": ("model: {rates: [1, two]}", [], "c.yaml.*two.*model.rates"),
+    "number for a part": ("solver: 3", [], "c.yaml.*Solver"),
+    "a list": ("[1, 2]", [], "c.yaml"),
+    "a word": ("solver", [], "c.yaml"),
+    "no YAML": ("solver: {", [], "c.yaml"),
+    "no text": (b"\xff\xfe\x00", [], "c.yaml"),
+    "lost reference": ("run: {output: '${nowhere}'}", [], "nowhere"),
+    "unknown word": ("", ["solver.iteration=3"], "solver.iteration=3: .*iteration"),
+    "type of a word": ("", ["solver.iterations=many"], "solver.iterations=many: .*many"),
+    "part of a word": ("", ["solver=3"], "solver=3: "),
+    "no value": ("", ["solver.iterations"], "expected key=value.*'solver.iterations'"),
+    "no key": ("", ["=3"], "expected key=value"),
+    "flag's way": ("", ["--iterations", "3"], "expected key=value.*'--iterations'"),
+    "lost reference in a word": ("", ["run.output=${nowhere}"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_mistakes_are_one_sentence_that_names_the_key(tmp_path, case):
+    content, words, sentence = WRONG[case]
+    file = tmp_path / "c.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=sentence) as caught:
+        configs.read(file, words)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(ValueError, match=r"configuration .*absent.yaml does not exist"):
+        configs.read(tmp_path / "absent.yaml")

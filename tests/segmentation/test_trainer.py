@@ -1,0 +1,401 @@
+"""The loop, on a tiny network that has all that is hard to resume: dropout, live batch norm, momentum."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from segmentation import trainer as training_loop
+from segmentation.dataset import TrainingSet
+from segmentation.distributed import WorkFailed
+from segmentation.losses import cross_entropy
+from segmentation.schedules import poly
+from segmentation.trainer import FINAL, RESUME, Running, Solver, Trainer, checkpoints
+from segmentation.transforms import ScaleCrop
+from tests import training
+
+SOLVER = Solver(iterations=12, batch_size=3, accumulate=2, learning_rate=0.01, decay_every=1, seed=5)
+RUNNING = Running(device="cpu", workers=2, log_every=1, picture_every=4, validate_every=4, save_every=5,
+                  resume_every=3, keep=0)  # fmt: skip
+CROP = ScaleCrop(33, (0.75, 1.0))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    training.write_world(root)
+    return root
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 21, 1)
+    )
+
+
+def losses(model, images, labels, share):
+    logits = nn.functional.interpolate(model(images / 100), labels.shape[-2:])
+    return {"ce": cross_entropy(logits, labels, share), "small": 1e-3 * logits.float().square().mean()}
+
+
+def probe(model):
+    return {"Mean IoU": float(model(torch.ones(1, 3, 33, 33)).mean())}
+
+
+def paint(model, images, labels):
+    assert not model.training
+    return {"input": np.uint8(labels.shape[1] * np.ones((4, 5, 3)))}
+
+
+def start(
+    world: Path, output: Path, objective=losses, transform=CROP, validation=probe, solver=SOLVER, **running
+) -> Trainer:
+    """A trainer of the tiny network."""
+    names = (world / "train.txt").read_text().split()
+    folders = str(world / "JPEGImages"), str(world / "SegmentationClass")
+    dataset = TrainingSet(names, *folders, 21, transform, solver.seed)
+    model = network()
+    groups = [
+        {"params": [model[0].weight, model[4].weight], "rate": 1, "weight_decay": True},
+        {"params": [], "rate": 2, "weight_decay": False},
+        {"params": [model[0].bias, model[4].bias], "rate": 20, "weight_decay": False},
+    ]
+
+    running = replace(RUNNING, output=str(output), **running)
+    return Trainer(
+        model, groups, objective, dataset, solver, running, validation=validation, pictures=paint
+    )
+
+
+def resume(world: Path, output: Path, **arguments) -> Trainer:
+    """A trainer that continues; what was logged before is older by name, as that of another second is."""
+    trainer = start(world, output, **arguments)
+    logs = sorted((output / "logs").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    for number, file in enumerate(logs):
+        file.rename(file.with_name(f"events.out.tfevents.0{number}"))
+    assert trainer.load_resume()
+    return trainer
+
+
+def state_of(file: Path) -> dict:
+    return torch.load(file, weights_only=True)
+
+
+def assert_same(found: dict, expected: dict):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every scalar in the logs, as TensorBoard shows them."""
+    logs = EventAccumulator(str(folder / "logs"), {"scalars": 0, "images": 0}).Reload()
+    found = {
+        tag: [(event.step, event.value) for event in logs.Scalars(tag)] for tag in logs.Tags()["scalars"]
+    }
+    return found | {tag: [event.step for event in logs.Images(tag)] for tag in logs.Tags()["images"]}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    trainer = start(world, folder)
+    assert trainer.run()
+    return folder
+
+
+def test_what_a_run_leaves(undisturbed):
+    assert {file.name for file in undisturbed.iterdir()} == {
+        "checkpoint_5.pth", "checkpoint_10.pth", FINAL, "logs",
+    }  # fmt: skip
+    state = state_of(undisturbed / FINAL)
+    assert list(state) == list(network().state_dict())
+    assert all(isinstance(value, torch.Tensor) and value.is_contiguous() for value in state.values())
+    network().load_state_dict(state)
+
+
+def test_the_log(undisturbed):
+    found = events(undisturbed)
+    steps = list(range(1, 13))
+    names = {"loss/train", "loss/ce", "loss/small", "lr/group_0", "lr/group_1", "images_per_second"}
+    assert found.keys() == names | {"validation/Mean IoU", "input"}
+    assert all([step for step, _ in found[name]] == steps for name in names)
+    assert [step for step, _ in found["validation/Mean IoU"]] == found["input"] == [4, 8, 12]
+    rates = [0.01 * poly(step - 1, 12) for step in steps]
+    assert np.allclose([rate for _, rate in found["lr/group_0"]], rates)
+    assert np.allclose([rate for _, rate in found["lr/group_1"]], np.multiply(rates, 20))
+    total = np.add(*([value for _, value in found[f"loss/{name}"]] for name in ("ce", "small")))
+    mean = [total[:step].mean() for step in steps]
+    assert np.allclose([value for _, value in found["loss/train"]], mean)
+    assert total[-3:].mean() < total[:3].mean() - 0.1  # it learns
+
+
+def test_images_per_second_counts_every_image_once(world, tmp_path, monkeypatch):
+    seconds = iter(range(10_000))
+    monkeypatch.setattr(training_loop.time, "monotonic", lambda: next(seconds))
+    start(world, tmp_path).run()
+    rates = [rate for _, rate in events(tmp_path)["images_per_second"]]
+    assert rates == [5.0] * 12  # five images an epoch, in batches of three and two, in a second
+
+
+def test_a_loss_is_the_mean_over_the_batches_of_an_iteration(world, tmp_path):
+    seen = []
+
+    def noting(*given):
+        found = losses(*given)
+        seen.append(sum(float(loss.detach()) for loss in found.values()))
+        return found
+
+    trainer = start(world, tmp_path, noting, solver=replace(SOLVER, iterations=3))
+    trainer.run()
+    assert np.allclose(trainer.recent, np.reshape(seen, (3, 2)).mean(1), rtol=1e-6)
+
+
+class Stop:
+    """Sends this process a signal at the nth call of a function that it stands before."""
+
+    def __init__(self, function, at: int, number: int = signal.SIGTERM):
+        self.function, self.left, self.number = function, at, number
+
+    def __call__(self, *arguments):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+        return self.function(*arguments)
+
+
+WHERE = {  # which call of what sends it, and the iterations done when it is heeded
+    "in the first reading": ("transform", CROP, 1, (0, 0)),
+    "in reading": ("transform", CROP, 17, (0, 3)),  # that runs ahead
+    "in the first iteration": ("objective", losses, 1, (1, 1)),
+    "between batches": ("objective", losses, 16, (8, 8)),
+    "in validation": ("validation", probe, 2, (8, 8)),
+}
+
+
+@pytest.mark.parametrize(
+    "where, number", [*((where, signal.SIGTERM) for where in WHERE), ("between batches", signal.SIGINT)]
+)
+def test_stopped_and_resumed_is_as_if_never_stopped(world, undisturbed, tmp_path, where, number):
+    name, usual, call, (least, most) = WHERE[where]
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    trainer = start(world, tmp_path, **{name: Stop(usual, call, number)})
+    assert trainer.run() is False
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    assert least <= trainer.done <= most
+    assert state_of(tmp_path / RESUME)["iteration"] == trainer.done
+    torch.manual_seed(99)
+    resumed = resume(world, tmp_path)
+    assert resumed.done == trainer.done
+    assert resumed.run() is True
+    assert not (tmp_path / RESUME).exists()
+    for file in ("checkpoint_5.pth", "checkpoint_10.pth", FINAL):
+        assert_same(state_of(tmp_path / file), state_of(undisturbed / file))
+    found, expected = events(tmp_path), events(undisturbed)
+    for tag in expected:
+        if tag != "images_per_second":
+            assert found[tag] == expected[tag], tag
+
+
+def test_channels_last_and_momentum_are_resumed_in_their_layout(world, tmp_path):
+    for layout in (True, False):
+        finals = []
+        for name, call in (("whole", 0), ("stopped", 9)):
+            folder = tmp_path / f"{name}_{layout}"
+            trainer = start(world, folder, Stop(losses, call), channels_last=layout)
+            if not trainer.run():
+                trainer = resume(world, folder, channels_last=layout)
+                momentum = trainer.optimizer.state[trainer.model[0].weight]["momentum_buffer"]
+                assert momentum.is_contiguous(memory_format=torch.channels_last) == layout
+                assert trainer.model[0].weight.is_contiguous(memory_format=torch.channels_last) == layout
+                assert trainer.run()
+            finals.append(state_of(folder / FINAL))
+        assert_same(*finals)
+
+
+def test_what_was_killed_is_made_up_for(world, undisturbed, tmp_path):
+    """A validation that never came to its end, and iterations after the last resume file."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(model):
+        raise Killed
+
+    with pytest.raises(Killed):
+        start(world, tmp_path, validation=kill, resume_every=4).run()
+    resumed = resume(world, tmp_path)
+    assert resumed.done == 4
+    calls = []
+
+    def killed_at_11(*given):
+        calls.append(None)
+        if len(calls) == 2 * (11 - 4):
+            raise Killed
+        return losses(*given)
+
+    resumed.objective = killed_at_11
+    with pytest.raises(Killed):
+        resumed.run()
+    assert (tmp_path / "checkpoint_10.pth").is_file()
+    last = resume(world, tmp_path)
+    assert last.done == 10 and last.run()
+    assert_same(state_of(tmp_path / FINAL), state_of(undisturbed / FINAL))
+    found, expected = events(tmp_path), events(undisturbed)
+    assert all(found[tag] == expected[tag] for tag in expected if tag != "images_per_second")
+
+
+def test_a_second_ctrl_c_interrupts_at_once(world, tmp_path):
+    def twice(*given):
+        os.kill(os.getpid(), signal.SIGINT)
+        return losses(*given)
+
+    with pytest.raises(KeyboardInterrupt):
+        start(world, tmp_path, twice).run()
+    with training_loop.stopping(twice=True) as stop:  # but may come twice of one Ctrl-C
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set()
+
+
+@pytest.mark.parametrize("damage", ["cut", "other file", "other network", "nothing"])
+def test_a_damaged_resume_file_is_told(world, tmp_path, damage):
+    file = tmp_path / RESUME
+    trainer = start(world, tmp_path)
+    trainer.save_resume()
+    content = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "other file":
+        training_loop.write_checkpoint(trainer.model, file)
+    elif damage == "other network":
+        state = state_of(file)
+        del state["model"]["0.bias"]
+        torch.save(state, file)
+    else:
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{RESUME} is damaged or of another network: remove it") as caught:
+        start(world, tmp_path).load_resume()
+    assert "\n" not in str(caught.value)
+    assert not start(world, tmp_path / "elsewhere").load_resume()
+
+
+def test_a_loss_that_is_no_number_stops_before_it_does_harm(world, tmp_path):
+    calls = []
+
+    def poisoned(*given):
+        calls.append(None)
+        found = losses(*given)
+        return found | {"ce": found["ce"] * float("nan")} if len(calls) == 15 else found
+
+    trainer = start(world, tmp_path, poisoned)
+    with pytest.raises(WorkFailed) as caught:
+        trainer.run()
+    told = str(caught.value)
+    assert told.startswith("training stopped: the loss of iteration 8 is nan; its images: ")
+    names = [trainer.dataset.names[draw.index] for batch in (14, 15) for draw in trainer.order.batch(batch)]
+    assert f"its images: {', '.join(names)}; last good checkpoint: {tmp_path / 'checkpoint_5.pth'};" in told
+    assert [file.name for file in checkpoints(tmp_path)] == ["checkpoint_5.pth"]
+    state = state_of(tmp_path / RESUME)
+    assert state["iteration"] == 6 and all(value.isfinite().all() for value in state["model"].values())
+    assert events(tmp_path)["loss/train"][-1][0] == 7  # what led there can be seen
+
+
+@pytest.mark.parametrize("what", ["to save", "to stop"])
+def test_weights_that_are_no_numbers_are_not_saved(world, tmp_path, what):
+    """A finite loss may have a gradient that is not: that of a root at 0."""
+    calls = []
+
+    def rooted(model, *given):
+        calls.append(None)
+        found = losses(model, *given)
+        at = {"to save": 10, "to stop": 8}[what]  # a checkpoint is due after five iterations
+        if len(calls) == at:
+            found["root"] = (model[4].bias * 0).abs().sum().sqrt()
+            if what == "to stop":
+                os.kill(os.getpid(), signal.SIGTERM)
+        return found | {"root": found.get("root", found["small"] * 0)}
+
+    with pytest.raises(WorkFailed, match=r"after iteration [45] the weights are no longer finite; last good"):
+        start(world, tmp_path, rooted, validate_every=0, resume_every=2 if what == "to save" else 3).run()
+    assert checkpoints(tmp_path) == []
+    state = state_of(tmp_path / RESUME)
+    assert state["iteration"] < 5 and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_bad_file_stops_training_and_keeps_what_was_done(world, undisturbed, tmp_path):
+    names = (world / "train.txt").read_text().split()
+    calls = []
+
+    def bad(image, mask, draw):
+        calls.append(None)
+        if len(calls) == 18:
+            raise ValueError("mask of image_x cannot be read")
+        return CROP(image, mask, draw)
+
+    trainer = start(world, tmp_path, transform=bad, workers=1)
+    with pytest.raises(WorkFailed, match=r"^training stopped: mask of image_x cannot be read$"):
+        trainer.run()
+    assert trainer.done == 17 // len(names) == state_of(tmp_path / RESUME)["iteration"]
+    assert resume(world, tmp_path).run()
+    assert_same(state_of(tmp_path / FINAL), state_of(undisturbed / FINAL))
+
+
+def test_so_many_checkpoints_are_kept(world, tmp_path):
+    start(world, tmp_path, save_every=2, keep=2, resume_every=0, validate_every=0, picture_every=0).run()
+    assert [file.name for file in checkpoints(tmp_path)] == ["checkpoint_8.pth", "checkpoint_10.pth"]
+    assert (tmp_path / FINAL).is_file() and not (tmp_path / RESUME).exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_goes_the_same_way(world, undisturbed, tmp_path, precision):
+    """Products are half, weights are not; a stop in between changes nothing, for the scaler is resumed."""
+    seen = []
+
+    def noting(model, *given):
+        handle = model[4].register_forward_hook(lambda part, given, result: seen.append(result.dtype))
+        found = losses(model, *given)
+        handle.remove()
+        return found
+
+    whole = start(world, tmp_path / "whole", noting, precision=precision)
+    assert whole.run() and {*seen} == {getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[precision])}
+    expected = state_of(tmp_path / "whole" / FINAL)
+    assert {value.dtype for value in expected.values()} == {torch.float32, torch.int64}
+    plain = state_of(undisturbed / FINAL)
+    change = max(float((plain[key] - network().state_dict()[key]).abs().max()) for key in plain)
+    apart = max(float((plain[key] - expected[key]).abs().max()) for key in plain)
+    assert 0 < apart < 0.2 * change
+    stopped = start(world, tmp_path / "stopped", Stop(losses, 9), precision=precision)
+    assert not stopped.run()
+    resumed = resume(world, tmp_path / "stopped", precision=precision)
+    assert resumed.scaler.is_enabled() == (precision == "fp16")
+    assert resumed.scaler.state_dict() == stopped.scaler.state_dict()
+    assert resumed.run()
+    assert_same(state_of(tmp_path / "stopped" / FINAL), expected)
+
+
+WRONG = {
+    "precision": ({"precision": "fp8"}, {}, "precision must be one of fp32, tf32, bf16, fp16, got 'fp8'"),
+    "iterations": ({}, {"iterations": 0}, "iterations, accumulate and workers must be 1 or more"),
+    "workers": ({"workers": 0}, {}, "iterations, accumulate and workers must be 1 or more"),
+    "seed": ({}, {"seed": -1}, "seed must be 0 or more"),
+    "batch_size": ({}, {"batch_size": 0}, "a batch of 0 images"),
+    "drop_last": ({}, {"batch_size": 6, "drop_last": True}, "5 images do not fill one batch of 6"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_settings_that_cannot_be(world, tmp_path, case):
+    running, solver, sentence = WRONG[case]
+    with pytest.raises(ValueError, match=sentence):
+        start(world, tmp_path, solver=replace(SOLVER, **solver), **running)
+    assert not list(tmp_path.iterdir())
