@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flag("--overwrite", action="store_true", help="remove what another run left in run.output")
     flag("overrides", nargs="*", metavar="key=value", help="changes to the configuration, such as "
          "data.label_dir=output/voc12/pseudo_masks solver.learning_rate=2e-4")  # fmt: skip
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite contradict each other")
     first = rank_and_world()[0] == 0

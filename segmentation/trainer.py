@@ -154,7 +154,8 @@ class Trainer:
         cv2.setNumThreads(0)  # samples are read by threads of our own
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = running.precision == "tf32"
         torch.backends.cudnn.benchmark = not running.deterministic  # all training images have one size
-        torch.use_deterministic_algorithms(running.deterministic, warn_only=True)
+        if running.deterministic != torch.are_deterministic_algorithms_enabled():  # importing what it needs
+            torch.use_deterministic_algorithms(running.deterministic, warn_only=True)  # takes seconds
         if running.sync_batchnorm and on_gpu and self.world.size > 1:
             self.model = model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.world.group)
         if running.channels_last:
@@ -263,7 +264,7 @@ class Trainer:
         values = self.world.mean(torch.stack(list(summed.values())).double().cpu()) / len(chunk)
         if not values.isfinite().all():
             parts = gather([name for batch in chunk for name in batch.names])
-            names = ", ".join(name for part in parts for name in part)
+            names = ", ".join(dict.fromkeys(name for part in parts for name in part))
             self._fail(
                 f"the loss of iteration {done + 1} is {float(values.sum())}; its images: {names}; last good "
                 f"checkpoint: {self.last_good}; a lower learning_rate may help"

@@ -60,6 +60,12 @@ class ScaleCrop:
     base: int | None = None
     flip: bool = True
 
+    def __post_init__(self):
+        if not self.scales or min(self.scales) <= 0:
+            raise ValueError(f"scales must be numbers above 0, got {list(self.scales)}")
+        if min(self.crop, self.crop if self.base is None else self.base) < 1:
+            raise ValueError(f"crop and base must be 1 or more, got {self.crop} and {self.base}")
+
     def __call__(
         self, image: np.ndarray, label: np.ndarray, draw: random.Random
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -112,6 +118,12 @@ class JitterScaleCrop:
     crop: int
     scale_range: tuple[float, float] = (0.5, 1.5)
     jitter: int = 10
+
+    def __post_init__(self):
+        if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1]:
+            raise ValueError(f"scale_range must be two numbers above 0, got {list(self.scale_range)}")
+        if self.crop < 1 or self.jitter < 0:
+            raise ValueError(f"crop must be 1 or more and jitter 0 or more, got {self.crop}, {self.jitter}")
 
     def __call__(
         self, image: np.ndarray, label: np.ndarray, draw: random.Random

@@ -25,13 +25,14 @@ from segmentation.benchmark import voc_palette
 from segmentation.dataset import TrainingSet
 from segmentation.distributed import World, rank_and_world, together
 from segmentation.masks import write_mask
-from segmentation.trainer import Running, Solver, Trainer
+from segmentation.trainer import Objective, Running, Solver, Trainer
 from segmentation.transforms import ScaleCrop
 from tests.deeplab.common import labels
 from tests.weights import parity_image
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["deeplab.train", "tests.training"])
+# The last is what PyTorch imports when the first optimizer is made.
+CONTEXT.set_forkserver_preload(["deeplab.train", "tests.training", "torch._inductor"])
 PATIENCE = 120  # seconds
 
 
@@ -134,22 +135,27 @@ def train_a(root: Path, output: Path, loss: str, whole: bool) -> tuple[dict[str,
     Returns:
         The parameters, and the losses of the last iterations.
     """
+    objective = train.objective(loss)
+
+    def alone(network, images, masks, share):
+        return objective(network, images, masks, share if whole else lambda counts: counts)
+
+    trainer = train_with(root, output, alone)
+    assert trainer.run()
+    parameters = {name: value.detach().numpy() for name, value in trainer.model.named_parameters()}
+    return parameters, list(trainer.recent)
+
+
+def train_with(root: Path, output: Path, objective: Objective, **running) -> Trainer:
     torch.manual_seed(0)
     model = network_a.build_v2(21, (1, 1, 1, 1), (1, 2), width=4, scales=(0.5,)).double()
     names = (root / "train.txt").read_text().split()
     dataset = TrainingSet(
         names, str(root / "JPEGImages"), str(root / "SegmentationClass"), 21, ScaleCrop(33, (0.75, 1.0))
     )
-    objective = train.objective(loss)
-
-    def alone(network, images, masks, share):
-        return objective(network, images, masks, share if whole else lambda counts: counts)
-
-    solver = Solver(iterations=20, batch_size=4, accumulate=2, learning_rate=1e-3, decay_every=1, loss=loss)
-    running = Running(str(output), "cpu", workers=1)
-    trainer = Trainer(model, network_a.parameter_groups(model), alone, dataset, solver, running)
-    assert trainer.run()
-    return {name: value.detach().numpy() for name, value in model.named_parameters()}, list(trainer.recent)
+    solver = Solver(iterations=20, batch_size=4, accumulate=2, learning_rate=1e-3, decay_every=1)
+    running = Running(str(output), "cpu", workers=1, **running)
+    return Trainer(model, network_a.parameter_groups(model), objective, dataset, solver, running)
 
 
 def train_cases(root: Path, output: Path, cases: Sequence[tuple[str, bool]]) -> list:
@@ -174,6 +180,19 @@ def fail_on_rank_1() -> None:
                 raise FileNotFoundError("rank 1 found nothing")
 
     command(main)
+
+
+def nan_on_rank_1(root: Path, output: Path) -> None:
+    """Training in which the loss of rank 1 is no number in the third iteration."""
+    calls = []
+
+    def poisoned(whole, images, masks, share):
+        calls.append(None)
+        found = train.objective("ce")(whole, images, masks, share)
+        bad = rank_and_world()[0] == 1 and len(calls) == 5
+        return {name: loss * float("nan") if bad else loss for name, loss in found.items()}
+
+    command(lambda: train_with(root, output, poisoned, save_every=2).run())
 
 
 def lose_rank_1() -> None:

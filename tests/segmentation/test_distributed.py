@@ -89,6 +89,22 @@ def test_what_fails_on_one_rank_is_told_once():
     assert told == "error: rank 1 found nothing\n" and silent == ""
 
 
+def test_a_loss_that_is_no_number_on_one_rank_stops_all(world, tmp_path):
+    started = training.ranks(training.nan_on_rank_1, world, tmp_path)
+    (code, told, _), (other, silent, _) = [process.end() for process in started]
+    assert (code, other, silent) == (1, 1, "")
+    order, names = Order(5, 4, 0), (world / "train.txt").read_text().split()
+    draws = [draw for rank in (0, 1) for number in (4, 5) for draw in order.batch(number)[rank::2]]
+    images = ", ".join(names[draw.index] for draw in draws)
+    assert told == (
+        f"error: training stopped: the loss of iteration 3 is nan; its images: {images}; last good "
+        f"checkpoint: {tmp_path / 'checkpoint_2.pth'}; a lower learning_rate may help\n"
+    )
+    assert {file.name for file in tmp_path.glob("*.p*")} == {"checkpoint_2.pth", "resume.pt"}
+    state = torch.load(tmp_path / "resume.pt", weights_only=True)
+    assert state["iteration"] == 2 and all(value.isfinite().all() for value in state["model"].values())
+
+
 def test_a_lost_rank_is_noticed():
     (code, told, _), (lost, *_) = [process.end() for process in training.ranks(training.lose_rank_1)]
     assert (code, lost) == (1, 9)

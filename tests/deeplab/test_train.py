@@ -1,0 +1,382 @@
+"""python -m deeplab.train as users call it: mistakes, stops of all kinds, two ranks, what is left."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from deeplab import config as configs
+from deeplab import model as network_a
+from deeplab import resnet38, train
+from segmentation.trainer import FINAL, RESUME
+from tests import training
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+data: {{benchmark: shapes, root: {root}, train_split: {root}/train.txt, val_split: {root}/val.txt}}
+model: {{blocks: [1, 1, 1, 1], width: 4, rates: [1, 2], scales: [0.5]}}
+augment: {{crop: 33, scales: [0.75, 1.0]}}
+solver: {{iterations: 12, batch_size: 4, accumulate: 2, decay_every: 1, learning_rate: 1e-3}}
+run: {{device: cpu, workers: 2, log_every: 3, picture_every: 6, validate_every: 6, save_every: 4,
+       resume_every: 1}}
+"""
+R38 = ["model.network=deeplab_v1_r38", "model.rates=[2]", "model.width=2"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    training.write_world(root)
+    (root / "tiny.yaml").write_text(CONFIG.format(root=root))
+    return root
+
+
+def words(world: Path, output: Path, *more) -> list[str]:
+    return ["--config", str(world / "tiny.yaml"), f"run.output={output}", *map(str, more)]
+
+
+def run(world: Path, output: Path, *more, ranks: int = 1) -> list[tuple[int, str]]:
+    """Exit code and what was printed but for the configuration, of each rank."""
+    arguments = words(world, output, *more)
+    if ranks == 1:
+        started = [training.Process(training.trained, arguments)]
+    else:
+        started = training.ranks(training.trained, arguments, count=ranks)
+    return [(code, without_config(told)) for code, told, _ in (process.end() for process in started)]
+
+
+def without_config(told: str) -> str:
+    return re.sub(r"^data:\n.*?\n\n", "", told, flags=re.DOTALL)
+
+
+def state_of(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, weights_only=True)
+
+
+def assert_same(found: Path, expected: Path):
+    for file in ("checkpoint_4.pth", "checkpoint_8.pth", FINAL):
+        states = state_of(found / file), state_of(expected / file)
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(value, states[1][key]) for key, value in states[0].items()), file
+
+
+def content(folder: Path) -> str:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return hashlib.sha256(b"".join(str(file).encode() + file.read_bytes() for file in files)).hexdigest()
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    logs = EventAccumulator(str(folder / "logs"), {"scalars": 0, "images": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in logs.Scalars(tag)] for tag in logs.Tags()["scalars"]
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happens to."""
+    folder, before = tmp_path_factory.mktemp("undisturbed"), content(world)
+    ((code, told),) = run(world, folder)
+    assert code == 0 and told.splitlines()[-1] == f"trained 12 iterations: {folder / FINAL}", told
+    assert content(world) == before  # above all the masks
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed_on_two(world, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert [code for code, _ in run(world, folder, ranks=2)] == [0, 0]
+    return folder
+
+
+def test_the_folder(world, undisturbed):
+    assert {file.name for file in undisturbed.iterdir()} == {
+        "checkpoint_4.pth", "checkpoint_8.pth", FINAL, "config.yaml", "settings.json", "logs",
+    }  # fmt: skip
+    network_a.build_v2(13, (1, 1, 1, 1), (1, 2), 4, (0.5,)).load_state_dict(state_of(undisturbed / FINAL))
+    config = configs.read(undisturbed / "config.yaml")
+    assert config == configs.read(world / "tiny.yaml", [f"run.output={undisturbed}"])
+    record = json.loads((undisturbed / "settings.json").read_text())
+    assert record["step"] == "deeplab.train" and record["settings"]["solver.learning_rate"] == 1e-3
+    logs = EventAccumulator(str(undisturbed / "logs"), {"images": 0}).Reload()
+    assert {"validation/Mean IoU", "validation/Pixel Accuracy", "lr/group_2", "loss/output_2"} <= {
+        *logs.Tags()["scalars"]
+    }
+    pictures = logs.Images("input_label_prediction")
+    assert [picture.step for picture in pictures] == [6, 12]
+    assert (pictures[0].width, pictures[0].height % 33) == (3 * 33, 0)
+
+
+def test_two_ranks_are_as_one(undisturbed, undisturbed_on_two):
+    """The same network but for rounding, and the same scores of it."""
+    one, two = (state_of(folder / FINAL) for folder in (undisturbed, undisturbed_on_two))
+    assert max(float((one[key] - two[key]).abs().max()) for key in one if "tracked" not in key) < 1e-5
+    one, two = scalars(undisturbed), scalars(undisturbed_on_two)
+    for tag in ("validation/Mean IoU", "validation/Pixel Accuracy", "loss/train", "lr/group_0"):
+        assert [step for step, _ in one[tag]] == [step for step, _ in two[tag]]
+        assert np.allclose(*([value for _, value in found[tag]] for found in (one, two)), atol=1e-3), tag
+
+
+def test_ranks_validate_the_network_that_is_saved(world, tmp_path):
+    """Each counts batch norm's statistics of its own images until it is told those of rank 0."""
+    ended = run(world, tmp_path, *R38, "solver.iterations=4", "run.validate_every=4", ranks=2)
+    assert [code for code, _ in ended] == [0, 0]
+    config = configs.read(tmp_path / "config.yaml")
+    network, benchmark = train.network_of(config), train.benchmark_of(config)
+    model = network.build(config.model, benchmark.channels).eval()
+    model.load_state_dict(state_of(tmp_path / FINAL))
+    split = train.validation_split(config, benchmark)
+    found = train.validation(split, network, benchmark.channels, "cpu", "fp32")(model)
+    for name, score in found.items():
+        assert scalars(tmp_path)[f"validation/{name}"] == [(4, pytest.approx(score, abs=1e-7))]
+
+
+class Command:
+    """A command as a user starts it, from the shell."""
+
+    def __init__(self, *arguments):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def once(self, file: Path) -> "Command":
+        """Wait until a file is there, and newer than the command."""
+        begin, deadline = time.time(), time.monotonic() + training.PATIENCE
+        while not (file.is_file() and file.stat().st_mtime >= begin):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.process.stdout.read()
+            time.sleep(0.002)
+        return self
+
+    def end(self) -> tuple[int, str]:
+        told = self.process.communicate(timeout=training.PATIENCE)[0]
+        return self.process.returncode, without_config(told)
+
+
+def test_killed_then_stopped_then_resumed(world, undisturbed, tmp_path):
+    """Each as a user does it."""
+    arguments = ["deeplab.train", *words(world, tmp_path)]
+    command = Command(*arguments).once(tmp_path / RESUME)
+    os.killpg(command.process.pid, signal.SIGKILL)
+    assert command.end()[0] == -signal.SIGKILL
+    killed_at = state_of(tmp_path / RESUME)["iteration"]
+    command = Command(*arguments, "--resume").once(tmp_path / RESUME)
+    command.process.send_signal(signal.SIGTERM)
+    code, told = command.end()
+    stopped_at = state_of(tmp_path / RESUME)["iteration"]
+    assert 1 <= killed_at < stopped_at < 12
+    lines = [line for line in told.splitlines() if not re.match("iteration [0-9]+: Mean IoU", line)]
+    assert code == 0
+    assert lines == [f"stopped after iteration {stopped_at}: the same command with --resume continues"]
+    ((code, told),) = run(world, tmp_path, "--resume")
+    assert code == 0 and told.splitlines()[-1] == f"trained 12 iterations: {tmp_path / FINAL}"
+    assert_same(tmp_path, undisturbed)
+    steps = [step for step, _ in scalars(tmp_path)["loss/train"]]
+    assert steps == [3, 6, 9, 12]
+
+
+def test_torchrun_passes_on_what_it_is_sent(world, undisturbed_on_two, tmp_path):
+    """To its process group, as a terminal or a batch system does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, "-m"]
+    command = Command(*launcher, "deeplab.train", *words(world, tmp_path)).once(tmp_path / RESUME)
+    os.killpg(command.process.pid, signal.SIGTERM)
+    told = command.end()[1]
+    at = state_of(tmp_path / RESUME)["iteration"]
+    assert 1 <= at < 12
+    assert told.count(f"stopped after iteration {at}: the same command with --resume continues") == 1
+    assert "deeplab.train" not in re.sub(".*torch.distributed.*", "", told)  # no trace of ours
+    assert [code for code, _ in run(world, tmp_path, "--resume", ranks=2)] == [0, 0]
+    assert_same(tmp_path, undisturbed_on_two)
+
+
+@pytest.mark.parametrize("number, rank", [(signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGKILL, 1)])
+def test_one_rank_is_signalled(world, undisturbed_on_two, tmp_path, number, rank):
+    """All stop after the same iteration, or none; all continue."""
+    started = training.ranks(training.trained, words(world, tmp_path))
+    started[0].until((tmp_path / RESUME).is_file)
+    started[rank].signal(number)
+    (code, told, _), (other, silent, _) = (process.end() for process in started)
+    at = state_of(tmp_path / RESUME)["iteration"]
+    assert 1 <= at < 12 and silent == ""
+    if number == signal.SIGKILL:
+        assert (code, other) == (1, -signal.SIGKILL)
+    else:
+        assert (code, other) == (0, 0)
+        assert told.splitlines()[-1].startswith(f"stopped after iteration {at}: ")
+    assert [code for code, _ in run(world, tmp_path, "--resume", ranks=2)] == [0, 0]
+    assert_same(tmp_path, undisturbed_on_two)
+
+
+def test_network_b_is_resumed(world, tmp_path, monkeypatch):
+    """Live batch norm, dropout of three kinds; stopped in validation."""
+    calls = []
+    infer = train.infer
+
+    def stopping_infer(*given):
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return infer(*given)
+
+    finals = []
+    for name, seen in (("whole", infer), ("stopped", stopping_infer)):
+        monkeypatch.setattr(train, "infer", seen)
+        given = words(world, tmp_path / name, *R38, "solver.iterations=8")
+        assert train.main(given) == 0
+        if name == "stopped":
+            assert state_of(tmp_path / name / RESUME)["iteration"] == 6
+            assert train.main([*given, "--resume"]) == 0
+        finals.append(state_of(tmp_path / name / FINAL))
+    assert all(torch.equal(value, finals[1][key]) for key, value in finals[0].items())
+    resnet38.build_r38(13, (1, 1, 1, 1), 2).load_state_dict(finals[0])
+    assert len(calls) == 3  # the validation was not cut off, and is not done again
+
+
+def told_by(capsys, arguments) -> tuple[int, str]:
+    """Exit code and stderr of the command, here."""
+    with pytest.raises(SystemExit) as caught:
+        training.trained(arguments)
+    return caught.value.code, capsys.readouterr().err
+
+
+def test_folders_that_hold_a_run(world, undisturbed, tmp_path, capsys):
+    before = content(undisturbed)
+    code, told = told_by(capsys, words(world, undisturbed))
+    assert code == 2 and "holds checkpoint_4.pth: --resume continues that run, --overwrite starts" in told
+    code, told = told_by(capsys, words(world, undisturbed, "--resume", "solver.learning_rate=1e-4"))
+    assert code == 2 and "solver.learning_rate (was 0.001, now 0.0001);" in told and "momentum" not in told
+    code, told = told_by(capsys, words(world, undisturbed, "--overwrite", "run.precision=fp8"))
+    assert code == 2 and "precision must be one of" in told
+    code, told = told_by(capsys, words(world, undisturbed, "--overwrite", "model.init=absent.pth"))
+    assert code == 2 and "absent.pth is not there" in told
+    with pytest.raises(SystemExit) as caught:
+        training.trained(words(world, undisturbed, "--overwrite", "--resume"))
+    assert caught.value.code == 2 and content(undisturbed) == before
+    capsys.readouterr()
+    assert train.main(words(world, undisturbed, "--resume", "run.keep=7")) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"training is complete: {undisturbed / FINAL}"
+    assert content(undisturbed) == before
+    code, told = told_by(capsys, words(world, world / "SegmentationClass"))
+    assert code == 2 and "is the folder of the images or masks" in told
+
+
+def test_starting_anew(world, tmp_path, capsys):
+    short = ["solver.iterations=2", "run.log_every=1", "run.validate_every=0"]
+    assert train.main(words(world, tmp_path, *short, "--resume")) == 0
+    assert "nothing to resume" in capsys.readouterr().err
+    first = state_of(tmp_path / FINAL)
+    assert train.main(words(world, tmp_path, *short, "solver.seed=1", "--overwrite")) == 0
+    assert not torch.equal(state_of(tmp_path / FINAL)["base.aspp.c0.weight"], first["base.aspp.c0.weight"])
+    assert [step for step, _ in scalars(tmp_path)["loss/train"]] == [1, 2]
+    assert len(list((tmp_path / "logs").iterdir())) == 1
+    (tmp_path / FINAL).rename(tmp_path / "checkpoint_1.pth")
+    (tmp_path / RESUME).write_bytes(b"damaged")
+    code, told = told_by(capsys, words(world, tmp_path, "solver.iterations=2", "solver.seed=1", "--resume"))
+    assert code == 2 and "damaged or of another network: remove it to start anew" in told
+
+
+def spoilt(world: Path, tmp_path: Path) -> list[str]:
+    """Words for a copy of the masks and images that may be spoilt."""
+    for folder in ("JPEGImages", "SegmentationClass"):
+        (tmp_path / folder).mkdir()
+        for file in (world / folder).iterdir():
+            (tmp_path / folder / file.name).write_bytes(file.read_bytes())
+    return [f"data.image_dir={tmp_path / 'JPEGImages'}", f"data.label_dir={tmp_path / 'SegmentationClass'}"]
+
+
+def mask(pixels: np.ndarray):
+    return lambda root: Image.fromarray(pixels).save(root / "SegmentationClass" / "image_2.png")
+
+
+def cut(root: Path):
+    file = root / "JPEGImages" / "image_2.png"
+    file.write_bytes(file.read_bytes()[:1500])
+
+
+def lost(folder: str):
+    return lambda root: (root / folder / "image_2.png").unlink()
+
+
+def empty_split(root: Path):
+    (root / "empty.txt").write_text("\n")
+
+
+MISTAKES = {  # what is done to the files, further words, exit code, sentence
+    "size": (mask(np.zeros((40, 51), np.uint8)), [], 1, r"image_2.png is \(40, 51\) but image .*\(40, 52\)"),
+    "class": (mask(np.full((40, 52), 13, np.uint8)), [], 1, "image_2.png holds 13.*13 classes"),
+    "16 bits": (mask(np.zeros((40, 52), np.uint16)), [], 1, "image_2.png has mode I;16"),
+    "RGB": (mask(np.zeros((40, 52, 3), np.uint8)), [], 1, "image_2.png has mode RGB"),
+    "cut image": (cut, [], 1, "image_2.png cannot be read"),
+    "no mask": (lost("SegmentationClass"), [], 2, "SegmentationClass/image_2.png .*does not exist"),
+    "no image": (lost("JPEGImages"), [], 2, "no image image_2 "),
+    "empty split": (empty_split, ["data.train_split={root}/empty.txt"], 2, "empty.txt lists no images"),
+    "no split": (None, ["data.train_split=absent.txt"], 2, "absent.txt does not exist"),
+    "no val mask": (None, ["data.val_label_dir={root}"], 2, "image_5.png .*does not exist"),
+    "no benchmark": (None, ["data.benchmark=voc99"], 2, "no benchmark 'voc99'"),
+    "unknown key": (None, ["solver.rate=1"], 2, "solver.rate=1: .*rate"),
+    "type": (None, ["solver.iterations=x"], 2, "solver.iterations=x: .*'x'"),
+    "network": (None, ["model.network=vgg"], 2, "model.network must be one of deeplab_v2.*'vgg'"),
+    "loss": (None, ["solver.loss=focal"], 2, "solver.loss must be one of ce.*'focal'"),
+    "precision": (None, ["run.precision=fp8"], 2, "precision must be one of fp32.*'fp8'"),
+    "device": (None, ["run.device=tpu"], 2, "tpu"),
+    "blocks": (None, ["model.blocks=[1]"], 2, "blocks must be four"),
+    "crop": (None, ["augment.crop=0"], 2, "crop"),
+    "scales": (None, ["augment.scales=[]"], 2, "scales"),
+    "base": (None, ["augment.base=0"], 2, "crop and base must be 1 or more, got 33 and 0"),
+    "scale range": (None, [*R38, "augment.scale_range=[1]"], 2, "scale_range must be two numbers"),
+    "jitter": (None, [*R38, "augment.jitter=-1"], 2, "jitter 0 or more"),
+    "learning rate": (None, ["solver.learning_rate=-1"], 2, "learning rate: -1"),
+    "init of too little": ("init", ["model.init={root}/init.pth"], 2, "init.pth.*in common.*same depth"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_one_sentence(world, tmp_path, capsys, case):
+    spoil, more, expected, sentence = MISTAKES[case]
+    root, output = tmp_path / "data", tmp_path / "run"
+    root.mkdir()
+    if spoil == "init":
+        torch.save(network_a.build_v2(13, (1, 1, 9, 1), (1, 2), 4).state_dict(), root / "init.pth")
+    elif spoil:
+        more = [*more, *spoilt(world, root)]
+        spoil(root)
+    more = [word.format(root=root) for word in more]
+    before = content(root)
+    code, told = told_by(capsys, words(world, output, *more))
+    assert code == expected, told
+    assert re.fullmatch(f"error: .*{sentence}.*\n", told), told
+    assert content(root) == before
+    assert (expected == 2) == (not output.exists())
+
+
+def test_two_ranks_tell_a_mistake_once(world, tmp_path):
+    copies = spoilt(world, tmp_path)
+    lost("SegmentationClass")(tmp_path)
+    for more, code, sentence in (
+        (["solver.rate=1"], 2, "rate"),
+        (copies, 2, "image_2.png of image image_2 does not exist"),
+        (["solver.batch_size=1"], 2, "a batch of 1 images is too small for 2 processes"),
+    ):
+        (first, told), (other, silent) = run(world, tmp_path / "run", *more, ranks=2)
+        assert (first, other, silent) == (code, 1, "")
+        assert re.fullmatch(f"error: .*{sentence}.*\n", told)
+    mask(np.full((40, 52), 13, np.uint8))(tmp_path)
+    (first, told), (other, silent) = run(world, tmp_path / "run", *copies, ranks=2)
+    assert (first, other, silent) == (1, 1, "")
+    assert re.fullmatch("error: training stopped: mask .*image_2.png holds 13.*\n", told)
