@@ -1,20 +1,18 @@
-"""A page to look at: what steps 1, 2a and 2b made of a data set, in pictures and scores.
+"""A page to look at: what the steps made of a data set, in pictures and scores.
 
 `python -m pipeline.report --help`. The page is one HTML file: pictures are inside it, nothing is fetched.
 """
 import argparse
-import base64
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
-import cv2
 import jinja2
 import numpy as np
-from PIL import Image
 
+from pipeline import pictures
 from pipeline.masks import MaskJob, refine_labels
 from pipeline.run import command, read_settings
 from refinement.densecrf import Preset
@@ -28,13 +26,7 @@ from segmentation.masks import read_mask
 from segmentation.metrics import confusion, scores
 
 STAGES = ("Initial CAM", "Refined CAM", "Dense CRF")  # in the order of --scores
-SIDE = 320  # pixels of a picture's longer side: sharp on a dense screen at the width it is shown
-HEAT = cv2.COLORMAP_TURBO
-OPACITY, FAINT = 0.7, 0.4  # of CAMs over images, and the activation below which it fades
-BACKGROUND = (238, 240, 243)  # VOC paints background black, which shouts on a white page
-HATCH = 8  # pixels from one stripe of "unsure" to the next
-JPEG = {"format": "JPEG", "quality": 88, "subsampling": 0}
-PNG = {"format": "PNG", "optimize": True}
+SEES_LABELS, SEES_IMAGE = "given the image's labels", "given the image alone"
 
 
 @dataclass(frozen=True)
@@ -56,11 +48,55 @@ class Sources:
     gt_root: str | None = None
 
 
-def mask_score(sources: Sources, name: str) -> float:
-    """The mIoU of one pseudo mask over the classes that its image has; pixels of 255 are left out."""
-    truth = read_mask(Path(sources.gt_root) / f"{name}.png")
-    mask = read_mask(Path(sources.mask_dir) / f"{name}.png")
-    return scores(confusion(truth, mask, sources.benchmark.channels))["Mean IoU"]
+@dataclass(frozen=True)
+class Network:
+    """What a trained network made of the validation images.
+
+    Attributes:
+        title: of its column.
+        mask_dir: masks that it predicted.
+        score_file: JSON of their scores, such as `python -m deeplab.test` writes.
+    """
+
+    title: str
+    mask_dir: str
+    score_file: str
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Images that no network was trained on.
+
+    Attributes:
+        names: image ids.
+        image_root, gt_root: folders of the images and of the ground-truth masks.
+        networks: what is shown of them, in this order.
+        score_files: JSON of the refined CAM and of the CRF on the same images, or none.
+    """
+
+    names: Sequence[str]
+    image_root: str
+    gt_root: str
+    networks: Sequence[Network]
+    score_files: Sequence[str] = ()
+
+    def __post_init__(self):
+        if len({network.title for network in self.networks}) < len(self.networks):
+            raise ValueError("two networks have the same title: give each one of its own")
+
+
+def mask_score(mask_dir: str, gt_root: str, name: str, channels: int) -> float:
+    """The mIoU of one mask over the classes that its image has; pixels of 255 are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: a mask is missing, cannot be read, or does not fit the ground truth.
+    """
+    file = Path(mask_dir) / f"{name}.png"
+    truth, mask = read_mask(Path(gt_root) / f"{name}.png"), read_mask(file)
+    try:
+        return scores(confusion(truth, mask, channels))["Mean IoU"]
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def spread(names: Sequence[str], count: int) -> list[str]:
@@ -69,44 +105,9 @@ def spread(names: Sequence[str], count: int) -> list[str]:
     return [names[round(step)] for step in steps]
 
 
-def heat(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
-    """A CAM over its image, whose colours step back.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        cam: (H, W) in [0, 1].
-
-    Returns:
-        (H, W, 3) uint8 RGB.
-    """
-    cam = np.float32(cam)
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
-    glow = cv2.applyColorMap(np.rint(cam * 255).astype(np.uint8), HEAT)[..., ::-1]
-    weight = OPACITY * np.minimum(cam / FAINT, 1)[..., None]  # where there is no activation, see the image
-    return np.rint(grey * (1 - weight) + glow * weight).astype(np.uint8)
-
-
-def paint(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """An index mask in its palette's colours, background pale and 255 hatched.
-
-    Args:
-        labels: (H, W) uint8.
-        palette: (256, 3) uint8, as `colours` gives it.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
-    """
-    y, x = np.indices(labels.shape)
-    stripe = np.where((x + y) % HATCH < HATCH // 3, 140, 255).astype(np.uint8)
-    return np.where((labels == IGNORE)[..., None], stripe[..., None], palette[labels])
-
-
-def colours(benchmark: Benchmark) -> np.ndarray:
-    """(256, 3) uint8: the benchmark's palette, its black background exchanged for a pale one."""
-    palette = benchmark.palette.copy()
-    if benchmark.has_background:
-        palette[0] = BACKGROUND
-    return palette
+def best_to_worst(ious: dict[str, float], count: int) -> list[str]:
+    """`count` names at even steps from the highest mIoU to the lowest, NaN among these."""
+    return spread(sorted(ious, key=lambda name: -np.nan_to_num(ious[name])), count)
 
 
 def mask_job(sources: Sources) -> MaskJob:
@@ -123,7 +124,7 @@ def mask_job(sources: Sources) -> MaskJob:
 
 def sample(sources: Sources, name: str, job: MaskJob) -> dict:
     """What the page shows of one image, pictures as data addresses."""
-    benchmark, palette = sources.benchmark, colours(sources.benchmark)
+    benchmark, palette = sources.benchmark, pictures.colours(sources.benchmark)
     image = read_rgb(find_image(sources.image_root, name))
     try:
         keys, initial = camfile.read(sources.cam_dir, name, "highres")
@@ -132,35 +133,55 @@ def sample(sources: Sources, name: str, job: MaskJob) -> dict:
     _, refined = camfile.read(sources.cam_dir, name, "attn_highres")
     crf, _ = refine_labels(image, *camfile.read(sources.cam_dir, name, job.cam_type), job)
     mask = read_mask(Path(sources.mask_dir) / f"{name}.png")
-    size = _shown_size(image.shape[:2])
-
-    def photo(pixels: np.ndarray) -> str:
-        return _embed(_resize(pixels, size, cv2.INTER_CUBIC), JPEG)
-
-    def labels(indices: np.ndarray) -> str:
-        return _embed(paint(_resize(indices, size, cv2.INTER_NEAREST), palette), PNG)
-
     shown = {
         "name": name,
-        "image": photo(image),
+        "image": pictures.photo(image),
         "cams": [
             {
                 "name": benchmark.classes[key],
-                "initial": photo(heat(image, before)),
-                "refined": photo(heat(image, after)),
+                "initial": pictures.photo(pictures.heat(image, before)),
+                "refined": pictures.photo(pictures.heat(image, after)),
             }
             for key, before, after in zip(keys, initial, refined, strict=True)
         ],
-        "crf": labels(crf),
-        "mask": labels(mask),
+        "crf": pictures.label_picture(crf, palette),
+        "mask": pictures.label_picture(mask, palette),
         "unsure": float((mask == IGNORE).mean()),
         "iou": None,
         "truth": None,
     }
     if sources.gt_root is not None:
-        shown["truth"] = labels(read_mask(Path(sources.gt_root) / f"{name}.png"))
-        shown["iou"] = mask_score(sources, name)
+        shown["truth"] = pictures.label_picture(read_mask(Path(sources.gt_root) / f"{name}.png"), palette)
+        shown["iou"] = mask_score(sources.mask_dir, sources.gt_root, name, benchmark.channels)
     return shown
+
+
+def predictions(validation: Validation, benchmark: Benchmark, images: int) -> list[dict]:
+    """What the page shows of the validation images: pictures as data addresses, and each mask's mIoU.
+
+    They are taken at even steps from the best to the worst mask of the first network.
+    """
+    palette = pictures.colours(benchmark)
+
+    def iou(network: Network, name: str) -> float:
+        return mask_score(network.mask_dir, validation.gt_root, name, benchmark.channels)
+
+    def picture(folder: str, name: str) -> str:
+        return pictures.label_picture(read_mask(Path(folder) / f"{name}.png"), palette)
+
+    first = {name: iou(validation.networks[0], name) for name in validation.names}
+    return [
+        {
+            "name": name,
+            "image": pictures.photo(read_rgb(find_image(validation.image_root, name))),
+            "masks": [
+                {"title": network.title, "mask": picture(network.mask_dir, name), "iou": iou(network, name)}
+                for network in validation.networks
+            ],
+            "truth": picture(validation.gt_root, name),
+        }
+        for name in best_to_worst(first, images)
+    ]
 
 
 def read_stage(title: str, file: str | Path, classes: Sequence[str]) -> dict:
@@ -168,7 +189,7 @@ def read_stage(title: str, file: str | Path, classes: Sequence[str]) -> dict:
 
     Args:
         title: of the column.
-        file: what `eval_cam.py --json` or `eval_cam_with_crf.py --eval_only --json` wrote.
+        file: what `eval_cam.py --json`, `eval_cam_with_crf.py --eval_only --json` or a network's test wrote.
         classes: names it must have scores of.
 
     Raises:
@@ -189,7 +210,13 @@ def read_stage(title: str, file: str | Path, classes: Sequence[str]) -> dict:
         ) from None
 
 
-def render(sources: Sources, names: Sequence[str], score_files: Sequence[str] = (), images: int = 8) -> str:
+def render(
+    sources: Sources,
+    names: Sequence[str],
+    score_files: Sequence[str] = (),
+    images: int = 8,
+    validation: Validation | None = None,
+) -> str:
     """The page.
 
     Args:
@@ -198,6 +225,7 @@ def render(sources: Sources, names: Sequence[str], score_files: Sequence[str] = 
         score_files: JSON of the initial CAM, the refined CAM and the CRF, or none.
         images: how many are shown. With ground truth they are taken at even steps from the best to the
             worst pseudo mask, without it at even steps through the split.
+        validation: what networks made of other images, if any were trained.
 
     Returns:
         HTML.
@@ -205,16 +233,17 @@ def render(sources: Sources, names: Sequence[str], score_files: Sequence[str] = 
     Raises:
         FileNotFoundError, ValueError: a file that is missing or cannot be read.
     """
+    benchmark, job = sources.benchmark, mask_job(sources)
     if sources.gt_root is not None:
-        ious = {name: mask_score(sources, name) for name in names}
-        chosen = spread(sorted(names, key=lambda name: -np.nan_to_num(ious[name])), images)
+        folders = (sources.mask_dir, sources.gt_root)
+        ious = {name: mask_score(*folders, name, benchmark.channels) for name in names}
+        chosen = best_to_worst(ious, images)
         order = "from the best pseudo mask to the worst"
     else:
         chosen = spread(names, images)
         order = "through the split"
-    benchmark, job = sources.benchmark, mask_job(sources)
     classes = ["background"] * benchmark.has_background + list(benchmark.classes)
-    ramp = heat(np.full((1, 9, 3), 160, np.uint8), np.linspace(0, 1, 9)[None])[0]
+    ramp = pictures.heat(np.full((1, 9, 3), 160, np.uint8), np.linspace(0, 1, 9)[None])[0]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -225,32 +254,78 @@ def render(sources: Sources, names: Sequence[str], score_files: Sequence[str] = 
     return environment.get_template("report.html.j2").render(
         benchmark=benchmark,
         image_count=len(names),
-        stages=[read_stage(title, file, classes) for title, file in zip(STAGES, score_files, strict=False)],
+        scored=_scored(names, score_files, validation, classes),
         choice=f"{len(chosen)} of {len(names)} images, at even steps {order}.",
         legend=[
-            {"name": name, "colour": _css(colour)}
-            for name, colour in zip(classes, colours(benchmark), strict=False)
+            {"name": name, "colour": pictures.css(colour)}
+            for name, colour in zip(classes, pictures.colours(benchmark), strict=False)
         ],
-        heat_colours=[_css(colour) for colour in ramp],
+        heat_colours=[pictures.css(colour) for colour in ramp],
         confidence=f"{job.confidence:g}",
         samples=[sample(sources, name, job) for name in chosen],
-        records=_records(sources),
+        validation=validation,
+        predictions=predictions(validation, benchmark, images) if validation else [],
+        records=records(sources, validation.networks if validation else ()),
     )
 
 
-def _records(sources: Sources) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Title and rows of what each step recorded; the versions once."""
-    tables, versions = [], {}
-    for title, folder in (("Step 1, CAMs", sources.cam_dir), ("Step 2b, pseudo masks", sources.mask_dir)):
-        record = read_settings(folder)
-        inputs = {f"sha256 of {name}": digest for name, digest in record.get("inputs", {}).items()}
-        rows = record.get("settings", {}) | inputs
-        if rows:
-            tables.append((title, [(key.replace("_", " "), _told(value)) for key, value in rows.items()]))
-        versions |= record.get("versions", {})
-    if versions:
-        tables.append(("Versions", list(versions.items())))
-    return tables
+def _scored(
+    names: Sequence[str], score_files: Sequence[str], validation: Validation | None, classes: Sequence[str]
+) -> list[dict]:
+    """The splits that there are scores of, and their stages; `sees` is what a stage is given of an image."""
+
+    def stages(titles: Sequence[str], files: Sequence[str], sees: str = "") -> list[dict]:
+        return [
+            read_stage(title, file, classes) | {"sees": sees}
+            for title, file in zip(titles, files, strict=True)
+        ]
+
+    found = []
+    if score_files:
+        found.append({"title": f"{len(names)} training images", "stages": stages(STAGES, score_files)})
+    if validation:
+        networks = validation.networks
+        shown = stages(STAGES[1:], validation.score_files, SEES_LABELS) if validation.score_files else []
+        shown += stages([it.title for it in networks], [it.score_file for it in networks], SEES_IMAGE)
+        found.append({"title": f"{len(validation.names)} validation images", "stages": shown})
+    return found
+
+
+def records(sources: Sources, networks: Sequence[Network]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Title and rows of what each step recorded; once what all networks have in common, and the versions."""
+    found = {
+        "Step 1, CAMs": [read_settings(sources.cam_dir)],
+        "Step 2b, pseudo masks": [read_settings(sources.mask_dir)],
+    } | {f"Step 3, {network.title}": _training_and_test(network) for network in networks}
+    tables = {title: _recorded(parts) for title, parts in found.items()}
+    if len(networks) > 1:
+        own = [tables.pop(f"Step 3, {network.title}") for network in networks]
+        shared = {key for key in own[0] if all(rows.get(key) == own[0][key] for rows in own)}
+        tables["Step 3, all networks"] = {key: own[0][key] for key in own[0] if key in shared}
+        for network, rows in zip(networks, own, strict=True):
+            tables[f"Step 3, {network.title}"] = {key: rows[key] for key in rows if key not in shared}
+    for record in chain(*found.values()):
+        tables["Versions"] = tables.get("Versions", {}) | record.get("versions", {})
+    return [(title, list(rows.items())) for title, rows in tables.items() if rows]
+
+
+def _training_and_test(network: Network) -> list[dict]:
+    """What was recorded beside a network's checkpoint, which its scores may name, and beside its masks."""
+    checkpoint = json.loads(Path(network.score_file).read_text()).get("checkpoint")
+    training = read_settings(Path(checkpoint).parent) if checkpoint else {}
+    return [training, read_settings(network.mask_dir)]
+
+
+def _recorded(records: Sequence[dict]) -> dict[str, str]:
+    """The rows of a step's table: its settings, but for empty ones, and the digests of its input files."""
+    rows = {}
+    for record in records:
+        digests = {f"sha256 of {name}": digest for name, digest in record.get("inputs", {}).items()}
+        for key, value in (record.get("settings", {}) | digests).items():
+            told_apart = any(name.startswith(f"{key}.") for name in rows)  # model, where model.width is told
+            if value not in ("", None, [], {}) and not told_apart:
+                rows[key] = _told(value)
+    return {key.replace("_", " "): value for key, value in rows.items()}
 
 
 def _told(value) -> str:
@@ -261,30 +336,6 @@ def _told(value) -> str:
     if isinstance(value, list):
         return ", ".join(_told(item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _css(colour: np.ndarray) -> str:
-    return "#" + bytes(int(channel) for channel in colour).hex()
-
-
-def _shown_size(size: tuple[int, int]) -> tuple[int, int]:
-    factor = SIDE / max(size)
-    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
-
-
-def _resize(pixels: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:
-    shrinks = size[0] < pixels.shape[0] and interpolation != cv2.INTER_NEAREST
-    return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA if shrinks else interpolation)
-
-
-def _embed(pixels: np.ndarray, options: dict) -> str:
-    """A picture as data address."""
-    image = Image.fromarray(pixels)
-    if options["format"] == "PNG":
-        image = image.quantize(256)  # few colours each: exact, and a third of the size
-    stream = io.BytesIO()
-    image.save(stream, **options)
-    return f"data:image/{options['format'].lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def main() -> None:
@@ -299,12 +350,34 @@ def main() -> None:
     flag("--scores", nargs=3, default=(), metavar=("INITIAL.json", "REFINED.json", "CRF.json"),
          help="what the evaluations wrote with --json")  # fmt: skip
     flag("--out", default="output/report.html", help="the page")
-    flag("--images", type=int, default=8, help="images shown")
+    flag("--images", type=int, default=8, help="images shown of each split")
+    flag = parser.add_argument_group("what trained networks (step 3) make of other images").add_argument
+    flag("--network", nargs=3, action="append", default=[], metavar=("TITLE", "MASK_DIR", "SCORES.json"),
+         help="what the test of a network wrote; may be given several times")  # fmt: skip
+    flag("--val_split_file", help="image ids of these images, one a line")
+    flag("--val_img_root", help="their folder (without it: --img_root)")
+    flag("--val_gt_root", help="folder of their ground-truth masks (without it: --gt_root)")
+    flag("--val_scores", nargs=2, default=(), metavar=("REFINED.json", "CRF.json"),
+         help="what steps 2a and 2b, which see the labels, score on them")  # fmt: skip
     args = parser.parse_args()
+    validation = None
+    if args.network:
+        gt_root = args.val_gt_root or args.gt_root
+        if not (args.val_split_file and gt_root):
+            parser.error("--network needs --val_split_file, and --val_gt_root or --gt_root")
+        validation = Validation(
+            list(read_split(args.val_split_file)),
+            args.val_img_root or args.img_root,
+            gt_root,
+            [Network(*words) for words in args.network],
+            args.val_scores,
+        )
+    elif args.val_split_file or args.val_img_root or args.val_gt_root or args.val_scores:
+        parser.error("the --val_ flags go with --network")
     sources = Sources(
         benchmarks.load(args.dataset), args.img_root, args.cam_out_dir, args.pseudo_mask_dir, args.gt_root
     )
-    page = render(sources, list(read_split(args.split_file)), args.scores, args.images)
+    page = render(sources, list(read_split(args.split_file)), args.scores, args.images, validation)
     with replacing(args.out) as stream:
         stream.write(page.encode())
     print(f"wrote {args.out}")

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import report
+from pipeline import pictures, report
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.files import replacing
-from segmentation.masks import write_mask
+from segmentation.masks import read_mask, write_mask
 
 CLASSES = ["<cat> & dog", "bird"]
 LABELS = {"one": [1], "both": [0, 1], "tall": [0]}
@@ -35,6 +35,8 @@ def results(tmp_path_factory):
         camfile.write(root / "cams", name, keys, {"highres": maps, "attn_highres": maps[:, ::-1]}, size)
         for folder, values in (("masks", [0, 1, 2, IGNORE]), ("truth", [0, 1, 2])):
             write_mask(root / folder / f"{name}.png", rng.choice(values, size).astype(np.uint8), palette)
+        write_mask(root / "sure" / f"{name}.png", read_mask(root / "truth" / f"{name}.png"), palette)
+        write_mask(root / "blank" / f"{name}.png", np.zeros(size, np.uint8), palette)
     classes = {"background": 0.9, CLASSES[0]: 0.25, CLASSES[1]: None}
     for file, exponent in (("initial", 1.0), ("refined", 0.3), ("crf", None)):
         best = {"background": exponent, "Mean IoU": 0.575, "Class IoU": classes}
@@ -52,6 +54,13 @@ def sources(root, truth=True, **changes):
         str(root / "masks"),
         str(root / "truth") if truth else None,
     )
+
+
+def validation(root, *networks, names=LABELS, **changes):
+    """Networks that are folders of `root`, tested on the images that the pseudo masks are of."""
+    scored = str(root / "crf.json")
+    networks = [report.Network(f"the {name} one", str(root / name), scored) for name in networks]
+    return report.Validation(list(names), str(root / "images"), str(root / "truth"), networks, **changes)
 
 
 def score_files(root):
@@ -103,6 +112,78 @@ def test_page_without_ground_truth_or_scores(results):
     assert "IoU" not in html
 
 
+def test_page_shows_what_networks_predict(results):
+    trained = validation(results, "sure", "blank", score_files=score_files(results)[1:])
+    html = report.render(sources(results), list(LABELS), score_files(results), 2, trained)
+    page = Page(html)
+    for alt, count in {"input": 4, "ground truth": 4, "pseudo mask": 2, "the sure one 100.0 %": 2}.items():
+        assert len(page.pictures[alt]) == count
+    assert len([alt for alt in page.pictures if re.fullmatch(r"the blank one [1-9].*\d %", alt)]) == 2
+    assert not re.search(r"https?:|<script|<link|@import|url\(", html)
+    text = " ".join(" ".join(page.text).split())
+    assert text.count("given the image's labels") == text.count("given the image alone") == 2
+    assert text.count("3 training images") == 2 and text.count("3 validation images") == 3
+    assert "best to the worst prediction of the sure one" in text
+
+
+def test_networks_without_other_scores(results):
+    html = report.render(
+        sources(results, truth=False), list(LABELS), validation=validation(results, "blank")
+    )
+    text = " ".join(" ".join(Page(html).text).split())
+    assert "given the image alone" in text and "given the image's labels" not in text
+
+
+def test_predictions_go_from_the_best_to_the_worst(results, tmp_path):
+    palette = Benchmark("tiny", CLASSES).palette
+    expected = {}
+    for rank, name in enumerate(("tall", "one", "both")):
+        mask = read_mask(results / "truth" / f"{name}.png")
+        mask[: rank * len(mask) // 3] = 0  # the later, the less of it is found
+        write_mask(tmp_path / f"{name}.png", mask, palette)
+        expected[name] = report.mask_score(str(tmp_path), str(results / "truth"), name, 3)
+    network = report.Network("it", str(tmp_path), "")
+    trained = report.replace(validation(results), networks=[network])
+    shown = report.predictions(trained, Benchmark("tiny", CLASSES), 3)
+    assert [(it["name"], it["masks"][0]["iou"]) for it in shown] == list(expected.items())
+    assert list(expected.values()) == sorted(expected.values(), reverse=True)
+
+
+def test_what_networks_have_in_common_is_told_once(results, tmp_path):
+    networks = []
+    for name, labels in (("first", "pseudo"), ("second", "truth")):
+        masks = tmp_path / name / "test" / "masks"
+        masks.mkdir(parents=True)
+        trained = {"model.width": 64, "model.init": "", "data.label_dir": labels}
+        for folder, settings in ((tmp_path / name, trained), (masks, {"model": {"width": 64}, "flip": True})):
+            record = {"settings": settings, "versions": {"torch": "9"}}
+            (folder / "settings.json").write_text(json.dumps(record))
+        scored = masks.with_name("scores.json")
+        scored.write_text(json.dumps({"checkpoint": str(tmp_path / name / "final.pth")}))
+        networks.append(report.Network(name, str(masks), str(scored)))
+    assert report.records(sources(results), networks) == [
+        ("Step 3, all networks", [("model.width", "64"), ("flip", "yes")]),
+        ("Step 3, first", [("data.label dir", "pseudo")]),
+        ("Step 3, second", [("data.label dir", "truth")]),
+        ("Versions", [("torch", "9")]),
+    ]
+    alone = report.records(sources(results), networks[:1])
+    assert alone[0] == (
+        "Step 3, first", [("model.width", "64"), ("data.label dir", "pseudo"), ("flip", "yes")]
+    )  # fmt: skip
+
+
+def test_a_mask_that_does_not_fit_is_named(results, tmp_path):
+    write_mask(tmp_path / "one.png", np.zeros((3, 3), np.uint8), Benchmark("tiny", CLASSES).palette)
+    with pytest.raises(ValueError, match=r"one\.png: ground truth is"):
+        report.mask_score(str(tmp_path), str(results / "truth"), "one", 3)
+
+
+def test_networks_of_one_title_are_refused(results):
+    with pytest.raises(ValueError, match="same title"):
+        validation(results, "sure", "sure")
+
+
 def test_page_of_a_benchmark_without_background(results):
     keys = {"has_background": False, "classes": ["sky", "sea", "sand"]}
     source = sources(results, truth=False)
@@ -116,25 +197,8 @@ def test_masks_are_shown_in_the_palettes_colours(results):
     data = base64.b64decode(shown["truth"].partition(",")[2])
     pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert pixels.shape == (213, 320, 3)
-    expected = report.colours(source.benchmark)[:3]
+    expected = pictures.colours(source.benchmark)[:3]
     assert {tuple(c) for c in pixels.reshape(-1, 3)} == {tuple(c) for c in expected}
-
-
-def test_unsure_pixels_are_hatched():
-    labels = np.full((16, 16), IGNORE, np.uint8)
-    labels[:, 8:] = 1
-    palette = Benchmark("tiny", CLASSES).palette
-    painted = report.paint(labels, palette)
-    assert len(np.unique(painted[:, :8])) == 2
-    assert (painted[:, 8:] == palette[1]).all()
-
-
-def test_heat_leaves_the_image_where_there_is_no_activation():
-    image = np.full((4, 5, 3), 90, np.uint8)
-    cam = np.zeros((4, 5), np.float16)
-    cam[2, 2] = 1
-    changed = (report.heat(image, cam) != image).any(-1)
-    assert changed.sum() == 1 and changed[2, 2]
 
 
 def test_spread_takes_even_steps_ends_included():
@@ -155,18 +219,50 @@ def test_a_file_without_scores_is_said(tmp_path, content):
         report.read_stage("CRF", tmp_path / "none.json", [])
 
 
-def test_command_writes_the_page(results, tmp_path, monkeypatch, capsys):
-    yaml = tmp_path / "tiny.yaml"
+@pytest.fixture
+def command(results, tmp_path, monkeypatch):
+    """Runs the command on the results with further words; gives the page."""
+    yaml, out = tmp_path / "tiny.yaml", tmp_path / "new" / "page.html"
     yaml.write_text(f"name: tiny\nclasses: {json.dumps(CLASSES)}\n")
-    out = tmp_path / "new" / "page.html"
     flags = {
         "dataset": yaml, "img_root": results / "images", "split_file": results / "split.txt",
         "cam_out_dir": results / "cams", "pseudo_mask_dir": results / "masks", "out": out,
     }  # fmt: skip
     words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
-    monkeypatch.setattr(sys, "argv", ["report", *words])
-    report.main()
-    assert Page(out.read_text()).pictures and str(out) in capsys.readouterr().out
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", ["report", *words, *map(str, more)])
+        report.main()
+        return Page(out.read_text())
+
+    return run
+
+
+def test_command_writes_the_page(command, capsys):
+    assert command().pictures and "page.html" in capsys.readouterr().out
+
+
+def test_command_shows_networks(command, results):
+    scored = results / "crf.json"
+    page = command(
+        "--network", "A", results / "sure", scored, "--network", "B", results / "blank", scored,
+        "--val_split_file", results / "split.txt", "--val_gt_root", results / "truth",
+        "--val_scores", results / "refined.json", scored,
+    )  # fmt: skip
+    assert len(page.pictures["A 100.0 %"]) == 3
+    assert "Refined CAM" in page.text and "B" in page.text
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--network", "A", "masks", "scores.json"], "--val_split_file"),
+    (["--network", "A", "masks", "scores.json", "--val_split_file", "val.txt"], "--gt_root"),
+    (["--val_split_file", "val.txt"], "--network"),
+    (["--val_scores", "refined.json", "crf.json"], "--network"),
+])  # fmt: skip
+def test_flags_that_need_others_say_so(command, capsys, words, told):
+    with pytest.raises(SystemExit) as error:
+        command(*words)
+    assert error.value.code == 2 and told in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_cams_without_the_initial_map_are_said(results, tmp_path):
