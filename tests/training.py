@@ -146,9 +146,12 @@ def train_a(root: Path, output: Path, loss: str, whole: bool) -> tuple[dict[str,
     return parameters, list(trainer.recent)
 
 
-def train_with(root: Path, output: Path, objective: Objective, **running) -> Trainer:
+def train_with(
+    root: Path, output: Path, objective: Objective, freeze_bn: bool = True, **running
+) -> Trainer:
     torch.manual_seed(0)
-    model = network_a.build_v2(21, (1, 1, 1, 1), (1, 2), width=4, scales=(0.5,)).double()
+    model = network_a.build_v2(21, (1, 1, 1, 1), (1, 2), width=4, scales=(0.5,), freeze_bn=freeze_bn)
+    model.double()
     names = (root / "train.txt").read_text().split()
     dataset = TrainingSet(
         names, str(root / "JPEGImages"), str(root / "SegmentationClass"), 21, ScaleCrop(33, (0.75, 1.0))
@@ -193,6 +196,24 @@ def nan_on_rank_1(root: Path, output: Path) -> None:
         return {name: loss * float("nan") if bad else loss for name, loss in found.items()}
 
     command(lambda: train_with(root, output, poisoned, save_every=2).run())
+
+
+def statistics_validated(root: Path, output: Path) -> list[np.ndarray]:
+    """Batch norm's statistics as a rank's validation finds them, before training and after two iterations."""
+    trainer = train_with(root, output, train.objective("ce"), freeze_bn=False, validate_every=2)
+    found = [_statistics(trainer.model)]
+
+    def validate(model):
+        found.append(_statistics(model))
+        return {}
+
+    trainer.validation, trainer.solver.iterations = validate, 2
+    trainer.run()
+    return found
+
+
+def _statistics(model: torch.nn.Module) -> np.ndarray:
+    return np.concatenate([value.numpy().ravel() for value in model.buffers()])  # a copy
 
 
 def lose_rank_1() -> None:

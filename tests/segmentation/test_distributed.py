@@ -105,6 +105,16 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all(world, tmp_path):
     assert state["iteration"] == 2 and all(value.isfinite().all() for value in state["model"].values())
 
 
+def test_ranks_validate_the_network_that_is_saved(world, tmp_path):
+    """Batch norm counts each rank's images alone; what is saved are the statistics of rank 0."""
+    started = training.ranks(training.statistics_validated, world, tmp_path)
+    (before, found), (_, other) = [process.end()[2] for process in started]
+    assert not np.array_equal(before, found) and np.array_equal(found, other)
+    state = torch.load(tmp_path / "checkpoint_final.pth", weights_only=True)
+    saved = [value.numpy().ravel() for key, value in state.items() if "running" in key or "tracked" in key]
+    assert np.array_equal(np.concatenate(saved), found)
+
+
 def test_a_lost_rank_is_noticed():
     (code, told, _), (lost, *_) = [process.end() for process in training.ranks(training.lose_rank_1)]
     assert (code, lost) == (1, 9)
