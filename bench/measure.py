@@ -6,7 +6,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +43,12 @@ class Setting:
         rounds: how often ours and the reference take turns.
         labels: mean number of labels of an image.
         backend: of the dense CRF, see `refinement.densecrf`.
+        network: a name in `deeplab.networks.NETWORKS`.
+        width: channels of its first convolution.
+        crop: side of a training sample; None: as published.
+        batch, accumulate: images of a batch, batches of an iteration; None: 1 and 1 on a CPU, as published
+            on a GPU.
+        variants: how training computes, see `bench.train.running`; the first one's figures come first.
     """
 
     model: str | None = None
@@ -53,10 +59,18 @@ class Setting:
     rounds: int = 3
     labels: float = 1.5
     backend: str = "auto"
+    network: str = "deeplab_v2"
+    width: int = 64
+    crop: int | None = None
+    batch: int | None = None
+    accumulate: int | None = None
+    variants: Sequence[str] = ("fp32", "bf16")
 
     def __post_init__(self):
         if min(self.threads, self.images, self.rounds) < 1:
             raise ValueError("--threads, --images and --rounds must be 1 or more")
+        if any(value is not None and value < 1 for value in (self.crop, self.batch, self.accumulate)):
+            raise ValueError("--crop, --batch and --accumulate must be 1 or more")
         if not 1 <= self.labels <= 5:
             raise ValueError(f"--labels must be between 1 and 5, got {self.labels:g}")
 
@@ -228,13 +242,16 @@ def _resident_peak(process: Path) -> float:
 
 
 def table(result: dict) -> str:
-    """The figures, and the stages below them."""
+    """The figures, those of each variant if there are any, and the stages below them."""
     lines = []
     for key, value in result.items():
-        if key != "stages":
+        if key not in ("stages", "variants"):
             lines.append(f"{key:34} {value:12.4f}" if isinstance(value, float) else f"{key:34} {value!s:>12}")
-    lines.append(f"\n{'stage':22}{'ms an image':>14}{'achieved':>20}{'share of ceiling':>20}")
+    for variant, figures in result.get("variants", {}).items():
+        lines.append(f"\n{variant}")
+        lines += [f"  {key:32} {value:12.4f}" for key, value in figures.items()]
+    lines.append(f"\n{'stage':34}{'ms an image':>14}{'achieved':>20}{'share of ceiling':>20}")
     for line in result["stages"]:
         achieved = f"{line['rate']:.4g} {line['unit']}"
-        lines.append(f"{line['stage']:22}{1e3 * line['seconds']:14.3f}{achieved:>20}{line['share']:20.3f}")
+        lines.append(f"{line['stage']:34}{1e3 * line['seconds']:14.3f}{achieved:>20}{line['share']:20.3f}")
     return "\n".join(lines)

@@ -13,13 +13,21 @@ from PIL import Image
 
 import voc12
 from bench import __main__ as command
-from bench import cams, data, evaluation, measure
+from bench import cams, data, evaluation, measure, train
 from bench.measure import COMMON, Setting
 from bench.reference import read_cams, reference_cams, reference_evaluation, reference_mask, write_cams
+from bench.reference_training import plain, reference_iteration, shrunk
+from deeplab.model import ConvBnReLU, build_v2, parameter_groups
 from pipeline.evaluate import Evaluation, evaluate_images
 from pipeline.processes import Outcome, drain
+from segmentation.dataset import Batch
 from segmentation.masks import read_mask, write_mask
-from tests.conftest import CASES, golden, parity_image
+from segmentation.schedules import poly
+from segmentation.trainer import Running, Solver, optimizer
+from segmentation.transforms import resize_labels
+from tests.conftest import CASES, golden, parity_image, relative
+from tests.deeplab.common import fill_a, input_a, labels
+from tests.deeplab.common import golden as deeplab_golden
 
 MEGABYTES = 2**20
 
@@ -65,6 +73,38 @@ def test_reference_masks_are_the_published_ones(tmp_path):
         write_cams(tmp_path / "cams.npy", stored["keys"], stored["attn_highres"])
         mask = reference_mask(tmp_path / "image.png", tmp_path / "cams.npy")
         assert (mask == arrays[f"pseudo_{case}"]).mean() >= 0.999
+
+
+def test_reference_training_is_the_published_one():
+    stored = deeplab_golden("a_train")
+    model = fill_a(build_v2(5, (1, 1, 1, 1))).train()
+    sgd = optimizer(parameter_groups(model), Solver(learning_rate=2e-5))
+    for step in range(3):
+        batches = []
+        for number in (2 * step, 2 * step + 1):
+            images = torch.cat([input_a(f"dl:t{number}_{i}", 65, 65) for i in range(2)])
+            batches.append(Batch(images.numpy(), labels(f"dl:tl{number}", (2, 65, 65), 5, block=8), []))
+        loss = reference_iteration(plain(model), sgd, batches, poly(step, 6, every=2))
+        expected = stored["ce_losses"].reshape(3, 2, -1)[step].sum(axis=1).mean()
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_plain_network_is_the_same_in_parts():
+    model = fill_a(build_v2(5, (1, 1, 1, 1))).train()
+    images = input_a("dl:plain0", 65, 65)
+    fused = model(images)  # a frozen batch norm is computed otherwise where gradients are recorded
+    weights = [id(weight) for weight in model.parameters()]
+    parts = plain(model)
+    assert [id(weight) for weight in parts.parameters()] == weights
+    assert all(weight.requires_grad for weight in parts.parameters())
+    assert not any(isinstance(part, ConvBnReLU) for part in parts.modules())
+    pairs = zip(parts(images), fused, strict=True)
+    assert all(relative(mine.detach(), theirs.detach()) < 1e-5 for mine, theirs in pairs)
+
+
+def test_reference_shrinks_masks_as_ours():
+    masks = np.random.default_rng(0).integers(0, 21, (2, 321, 321))
+    assert torch.equal(shrunk(masks, (41, 31)), resize_labels(torch.from_numpy(masks), (41, 31)))
 
 
 def bench(monkeypatch, capsys, tmp_path, *arguments) -> dict:
@@ -121,7 +161,78 @@ def test_eval(quick, tmp_path, monkeypatch, capsys):
     assert grown < 1.05
 
 
+def test_train(quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "DRAWN", 2)
+    few = ("--width", 4, "--crop", 33, "--rounds", 1, "--batch", 2, "--variants", "fp32+contiguous")
+    result = bench(monkeypatch, capsys, tmp_path, "train", *few)
+    assert result["images_an_iteration"] == 2
+    figures = result["variants"]["fp32+contiguous"]
+    assert figures == {key: result[key] for key in figures}
+    assert figures["loss_difference"] < 1e-5 and figures["label_agreement"] >= 0.99
+    stages = {line["stage"]: line for line in result["stages"]}
+    assert {"reading, 4 threads", "optimizer fp32+contiguous"} < stages.keys()
+    forward, backward = (stages[f"{name} fp32+contiguous"] for name in ("forward", "backward"))
+    flop, ahead = (sum(line["seconds"] * line["rate"] for line in some) for some in
+                   ((forward, backward), (forward,)))  # fmt: skip
+    assert flop == pytest.approx(result["gflop_an_image"])
+    assert 2.5 < flop / ahead < 3  # gradients of weights and of inputs, but for the image's
+
+
+def test_training_goes_as_the_reference_in_every_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "DRAWN", 2)
+    setting = Setting(width=4, crop=33, batch=1, accumulate=2)
+    setting.limit_threads()
+    task = train.Task.make(tmp_path, setting)
+    batches, reference = task.batches(), train.Reference(setting, task)
+    for _ in range(3):
+        reference.iterate(batches)
+    for variant, least, most in (("fp32", 0, 1e-5), ("bf16", 1e-6, 0.02)):
+        trainer = task.trainer(setting, variant)
+        for _ in range(3):
+            trainer.iterate(batches)
+        assert least <= train.difference(trainer.recent, reference.losses) <= most
+        assert train.agreement(trainer.model, reference.model, batches) >= 0.98
+    assert reference.losses[2] < reference.losses[0]
+
+
+def test_variants_of_training():
+    assert train.running("bf16") == Running(precision="bf16")
+    chosen = train.running("tf32+contiguous+compile")
+    assert chosen == Running(precision="tf32", channels_last=False, compile=True)
+    for wrong in ("fp64", "fp32+fast", ""):
+        with pytest.raises(ValueError, match="--variants"):
+            train.running(wrong)
+
+
+@pytest.mark.parametrize("slow", ["forward", "backward", "optimizer"])
+def test_stages_of_training_are_told_apart(slow, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "DRAWN", 2)
+    setting = Setting(width=4, crop=17, batch=1, accumulate=2)
+    setting.limit_threads()
+    task = train.Task.make(tmp_path, setting)
+    trainer = task.trainer(setting, "fp32")
+    objective, batches = trainer.objective, task.batches()
+    trainer.iterate(batches)  # warms up
+
+    def slowed(*arguments):
+        losses = objective(*arguments)
+        if slow == "forward":
+            time.sleep(0.5)
+        if slow == "backward":
+            next(iter(losses.values())).register_hook(lambda gradient: time.sleep(0.5))
+        return losses
+
+    trainer.objective = slowed
+    if slow == "optimizer":
+        trainer.optimizer.register_step_post_hook(lambda *_: time.sleep(0.5))  # before that of `timed`
+    stages = train.timed("cpu", trainer, batches)
+    assert max(stages, key=stages.get) == slow and trainer.objective is slowed
+    assert stages[slow] >= (0.5 if slow == "optimizer" else 1)  # two batches
+
+
 def test_wrong_use_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="--crop"):
+        Setting(crop=0)
     with pytest.raises(ValueError, match="--images"):
         Setting(images=0)
     with pytest.raises(ValueError, match="--images 3 must be a multiple of --threads 2"):

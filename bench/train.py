@@ -1,0 +1,334 @@
+"""Step 3, one iteration of training: batches on hand to updated weights. Reading them is a stage apart."""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import clip
+from bench import data, measure
+from bench.measure import Setting
+from bench.reference_training import plain, reference_iteration
+from deeplab.config import Augment, Model
+from deeplab.networks import NETWORKS
+from deeplab.train import objective
+from pipeline.processes import Outcome
+from segmentation.dataset import Batch, Order, TrainingSet
+from segmentation.inference import PRECISIONS
+from segmentation.schedules import poly
+from segmentation.trainer import Running, Solver, Trainer, optimizer
+
+CROPS = {"deeplab_v2": 321, "deeplab_v1_r38": 448}  # as published
+BATCHES = {"cpu": (1, 1), "cuda": (5, 2)}  # images of a batch, batches of an iteration: VOC12's recipe
+CHANNELS = 1 + data.CLASSES
+# A hundredth of the recipe's. With that one, random weights soon saturate the softmax; its gradients are then
+# denormal numbers, which slow a CPU down many times and say nothing of real weights.
+LEARNING_RATE = 2.5e-6
+DRAWN = 16  # images to read
+READERS = (1, 2, 4)  # threads
+WATCHED = 2  # iterations while memory is watched; the first of them makes the optimizer's state
+WORDS = {
+    "channels_last": {"channels_last": True},
+    "contiguous": {"channels_last": False},
+    "compile": {"compile": True},
+    "eager": {"compile": False},
+}
+
+
+def running(variant: str) -> Running:
+    """What a variant stands for, such as "bf16", "fp32+contiguous", "bf16+channels_last+compile"; what it
+    does not say is as the trainer has it.
+
+    Raises:
+        ValueError: an unknown precision or word.
+    """
+    precision, *words = variant.split("+")
+    if precision not in PRECISIONS or not WORDS.keys() >= {*words}:
+        raise ValueError(
+            f"--variants: {variant!r} is no precision ({', '.join(PRECISIONS)}) with any of "
+            f"+{', +'.join(WORDS)}"
+        )
+    options = {key: value for word in words for key, value in WORDS[word].items()}
+    return Running(precision=precision, **options)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every way starts from.
+
+    Attributes:
+        dataset: drawn images and masks.
+        solver: the recipe, but for the learning rate.
+    """
+
+    dataset: TrainingSet
+    solver: Solver
+
+    @classmethod
+    def make(cls, folder: Path, setting: Setting) -> "Task":
+        """Draw images and masks, as large as VOC's."""
+        names = data.write_images(folder, DRAWN, setting.labels)
+        data.write_cams(folder, DRAWN, setting.labels)  # and masks
+        transform = NETWORKS[setting.network].transform(Augment(crop=setting.crop or CROPS[setting.network]))
+        dataset = TrainingSet(names, str(folder / "images"), str(folder / "truth"), CHANNELS, transform)
+        usual = BATCHES[setting.kind]
+        solver = Solver(
+            batch_size=setting.batch or usual[0],
+            accumulate=setting.accumulate or usual[1],
+            learning_rate=LEARNING_RATE,
+        )
+        return cls(dataset, solver)
+
+    def batches(self) -> list[Batch]:
+        """Those of one iteration."""
+        order = Order(len(self.dataset.names), self.solver.batch_size, self.solver.seed, drop_last=True)
+        return list(self.dataset.batches(order, range(self.solver.accumulate)))
+
+    def network(self, setting: Setting) -> nn.Module:
+        """Random weights, the same each time."""
+        torch.manual_seed(0)
+        model = NETWORKS[setting.network].build(Model(setting.network, width=setting.width), CHANNELS)
+        return model.to(clip.pick_device(setting.device))
+
+    def trainer(self, setting: Setting, variant: str) -> Trainer:
+        """The trainer that users have; all of it but reading is one call of `iterate`."""
+        network, model = NETWORKS[setting.network], self.network(setting)
+        return Trainer(
+            model,
+            network.groups(model),
+            objective(self.solver.loss),
+            self.dataset,
+            self.solver,
+            running(variant),
+            horizon=network.horizon(self.solver),
+        )
+
+
+class Reference:
+    """The public way: float32, eager, contiguous memory, no TF32."""
+
+    def __init__(self, setting: Setting, task: Task):
+        network, model = NETWORKS[setting.network], task.network(setting)
+        self.sgd = optimizer(network.groups(model), task.solver)
+        self.model = plain(model)
+        self.solver, self.horizon = task.solver, network.horizon(task.solver)
+        self.losses: list[float] = []
+
+    def iterate(self, batches: Sequence[Batch]) -> None:
+        solver = self.solver
+        factor = poly(len(self.losses), self.horizon, solver.power, solver.decay_every)
+        self.losses.append(reference_iteration(self.model, self.sgd, batches, factor))
+
+
+def watched(setting: Setting, task: Task, variant: str | None) -> Iterator[Outcome]:
+    """Iterations, for their memory to be watched; None is the reference."""
+    way = Reference(setting, task) if variant is None else task.trainer(setting, variant)
+    batches = task.batches()
+    settle(variant)
+    yield Outcome("")
+    for _ in range(WATCHED):
+        way.iterate(batches)
+        yield Outcome("")
+
+
+def settle(variant: str | None) -> None:
+    """Allow TF32 or not: ways that take turns differ in it, and trainers set it once, for the process."""
+    tf32 = variant is not None and running(variant).precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def run(setting: Setting) -> dict:
+    """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns: those of the first
+    variant. "variants" has them of each."""
+    setting.limit_threads()
+    variants = dict.fromkeys(setting.variants)
+    for variant in variants:
+        running(variant)
+    with measure.scratch() as folder:
+        task = Task.make(folder, setting)
+        batches = task.batches()
+        images = sum(len(batch.names) for batch in batches)
+        reference = Reference(setting, task)
+        trainers = {variant: task.trainer(setting, variant) for variant in variants}
+        flop = count_flop(reference, batches)  # warms up as well
+        for variant, trainer in trainers.items():
+            settle(variant)
+            trainer.iterate(batches)
+        found = race(setting, {None: reference, **trainers}, batches, images)
+        result = {"images_an_iteration": images, "gflop_an_image": sum(flop.values()) / images / 1e9}
+        peak = measure.peak_memory(watched, setting, task, None)
+        result |= {f"reference_peak_{key}": value for key, value in peak.items()}
+        stages = reading(setting, task)
+        for variant, trainer in trainers.items():
+            rows, ceiling = found[variant], found[variant].pop("matmul_gflop_per_s") * 1e9
+            rows["ceiling_share"] = sum(flop.values()) / images * rows["images_per_s"] / ceiling
+            rows["label_agreement"] = agreement(trainer.model, reference.model, batches)
+            rows["loss_difference"] = difference(trainer.recent, reference.losses)
+            peak = measure.peak_memory(watched, setting, task, variant)
+            rows |= {f"peak_{key}": value for key, value in peak.items()}
+            settle(variant)
+            stages += parts(setting, variant, trainer, batches, flop, ceiling)
+        return {**found[next(iter(variants))], **result, "variants": found, "stages": stages}
+
+
+def race(
+    setting: Setting, ways: dict[str | None, Trainer | Reference], batches: list[Batch], images: int
+) -> dict[str, dict[str, float]]:
+    """Time one iteration of each way a round, and the matrix product in each precision.
+
+    Returns:
+        variant -> the rates of `bench.measure.compared`, and "matmul_gflop_per_s".
+    """
+
+    def turn(variant: str | None, way: Trainer | Reference):
+        def taken(number: int) -> float:
+            settle(variant)
+            measure.synchronise(setting.kind)
+            start = time.perf_counter()
+            way.iterate(batches)
+            measure.synchronise(setting.kind)
+            return (time.perf_counter() - start) / images
+
+        return taken
+
+    def ceiling(precision: str):
+        def taken(number: int) -> float:
+            settle(precision)
+            return 1 / measure.matmul_rate(setting.kind, "fp32" if precision == "tf32" else precision)
+
+        return taken
+
+    turns = {f"iterate {variant}": turn(variant, way) for variant, way in ways.items()}
+    precisions = {variant: running(variant).precision for variant in ways if variant is not None}
+    turns |= {f"matmul {precision}": ceiling(precision) for precision in precisions.values()}
+    taken = measure.take_turns(turns, setting.rounds)
+    return {
+        variant: {
+            **measure.compared(taken[f"iterate {variant}"], taken["iterate None"]),
+            "matmul_gflop_per_s": 1e-9 / statistics.median(taken[f"matmul {precision}"]),
+        }
+        for variant, precision in precisions.items()
+    }
+
+
+def count_flop(reference: Reference, batches: list[Batch]) -> dict[str, int]:
+    """Of the convolutions and products of an iteration, forward and backward; makes one iteration."""
+    device = next(reference.model.parameters()).device
+    forward, both = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with forward, torch.no_grad():
+        for batch in batches:
+            reference.model(torch.from_numpy(batch.images).to(device))
+    settle(None)
+    with both:
+        reference.iterate(batches)
+    ahead = forward.get_total_flops()
+    return {"forward": ahead, "backward": both.get_total_flops() - ahead}
+
+
+def agreement(ours: nn.Module, theirs: nn.Module, batches: list[Batch]) -> float:
+    """Share of pixels to which two networks give the same class, on the first batch."""
+    settle(None)
+    labels = []
+    for model in (ours, theirs):
+        images = torch.from_numpy(batches[0].images).to(next(model.parameters()).device)
+        model.eval()
+        with torch.inference_mode():
+            labels.append(model.forward(images).argmax(1))  # not what is compiled, for training
+        model.train()
+    return float((labels[0] == labels[1]).float().mean())
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The largest relative difference of the latest losses."""
+    return max(abs(a - b) / abs(b) for a, b in zip(reversed(ours), reversed(theirs), strict=False))
+
+
+def reading(setting: Setting, task: Task) -> list[dict]:
+    """Time how threads read, decode and augment samples, from warm files."""
+    dataset = task.dataset
+    count, most = len(dataset.names), measure.jpeg_rate(Path(dataset.image_dir) / f"{dataset.names[0]}.jpg")
+    order = Order(count, 1, task.solver.seed)
+    rows = []
+    for threads in READERS:
+
+        def read(threads: int = threads) -> None:
+            deque(dataset.batches(order, range(count), threads=threads), maxlen=0)
+
+        taken = measure.seconds(read) / count
+        name = f"reading, {threads} thread{'s' if threads > 1 else ''}"
+        rows.append(measure.stage(name, taken, 1, "samples/s", threads * most))
+    return rows
+
+
+def parts(
+    setting: Setting,
+    variant: str,
+    trainer: Trainer,
+    batches: list[Batch],
+    flop: dict[str, int],
+    ceiling: float,
+) -> list[dict]:
+    """Time the stages of an iteration, from within the trainer's own.
+
+    Args:
+        flop: see `count_flop`.
+        ceiling: FLOP/s of a large matrix product.
+    """
+    images = sum(len(batch.names) for batch in batches)
+    groups = trainer.optimizer.param_groups
+    weights = sum(parameter.nbytes for group in groups for parameter in group["params"])
+    moved = 5 * weights / 1e9  # read: weights, gradients, momentum; written: weights, momentum
+    copied = measure.copy_rate(setting.kind) / 1e9
+    found = [timed(setting.kind, trainer, batches) for _ in range(measure.REPEATS)]
+    rows = []
+    for name, amount, unit, most in (
+        ("forward", flop["forward"] / 1e9, "GFLOP/s", ceiling / 1e9),
+        ("backward", flop["backward"] / 1e9, "GFLOP/s", ceiling / 1e9),
+        ("optimizer", moved, "GB/s", copied),
+    ):
+        # fp16's scaler leaves out a step whose gradients overflow.
+        taken = [stages[name] for stages in found if stages[name] > 0]
+        if taken:
+            seconds = statistics.median(taken) / images
+            rows.append(measure.stage(f"{name} {variant}", seconds, amount / images, unit, most))
+    return rows
+
+
+def timed(kind: str, trainer: Trainer, batches: list[Batch]) -> dict[str, float]:
+    """Seconds of an iteration in "forward" with the losses, "backward" and "optimizer"."""
+
+    def now(*_) -> float:
+        measure.synchronise(kind)
+        return time.perf_counter()
+
+    usual, starts, ends, steps = trainer.objective, [], [], []
+
+    def observed(*arguments) -> dict[str, Tensor]:
+        starts.append(now())
+        losses = usual(*arguments)
+        ends.append(now())
+        return losses
+
+    hooks = [
+        trainer.optimizer.register_step_pre_hook(lambda *_: steps.append(now())),
+        trainer.optimizer.register_step_post_hook(lambda *_: steps.append(now())),
+    ]
+    trainer.objective = observed
+    try:
+        trainer.iterate(batches)
+    finally:
+        trainer.objective = usual
+        for hook in hooks:
+            hook.remove()
+    finished = steps[0] if steps else now()
+    return {
+        "forward": sum(end - start for start, end in zip(starts, ends, strict=True)),
+        "backward": sum(start - end for start, end in zip([*starts[1:], finished], ends, strict=True)),
+        "optimizer": steps[1] - steps[0] if steps else 0.0,
+    }
