@@ -1,20 +1,17 @@
-"""Weight files -> the two DeepLab networks, with a report of what went where; and the file of a network.
+"""Weight files -> the two DeepLab networks, with a report of what went where.
 
 Which names a file may have is told in `deeplab.keymaps`. A file is data: pickles may hold tensors only.
 """
-import io
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from clip.checkpoint import read_state
 from deeplab.keymaps import FAMILIES, STRIDE_IN, Family, own_key, recognise, unwrap
-from segmentation.files import replacing
 
 #: Share of the backbone's tensors, of model and file together, that both must have.
 ENOUGH = 0.9
@@ -148,30 +145,6 @@ def load_full(model: nn.Module, file: str | Path) -> Report:
         )
     _check_shapes(weights, own, own)
     return _load(model, weights, list(own))
-
-
-def save(model: nn.Module, file: str | Path) -> None:
-    """Write the model's state dict and nothing else, as the public projects do; whole or not at all.
-
-    Args:
-        model: also wrapped for data parallelism, or compiled, which the names in the file do not show.
-        file: .safetensors, or any other name for torch's own format.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    state = {
-        key.replace("module.", "").replace("_orig_mod.", ""): value.detach().cpu().contiguous()
-        for key, value in model.state_dict().items()
-    }
-    if Path(file).suffix == ".safetensors":
-        data = safetensors.torch.save(state)
-    else:
-        buffer = io.BytesIO()  # torch would hide why a stream cannot be written, such as a full disk
-        torch.save(state, buffer)
-        data = buffer.getbuffer()
-    with replacing(file) as stream:
-        stream.write(data)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

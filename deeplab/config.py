@@ -39,7 +39,7 @@ class Model:
     rates: list[int] = field(default_factory=list)  # dilations of the head; empty: as published
     scales: list[float] = field(default_factory=lambda: [0.5, 0.75])  # deeplab_v2: what MSC adds to 1
     freeze_bn: bool | None = None  # null: as published
-    stride_in: str = "reduce"  # deeplab_v2: "conv3x3" for torchvision's weights
+    stride_in: str | None = None  # deeplab_v2: reduce, conv3x3; null: as the initial weights want it
     init: str = ""  # checkpoint to start from; empty: random weights
 
 

@@ -41,8 +41,14 @@ def training_split(config: Config, benchmark: Benchmark) -> Split:
 
 
 def validation_split(config: Config, benchmark: Benchmark) -> Split:
-    """What to validate on; the masks to train on are never it. Raises as `training_split`."""
+    """What to validate and test on; the masks to train on are never it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `training_split`, or there is no such split.
+    """
     data = config.data
+    if not data.val_split:  # the benchmark's own is that to train on
+        raise ValueError("the configuration names no data.val_split")
     names = list(split_of(benchmark, data.val_split))
     image_dir = data.val_image_dir or data.image_dir or benchmark.path(benchmark.image_dir)
     return Split(names, str(image_dir), str(data.val_label_dir or benchmark.path(benchmark.mask_dir)))

@@ -56,10 +56,10 @@ def _chosen(**arguments: Any) -> dict[str, Any]:
 
 
 def _build_v2(config: Model, channels: int) -> nn.Module:
-    chosen = _chosen(blocks=config.blocks, rates=config.rates, freeze_bn=config.freeze_bn)
-    return model.build_v2(
-        channels, width=config.width, scales=tuple(config.scales), stride_in=config.stride_in, **chosen
+    chosen = _chosen(
+        blocks=config.blocks, rates=config.rates, freeze_bn=config.freeze_bn, stride_in=config.stride_in
     )
+    return model.build_v2(channels, width=config.width, scales=tuple(config.scales), **chosen)
 
 
 def _build_r38(config: Model, channels: int) -> nn.Module:

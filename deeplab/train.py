@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from clip.download import sha256
 from deeplab import config as configs
-from deeplab.checkpoint import load_init
+from deeplab.checkpoint import family, load_init
 from deeplab.config import Config
 from deeplab.data import Split, benchmark_of, training_split, validation_split
+from deeplab.keymaps import STRIDE_IN
 from deeplab.networks import Network, network_of
 from pipeline.flags import HelpFormatter
 from pipeline.masks import fingerprint
@@ -117,6 +118,8 @@ def prepare(config: Config, overwrite: bool = False, resume: bool = False) -> Tr
     """
     with together():
         network, benchmark = network_of(config), benchmark_of(config)
+        if config.model.init and config.model.stride_in is None:
+            config.model.stride_in = STRIDE_IN.get(family(config.model.init))
         split = training_split(config, benchmark)
         losses = objective(config.solver.loss)
         record = settled(config, split, overwrite, resume)

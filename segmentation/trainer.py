@@ -5,6 +5,7 @@ does is a function of the seed and of its number, so a run that was stopped cont
 to the last bit on the same machine, with as many threads and ranks.
 """
 
+import io
 import signal
 import sys
 import threading
@@ -365,8 +366,7 @@ class Trainer:
             "validated": self.validated,
             "last_good": self.last_good,
         }
-        with replacing(self.folder / RESUME) as stream:
-            torch.save(state, stream)
+        write_tensors(state, self.folder / RESUME)
 
     def load_resume(self) -> bool:
         """Continue from the resume file, if there is one; all ranks read it.
@@ -392,9 +392,19 @@ class Trainer:
 
 def write_checkpoint(model: nn.Module, file: Path) -> None:
     """Write a network's state dict, and nothing else, as the public projects do; whole or not at all."""
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    write_tensors({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, file)
+
+
+def write_tensors(content: Mapping[str, Any], file: Path) -> None:
+    """torch.save, whole or not at all.
+
+    Raises:
+        DiskFull: torch would hide behind a RuntimeError why a stream cannot be written, hence the buffer.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with replacing(file) as stream:
-        torch.save(state, stream)
+        stream.write(buffer.getbuffer())
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -366,3 +367,14 @@ def test_two_ranks_tell_a_mistake_once(world, tmp_path):
     (first, told), (other, silent) = run(world, tmp_path / "run", *copies, ranks=2)
     assert (first, other, silent) == (1, 1, "")
     assert re.fullmatch("error: training stopped: mask .*image_2.png holds 13.*\n", told)
+
+
+def test_the_initial_weights_say_where_strides_are(world, tmp_path):
+    theirs = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1])
+    torch.save(theirs.state_dict(), tmp_path / "resnet.pth")
+    wide = [f"model.init={tmp_path}/resnet.pth", "model.width=64"]
+    config = configs.read(world / "tiny.yaml", [*wide, f"run.output={tmp_path}/run"])
+    trainer = train.prepare(config)
+    first = trainer.model.base.layer3.block1
+    assert (first.reduce.conv.stride, first.conv3x3.conv.stride) == ((1, 1), (2, 2))
+    assert configs.read(tmp_path / "run" / "config.yaml").model.stride_in == "conv3x3"
