@@ -156,7 +156,7 @@ class Command:
 def test_killed_then_stopped_then_resumed(world, undisturbed, tmp_path):
     """Each as a user does it."""
     arguments = ["deeplab.train", *words(world, tmp_path)]
-    command = Command(*arguments).once(tmp_path, 4)
+    command = Command(*arguments).once(tmp_path, 10)
     os.killpg(command.process.pid, signal.SIGKILL)
     assert command.end()[0] == -signal.SIGKILL
     killed_at = state_of(tmp_path / RESUME)["iteration"]
@@ -164,7 +164,7 @@ def test_killed_then_stopped_then_resumed(world, undisturbed, tmp_path):
     command.process.send_signal(signal.SIGTERM)
     code, told = command.end()
     stopped_at = state_of(tmp_path / RESUME)["iteration"]
-    assert 4 <= killed_at < stopped_at < 30
+    assert 10 <= killed_at < stopped_at < 30
     lines = [line for line in told.splitlines() if not re.match("iteration [0-9]+: Mean IoU", line)]
     assert code == 0
     assert lines == [f"stopped after iteration {stopped_at}: the same command with --resume continues"]

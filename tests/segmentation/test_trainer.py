@@ -337,14 +337,14 @@ def test_a_bad_file_stops_training_and_keeps_what_was_done(world, undisturbed, t
 
     def bad(image, mask, draw):
         calls.append(None)
-        if len(calls) == 23:
+        if len(calls) == 38:
             raise ValueError("mask of image_x cannot be read")
         return CROP(image, mask, draw)
 
     trainer = start(world, tmp_path, transform=bad, workers=1)
     with pytest.raises(WorkFailed, match=r"^training stopped: mask of image_x cannot be read$"):
         trainer.run()
-    assert trainer.done == 22 // len(names) == 4 == state_of(tmp_path / RESUME)["iteration"]
+    assert trainer.done == 37 // len(names) == 7 == state_of(tmp_path / RESUME)["iteration"]
     assert resume(world, tmp_path).run()
     assert_same(state_of(tmp_path / FINAL), state_of(undisturbed / FINAL))
 
