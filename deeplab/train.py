@@ -25,6 +25,7 @@ from pipeline.masks import fingerprint
 from pipeline.processes import device_of
 from pipeline.run import Run, check_folder, command, read_settings, some
 from segmentation.benchmark import Benchmark
+from segmentation.checkpoints import FINAL, RESUME, checkpoints
 from segmentation.dataset import TrainingSet, check_files, check_values
 from segmentation.distributed import gather, rank_and_world, together
 from segmentation.files import replacing
@@ -33,7 +34,7 @@ from segmentation.inference import infer
 from segmentation.losses import LOSSES, pyramid
 from segmentation.masks import overlay, read_mask
 from segmentation.metrics import confusion, scores
-from segmentation.trainer import FINAL, RESUME, Objective, Trainer, checkpoints
+from segmentation.trainer import Objective, Trainer
 
 STEP = "deeplab.train"
 OUTPUTS = ("checkpoint_*.pth", RESUME)

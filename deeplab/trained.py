@@ -18,8 +18,8 @@ from pipeline.flags import factors
 from pipeline.processes import device_of
 from refinement.densecrf import PRESETS, densecrf_batch
 from segmentation.benchmark import Benchmark
+from segmentation.checkpoints import FINAL
 from segmentation.inference import PRECISIONS, Protocol, combine, scale_logits
-from segmentation.trainer import FINAL
 from segmentation.transforms import denormalised, imagenet_normalise
 
 # WeakCLIP's fork of deeplabv1-resnet38 shows its CRF only the classes that win somewhere in the image.

@@ -5,7 +5,6 @@ does is a function of the seed and of its number, so a run that was stopped cont
 to the last bit on the same machine, with as many threads and ranks.
 """
 
-import io
 import signal
 import sys
 import threading
@@ -25,14 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from segmentation.checkpoints import FINAL, RESUME, checkpoints, write_checkpoint, write_tensors
 from segmentation.dataset import Batch, Order, TrainingSet
 from segmentation.distributed import WorkFailed, World, exit_after_rank_0, gather
-from segmentation.files import replacing
 from segmentation.inference import PRECISIONS
 from segmentation.schedules import poly
 
-RESUME = "resume.pt"
-FINAL = "checkpoint_final.pth"
 AVERAGED = 20  # iterations whose mean loss is logged, as deeplab-pytorch has it
 
 # (network, images (B, 3, h, w), masks (B, h, w) int64, share) -> named losses, whose sum is minimised. Sums
@@ -314,8 +311,10 @@ class Trainer:
             return
         self.world.same(self.model.buffers())  # live batch norm counts on each rank alone; rank 0's are saved
         self.network.eval()
+        torch.backends.cudnn.benchmark = False  # whole images have many sizes
         with torch.inference_mode():
             scores = self.validation(self.model)
+        torch.backends.cudnn.benchmark = not self.running.deterministic
         self.network.train()
         self.validated = self.done
         if writer:
@@ -388,29 +387,6 @@ class Trainer:
         except Exception:  # damaged files fail in any way they like
             raise ValueError(f"{file} is damaged or of another network: remove it to start anew") from None
         return True
-
-
-def write_checkpoint(model: nn.Module, file: Path) -> None:
-    """Write a network's state dict, and nothing else, as the public projects do; whole or not at all."""
-    write_tensors({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, file)
-
-
-def write_tensors(content: Mapping[str, Any], file: Path) -> None:
-    """torch.save, whole or not at all.
-
-    Raises:
-        DiskFull: torch would hide behind a RuntimeError why a stream cannot be written, hence the buffer.
-    """
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    with replacing(file) as stream:
-        stream.write(buffer.getbuffer())
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """`checkpoint_<iteration>.pth` in a folder, oldest first."""
-    numbered = [file for file in folder.glob("checkpoint_*.pth") if file.stem.split("_")[1].isdecimal()]
-    return sorted(numbered, key=lambda file: int(file.stem.split("_")[1]))
 
 
 def hash_seed(*parts: int) -> int:

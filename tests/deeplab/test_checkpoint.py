@@ -14,7 +14,7 @@ from deeplab.checkpoint import family, load_full, load_init, read
 from deeplab.keymaps import STRIDE_IN, bgr_stem
 from deeplab.model import DeepLabV1, build_v2
 from deeplab.resnet38 import build_r38
-from segmentation.trainer import write_checkpoint
+from segmentation.checkpoints import write_checkpoint
 from segmentation.transforms import CAFFE_MEAN, IMAGENET_MEAN, caffe_normalise, imagenet_normalise
 from tests.deeplab.common import golden
 from tests.weights import fill_module, parity_image

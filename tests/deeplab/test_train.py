@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from deeplab import config as configs
 from deeplab import model as network_a
 from deeplab import resnet38, train
-from segmentation.trainer import FINAL, RESUME
+from segmentation.checkpoints import FINAL, RESUME
 from tests import training
 
 ROOT = Path(__file__).parents[2]

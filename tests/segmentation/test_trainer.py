@@ -12,11 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from segmentation import trainer as training_loop
+from segmentation.checkpoints import FINAL, RESUME, checkpoints, write_checkpoint
 from segmentation.dataset import TrainingSet
 from segmentation.distributed import WorkFailed
 from segmentation.losses import cross_entropy
 from segmentation.schedules import poly
-from segmentation.trainer import FINAL, RESUME, Running, Solver, Trainer, checkpoints
+from segmentation.trainer import Running, Solver, Trainer
 from segmentation.transforms import ScaleCrop
 from tests import training
 
@@ -275,7 +276,7 @@ def test_a_damaged_resume_file_is_told(world, tmp_path, damage):
     if damage == "cut":
         file.write_bytes(content[: len(content) // 2])
     elif damage == "other file":
-        training_loop.write_checkpoint(trainer.model, file)
+        write_checkpoint(trainer.model, file)
     elif damage == "other network":
         state = state_of(file)
         del state["model"]["0.bias"]
