@@ -62,7 +62,8 @@ def add_crf_flags(parser: argparse.ArgumentParser, backend: str) -> None:
          "images at once on a GPU), or pydensecrf, the reference; auto: torch on a GPU, else numba. Their "
          "labels agree")  # fmt: skip
     flag("--crf_image", choices=IMAGE_MODES, default=preset.image_mode, help="image the CRF sees: "
-         "mean-subtracted and wrapped to 8 bits, as the published numbers need, or as it is, in RGB or BGR")  # fmt: skip
+         "mean-subtracted and wrapped to 8 bits, as published numbers need, or as it is, RGB or "
+         "BGR")  # fmt: skip
     flag("--crf_unary", choices=UNARY_TYPES, default=preset.unary_type, help="type its energies are computed "
          "in; published numbers use float16")  # fmt: skip
     flag("--crf_max_pixels", type=count, default=MAX_PIXELS, help="on larger images the CRF runs at a size "
