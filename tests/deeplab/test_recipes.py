@@ -1,0 +1,62 @@
+"""The configurations of published recipes say what was published."""
+from pathlib import Path
+
+import pytest
+
+from deeplab import config as configs
+from deeplab.networks import network_of
+from refinement.densecrf import PRESETS
+from segmentation import benchmark as benchmarks
+from segmentation.losses import LOSSES
+
+FOLDER = Path(configs.__file__).parent / "configs"
+V2, R38 = "deeplab_v2", "deeplab_v1_r38"
+NARROW = [0.5, 0.75, 1.0, 1.25, 1.5]
+WIDE = [*NARROW, 1.75, 2.0]
+
+# network, benchmark, initial weights, learning rate, batch x accumulate, iterations, scales, crop, loss
+RECIPES = {
+    "voc12": (V2, "voc12", "coco", 2.5e-4, (5, 2), 20_000, NARROW, 321, "ce"),
+    "voc12_clip_es_imagenet": (V2, "voc12", "imagenet", 2e-4, (5, 2), 20_000, NARROW, 321, "ce"),
+    "voc12_clip_es_coco": (V2, "voc12", "coco", 2.5e-5, (5, 2), 20_000, NARROW, 321, "ce"),
+    "voc12_advcam": (V2, "voc12", "imagenet", 2.5e-4, (10, 1), 30_000, WIDE, 321, "balanced"),
+    "voc12_clims_imagenet": (V2, "voc12", "imagenet", 2.5e-4, (10, 2), 30_000, WIDE, 321, "balanced"),
+    "voc12_clims_coco": (V2, "voc12", "coco", 2.5e-4, (5, 2), 20_000, NARROW, 321, "ce"),
+    "coco14": (V2, "coco14", "imagenet", 2e-4, (10, 2), 100_000, NARROW, 321, "ce"),
+    "voc12_r38_seam": (R38, "voc12", "res38", 1e-3, (10, 1), 20_000, [0.5, 1.5], 448, "ce"),
+    "voc12_r38_weakclip": (R38, "voc12", "res38", 1e-3, (10, 1), 40_000, [0.5, 1.5], 448, "ce"),
+    "coco14_r38_weakclip": (R38, "coco14", "res38", 1.5e-3, (10, 1), 160_000, [0.5, 1.5], 448, "ce"),
+}  # fmt: skip
+
+
+def test_every_configuration_is_known():
+    assert {file.stem for file in FOLDER.glob("*.yaml")} == {*RECIPES, "shapes"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name):
+    config = configs.read(FOLDER / f"{name}.yaml")
+    solver, augment = config.solver, config.augment
+    init = next(kind for kind in ("coco", "imagenet", "res38") if kind in config.model.init)
+    scales = augment.scales if config.model.network == V2 else augment.scale_range
+    found = (
+        config.model.network, config.data.benchmark, init, solver.learning_rate,
+        (solver.batch_size, solver.accumulate), solver.iterations, scales, augment.crop, solver.loss,
+    )  # fmt: skip
+    assert found == RECIPES[name]
+    assert (solver.momentum, solver.weight_decay, solver.power) == (0.9, 5e-4, 0.9)
+    if config.model.network == V2:
+        assert (solver.decay_every, solver.drop_last) == (10, False)
+        assert config.model.scales == [0.5, 0.75]
+    else:
+        assert (solver.decay_every, solver.drop_last) == (1, True)
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "shapes"])
+def test_what_a_configuration_names_exists(name):
+    config = configs.read(FOLDER / f"{name}.yaml")
+    assert network_of(config).build
+    assert benchmarks.load(config.data.benchmark).channels
+    assert config.solver.loss in LOSSES
+    assert config.test.crf is None or config.test.crf in PRESETS
+    assert config.data.val_split != config.data.train_split
