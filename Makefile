@@ -1,5 +1,5 @@
 # make setup   the Python environment .venv, once
-# make demo    steps 1, 2a and 2b on a drawn world, and a page of pictures: output/demo/report.html
+# make demo    steps 1, 2a, 2b and 3 on a drawn world, and a page of pictures: output/demo/report.html
 # make test    lint, and all tests
 # make lint, make format, make clean
 
@@ -13,11 +13,13 @@ CXX := $(if $(filter default,$(origin CXX)),c++,$(CXX))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 WORLD := output/demo/world
-SPLIT := $(WORLD)/ImageSets/Segmentation/train.txt
+TRAIN := $(WORLD)/ImageSets/Segmentation/train.txt
+VAL := $(WORLD)/ImageSets/Segmentation/val.txt
 TRUTH := $(WORLD)/SegmentationClass
 IMAGES := $(WORLD)/JPEGImages
 RESULTS := output/demo
-DEMO_IMAGES := 160
+TRAIN_IMAGES := 600
+VAL_IMAGES := 120
 
 .PHONY: help setup demo test lint format clean
 
@@ -43,27 +45,50 @@ setup: .venv/installed
 
 demo: setup
 	rm -rf $(RESULTS)
-	python -m shapes.draw --root $(WORLD) --train $(DEMO_IMAGES) --val 0
+	python -m shapes.draw --root $(WORLD) --train $(TRAIN_IMAGES) --val $(VAL_IMAGES)
 
 	# Step 1: class activation maps, from the images and the names of what they contain
-	python generate_cams.py --benchmark shapes --img_root $(IMAGES) --split_file $(SPLIT) \
+	python generate_cams.py --benchmark shapes --img_root $(IMAGES) --split_file $(TRAIN) \
 		--cam_out_dir $(RESULTS)/cams --keep_initial --num_workers 2
 
 	# Step 2a: how good are they, before and after refinement by attention affinity?
 	python eval_cam.py --dataset shapes --cam_out_dir $(RESULTS)/cams --cam_type highres \
-		--split_file $(SPLIT) --gt_root $(TRUTH) --json $(RESULTS)/initial.json
+		--split_file $(TRAIN) --gt_root $(TRUTH) --json $(RESULTS)/initial.json
 	python eval_cam.py --dataset shapes --cam_out_dir $(RESULTS)/cams --cam_type attn_highres \
-		--split_file $(SPLIT) --gt_root $(TRUTH) --json $(RESULTS)/refined.json
+		--split_file $(TRAIN) --gt_root $(TRUTH) --json $(RESULTS)/refined.json
 
 	# Step 2b: the dense CRF - its score, then pseudo masks with 255 where it is unsure
 	python eval_cam_with_crf.py --dataset shapes --cam_out_dir $(RESULTS)/cams --image_root $(IMAGES) \
-		--split_file $(SPLIT) --gt_root $(TRUTH) --eval_only --json $(RESULTS)/crf.json
+		--split_file $(TRAIN) --gt_root $(TRUTH) --eval_only --json $(RESULTS)/crf.json
 	python eval_cam_with_crf.py --dataset shapes --cam_out_dir $(RESULTS)/cams --image_root $(IMAGES) \
-		--split_file $(SPLIT) --pseudo_mask_save_path $(RESULTS)/pseudo_masks
+		--split_file $(TRAIN) --pseudo_mask_save_path $(RESULTS)/pseudo_masks
 
-	python -m pipeline.report --dataset shapes --img_root $(IMAGES) --split_file $(SPLIT) \
+	# Step 3: DeepLab learns from the pseudo masks and, to compare, from the ground truth - two at a time, a thread each
+	DEEPLAB="python -m deeplab.train --config deeplab/configs/shapes.yaml data.root=$(WORLD) \
+		data.train_split=$(TRAIN) data.val_split=$(VAL) data.val_label_dir=$(TRUTH)"; export OMP_NUM_THREADS=1; \
+	$$DEEPLAB data.label_dir=$(RESULTS)/pseudo_masks run.output=$(RESULTS)/deeplab_pseudo & \
+	$$DEEPLAB data.label_dir=$(TRUTH) run.output=$(RESULTS)/deeplab_truth > $(RESULTS)/deeplab_truth.log 2>&1 \
+		&& wait $$! || { cat $(RESULTS)/deeplab_truth.log; kill $$! 2> /dev/null || true; exit 1; }
+
+	# What they make of images of which they are told nothing, without and with a dense CRF
+	python -m deeplab.test --run $(RESULTS)/deeplab_pseudo --num_workers 2
+	python -m deeplab.test --run $(RESULTS)/deeplab_truth --num_workers 2
+
+	# To compare: CAM and CRF on the same images, though they need to be told what is in these
+	python generate_cams.py --benchmark shapes --img_root $(IMAGES) --split_file $(VAL) \
+		--cam_out_dir $(RESULTS)/val_cams --num_workers 2
+	python eval_cam.py --dataset shapes --cam_out_dir $(RESULTS)/val_cams --split_file $(VAL) \
+		--gt_root $(TRUTH) --json $(RESULTS)/val_refined.json
+	python eval_cam_with_crf.py --dataset shapes --cam_out_dir $(RESULTS)/val_cams --image_root $(IMAGES) \
+		--split_file $(VAL) --gt_root $(TRUTH) --eval_only --json $(RESULTS)/val_crf.json
+
+	python -m pipeline.report --dataset shapes --img_root $(IMAGES) --split_file $(TRAIN) \
 		--cam_out_dir $(RESULTS)/cams --pseudo_mask_dir $(RESULTS)/pseudo_masks --gt_root $(TRUTH) \
 		--scores $(RESULTS)/initial.json $(RESULTS)/refined.json $(RESULTS)/crf.json \
+		--network "DeepLab on pseudo masks" $(RESULTS)/deeplab_pseudo/test/masks $(RESULTS)/deeplab_pseudo/test/scores.json \
+		--network "DeepLab on ground truth" $(RESULTS)/deeplab_truth/test/masks $(RESULTS)/deeplab_truth/test/scores.json \
+		--network_crf $(RESULTS)/deeplab_pseudo/test/scores_crf.json $(RESULTS)/deeplab_truth/test/scores_crf.json \
+		--val_split_file $(VAL) --val_scores $(RESULTS)/val_refined.json $(RESULTS)/val_crf.json \
 		--out $(RESULTS)/report.html
 	@echo "Open $(CURDIR)/$(RESULTS)/report.html in a browser."
 

@@ -56,11 +56,13 @@ class Network:
         title: of its column.
         mask_dir: masks that it predicted.
         score_file: JSON of their scores, such as `python -m deeplab.test` writes.
+        crf_file: JSON of the scores after a dense CRF, told beside them; None where there are none.
     """
 
     title: str
     mask_dir: str
     score_file: str
+    crf_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -284,9 +286,12 @@ def _scored(
     if score_files:
         found.append({"title": f"{len(names)} training images", "stages": stages(STAGES, score_files)})
     if validation:
-        networks = validation.networks
         shown = stages(STAGES[1:], validation.score_files, SEES_LABELS) if validation.score_files else []
-        shown += stages([it.title for it in networks], [it.score_file for it in networks], SEES_IMAGE)
+        for network in validation.networks:
+            shown += stages([network.title], [network.score_file], SEES_IMAGE)
+            if network.crf_file:
+                after = read_stage(network.title, network.crf_file, classes)["mean"]
+                shown[-1]["note"] = f"{100 * after:.1f} % after a dense CRF"
         found.append({"title": f"{len(validation.names)} validation images", "stages": shown})
     return found
 
@@ -354,6 +359,8 @@ def main() -> None:
     flag = parser.add_argument_group("what trained networks (step 3) make of other images").add_argument
     flag("--network", nargs=3, action="append", default=[], metavar=("TITLE", "MASK_DIR", "SCORES.json"),
          help="what the test of a network wrote; may be given several times")  # fmt: skip
+    flag("--network_crf", nargs="+", metavar="SCORES.json",
+         help="scores of each --network after a dense CRF, in their order")  # fmt: skip
     flag("--val_split_file", help="image ids of these images, one a line")
     flag("--val_img_root", help="their folder (without it: --img_root)")
     flag("--val_gt_root", help="folder of their ground-truth masks (without it: --gt_root)")
@@ -365,15 +372,18 @@ def main() -> None:
         gt_root = args.val_gt_root or args.gt_root
         if not (args.val_split_file and gt_root):
             parser.error("--network needs --val_split_file, and --val_gt_root or --gt_root")
+        refined = args.network_crf or [None] * len(args.network)
+        if len(refined) != len(args.network):
+            parser.error("--network_crf needs one file for each --network")
         validation = Validation(
             list(read_split(args.val_split_file)),
             args.val_img_root or args.img_root,
             gt_root,
-            [Network(*words) for words in args.network],
+            [Network(*words, file) for words, file in zip(args.network, refined, strict=True)],
             args.val_scores,
         )
-    elif args.val_split_file or args.val_img_root or args.val_gt_root or args.val_scores:
-        parser.error("the --val_ flags go with --network")
+    elif any((args.network_crf, args.val_split_file, args.val_img_root, args.val_gt_root, args.val_scores)):
+        parser.error("--network_crf and the --val_ flags go with --network")
     sources = Sources(
         benchmarks.load(args.dataset), args.img_root, args.cam_out_dir, args.pseudo_mask_dir, args.gt_root
     )

@@ -247,16 +247,19 @@ def test_command_shows_networks(command, results):
     page = command(
         "--network", "A", results / "sure", scored, "--network", "B", results / "blank", scored,
         "--val_split_file", results / "split.txt", "--val_gt_root", results / "truth",
-        "--val_scores", results / "refined.json", scored,
+        "--val_scores", results / "refined.json", scored, "--network_crf", scored, results / "initial.json",
     )  # fmt: skip
     assert len(page.pictures["A 100.0 %"]) == 3
     assert "Refined CAM" in page.text and "B" in page.text
+    assert sum("57.5 % after a dense CRF" in text for text in page.text) == 2
 
 
 @pytest.mark.parametrize("words, told", [
     (["--network", "A", "masks", "scores.json"], "--val_split_file"),
     (["--network", "A", "masks", "scores.json", "--val_split_file", "val.txt"], "--gt_root"),
     (["--val_split_file", "val.txt"], "--network"),
+    (["--network", "A", "masks", "scores.json", "--val_split_file", "val.txt", "--gt_root", "truth",
+      "--network_crf", "a.json", "b.json"], "one file for each"),
     (["--val_scores", "refined.json", "crf.json"], "--network"),
 ])  # fmt: skip
 def test_flags_that_need_others_say_so(command, capsys, words, told):
