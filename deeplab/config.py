@@ -91,11 +91,11 @@ def read(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         except (*WRONG, UnicodeDecodeError, OSError) as error:
             raise ValueError(f"configuration {file}: {_told(error)}") from None
     for word in overrides:
-        key, equals, _ = word.partition("=")
+        key, equals, value = word.partition("=")
         if not equals or not key:
             raise ValueError(f"expected key=value, such as solver.learning_rate=2e-4, got {word!r}")
-        try:
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([word]))
+        try:  # nothing after the = is the empty string, not YAML's null
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([word if value else f"{word}''"]))
         except WRONG as error:
             raise ValueError(f"{word}: {_told(error)}") from None
     try:

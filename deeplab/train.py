@@ -137,7 +137,7 @@ def prepare(config: Config, overwrite: bool = False, resume: bool = False) -> Tr
         )
         device = torch.device(device_of(config.run.device, int(os.environ.get("LOCAL_RANK", 0))))
         validate = None
-        if config.data.val_split:
+        if config.data.val_split and config.run.validate_every:
             val = validation_split(config, benchmark)
             check_files(val.names, val.image_dir, val.label_dir)
             validate = validation(val, network, benchmark.channels, str(device), config.run.precision)

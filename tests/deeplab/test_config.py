@@ -52,3 +52,7 @@ def test_mistakes_are_one_sentence_that_names_the_key(tmp_path, case):
 def test_no_such_file(tmp_path):
     with pytest.raises(ValueError, match=r"configuration .*absent.yaml does not exist"):
         configs.read(tmp_path / "absent.yaml")
+
+
+def test_nothing_after_the_equals_sign_is_nothing():
+    assert configs.read(None, ["data.val_split=voc12/val.txt", "data.val_split="]).data.val_split == ""
