@@ -1,4 +1,6 @@
-"""Three optimiser steps of both networks, with the losses, schedules and parameter groups of training."""
+"""Three optimiser steps of both networks, as the trainer makes them of the published recipes."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,32 +9,41 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from deeplab import model as network_a
 from deeplab import resnet38 as network_b
-from segmentation.losses import LOSSES, pyramid
-from segmentation.schedules import poly
+from deeplab import train
+from deeplab.networks import NETWORKS
+from segmentation.dataset import Batch, TrainingSet
+from segmentation.losses import LOSSES
+from segmentation.trainer import Running, Solver, Trainer
 from tests.conftest import relative
 from tests.deeplab.common import fill_a, golden, input_a, input_b, labels, summary
 from tests.weights import fill_module
 
 
-def optimiser(groups, base_rate):
-    return torch.optim.SGD(
-        [
-            {
-                "params": group["params"],
-                "lr": base_rate * group["rate"],
-                "initial_lr": base_rate * group["rate"],
-                "weight_decay": 5e-4 * group["weight_decay"],
-            }
-            for group in groups
-        ],
-        momentum=0.9,
-    )
+def trainer_of(name: str, model: nn.Module, solver: Solver, output: Path) -> tuple[Trainer, list]:
+    """A trainer as `deeplab.train` makes it, to be handed its batches, and a list that grows by the losses of
+    each and the summaries of the gradients that were there before it."""
+    network, losses, seen = NETWORKS[name], train.objective(solver.loss), []
+
+    def noting(whole, *given):
+        before = gradients(model) if len(seen) == 1 else None
+        found = losses(whole, *given)
+        seen.append(([loss.item() for loss in found.values()], before))
+        return found
+
+    unread = TrainingSet(["unread"] * solver.batch_size, "", "", 5, network.transform)
+    trainer = Trainer(
+        model, network.groups(model), noting, unread, solver, Running(str(output), "cpu"),
+        horizon=network.horizon(solver),
+    )  # fmt: skip
+    return trainer, seen
 
 
-def decay(sgd, factor) -> list[float]:
-    for group in sgd.param_groups:
-        group["lr"] = group["initial_lr"] * factor
-    return [group["lr"] for group in sgd.param_groups]
+def rates(trainer: Trainer) -> list[float]:
+    return [group["lr"] for group in trainer.optimizer.param_groups]
+
+
+def batch(images: list[torch.Tensor], truth: np.ndarray) -> Batch:
+    return Batch(torch.cat(images).numpy(), truth, ["unread"] * len(truth))
 
 
 def train_affine(model):
@@ -68,33 +79,33 @@ def assert_rows(found, expected, tolerance, of_sum=None):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_network_a(loss):
+def test_network_a(tmp_path, loss):
     expected = golden("a_train")
     model = fill_a(network_a.build_v2(5, (1, 1, 1, 1))).train()
     assert [name for name, _ in model.named_parameters()] == list(expected["names"])
     train_affine(model)
-    start = parameters(model)
-    sgd = optimiser(network_a.parameter_groups(model), 2e-5)
-    found, rates = [], []
+    solver = Solver(iterations=6, batch_size=2, accumulate=2, learning_rate=2e-5, decay_every=2, loss=loss)
+    start, lrs = parameters(model), []
+    trainer, seen = trainer_of("deeplab_v2", model, solver, tmp_path)
     for step in range(3):
-        rates.append(decay(sgd, poly(step, 6, every=2)))
-        sgd.zero_grad()
-        for batch in (2 * step, 2 * step + 1):
-            images = torch.cat([input_a(f"dl:t{batch}_{i}", 65, 65) for i in range(2)])
-            truth = torch.from_numpy(labels(f"dl:tl{batch}", (2, 65, 65), 5, block=8))
-            terms = pyramid(model(images), truth, LOSSES[loss])
-            (sum(terms) / 2).backward()
-            found.append([term.item() for term in terms])
-            if batch == 0:
-                assert_rows(gradients(model), expected[f"{loss}_grad_mb0"], 1e-4)
-        sgd.step()
+        chunk = [
+            batch(
+                [input_a(f"dl:t{number}_{image}", 65, 65) for image in range(2)],
+                labels(f"dl:tl{number}", (2, 65, 65), 5, block=8),
+            )
+            for number in (2 * step, 2 * step + 1)
+        ]
+        told = trainer.iterate(chunk)
+        assert np.allclose(list(told.values()), np.mean([terms for terms, _ in seen[-2:]], axis=0), rtol=1e-6)
+        lrs.append(rates(trainer))
         if step in (0, 2):
             now = parameters(model)
             assert_rows(summaries(now.values()), expected[f"{loss}_param_step{step + 1}"], 1e-5, 1e-3)
             moved = summaries(now[name] - start[name] for name in now)
             assert_rows(moved, expected[f"{loss}_delta_step{step + 1}"], 2e-3, 2e-2)
-    assert np.allclose(rates, expected["lrs"], rtol=1e-9, atol=0)
-    assert relative(found, expected[f"{loss}_losses"]) < 1e-5
+    assert_rows(seen[1][1], expected[f"{loss}_grad_mb0"], 1e-4)
+    assert np.allclose(lrs, expected["lrs"], rtol=1e-9, atol=0)
+    assert relative([terms for terms, _ in seen], expected[f"{loss}_losses"]) < 1e-5
     assert torch.equal(
         model.base.layer1.conv1.bn.running_mean, torch.from_numpy(expected[f"{loss}_stem_running_mean"])
     )
@@ -103,31 +114,27 @@ def test_network_a(loss):
     assert relative(after, expected[f"{loss}_eval_after3"]) < 1e-2
 
 
-def run_b(frozen, dtype):
+def run_b(output, frozen, dtype):
     """Three steps of the narrow network -> everything that b_train.npz has."""
     model = fill_module(network_b.build_r38(5, width=4, freeze_bn=frozen)).to(dtype).train()
     for part in model.modules():
         if isinstance(part, nn.Dropout | nn.Dropout2d):
             part.p = 0
-    names = [name for name, _ in model.named_parameters()]
     train_affine(nn.ModuleList([model.bn_fov, model.bn_fov2]) if frozen else model)
-    start = parameters(model)
-    groups = network_b.parameter_groups(model)
-    sgd = optimiser(groups, 1e-3)
-    run = {"names": names, "group_sizes": [len(group["params"]) for group in groups], "losses": [], "lrs": []}
+    start, lrs = parameters(model), []
+    solver = Solver(iterations=5, batch_size=3, accumulate=1, learning_rate=1e-3, decay_every=1)
+    trainer, seen = trainer_of("deeplab_v1_r38", model, solver, output)
+    sizes = [len(group["params"]) for group in network_b.parameter_groups(model)]
+    run = {"names": list(start), "group_sizes": sizes}
     for step in range(3):
-        run["lrs"].append(decay(sgd, poly(step, 6)))
-        sgd.zero_grad()
-        images = torch.cat([input_b(f"r38:t{step}_{i}", 41, 41) for i in range(3)]).to(dtype)
-        truth = torch.from_numpy(labels(f"r38:tl{step}", (3, 41, 41), 5, block=8))
-        (term,) = pyramid(model(images), truth, LOSSES["ce"])
-        term.backward()
-        run["losses"].append(term.item())
+        images = [input_b(f"r38:t{step}_{image}", 41, 41) for image in range(3)]
+        trainer.iterate([batch(images, labels(f"r38:tl{step}", (3, 41, 41), 5, block=8))])
+        lrs.append(rates(trainer))
         if step == 0:
             run["grad0"] = gradients(model)
-        sgd.step()
         now = parameters(model)
         run[f"delta_step{step + 1}"] = summaries(now[name] - start[name] for name in now)
+    run |= {"losses": [terms[0] for terms, _ in seen], "lrs": lrs}
     run["bn7_running_mean"] = model.backbone.bn7.running_mean
     run["bn_fov_running_var"] = model.bn_fov.running_var
     return run
@@ -140,23 +147,24 @@ def expected_b():
 
 def assert_common(run, expected, key):
     assert run["names"] == list(expected["names"])
-    assert run["group_sizes"] == list(expected[f"{key}_group_sizes"])
-    assert np.allclose(run["lrs"], expected["lrs"], rtol=1e-9, atol=0)
+    sizes = expected[f"{key}_group_sizes"]  # the optimizer has no empty group
+    assert run["group_sizes"] == list(sizes)
+    assert np.allclose(run["lrs"], expected["lrs"][:, sizes > 0], rtol=1e-9, atol=0)
     for statistic in ("bn7_running_mean", "bn_fov_running_var"):
         assert relative(run[statistic], expected[f"{key}_{statistic}"]) < 1e-4
 
 
-def test_network_b_frozen(expected_b):
-    run = run_b(frozen=True, dtype=torch.float32)
+def test_network_b_frozen(expected_b, tmp_path):
+    run = run_b(tmp_path, frozen=True, dtype=torch.float32)
     assert_common(run, expected_b, "frozen")
     assert relative(run["losses"], expected_b["frozen_losses"]) < 1e-4
     for table in ("grad0", "delta_step1", "delta_step3"):
         assert_rows(run[table], expected_b[f"frozen_{table}"], 1e-3)
 
 
-def test_network_b_live(expected_b):
+def test_network_b_live(expected_b, tmp_path):
     """In float64: an activation lies so close to a kink of ReLU that float32 kernels differ in its sign."""
-    run = run_b(frozen=False, dtype=torch.float64)
+    run = run_b(tmp_path, frozen=False, dtype=torch.float64)
     assert_common(run, expected_b, "live")
     assert relative(run["losses"], expected_b["live_losses"]) < 1e-5
     assert_rows(run["grad0"], expected_b["live_grad0"], 1e-3)
@@ -164,9 +172,9 @@ def test_network_b_live(expected_b):
         assert_rows(run[f"delta_step{step}"], expected_b[f"live_delta_step{step}"], 1e-3, 5e-3)
 
 
-def test_network_b_live_in_float32(expected_b):
+def test_network_b_live_in_float32(expected_b, tmp_path):
     """What does not hang on that activation."""
-    run = run_b(frozen=False, dtype=torch.float32)
+    run = run_b(tmp_path, frozen=False, dtype=torch.float32)
     assert_common(run, expected_b, "live")
     assert relative(run["losses"][0], expected_b["live_losses"][0]) < 1e-4
     for table in ("grad0", "delta_step1", "delta_step3"):
