@@ -42,6 +42,11 @@ class Model:
     stride_in: str | None = None  # deeplab_v2: reduce, conv3x3; null: as the initial weights want it
     init: str = ""  # checkpoint to start from; empty: random weights
 
+    def __post_init__(self):
+        for name, numbers in (("width", [self.width]), ("blocks", self.blocks), ("rates", self.rates)):
+            if min(numbers, default=1) < 1:
+                raise ValueError(f"model.{name} must be 1 or more, got {getattr(self, name)}")
+
 
 @dataclass
 class Augment:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class Network:
         horizon: the iteration at which the learning rate would reach 0.
         protocol: how it is tested.
         crf: preset of the dense CRF that belongs to it.
+        foreign: keys of the configuration that are the other network's.
     """
 
     build: Callable[[Model, int], nn.Module]
@@ -44,6 +46,7 @@ class Network:
     horizon: Callable[[Solver], int]
     protocol: Protocol
     crf: str
+    foreign: tuple[str, ...]
 
 
 def _chosen(**arguments: Any) -> dict[str, Any]:
@@ -88,12 +91,13 @@ NETWORKS = {
         horizon=lambda solver: solver.iterations,
         protocol=Protocol(),
         crf="deeplab",
+        foreign=("augment.scale_range", "augment.jitter"),
     ),
     "deeplab_v1_r38": Network(
         build=_build_r38,
         groups=resnet38.parameter_groups,
         transform=lambda augment: JitterScaleCrop(
-            augment.crop, tuple(augment.scale_range), augment.jitter
+            augment.crop, tuple(augment.scale_range), augment.jitter, augment.flip
         ),
         normalise=imagenet_normalise,
         denormalise=denormalised,
@@ -106,6 +110,7 @@ NETWORKS = {
             resize="cubic",
         ),
         crf="seam",
+        foreign=("model.scales", "model.stride_in", "augment.scales", "augment.base"),
     ),
 }
 
@@ -114,9 +119,13 @@ def network_of(config: Config) -> Network:
     """The network that a configuration names.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or the configuration sets what only another network heeds.
     """
     name = config.model.network
     if name not in NETWORKS:
         raise ValueError(f"model.network must be one of {', '.join(NETWORKS)}, got {name!r}")
+    for key in NETWORKS[name].foreign:
+        chosen, usual = (attrgetter(key)(source) for source in (config, Config()))
+        if chosen != usual:
+            raise ValueError(f"{name} does not heed {key}: leave it out")
     return NETWORKS[name]

@@ -2,19 +2,21 @@
 
 import argparse
 from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from deeplab.trained import Segmenter, Setup, add_flags, read_setup
+from deeplab.trained import Segmenter, Setup, add_flags, read_setup, record
 from pipeline.flags import HelpFormatter, count, workers
 from pipeline.masks import at_size
 from pipeline.processes import Outcome, attempt
-from pipeline.run import Run, command, read_settings
+from pipeline.run import Run, check_folder, command, read_settings
 from segmentation.benchmark import IGNORE, Benchmark
+from segmentation.distributed import together
 from segmentation.files import replacing
 from segmentation.images import IMAGE_SUFFIXES, read_rgb
 from segmentation.inference import resize_by
@@ -154,17 +156,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     if not (args.out or args.run):
         parser.error("give --out DIR for the pictures")
-    files = image_files(args.images)
-    setup = read_setup(args)
-    job = Prediction(setup, args.out or str(Path(args.run) / "predict"), args.size)
-    own = {(Path(job.output) / folder / f"{Path(file).stem}.png").resolve()
-           for folder in (MASKS, OVERLAYS) for file in files}  # fmt: skip
-    if own & {Path(file).resolve() for file in files}:
-        raise ValueError(f"the images themselves would be replaced in {job.output}: give another --out")
-    settings = {"protocol": asdict(setup.protocol), "crf": setup.crf, "size": job.size}
-    mine = read_settings(job.output)  # else what lies in such folders there is not to be replaced
-    outputs = () if mine else (f"{MASKS}/*.png", f"{OVERLAYS}/*.png")
-    run = Run(job.output, settings, outputs=outputs, step="deeplab.predict")
+    with together():
+        files = image_files(args.images)
+        job = Prediction(read_setup(args), args.out or str(Path(args.run) / "predict"), args.size)
+        arguments = _settings(job, files)
+    run = Run(job.output, **arguments)
     run.map(predict_images, files, job, num_workers=args.num_workers)
     code = run.finish()
     if run.rank == 0:
@@ -172,5 +168,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def _settings(job: Prediction, files: Sequence[str]) -> dict[str, Any]:
+    """What the run records of itself (arguments of `Run`), if its folder may be taken.
+
+    Raises:
+        ValueError: the folder holds the images themselves, or what others made.
+    """
+    own = {(Path(job.output) / folder / f"{Path(file).stem}.png").resolve()
+           for folder in (MASKS, OVERLAYS) for file in files}  # fmt: skip
+    if own & {Path(file).resolve() for file in files}:
+        raise ValueError(f"the images themselves would be replaced in {job.output}: give another --out")
+    found = record(job.setup)
+    found["settings"] |= {"crf": job.setup.crf, "size": job.size}
+    mine = read_settings(job.output)  # else what lies in such folders there is not to be replaced
+    outputs = () if mine else (f"{MASKS}/*.png", f"{OVERLAYS}/*.png")
+    arguments = {**found, "outputs": outputs, "overwrite": False, "step": "deeplab.predict"}
+    check_folder(job.output, **arguments)
+    return arguments
+
+
 if __name__ == "__main__":
-    command(main)
+    command(main, again="the same command starts anew")

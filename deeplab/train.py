@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -34,7 +33,7 @@ from segmentation.inference import infer
 from segmentation.losses import LOSSES, pyramid
 from segmentation.masks import overlay, read_mask
 from segmentation.metrics import confusion, scores
-from segmentation.trainer import Objective, Trainer
+from segmentation.trainer import LOGS, Objective, Trainer
 
 STEP = "deeplab.train"
 OUTPUTS = ("checkpoint_*.pth", RESUME)
@@ -119,11 +118,17 @@ def prepare(config: Config, overwrite: bool = False, resume: bool = False) -> Tr
     """
     with together():
         network, benchmark = network_of(config), benchmark_of(config)
+        # What is resumed has its weights, and no need of the file that it began with.
+        begun = resume and (Path(config.run.output) / RESUME).is_file()
         if config.model.init and config.model.stride_in is None:
-            config.model.stride_in = STRIDE_IN.get(family(config.model.init))
+            if begun:
+                known = read_settings(config.run.output).get("settings", {})
+                config.model.stride_in = known.get("model.stride_in")
+            else:
+                config.model.stride_in = STRIDE_IN.get(family(config.model.init))
         split = training_split(config, benchmark)
         losses = objective(config.solver.loss)
-        record = settled(config, split, overwrite, resume)
+        record = settled(config, split, overwrite, resume, begun)
         if resume and (Path(config.run.output) / FINAL).is_file():
             return None
         check_files(split.names, split.image_dir, split.label_dir)
@@ -143,7 +148,7 @@ def prepare(config: Config, overwrite: bool = False, resume: bool = False) -> Tr
             validate = validation(val, network, benchmark.channels, str(device), config.run.precision)
         torch.manual_seed(config.solver.seed)
         model = network.build(config.model, benchmark.channels)
-        report = load_init(model, config.model.init) if config.model.init else None
+        report = load_init(model, config.model.init) if config.model.init and not begun else None
     with together():
         trainer = Trainer(
             model.to(device),
@@ -162,7 +167,8 @@ def prepare(config: Config, overwrite: bool = False, resume: bool = False) -> Tr
         if report:
             print(report, file=sys.stderr)
         if not resume:
-            shutil.rmtree(run.folder / "logs", ignore_errors=True)
+            for events in (run.folder / LOGS).glob("events.out.tfevents*"):
+                events.unlink()
         elif not resumed:
             print(f"nothing to resume in {run.folder}: starting at iteration 0", file=sys.stderr)
         with replacing(run.folder / configs.CONFIG) as stream:
@@ -170,23 +176,38 @@ def prepare(config: Config, overwrite: bool = False, resume: bool = False) -> Tr
     return trainer
 
 
-def settled(config: Config, split: Split, overwrite: bool, resume: bool) -> dict[str, Any]:
+def settled(
+    config: Config, split: Split, overwrite: bool, resume: bool, begun: bool = False
+) -> dict[str, Any]:
     """What the run records of itself (arguments of `Run`), if its folder may be taken; changes nothing.
 
+    Args:
+        begun: the initial weights are those that are recorded, whether their file is there or not.
+
     Raises:
-        ValueError: the folder holds another run, or this one and neither `resume` nor `overwrite` is set.
+        ValueError: the folder holds another run, or this one and neither `resume` nor `overwrite` is set; or
+            files that no run wrote.
     """
     folder = Path(config.run.output)
     if folder.resolve() in (Path(split.image_dir).resolve(), Path(split.label_dir).resolve()):
         raise ValueError(f"run.output {folder} is the folder of the images or masks: choose another")
+    last = read_settings(folder)
+    foreign = next((name for name in (configs.CONFIG, LOGS) if (folder / name).exists()), None)
+    if foreign and last.get("step") != STEP:
+        raise ValueError(f"{folder} holds {foreign}, which no training wrote: choose another run.output")
     parts = asdict(config)
+    parts["data"] |= {key: str(Path(value)) for key, value in parts["data"].items() if value}
     info = {"run": parts.pop("run"), "test": parts.pop("test")}
     settings = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
     settings = {"benchmark": settings.pop("data.benchmark"), **settings}
     record = {
-        "settings": {**settings, "run.precision": config.run.precision},
+        "settings": {
+            **settings,
+            "run.precision": config.run.precision,
+            "run.sync_batchnorm": config.run.sync_batchnorm,
+        },
         "inputs": {
-            "init": sha256(config.model.init) if Path(config.model.init).is_file() else "",
+            "init": last.get("inputs", {}).get("init", "") if begun else _digest(config.model.init),
             "labels": fingerprint(read_settings(split.label_dir)),
         },
     }
@@ -199,6 +220,10 @@ def settled(config: Config, split: Split, overwrite: bool, resume: bool) -> dict
             "another run.output"
         )
     return {**record, "info": info}
+
+
+def _digest(file: str) -> str:
+    return sha256(file) if Path(file).is_file() else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -237,4 +262,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, again="the same command with --resume continues from what was saved last")

@@ -40,7 +40,7 @@ def attempt(name: str, work: Callable[..., Sequence[str] | None], *args) -> Outc
         raise
     except Exception as error:  # one bad image never loses a run, whatever is wrong with it
         if isinstance(error, OSError) and error.errno in FULL:  # where numba keeps compiled code, say
-            raise DiskFull(f"{error}: make room, and the same command continues") from None
+            raise DiskFull(f"{error}: make room, and start again to go on") from None
         return failed(name, error)
 
 

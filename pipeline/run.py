@@ -23,15 +23,17 @@ FAILED = "failed.txt"
 SHOWN = 5  # names or failures listed before "..."
 
 
-def command(main: Callable[[], int | None]) -> None:
+def command(main: Callable[[], int | None], again: str = "the same command continues") -> None:
     """Run a script's `main` and exit with what it returns, or 2 for errors that the user can mend.
+
+    `again` is told after Ctrl-C: how one goes on.
 
     Those are told in one sentence; the environment variable CLIP_WSSS_DEBUG=1 shows the traceback too.
     """
     try:
         code = main() or 0
     except KeyboardInterrupt:
-        print("interrupted: the same command continues where this one stopped", file=sys.stderr)
+        print(f"interrupted: {again}", file=sys.stderr)
         code = 130
     except (ValueError, OSError) as error:
         if os.environ.get("CLIP_WSSS_DEBUG") == "1":

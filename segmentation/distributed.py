@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # steps that compute no tensors should not wait for torch
     from torch import Tensor
 
 
-LOST = "another of torchrun's processes died; the same command continues"
+LOST = "another of torchrun's processes died: start again to go on"
 
 
 class WorkFailed(OSError):

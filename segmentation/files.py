@@ -38,7 +38,7 @@ def replacing(file: str | Path) -> Iterator[BinaryIO]:
             temporary.unlink()
         if isinstance(error, OSError) and error.errno in FULL:
             raise DiskFull(
-                f"no space is left to write {file}: make room, and the same command continues"
+                f"no space is left to write {file}: make room, and start again to go on"
             ) from None
         raise
 

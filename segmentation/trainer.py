@@ -5,6 +5,7 @@ does is a function of the seed and of its number, so a run that was stopped cont
 to the last bit on the same machine, with as many threads and ranks.
 """
 
+import math
 import signal
 import sys
 import threading
@@ -30,6 +31,7 @@ from segmentation.distributed import WorkFailed, World, exit_after_rank_0, gathe
 from segmentation.inference import PRECISIONS
 from segmentation.schedules import poly
 
+LOGS = "logs"  # folder of TensorBoard's
 AVERAGED = 20  # iterations whose mean loss is logged, as deeplab-pytorch has it
 
 # (network, images (B, 3, h, w), masks (B, h, w) int64, share) -> named losses, whose sum is minimised. Sums
@@ -59,6 +61,16 @@ class Solver:
     loss: str = "ce"  # a name in segmentation.losses.LOSSES
     seed: int = 0
 
+    def __post_init__(self):
+        for name in ("iterations", "batch_size", "accumulate", "decay_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"solver.{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("learning_rate", "momentum", "weight_decay", "power"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"solver.{name} must be a number of 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"solver.seed must be from 0 to 2^63 - 1, got {self.seed}")
+
 
 @dataclass
 class Running:
@@ -78,6 +90,15 @@ class Running:
     save_every: int = 5000
     resume_every: int = 500
     keep: int = 5  # checkpoints beside the final one, the oldest are removed; 0: all
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"run.precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.workers < 1:
+            raise ValueError(f"run.workers must be 1 or more, got {self.workers}")
+        for name in ("log_every", "picture_every", "validate_every", "save_every", "resume_every", "keep"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"run.{name} must be 0 or more, got {getattr(self, name)}")
 
 
 def optimizer(groups: Sequence[Mapping[str, Any]], solver: Solver) -> torch.optim.SGD:
@@ -127,12 +148,6 @@ class Trainer:
         validation: Validation | None = None,
         pictures: Pictures | None = None,
     ):
-        if running.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {running.precision!r}")
-        if min(solver.iterations, solver.accumulate, running.workers) < 1:
-            raise ValueError("iterations, accumulate and workers must be 1 or more")
-        if solver.seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {solver.seed}")
         self.model, self.objective, self.dataset = model, objective, dataset
         self.solver, self.running = solver, running
         self.horizon = horizon or solver.iterations
@@ -200,7 +215,13 @@ class Trainer:
                     self.save_resume()
                     return False
                 images += sum(len(self.order.batch(self.done * accumulate + n)) for n in range(accumulate))
-                losses = self.iterate(chunk)
+                try:
+                    losses = self.iterate(chunk)
+                except torch.cuda.OutOfMemoryError:
+                    raise WorkFailed(
+                        "training stopped: the GPU's memory does not suffice; halve solver.batch_size and "
+                        "double solver.accumulate, or take run.precision=bf16"
+                    ) from None
                 bar.update()
                 bar.set_postfix(loss=f"{self.recent[-1]:.4f}", refresh=False)
                 if writer and _due(self.done, self.running.log_every):
@@ -218,7 +239,7 @@ class Trainer:
         if self.world.rank:
             return nullcontext()
         # What an earlier process logged after the iteration that it is resumed at counts no more.
-        return SummaryWriter(self.folder / "logs", purge_step=self.done + 1)
+        return SummaryWriter(self.folder / LOGS, purge_step=self.done + 1)
 
     def _next(self, batches: Iterator[Batch], stop: threading.Event) -> list[Batch] | None:
         """The batches of the next iteration, or None when any rank was asked to stop."""
@@ -346,7 +367,8 @@ class Trainer:
 
     def check_finite(self) -> None:
         """Raises WorkFailed if a parameter or statistic is not finite, so that no bad one is saved."""
-        if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
+        finite = all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
+        if self.world.any(not finite)[0]:  # live statistics are each rank's own
             self._fail(
                 f"after iteration {self.done} the weights are no longer finite; last good checkpoint: "
                 f"{self.last_good}; a lower learning_rate may help"
@@ -377,13 +399,15 @@ class Trainer:
         if not file.is_file():
             return False
         try:
-            state = torch.load(file, map_location=self.device, weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.done, self.validated = state["iteration"], state["validated"]
             self.recent.extend(state["recent_losses"])
             self.last_good = state["last_good"]
+        except (OSError, MemoryError, torch.cuda.OutOfMemoryError):  # no fault of the file
+            raise
         except Exception:  # damaged files fail in any way they like
             raise ValueError(f"{file} is damaged or of another network: remove it to start anew") from None
         return True

@@ -1,5 +1,6 @@
 """From image and mask to what a segmentation network eats."""
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ class ScaleCrop:
     flip: bool = True
 
     def __post_init__(self):
-        if not self.scales or min(self.scales) <= 0:
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"scales must be numbers above 0, got {list(self.scales)}")
         if min(self.crop, self.crop if self.base is None else self.base) < 1:
             raise ValueError(f"crop and base must be 1 or more, got {self.crop} and {self.base}")
@@ -113,14 +114,16 @@ class JitterScaleCrop:
         crop: side of the sample.
         scale_range: the scale is drawn evenly from it.
         jitter: of hue, saturation and value, see `jittered`.
+        flip: half of the samples are mirrored.
     """
 
     crop: int
     scale_range: tuple[float, float] = (0.5, 1.5)
     jitter: int = 10
+    flip: bool = True
 
     def __post_init__(self):
-        if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1]:
+        if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1] < math.inf:
             raise ValueError(f"scale_range must be two numbers above 0, got {list(self.scale_range)}")
         if self.crop < 1 or self.jitter < 0:
             raise ValueError(f"crop must be 1 or more and jitter 0 or more, got {self.crop}, {self.jitter}")
@@ -145,7 +148,7 @@ class JitterScaleCrop:
         """
         size = _common_size(image, label)
         image = jittered(image, draw, self.jitter)
-        if draw.random() < 0.5:
+        if self.flip and draw.random() < 0.5:
             image, label = cv2.flip(image, 1), cv2.flip(label, 1)
         least, most = self.scale_range
         scale = max(draw.random() * (most - least) + least, 1 / min(size))  # no side of 0 pixels

@@ -33,7 +33,8 @@ solver: {{iterations: 30, batch_size: 4, accumulate: 2, decay_every: 1, learning
 run: {{device: cpu, workers: 2, log_every: 3, picture_every: 15, validate_every: 15, save_every: 10,
        resume_every: 1}}
 """
-R38 = ["model.network=deeplab_v1_r38", "model.rates=[2]", "model.width=2"]
+R38 = ["model.network=deeplab_v1_r38", "model.rates=[2]", "model.width=2", "model.scales=[0.5, 0.75]",
+       "augment.scales=[0.5, 0.75, 1.0, 1.25, 1.5]"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +329,7 @@ MISTAKES = {  # what is done to the files, further words, exit code, sentence
     "base": (None, ["augment.base=0"], 2, "crop and base must be 1 or more, got 33 and 0"),
     "scale range": (None, [*R38, "augment.scale_range=[1]"], 2, "scale_range must be two numbers"),
     "jitter": (None, [*R38, "augment.jitter=-1"], 2, "jitter 0 or more"),
-    "learning rate": (None, ["solver.learning_rate=-1"], 2, "learning rate: -1"),
+    "learning rate": (None, ["solver.learning_rate=-1"], 2, "solver.learning_rate must be a number of 0 or more, got -1"),
     "init of too little": ("init", ["model.init={root}/init.pth"], 2, "init.pth.*in common.*same depth"),
 }  # fmt: skip
 

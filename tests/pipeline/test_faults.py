@@ -283,7 +283,7 @@ def test_ranks_that_wait_for_a_lost_one_say_so():
         ranks.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
     errors = [process.communicate(timeout=PATIENCE)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [1, -signal.SIGKILL]
-    assert errors[0] == "error: another of torchrun's processes died; the same command continues\n"
+    assert errors[0] == "error: another of torchrun's processes died: start again to go on\n"
 
 
 def kill_yourself(names, position, marks):
@@ -451,7 +451,7 @@ def test_no_room_elsewhere_stops_a_run_too(few, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("pipeline.fused.refine_labels", full)
     flags = [*flags_of(few), "--pseudo_mask_save_path", tmp_path / "masks"]
     code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
-    sentence = "error: [Errno 28] No space left on device: make room, and the same command continues\n"
+    sentence = "error: [Errno 28] No space left on device: make room, and start again to go on\n"
     assert (code, errors) == (1, sentence)
 
 

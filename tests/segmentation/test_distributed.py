@@ -118,4 +118,4 @@ def test_ranks_validate_the_network_that_is_saved(world, tmp_path):
 def test_a_lost_rank_is_noticed():
     (code, told, _), (lost, *_) = [process.end() for process in training.ranks(training.lose_rank_1)]
     assert (code, lost) == (1, 9)
-    assert told == "error: another of torchrun's processes died; the same command continues\n"
+    assert told == "error: another of torchrun's processes died: start again to go on\n"
