@@ -23,6 +23,7 @@ BACKBONES = ("base.layer", "backbone.")
 #: Tensors whose first axis is the classes.
 CLASSIFIERS = ("base.aspp.c0.weight", "base.fc.weight", "cls_conv.weight")
 COUNTER = "num_batches_tracked"  # of training steps; no result depends on it
+MEAN, VARIANCE = "running_mean", "running_var"  # of batch norm
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def load_init(model: nn.Module, file: str | Path) -> Report:
 
     Raises:
         FileNotFoundError, ValueError: as `read`; or the file is of the other network, of another depth
-            (less than nine tenths of the backbone's tensors in common) or of other widths.
+            (less than nine tenths of the backbone's tensors in common) or of other widths, lacks any of the
+            backbone's batch norm, or holds what no training leaves (NaN, say).
     """
     weights, own = _weights(file), _own(model)
     _check_network(weights, own)
@@ -107,6 +109,12 @@ def load_init(model: nn.Module, file: str | Path) -> Report:
             f"{weights} and the model have {len(theirs & ours)} of {len(theirs | ours)} backbone tensors in "
             f"common: only the file has {len(theirs - ours)}{_few(theirs - ours)}, only the model "
             f"{len(ours - theirs)}{_few(ours - theirs)}; take weights of a network of the same depth"
+        )
+    lost = {name for name in ours - theirs if f"{name.rpartition('.')[0]}.{MEAN}" in own}
+    if lost:
+        raise ValueError(
+            f"{weights} lacks {len(lost)} tensors of the backbone's batch norm{_few(lost)}, which training "
+            "does not make up for: take a file that has them all"
         )
     _check_shapes(weights, own, theirs & ours)
     matched = [name for name in own if name in weights.state and weights.state[name].shape == own[name].shape]
@@ -121,7 +129,8 @@ def load_full(model: nn.Module, file: str | Path) -> Report:
 
     Raises:
         FileNotFoundError, ValueError: as `read`; or the file is of the other network, of another number
-            of classes or of other widths, or has more or less tensors than the model.
+            of classes or of other widths, has more or less tensors than the model, or holds what no
+            training leaves (NaN, say).
     """
     weights, own = _weights(file), _own(model)
     _check_network(weights, own)
@@ -190,8 +199,8 @@ def _weights(file: str | Path) -> Weights:
     for key, value in state.items():
         if not (value.is_floating_point() or key.endswith(COUNTER)):
             raise ValueError(f"{file} is not a checkpoint: {key} holds {value.dtype}, not floats")
-    for key in [key for key in state if key.endswith("running_mean")]:  # files older than the counter
-        state.setdefault(key.replace("running_mean", COUNTER), torch.zeros((), dtype=torch.long))
+    for key in [key for key in state if key.endswith(MEAN)]:  # files older than the counter
+        state.setdefault(key.replace(MEAN, COUNTER), torch.zeros((), dtype=torch.long))
     return Weights(file, found, state, dropped)
 
 
@@ -229,9 +238,15 @@ def _check_shapes(weights: Weights, own: Mapping[str, Tensor], names: Iterable[s
 def _load(model: nn.Module, weights: Weights, matched: Collection[str]) -> Report:
     """Copy the matched tensors, in the model's precision and to its device, and say what was done."""
     own = _own(model)
+    values = {name: weights.state[name].to(own[name].dtype) for name in matched}
+    for name, value in values.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{weights} holds NaN or infinity in {name}: take another checkpoint")
+        if name.endswith(VARIANCE) and (value < 0).any():
+            raise ValueError(f"{weights} holds variances below 0 in {name}: take another checkpoint")
     with torch.no_grad():
-        for name in matched:
-            own[name].copy_(weights.state[name])
+        for name, value in values.items():
+            own[name].copy_(value)
     left = [name for name in own if name not in set(matched)]
     ignored = [*weights.dropped, *(name for name in weights.state if name not in set(matched))]
     return Report(

@@ -2,25 +2,28 @@
 
 import tarfile
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from clip.download import sha256
-from deeplab.trained import Segmenter, Setup
-from pipeline.cams_cli import recorded
+from deeplab.trained import Segmenter, Setup, record
 from pipeline.evaluate import tell
 from pipeline.processes import Outcome, attempt
-from pipeline.run import Run
+from pipeline.run import SETTINGS, Run, check_folder, read_settings
 from refinement.densecrf import PRESETS
 from segmentation.dataset import check_values
+from segmentation.distributed import rank_and_world, together
 from segmentation.files import replacing
-from segmentation.images import find_image, read_rgb
+from segmentation.images import UNREADABLE, find_image, read_rgb
 from segmentation.masks import read_mask, write_mask
 from segmentation.metrics import confusion, scores
 
+STEP = "deeplab.test"
 MASKS, CRF_MASKS, LOGITS = "masks", "masks_crf", "logits"  # folders of a test
+PATTERNS = {MASKS: "*.png", CRF_MASKS: "*.png", LOGITS: "*.npy"}
+SCORES = {MASKS: "scores.json", CRF_MASKS: "scores_crf.json"}
 LOGIT_TYPES = ("float32", "float16")
 SUBMISSIONS = {"comp5": "comp5_test_cls", "comp6": "comp6_test_cls"}  # VOC's names of what was trained on
 
@@ -61,6 +64,10 @@ class Evaluation:
             files[LOGITS] = Path(self.output) / LOGITS / f"{name}.npy"
         return files
 
+    def archive(self, submission: str) -> Path:
+        """The file of a submission, a key of `SUBMISSIONS`."""
+        return Path(self.output) / f"{SUBMISSIONS[submission]}.tgz"
+
 
 def evaluate_images(
     names: Sequence[str], position: int, job: Evaluation
@@ -73,10 +80,8 @@ def evaluate_images(
     channels = job.setup.benchmark.channels
     hists = np.zeros((len(job.scored), channels, channels), np.int64)
     segmenter = None
-    if any(not file.is_file() for name in names for file in job.files(name).values()):
-        segmenter = Segmenter(job.setup, position)
 
-    def make(name: str) -> None:
+    def make(name: str, done: dict[str, np.ndarray]) -> None:
         truth_file = truth = None
         if job.gt_root is not None:
             truth_file = Path(job.gt_root) / f"{name}.png"
@@ -84,14 +89,13 @@ def evaluate_images(
                 raise FileNotFoundError(f"mask {truth_file} does not exist")
             truth = read_mask(truth_file)
             check_values(truth, channels, truth_file)
-        files = job.files(name)
-        missing = {folder for folder, file in files.items() if not file.is_file()}
-        labels = {folder: read_mask(files[folder]) for folder in job.scored if folder not in missing}
+        labels = done
+        missing = {folder: file for folder, file in job.files(name).items() if folder not in done}
         if missing:
             image = read_rgb(find_image(job.image_root, name))
             if truth is not None:
                 _same_size(truth_file, truth.shape, image.shape[:2])
-            labels |= segment(segmenter, image, {folder: files[folder] for folder in missing}, job.logits)
+            labels = done | segment(segmenter, image, missing, job.logits)
         if truth is not None:
             for folder in job.scored:
                 _same_size(truth_file, truth.shape, labels[folder].shape)
@@ -99,8 +103,24 @@ def evaluate_images(
             hists[:] += [confusion(truth, labels[folder], channels) for folder in job.scored]
 
     for name in names:
-        yield attempt(name, make)
+        done = finished(job.files(name))
+        if segmenter is None and len(done) < len(job.files(name)):
+            segmenter = Segmenter(job.setup, position)
+        yield attempt(name, make, done)
     return hists
+
+
+def finished(files: dict[str, Path]) -> dict[str, np.ndarray]:
+    """What is there, and whole, of the files of an image (by folder, see `Evaluation.files`).
+
+    Returns:
+        By folder, (H, W) uint8 labels or logits that are not read yet.
+    """
+    found = {}
+    for folder, file in files.items():
+        with suppress(*UNREADABLE):  # a damaged file is made anew
+            found[folder] = np.load(file, mmap_mode="r") if folder == LOGITS else read_mask(file)
+    return found
 
 
 def segment(
@@ -143,7 +163,7 @@ def evaluate(
         names: image ids.
         submission: a key of `SUBMISSIONS`; packs the masks, after the CRF if there is one, as VOC's server
             takes them.
-        overwrite: remove what is there instead of going on with it.
+        overwrite: remove all that a test has left there instead of going on with it.
         num_workers: processes.
 
     Returns:
@@ -153,15 +173,11 @@ def evaluate(
         ValueError: a folder holds what another network, or other settings, made.
         OSError: a folder is missing.
     """
-    for what, folder in (("image", job.image_root), ("ground-truth", job.gt_root)):
-        if folder is not None and not Path(folder).is_dir():
-            raise FileNotFoundError(f"{what} folder {folder} does not exist")
-    if job.gt_root is not None and not any((Path(job.gt_root) / f"{name}.png").is_file() for name in names):
-        raise FileNotFoundError(
-            f"{job.gt_root} holds the mask of none of the {len(names)} images: give another --gt_root, or "
-            "--no_scores where there is no ground truth"
-        )
+    with together():
+        _check_inputs(job, names)
     run = settled(job, overwrite)
+    if submission and run.rank == 0:
+        job.archive(submission).unlink(missing_ok=True)  # lest one of before be taken for this one
     parts = run.map(evaluate_images, names, job, num_workers=num_workers)
     code = run.finish()
     if run.rank == 0:
@@ -175,34 +191,52 @@ def evaluate(
     return code
 
 
-def settled(job: Evaluation, overwrite: bool) -> Run:
-    """The run of a test, after each folder that it fills has been found empty or of the same settings."""
-    setup = job.setup
-    model = asdict(setup.config.model)
-    del model["init"]  # the weights that the training started from
-    settings = {
-        "benchmark": recorded(setup.config.data.benchmark),
-        "model": model,
-        "protocol": asdict(setup.protocol),
-        "precision": setup.precision,
-    }
-    inputs = {"checkpoint": sha256(setup.checkpoint)}
-    own = {
-        MASKS: ("*.png", {}),
-        CRF_MASKS: ("*.png", {"crf": setup.crf and asdict(PRESETS[setup.crf])}),
-        LOGITS: ("*.npy", {"type": job.logits}),
-    }
-    for folder in [*job.scored, *([LOGITS] if job.logits else [])]:
-        pattern, more = own[folder]
-        Run(
-            Path(job.output) / folder,
-            settings | more,
-            inputs,
-            outputs=(pattern,),
-            overwrite=overwrite,
-            step=f"deeplab.test {folder}",
+def _check_inputs(job: Evaluation, names: Sequence[str]) -> None:
+    for what, folder in (("image", job.image_root), ("ground-truth", job.gt_root)):
+        if folder is not None and not Path(folder).is_dir():
+            raise FileNotFoundError(f"{what} folder {folder} does not exist")
+    if job.gt_root is not None and not any((Path(job.gt_root) / f"{name}.png").is_file() for name in names):
+        raise FileNotFoundError(
+            f"{job.gt_root} holds the mask of none of the {len(names)} images: give another --gt_root, or "
+            "--no_scores where there is no ground truth"
         )
-    return Run(job.output, settings | {"crf": setup.crf}, inputs, step="deeplab.test")
+
+
+def settled(job: Evaluation, overwrite: bool) -> Run:
+    """The run of a test, after each folder that it fills has been found empty or of the same settings.
+
+    To overwrite is to remove all that a test has left, also in folders that this one does not fill, whose
+    files would be taken for this network's. Nothing is removed if there is an error.
+    """
+    root, crf = Path(job.output), job.setup.crf
+    with together():
+        common = record(job.setup)
+        common["settings"]["images"] = str(Path(job.image_root).absolute())
+        more = {MASKS: {}, CRF_MASKS: {"crf": crf and asdict(PRESETS[crf])}, LOGITS: {"type": job.logits}}
+        records, stale = {}, []
+        if overwrite and read_settings(root).get("step") == STEP:
+            stale += [root / file for file in SCORES.values()] + [job.archive(key) for key in SUBMISSIONS]
+        filled = [*job.scored, *([LOGITS] if job.logits else [])]
+        for folder, pattern in PATTERNS.items():
+            settings = common["settings"] | more[folder]
+            arguments = {**common, "settings": settings, "outputs": (pattern,), "overwrite": overwrite,
+                         "step": f"{STEP} {folder}"}  # fmt: skip
+            if folder in filled:
+                check_folder(root / folder, **arguments)
+                records[folder] = arguments
+            elif overwrite and read_settings(root / folder).get("step") == arguments["step"]:
+                stale += [*check_folder(root / folder, **arguments), root / folder / SETTINGS]
+        common["settings"]["crf"] = crf
+        check_folder(root, **common, outputs=(), overwrite=overwrite, step=STEP)
+    if rank_and_world()[0] == 0:
+        for file in stale:
+            file.unlink(missing_ok=True)
+        for folder in {file.parent for file in stale} - {root}:
+            with suppress(OSError):  # it also holds what others put there
+                folder.rmdir()
+    for folder, arguments in records.items():
+        Run(root / folder, **arguments)
+    return Run(root, **common, step=STEP)
 
 
 def tell_scores(
@@ -221,7 +255,7 @@ def tell_scores(
         "images": images - len(failures),
         "failed": [name for name, _ in failures],
     }
-    file = Path(job.output) / ("scores_crf.json" if crf else "scores.json")
+    file = Path(job.output) / SCORES[folder]
     pixels = np.array([0, hist.sum()])  # none is predicted 255
     tell(report, (None,), [scores(hist, job.absent)], pixels, setup.benchmark, file)
 
@@ -233,7 +267,7 @@ def pack(job: Evaluation, names: Sequence[str], submission: str) -> Path:
         A .tgz file that holds results/VOC2012/Segmentation/<competition>/<name>.png.
     """
     competition = SUBMISSIONS[submission]
-    target = Path(job.output) / f"{competition}.tgz"
+    target = job.archive(submission)
     folder = job.scored[-1]
     with replacing(target) as stream, tarfile.open(fileobj=stream, mode="w:gz") as archive:
         for name in sorted(names):

@@ -10,6 +10,7 @@ from deeplab.evaluation import LOGIT_TYPES, SUBMISSIONS, Evaluation, evaluate
 from deeplab.trained import add_flags, read_setup
 from pipeline.flags import HelpFormatter, count
 from pipeline.run import command
+from segmentation.distributed import together
 from segmentation.metrics import ABSENT
 
 
@@ -41,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     if not (args.out or args.run):
         parser.error("give --out DIR for the masks")
+    with together():
+        job, names = _asked(args)
+    return evaluate(job, names, args.submission, args.overwrite, args.num_workers)
+
+
+def _asked(args: argparse.Namespace) -> tuple[Evaluation, list[str]]:
+    """What the flags ask for, and the names of the images."""
     setup = read_setup(args)
     data = setup.config.data
     data = replace(
@@ -60,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logits=args.save_logits,
         absent=args.absent,
     )
-    return evaluate(job, split.names, args.submission, args.overwrite, args.num_workers)
+    return job, split.names
 
 
 if __name__ == "__main__":

@@ -2,18 +2,20 @@
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from clip.download import sha256
 from deeplab.checkpoint import load_full
-from deeplab.config import CONFIG, Config, read
+from deeplab.config import CONFIG, Config, Test, read
 from deeplab.data import benchmark_of
 from deeplab.networks import NETWORKS, network_of
+from pipeline.cams_cli import recorded
 from pipeline.flags import factors
 from pipeline.processes import device_of
 from refinement.densecrf import PRESETS, densecrf_batch
@@ -47,6 +49,23 @@ class Setup:
     crf: str | None = None
     precision: str = "fp32"
     device: str = "auto"
+
+
+def record(setup: Setup) -> dict[str, dict[str, Any]]:
+    """What a network's outputs depend on, but for the images and the CRF; as `pipeline.run.Run` takes it.
+
+    Raises:
+        OSError: the checkpoint cannot be read.
+    """
+    model = asdict(setup.config.model)
+    del model["init"]  # the weights that the training started from
+    settings = {
+        "benchmark": recorded(setup.config.data.benchmark),
+        "model": model,
+        "protocol": asdict(setup.protocol),
+        "precision": setup.precision,
+    }
+    return {"settings": settings, "inputs": {"checkpoint": sha256(setup.checkpoint)}}
 
 
 class Segmented(NamedTuple):
@@ -158,6 +177,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flag("--device", default="auto", help="auto, cpu, cuda or cuda:i")
 
 
+def protocol_of(config: Config) -> tuple[Protocol, str | None]:
+    """How a configuration's network is tested: as its `test` says, and where that is silent as published.
+
+    Returns:
+        The protocol, and a name in `refinement.densecrf.PRESETS`; None for no CRF.
+
+    Raises:
+        ValueError: no such network or CRF, or scales that are none.
+    """
+    network, test = network_of(config), config.test
+    crf = {"none": None, "auto": network.crf}.get(test.crf or "none", test.crf)
+    if crf is not None and crf not in PRESETS:
+        raise ValueError(f"test.crf must be none, auto or one of {', '.join(PRESETS)}, got {crf!r}")
+    scales = network.protocol.scales if test.scales is None else tuple(test.scales)
+    flip = network.protocol.flip if test.flip is None else test.flip
+    return replace(network.protocol, scales=scales, flip=flip), crf
+
+
 def read_setup(args: argparse.Namespace) -> Setup:
     """The network that the flags of `add_flags` name.
 
@@ -174,19 +211,17 @@ def read_setup(args: argparse.Namespace) -> Setup:
         raise FileNotFoundError(
             f"checkpoint {checkpoint} does not exist: finish the training, or give --checkpoint FILE"
         )
-    network = network_of(config)
-    scales = args.scales or config.test.scales or network.protocol.scales
-    flips = (args.flip, config.test.flip, network.protocol.flip)
-    flip = next(choice for choice in flips if choice is not None)
-    crf = args.crf or config.test.crf or "none"
-    crf = {"none": None, "auto": network.crf}.get(crf, crf)
-    if crf is not None and crf not in PRESETS:
-        raise ValueError(f"test.crf must be none, auto or one of {', '.join(PRESETS)}, got {crf!r}")
+    config.test = Test(
+        scales=config.test.scales if args.scales is None else list(args.scales),
+        flip=config.test.flip if args.flip is None else args.flip,
+        crf=args.crf or config.test.crf,
+    )
+    protocol, crf = protocol_of(config)
     return Setup(
         config=config,
         benchmark=benchmark_of(config),
         checkpoint=str(checkpoint),
-        protocol=replace(network.protocol, scales=tuple(scales), flip=flip),
+        protocol=protocol,
         crf=crf,
         precision=args.precision,
         device=args.device,

@@ -314,12 +314,44 @@ def test_head_that_fits_is_taken(tmp_path):
 
 def test_backbone_that_lacks_a_little(tmp_path):
     source = net_a(seed=1).state_dict()
-    lost = "base.layer5.block1.shortcut.bn.weight"
+    lost = "base.layer5.block1.shortcut.conv.weight"
     torch.save({key: value for key, value in source.items() if key != lost}, tmp_path / "a.pth")
     report = load_init(net_a(), tmp_path / "a.pth")
     assert report.initial == (lost,)
     assert "1 tensors are missing" in (sentence := refused(load_full, net_a(), tmp_path / "a.pth"))
     assert lost in sentence
+
+
+@pytest.mark.parametrize(("build", "norm"), [
+    (net_a, "base.layer5.block1.shortcut.bn"), (net_b, "backbone.b3.bn_branch2a"), (net_b, "backbone.bn7"),
+])  # fmt: skip
+def test_backbone_without_batch_norm(build, norm, tmp_path):
+    """What is frozen at its initial values would stay there."""
+    source = build(seed=1).state_dict()
+    for leaf in ("weight", "bias", "running_mean", "running_var"):
+        lost = f"{norm}.{leaf}"
+        torch.save({key: value for key, value in source.items() if key != lost}, tmp_path / "a.pth")
+        sentence = refused(load_init, build(), tmp_path / "a.pth")
+        assert f"lacks 1 tensors of the backbone's batch norm ({lost})" in sentence
+
+
+@pytest.mark.parametrize("load", [load_init, load_full])
+@pytest.mark.parametrize(("name", "value", "told"), [
+    ("base.layer2.block1.reduce.conv.weight", torch.nan, "NaN or infinity in"),
+    ("base.aspp.c0.bias", torch.inf, "NaN or infinity in"),
+    ("base.layer1.conv1.bn.running_mean", 1e300, "NaN or infinity in"),  # in float64
+    ("base.layer1.conv1.bn.running_var", -1e-3, "variances below 0 in"),
+])  # fmt: skip
+def test_numbers_that_no_training_leaves(load, name, value, told, tmp_path):
+    state = net_a(seed=1).state_dict()
+    state[name] = state[name].double()
+    state[name].view(-1)[1] = value
+    torch.save(state, tmp_path / "a.pth")
+    model = net_a()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    sentence = refused(load, model, tmp_path / "a.pth")
+    assert f"{told} {name}" in sentence and str(tmp_path / "a.pth") in sentence
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("load", [load_init, load_full])

@@ -1,5 +1,6 @@
 """Segmenting one's own pictures: the public demo, what is written, and what is refused."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clip.download import sha256
 from deeplab import config as configs
 from deeplab.networks import network_of
 from deeplab.predict import explained, image_files, main, predict, with_legend
@@ -95,6 +97,22 @@ def test_one_picture_is_predicted_again_with_other_settings(run, pictures, tmp_p
     first = (tmp_path / "out" / "masks" / "a.png").read_bytes()
     assert main([*flags, "--crf", "auto", "--scales", "0.5,1.0", "--flip"]) == 0
     assert (tmp_path / "out" / "masks" / "a.png").read_bytes() != first
+
+
+def test_which_network_predicted_is_recorded(run, pictures, tmp_path):
+    out = tmp_path / "out"
+    flags = [str(pictures / "a.png"), "--run", str(run), "--out", str(out), "--device", "cpu", "--size", "64"]
+    assert main(flags) == 0
+    found = json.loads((out / "settings.json").read_text())
+    assert found["inputs"] == {"checkpoint": sha256(run / "checkpoint_final.pth")}
+    settings = found["settings"]
+    assert settings["benchmark"] == f"{tmp_path}/toy.yaml" and settings["model"]["width"] == 4
+    assert settings["protocol"]["scales"] == [1.0] and settings["crf"] is None and settings["size"] == 64
+    model = network_of(configs.read(run / "config.yaml")).build(configs.read(run / "config.yaml").model, 5)
+    torch.save(fill_a(model, 1).state_dict(), run / "checkpoint_final.pth")
+    assert main(flags) == 0
+    again = json.loads((out / "settings.json").read_text())
+    assert again["inputs"] == {"checkpoint": sha256(run / "checkpoint_final.pth")} != found["inputs"]
 
 
 def test_bad_pictures_are_left_out_and_listed(run, pictures):

@@ -4,8 +4,10 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import tarfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,13 +21,14 @@ from deeplab.config import Config
 from deeplab.networks import network_of
 from deeplab.predict import main as predict
 from deeplab.test import main
-from deeplab.trained import crf_labels
+from deeplab.trained import crf_labels, protocol_of
 from pipeline import evaluate as step_2a
 from pipeline import run as runs
 from pipeline.processes import drain, shard
 from segmentation.benchmark import voc_palette
 from segmentation.masks import read_mask, write_mask
 from segmentation.metrics import confusion, scores
+from tests import training
 from tests.deeplab.common import fill_a, golden
 from tests.weights import fill_module, parity_image
 
@@ -216,6 +219,56 @@ def test_other_settings_and_other_weights_are_not_mixed(tiny, tree):
         tiny("--crf", "deeplab_published")
 
 
+def test_masks_of_other_images_are_not_taken_for_these(tiny, tree):
+    assert tiny() == 0
+    shutil.copytree(tree / "images", tree / "others")
+    with pytest.raises(ValueError, match=f"images \\(was '{tree}/images', now '{tree}/others'\\)"):
+        tiny("--img_root", str(tree / "others"))
+
+
+def test_overwriting_leaves_nothing_of_the_last_test(tiny, tree):
+    out = tree / "run" / "test"
+    assert tiny("--crf", "deeplab", "--save_logits", "float16", "--submission", "comp6") == 0
+    (out / "notes.txt").touch()
+    assert {file.name for file in out.iterdir()} == {
+        "masks", "masks_crf", "logits", "scores.json", "scores_crf.json", "comp6_test_cls.tgz",
+        "settings.json", "notes.txt",
+    }  # fmt: skip
+    before = content(out)
+    (out / "masks_crf" / "more").mkdir()
+    Image.new("L", (2, 2)).save(out / "masks_crf" / "more" / "own.png")
+    with pytest.raises(ValueError, match="move it away"):
+        tiny("--flip", "--overwrite")
+    assert before.items() < content(out).items() and (out / "scores_crf.json").is_file()
+    shutil.rmtree(out / "masks_crf" / "more")
+    assert tiny("--flip", "--overwrite") == 0
+    assert {file.name for file in out.iterdir()} == {"masks", "scores.json", "settings.json", "notes.txt"}
+
+
+def test_overwriting_removes_nothing_of_others(tiny, tree):
+    out = tree / "out"
+    foreign = [out / "masks_crf" / "a.png", out / "logits" / "a.npy", out / "comp6_test_cls.tgz"]
+    for file in foreign:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("precious")
+    (out / "logits" / "settings.json").write_text('{"step": "another"}')
+    assert tiny("--out", str(out), "--overwrite") == 0
+    assert all(file.read_text() == "precious" for file in foreign)
+
+
+def test_damaged_outputs_are_made_anew(tiny, tree):
+    flags = ["--crf", "deeplab", "--save_logits", "float32"]
+    assert tiny(*flags) == 0
+    out = tree / "run" / "test"
+    whole, told = content(out), summary(out / "scores.json")
+    for lost in ("masks/im0.png", "masks_crf/im1.png", "logits/im2.npy"):
+        whole_file = (out / lost).read_bytes()
+        (out / lost).write_bytes(whole_file[: len(whole_file) // 2])
+    (out / "logits" / "im1.npy").write_bytes(b"")
+    assert tiny(*flags) == 0
+    assert content(out) == whole and summary(out / "scores.json") == told
+
+
 def test_policies_for_absent_classes(tiny, tree):
     truth = np.zeros((64, 64), np.uint8)
     truth[:32] = 3
@@ -302,6 +355,14 @@ def test_submissions_need_no_ground_truth(tiny, tree, flags, competition, folder
             assert (member.uid, member.uname) == (0, "")
 
 
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_an_old_submission_is_not_left_where_none_is_packed(tiny, tree, more):
+    assert tiny("--submission", "comp6") == 0
+    (tree / "truth" / "im1.png").unlink()
+    assert tiny("--submission", "comp6", *more) == 1
+    assert not [*tree.glob("run/test/*.tgz")]
+
+
 def test_masks_can_be_looked_at(tiny, tree):
     tiny()
     with Image.open(tree / "run" / "test" / "masks" / "im0.png") as picture:
@@ -320,7 +381,8 @@ def test_half_precision_logits_are_rounded(tiny, tree):
 @pytest.mark.parametrize(("flags", "told"), [
     (["--save_logits", "float32", "--scales", "0.5"], "add 1.0"),
     (["model.width=8"], "does not fit the model"),
-    (["test.crf=fancy"], "test.crf"),
+    (["test.crf=fancy"], "test.crf must be none, auto or one of"),
+    (["test.scales=[]"], r"scales must be numbers above 0, got \[\]"),
     (["model.network=v9"], "deeplab_v2, deeplab_v1_r38"),
     (["--checkpoint", "nowhere.pth"], "nowhere.pth does not exist"),
     (["--img_root", "nowhere"], "image folder nowhere does not exist"),
@@ -330,6 +392,22 @@ def test_mistakes_are_told(tiny, tree, flags, told):
     with pytest.raises((ValueError, OSError), match=told):
         tiny(*flags)
     assert not [*tree.glob("run/test/**/*.png")]
+
+
+def test_what_the_configuration_says_of_testing():
+    def found(*words):
+        return protocol_of(configs.read(None, words))
+
+    protocol, crf = found("model.network=deeplab_v1_r38")
+    assert protocol == network_of(configs.read(None, ["model.network=deeplab_v1_r38"])).protocol
+    assert crf is None
+    protocol, crf = found("test.scales=[0.5,1]", "test.flip=true", "test.crf=auto")
+    assert (protocol.scales, protocol.flip, crf) == ((0.5, 1.0), True, "deeplab")
+    protocol, crf = found("model.network=deeplab_v1_r38", "test.flip=false", "test.crf=none")
+    assert (protocol.flip, protocol.average, crf) == (False, "logits", None)
+    for word, told in [("test.scales=[]", "scales"), ("test.scales=[0]", "scales"), ("test.crf=x", "crf")]:
+        with pytest.raises(ValueError, match=told):
+            found(word)
 
 
 def test_other_classes_and_no_split_are_told(tiny, tree):
@@ -353,6 +431,18 @@ def test_mistakes_end_with_exit_code_2(monkeypatch, capsys, tmp_path):
         runs.command(main)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("command", "before"), [(main, []), (predict, ["{tree}/images"])])
+def test_ranks_tell_a_mistake_once(command, before, tiny, tree):
+    flags = [*(word.format(tree=tree) for word in before), "--run", str(tree / "run"), "--device", "cpu"]
+    flags += ["--out", str(tree / "run")]
+    (tree / "run" / "settings.json").write_text('{"step": "deeplab.train"}')
+    for more, told in [(["test.crf=fancy"], "error: test.crf must be"), ([], "folder of another step")]:
+        started = training.ranks(runs.command, partial(command, [*flags, *more]))
+        (code, spoken, _), (other, silent, _) = [process.end() for process in started]
+        assert (code, other, silent) == (2, 1, "")
+        assert told in spoken and spoken.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", [main, predict])
