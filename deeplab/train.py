@@ -19,6 +19,7 @@ from deeplab.config import Config
 from deeplab.data import Split, benchmark_of, training_split, validation_split
 from deeplab.keymaps import STRIDE_IN
 from deeplab.networks import Network, network_of
+from deeplab.trained import protocol_of
 from pipeline.flags import HelpFormatter
 from pipeline.masks import fingerprint
 from pipeline.processes import device_of
@@ -128,6 +129,7 @@ def prepare(config: Config, overwrite: bool = False, resume: bool = False) -> Tr
                 config.model.stride_in = STRIDE_IN.get(family(config.model.init))
         split = training_split(config, benchmark)
         losses = objective(config.solver.loss)
+        protocol_of(config)  # raises what testing would, days later
         record = settled(config, split, overwrite, resume, begun)
         if resume and (Path(config.run.output) / FINAL).is_file():
             return None

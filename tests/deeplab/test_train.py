@@ -329,7 +329,7 @@ MISTAKES = {  # what is done to the files, further words, exit code, sentence
     "base": (None, ["augment.base=0"], 2, "crop and base must be 1 or more, got 33 and 0"),
     "scale range": (None, [*R38, "augment.scale_range=[1]"], 2, "scale_range must be two numbers"),
     "jitter": (None, [*R38, "augment.jitter=-1"], 2, "jitter 0 or more"),
-    "learning rate": (None, ["solver.learning_rate=-1"], 2, "solver.learning_rate must be a number of 0 or more, got -1"),
+    "learning rate": (None, ["solver.learning_rate=-1"], 2, "learning_rate must be .* 0 or more, got -1"),
     "init of too little": ("init", ["model.init={root}/init.pth"], 2, "init.pth.*in common.*same depth"),
 }  # fmt: skip
 
