@@ -18,6 +18,8 @@ VAL := $(WORLD)/ImageSets/Segmentation/val.txt
 TRUTH := $(WORLD)/SegmentationClass
 IMAGES := $(WORLD)/JPEGImages
 RESULTS := output/demo
+ON_PSEUDO := $(RESULTS)/deeplab_pseudo/test
+ON_TRUTH := $(RESULTS)/deeplab_truth/test
 TRAIN_IMAGES := 600
 VAL_IMAGES := 120
 
@@ -63,9 +65,10 @@ demo: setup
 	python eval_cam_with_crf.py --dataset shapes --cam_out_dir $(RESULTS)/cams --image_root $(IMAGES) \
 		--split_file $(TRAIN) --pseudo_mask_save_path $(RESULTS)/pseudo_masks
 
-	# Step 3: DeepLab learns from the pseudo masks and, to compare, from the ground truth - two at a time, a thread each
+	# Step 3: DeepLab learns from the pseudo masks and, to compare, from the ground truth, for half of its recipe's
+	# iterations - two at a time, a thread each
 	DEEPLAB="python -m deeplab.train --config deeplab/configs/shapes.yaml data.root=$(WORLD) \
-		data.train_split=$(TRAIN) data.val_split=$(VAL) data.val_label_dir=$(TRUTH)"; export OMP_NUM_THREADS=1; \
+		data.train_split=$(TRAIN) data.val_split=$(VAL) data.val_label_dir=$(TRUTH) solver.iterations=1600"; export OMP_NUM_THREADS=1; \
 	$$DEEPLAB data.label_dir=$(RESULTS)/pseudo_masks run.output=$(RESULTS)/deeplab_pseudo & \
 	$$DEEPLAB data.label_dir=$(TRUTH) run.output=$(RESULTS)/deeplab_truth > $(RESULTS)/deeplab_truth.log 2>&1 \
 		&& wait $$! || { cat $(RESULTS)/deeplab_truth.log; kill $$! 2> /dev/null || true; exit 1; }
@@ -85,9 +88,8 @@ demo: setup
 	python -m pipeline.report --dataset shapes --img_root $(IMAGES) --split_file $(TRAIN) \
 		--cam_out_dir $(RESULTS)/cams --pseudo_mask_dir $(RESULTS)/pseudo_masks --gt_root $(TRUTH) \
 		--scores $(RESULTS)/initial.json $(RESULTS)/refined.json $(RESULTS)/crf.json \
-		--network "DeepLab on pseudo masks" $(RESULTS)/deeplab_pseudo/test/masks $(RESULTS)/deeplab_pseudo/test/scores.json \
-		--network "DeepLab on ground truth" $(RESULTS)/deeplab_truth/test/masks $(RESULTS)/deeplab_truth/test/scores.json \
-		--network_crf $(RESULTS)/deeplab_pseudo/test/scores_crf.json $(RESULTS)/deeplab_truth/test/scores_crf.json \
+		--network "DeepLab + CRF on pseudo masks" $(ON_PSEUDO)/masks_crf $(ON_PSEUDO)/scores_crf.json \
+		--network "DeepLab + CRF on ground truth" $(ON_TRUTH)/masks_crf $(ON_TRUTH)/scores_crf.json \
 		--val_split_file $(VAL) --val_scores $(RESULTS)/val_refined.json $(RESULTS)/val_crf.json \
 		--out $(RESULTS)/report.html
 	@echo "Open $(CURDIR)/$(RESULTS)/report.html in a browser."
