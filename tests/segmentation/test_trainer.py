@@ -386,10 +386,10 @@ def test_half_precision_goes_the_same_way(world, undisturbed, tmp_path, precisio
 
 WRONG = {
     "precision": ({"precision": "fp8"}, {}, "precision must be one of fp32, tf32, bf16, fp16, got 'fp8'"),
-    "iterations": ({}, {"iterations": 0}, "iterations, accumulate and workers must be 1 or more"),
-    "workers": ({"workers": 0}, {}, "iterations, accumulate and workers must be 1 or more"),
-    "seed": ({}, {"seed": -1}, "seed must be 0 or more"),
-    "batch_size": ({}, {"batch_size": 0}, "a batch of 0 images"),
+    "iterations": ({}, {"iterations": 0}, "solver.iterations must be 1 or more"),
+    "workers": ({"workers": 0}, {}, "run.workers must be 1 or more"),
+    "seed": ({}, {"seed": -1}, "solver.seed must be from 0"),
+    "batch_size": ({}, {"batch_size": 0}, "solver.batch_size must be 1 or more"),
     "drop_last": ({}, {"batch_size": 6, "drop_last": True}, "5 images do not fill one batch of 6"),
 }
 
