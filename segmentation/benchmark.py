@@ -42,6 +42,11 @@ class Benchmark:
     reads them (empty: `classes` serve). `labels` says where image-level labels come from:
     "voc_xml" (`annotation_dir`), "file" (the split lines, `id idx idx ...`), "masks" (the values of
     `mask_dir`) or "coco_json" (`annotation_file`).
+
+    Tagging, which finds the labels, reads the plain `classes`, not `prompts`. `tag_backgrounds` are its
+    background names (None: `backgrounds`), `tag_templates` its templates (empty: those TagCLIP publishes).
+
+    `groups` are classes that are scored as one: an index into `group_names` for each class.
     """
 
     name: str
@@ -49,8 +54,12 @@ class Benchmark:
     prompts: list[str] = field(default_factory=list)
     backgrounds: list[str] = field(default_factory=list)
     templates: list[str] = field(default_factory=lambda: ["a clean origami {}."])
+    tag_backgrounds: list[str] | None = None
+    tag_templates: list[str] = field(default_factory=list)
     box_threshold: float = 0.4  # lambda of the class box mask, relative to the CAM's maximum
     has_background: bool = True
+    groups: list[int] = field(default_factory=list)
+    group_names: list[str] = field(default_factory=list)
     labels: str = "file"
     root: str = "."
     image_dir: str = "JPEGImages"
@@ -76,7 +85,16 @@ class Benchmark:
             raise ValueError(
                 f"benchmark {self.name}: an index mask holds {IGNORE} values, {self.channels} needed"
             )
-        for template in self.templates or [""]:
+        if self.groups and (
+            len(self.groups) != len(self.classes)
+            or not all(0 <= group < len(self.group_names) for group in self.groups)
+            or self.has_background
+        ):
+            raise ValueError(
+                f"benchmark {self.name}: groups must hold an index into group_names for each class, and go "
+                "without a background"
+            )
+        for template in [*(self.templates or [""]), *self.tag_templates]:
             if not _takes_name(template):
                 raise ValueError(
                     f"benchmark {self.name}: template {template!r} needs one {{}}, "
@@ -92,6 +110,12 @@ class Benchmark:
     def channels(self) -> int:
         """Values a clean index mask can hold: the classes, and background where there is one."""
         return len(self.classes) + self.has_background
+
+    @property
+    def tag_names(self) -> list[str]:
+        """The names that tagging tells apart: the classes, then the backgrounds."""
+        backgrounds = self.backgrounds if self.tag_backgrounds is None else self.tag_backgrounds
+        return [*self.classes, *backgrounds]
 
     @property
     def palette(self) -> np.ndarray:

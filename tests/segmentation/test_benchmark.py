@@ -73,6 +73,10 @@ def test_yaml_with_the_least(tmp_path):
         ("{name: a, classes: [x], typo: 1}", "Key 'typo' not in"),
         ("{name: a, classes: [x], box_threshold: high}", "could not be converted to Float"),
         ("{name: a, classes: [x, y], category_ids: [1]}", "one id for each class"),
+        ("{name: a, classes: [x], tag_templates: [a photo]}", "benchmark a: template 'a photo' needs one {}"),
+        ("{name: a, classes: [x, y], has_background: false, groups: [0], group_names: [u]}", "for each class"),
+        ("{name: a, classes: [x], has_background: false, groups: [1], group_names: [u]}", "into group_names"),
+        ("{name: a, classes: [x], groups: [0], group_names: [u]}", "without a background"),
         ("[x, y]", r"benchmark\.yaml: "),
         ("name: [", r"benchmark\.yaml: while parsing"),
         ("", "missing mandatory value"),
@@ -96,6 +100,13 @@ def test_no_such_benchmark(tmp_path):
     for name in ("", "os", "os.path", "../voc12", "voc"):
         with pytest.raises(ValueError, match=r"no benchmark .*: give voc12, coco14, shapes or a \.yaml"):
             load(name)
+
+
+def test_what_tagging_tells_apart():
+    benchmark = Benchmark("a", ["x", "y"], prompts=["x ray", "y"], backgrounds=["sky"])
+    assert benchmark.tag_names == ["x", "y", "sky"]
+    benchmark.tag_backgrounds = []
+    assert benchmark.tag_names == ["x", "y"]
 
 
 @given(st.integers(250, 260), st.booleans())
