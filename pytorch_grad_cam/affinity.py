@@ -81,8 +81,13 @@ def box_mask(cam: np.ndarray, threshold: float, cover_edge: bool = False) -> np.
     return mask
 
 
-def box_masks(cams: Tensor, threshold: float, cover_edge: bool = False) -> Tensor:
-    """`box_mask` of every map of (..., h, w); made on the CPU, returned where `cams` is."""
+def box_masks(cams: Tensor, threshold: float | Tensor, cover_edge: bool = False) -> Tensor:
+    """`box_mask` of every map of (..., h, w); made on the CPU, returned where `cams` is.
+
+    `threshold` is one for all, or one for each: (...).
+    """
+    thresholds = torch.as_tensor(threshold, dtype=torch.float64).expand(cams.shape[:-2])
     maps = cams.float().cpu().flatten(0, -3).numpy()
-    masks = np.stack([box_mask(cam, threshold, cover_edge) for cam in maps])
+    pairs = zip(maps, thresholds.flatten().tolist(), strict=True)
+    masks = np.stack([box_mask(cam, threshold, cover_edge) for cam, threshold in pairs])
     return torch.from_numpy(masks).to(cams.device).reshape(cams.shape)

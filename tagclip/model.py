@@ -1,0 +1,77 @@
+"""Images -> scores of classes, by the three stages in turn."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import clip
+from clip.model import CLIP
+from tagclip.config import TagSettings
+from tagclip.crops import Crop, candidates, class_tokens, crops, cut
+from tagclip.patches import class_probabilities, patch_level, refined_probabilities
+
+CROPS_AT_ONCE = 32
+
+
+class Tags(NamedTuple):
+    """What an image seems to show.
+
+    Attributes:
+        scores: (K,) float32, of no fixed scale: what was looked at again is averaged with a probability.
+        maps: (K, h, w) float32, the refined patch scores.
+        reidentified: class index -> probability in its crop.
+    """
+
+    scores: np.ndarray
+    maps: np.ndarray
+    reidentified: dict[int, float]
+
+
+@torch.no_grad()
+def tag_images(
+    model: CLIP, images: Sequence[np.ndarray], text: Tensor, classes: int, settings: TagSettings
+) -> list[Tags]:
+    """Tag images, those of equal size at once, and crops of all images at once.
+
+    Args:
+        model: with a ViT tower. The public code rounds none of its weights.
+        images: (H', W', 3) uint8, sides multiples of the patch, see `clip.resize_rgb`.
+        text: (C, E) features of the names, those of the classes first; see `clip.text_features`.
+        classes: how many of the names are scored.
+        settings: see there; `TagSettings.check` tells whether they fit the model.
+    """
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for index, image in enumerate(images):
+        by_size.setdefault(image.shape, []).append(index)
+    visual, size = model.visual, settings.crop_size or model.config.image_resolution
+    tags: list[Tags | None] = [None] * len(images)
+    found: list[tuple[int, Crop]] = []
+    views: list[tuple[Tensor, Tensor]] = []
+    for indices in by_size.values():
+        pixels = torch.from_numpy(np.stack([images[index] for index in indices])).to(model.device)
+        batch = clip.normalise(pixels, model.config.mean, model.config.std)  # (B, 3, H', W')
+        tokens, attention, grid = patch_level(visual, batch, settings)
+        coarse = class_probabilities(tokens[:, 1:], text, model.logit_scale)  # (B, n, C)
+        refined = refined_probabilities(coarse, attention, grid, settings)  # (B, n, C)
+        for index, image, scores in zip(indices, batch, refined, strict=True):
+            maps = scores[:, :classes].T.unflatten(-1, grid).cpu().numpy()
+            tags[index] = Tags(maps.max((1, 2)), maps, {})
+            _, keys = candidates(scores, classes, settings.ratio)
+            for crop in crops(scores, grid, keys, settings):
+                found.append((index, crop))
+                views.append(cut(image, crop, visual.patch_size, size))
+    for start in range(0, len(found), CROPS_AT_ONCE):
+        batch = slice(start, start + CROPS_AT_ONCE)
+        pixels, cells = (torch.stack(part) for part in zip(*views[batch], strict=True))
+        tokens = class_tokens(visual, pixels, cells, settings)  # (M, E)
+        probabilities = class_probabilities(tokens, text, model.logit_scale).cpu()  # (M, C)
+        for (index, crop), row in zip(found[batch], probabilities, strict=True):
+            tags[index].reidentified[crop.key] = float(row[crop.key])
+    for scores, _, reidentified in tags:
+        for key, probability in reidentified.items():
+            local = settings.local_weight * scores[key]
+            scores[key] = local + np.float32((1 - settings.local_weight) * probability)
+    return tags
