@@ -93,27 +93,31 @@ def run(setting: Setting) -> dict:
     for prefix, way in (("", setting), ("reference_", public)):
         peak = measure.peak_memory(watched, way, count)
         result |= {f"{prefix}peak_{key}": value for key, value in peak.items()}
-    result["stages"] = stages(setting, warm)
-    moved = sum(line["seconds"] * line["rate"] for line in result["stages"])
-    result["ceiling_share"] = moved * result["images_per_s"] / (measure.copy_rate(setting.kind) / 1e9)
+    result["stages"], moved = stages(setting, warm)
+    result["ceiling_share"] = moved * result["images_per_s"] / measure.copy_rate(setting.kind)
     return result
 
 
-def stages(setting: Setting, task: Task) -> list[dict]:
-    """Time building the lattices, and the iterations; bytes are what they must move at the least."""
+def stages(setting: Setting, task: Task) -> tuple[list[dict], float]:
+    """Time building the lattices, and that with the iterations.
+
+    Their difference is not told: of two times that are measured apart, it can be below 0.
+
+    Returns:
+        the stages, and the bytes that all of it must move at the least for an image.
+    """
     kind, count = setting.kind, len(task[0])
     copied = measure.copy_rate(kind) / 1e9
-
-    def timed(preset: Preset) -> float:
-        return measure.seconds(lambda: list(posteriors(setting, task, preset)), kind=kind) / count
-
-    built = timed(replace(PRESET, iterations=0))
-    iterated = timed(PRESET) - built
     channels = sum(len(maps) for maps in task[1]) / count
     pixels = data.HEIGHT * data.WIDTH
-    once = pixels * LATTICE_BYTES / 1e9
-    each = PRESET.iterations * (once + pixels * 4 * PASSES * channels / 1e9)
-    return [
-        measure.stage("build the lattices", built, once, "GB/s", copied),
-        measure.stage(f"{PRESET.iterations} iterations", iterated, each, "GB/s", copied),
-    ]
+    built = pixels * LATTICE_BYTES
+    each = built + pixels * 4 * PASSES * channels  # the lattices are read again in every iteration
+
+    def line(name: str, iterations: int) -> dict:
+        preset = replace(PRESET, iterations=iterations)
+        taken = measure.seconds(lambda: list(posteriors(setting, task, preset)), kind=kind) / count
+        return measure.stage(name, taken, (built + iterations * each) / 1e9, "GB/s", copied)
+
+    last = PRESET.iterations
+    lines = [line("build the lattices", 0), line(f"build them, then {last} iterations", last)]
+    return lines, built + last * each
