@@ -140,7 +140,7 @@ def load(name: str) -> Benchmark:
     Args:
         name: a `.yaml` file with the fields of `Benchmark` (a relative `root` or `split_file` counts
             from the file's folder), or a package of this project that defines BENCHMARK: voc12,
-            coco14, shapes.
+            coco14, cocostuff, shapes.
 
     Raises:
         ValueError: unknown name, unreadable file, unknown or wrongly typed field.
@@ -150,7 +150,8 @@ def load(name: str) -> Benchmark:
     module = importlib.import_module(name) if name.isidentifier() and find_spec(name) else None
     if not isinstance(getattr(module, "BENCHMARK", None), Benchmark):
         raise ValueError(
-            f"no benchmark {name!r}: give voc12, coco14, shapes or a .yaml file that describes yours"
+            f"no benchmark {name!r}: give voc12, coco14, cocostuff, shapes or a .yaml file that "
+            "describes yours"
         )
     return module.BENCHMARK
 

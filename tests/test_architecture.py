@@ -12,9 +12,11 @@ FLOORS = {
     "pytorch_grad_cam": 2,
     "voc12": 2,
     "coco14": 2,
+    "cocostuff": 2,
     "shapes": 2,
     "pipeline": 3,
     "deeplab": 4,
+    "tagclip": 4,
     "bench": 5,
 }
 
