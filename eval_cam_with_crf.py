@@ -3,7 +3,7 @@
 import argparse
 
 from pipeline.evaluate import benchmark_of
-from pipeline.flags import HelpFormatter, add_crf_flags, count, crf_preset
+from pipeline.flags import HelpFormatter, add_crf_flags, add_preset_flag, confidence, count, crf_preset
 from pipeline.masks import MaskJob, make_masks
 from pipeline.processes import cores
 from pipeline.run import command
@@ -35,6 +35,7 @@ def main() -> int:
     flag("--overwrite", action="store_true", help="start anew in a folder filled with other settings")
     flag("--num_workers", type=count, default=cores(), help="processes")
     flag("--device", default="auto", help="of the torch backend: auto, cpu, cuda or cuda:i")
+    add_preset_flag(parser)
     add_crf_flags(parser, "numba")
     args = parser.parse_args()
     if not (args.eval_only or args.pseudo_mask_save_path):
@@ -52,7 +53,7 @@ def main() -> int:
         output=None if args.eval_only else args.pseudo_mask_save_path,
         gt_root=gt_root,
         cam_type=args.cam_type,
-        confidence=args.confidence,
+        confidence=confidence(args),
         crf=crf_preset(args),
         backend=args.crf_backend,
         device=args.device,

@@ -7,7 +7,7 @@ from pathlib import Path
 import clip
 from pipeline import fused, shards
 from pipeline.cams_cli import OUTPUTS, add_cam_flags, add_image_flags, add_run_flags, cam_job
-from pipeline.flags import HelpFormatter, add_crf_flags, crf_preset
+from pipeline.flags import HelpFormatter, add_crf_flags, add_preset_flag, confidence, crf_preset
 from pipeline.masks import MaskJob, fingerprint, mask_settings
 from pipeline.run import Run, check_folder, command
 from segmentation import camfile
@@ -24,6 +24,7 @@ def main() -> int:
     flag("--pseudo_mask_save_path", required=True, metavar="DIR", help="folder for the masks")
     flag("--keep_cams", choices=["none", *camfile.FORMATS], default="none", help="also write the CAM files")
     flag("--cam_out_dir", help="where (without it: cams in the folder of the masks); shards hold both")
+    add_preset_flag(parser)
     add_run_flags(parser)
     add_cam_flags(parser)
     add_crf_flags(parser, "auto")
@@ -46,7 +47,7 @@ def main() -> int:
         image_root=cams.image_root,
         output=args.pseudo_mask_save_path,
         cam_type=fused.cam_type(cams.settings),
-        confidence=args.confidence,
+        confidence=confidence(args),
         crf=crf_preset(args),
         backend=backend,
         max_pixels=args.crf_max_pixels,

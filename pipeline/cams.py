@@ -41,6 +41,7 @@ class CamSettings:
         refine: "caa" (affinity with class box masks), "mhsa" (affinity alone), "none" (initial CAM).
         method: how gradients weigh activations, see `pytorch_grad_cam.METHODS`.
         averaged: last blocks whose attention makes the affinity.
+        leave_out_last: without the very last of them, see `text_cams`.
         box_threshold: lambda of the box masks.
         cover_edge: let box masks reach the grid's last row and column (the public code does not).
         scales, flip: views whose maps are averaged; the public code has one.
@@ -52,6 +53,7 @@ class CamSettings:
     refine: str = "caa"
     method: str = "gradcam"
     averaged: int = AVERAGED_BLOCKS
+    leave_out_last: bool = False
     box_threshold: float = 0.4
     cover_edge: bool = False
     scales: tuple[float, ...] = (1.0,)
@@ -59,6 +61,13 @@ class CamSettings:
     keep_initial: bool = False
     position_rounding: str = "always"
     max_patches: int = 10_000
+
+    def __post_init__(self):
+        if self.leave_out_last and self.averaged < 2:
+            raise ValueError(
+                "without the last block none is left to average: give --averaged_blocks 2 or more, "
+                "or --no-leave_out_last"
+            )
 
 
 def image_cams(
@@ -137,6 +146,7 @@ def _view_cams(
         present,
         method=settings.method,
         averaged=settings.averaged,
+        leave_out_last=settings.leave_out_last,
         position_rounding=settings.position_rounding,
     )
     maps = {}
@@ -283,9 +293,7 @@ class CamStep:
         if self.model.device.type == "cpu":
             return 1
         patches = max(math.prod(shape) for shape in decoded.shape) // self.model.visual.patch_size**2
-        needed = bytes_per_image(self.model, patches) * (1 + self.job.settings.flip)
-        room = _free_memory(self.model.device) / self.flow.threads
-        return int(min(MOST_AT_ONCE, max(1, room // needed)))
+        return images_that_fit(self.model, patches, self.flow.threads, 1 + self.job.settings.flip)
 
     def compute(self, batch: list[Labelled]) -> list[dict[str, np.ndarray]]:
         texts = [self.text[decoded.keys] for decoded in batch]
@@ -325,6 +333,12 @@ def bytes_per_image(model: CLIP, patches: int) -> int:
     width = model.config.vision_width
     heads = width // HEAD_WIDTH
     return 4 * patches**2 * (heads + 6) + 4 * patches * width * (12 * LABELS_AT_ONCE + 40)
+
+
+def images_that_fit(model: CLIP, patches: int, threads: int, views: int = 1) -> int:
+    """Images of so many patches, each in so many views, that a GPU is likely to hold for one of `threads`."""
+    room = _free_memory(model.device) / threads
+    return int(min(MOST_AT_ONCE, max(1, room // (views * bytes_per_image(model, patches)))))
 
 
 def _free_memory(device: torch.device) -> float:

@@ -20,7 +20,7 @@ from pipeline.cams import (
     flow_settings,
     generate,
 )
-from pipeline.flags import HelpFormatter, count, factors, share, workers
+from pipeline.flags import HelpFormatter, add_preset_flag, count, factors, leave_out_last, share, workers
 from pipeline.run import Run
 from pytorch_grad_cam import METHODS
 from pytorch_grad_cam.grad_cam import AVERAGED_BLOCKS
@@ -50,6 +50,7 @@ def main(name: str | None = None) -> int:
     flag("--cam_out_dir", required=True, help="folder for the CAM files, made if missing")
     flag("--cam_format", choices=camfile.FORMATS, default="full", help="full: the public .npy; compact: "
          ".npz, about 120 times smaller, which every script here reads as well")  # fmt: skip
+    add_preset_flag(parser)
     add_run_flags(parser)
     add_cam_flags(parser)
     args = parser.parse_args()
@@ -111,6 +112,8 @@ def add_cam_flags(parser: argparse.ArgumentParser) -> None:
     flag("--cam_scales", type=factors, default="1.0", help="scales to average, e.g. 0.5,1.0,1.5")
     flag("--flip", action="store_true", help="average with the CAMs of the mirrored image")
     flag("--averaged_blocks", type=count, default=AVERAGED_BLOCKS, help="last blocks that make the affinity")
+    flag("--leave_out_last", action=argparse.BooleanOptionalAction, help="average without the very last of "
+         "these blocks (without it: as --preset says)")  # fmt: skip
     flag("--box_threshold", type=share, help="lambda of the class boxes (without it: the benchmark's)")
     flag("--cover_edge", action="store_true", help="let class boxes reach the grid's last row and column, "
          "which the public code cuts off")  # fmt: skip
@@ -168,6 +171,7 @@ def cam_job(
         refine=args.refine,
         method=args.cam_method,
         averaged=args.averaged_blocks,
+        leave_out_last=leave_out_last(args, benchmark),
         box_threshold=benchmark.box_threshold if args.box_threshold is None else args.box_threshold,
         cover_edge=args.cover_edge,
         scales=args.cam_scales,

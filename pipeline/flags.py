@@ -4,7 +4,17 @@ import math
 from dataclasses import replace
 
 from pipeline.masks import CONFIDENCE, MAX_PIXELS
-from refinement.densecrf import BACKENDS, IMAGE_MODES, PRESETS, UNARY_TYPES, Preset
+from refinement.densecrf import BACKENDS, IMAGE_MODES, UNARY_TYPES, Preset
+from refinement.densecrf import PRESETS as CRF_PRESETS
+from segmentation.benchmark import Benchmark
+
+# What published pipelines differ in: the default of --confidence, and the benchmarks on which
+# --leave_out_last is the default.
+PRESETS = {
+    "clip_es": {"confidence": CONFIDENCE, "leave_out_last": ()},
+    # TagCLIP's copy of CLIP-ES, whose VOC script alone takes [-8:-1] of the attention maps.
+    "cls_seg": {"confidence": 0.0, "leave_out_last": ("voc12",)},
+}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -52,12 +62,33 @@ def factors(text: str) -> tuple[float, ...]:
     return found
 
 
+def add_preset_flag(parser: argparse.ArgumentParser) -> None:
+    """Which of `PRESETS`; it decides where the flags it concerns are left out."""
+    parser.add_argument("--preset", choices=PRESETS, default="clip_es", help="published defaults: CLIP-ES's, "
+                        "or CLS-SEG's, TagCLIP's segmentation without labels: no pixel of a mask becomes "
+                        "255, and on voc12 the last block's attention is left out; flags that are given "
+                        "win")  # fmt: skip
+
+
+def leave_out_last(args: argparse.Namespace, benchmark: Benchmark) -> bool:
+    """What --leave_out_last says, or else the preset."""
+    if args.leave_out_last is None:
+        return benchmark.name in PRESETS[args.preset]["leave_out_last"]
+    return args.leave_out_last
+
+
+def confidence(args: argparse.Namespace) -> float:
+    """What --confidence says, or else the preset."""
+    return PRESETS[args.preset]["confidence"] if args.confidence is None else args.confidence
+
+
 def add_crf_flags(parser: argparse.ArgumentParser, backend: str) -> None:
     """How the dense CRF makes masks; `backend` is the default one."""
     flag = parser.add_argument_group("how the dense CRF runs (the defaults are CLIP-ES's)").add_argument
-    preset = PRESETS["clip_es"]
+    preset = CRF_PRESETS["clip_es"]
     backends = [*BACKENDS] if backend in BACKENDS else [backend, *BACKENDS]
-    flag("--confidence", type=share, default=CONFIDENCE, help="a pixel of lower posterior becomes 255")
+    flag("--confidence", type=share, help="a pixel of lower posterior becomes 255 (without it: as "
+         f"--preset says, {CONFIDENCE} or, with cls_seg, none does)")  # fmt: skip
     flag("--crf_backend", choices=backends, default=backend, help="what runs it: numba (CPU), torch (many "
          "images at once on a GPU), or pydensecrf, the reference; auto: torch on a GPU, else numba. Their "
          "labels agree")  # fmt: skip
@@ -72,4 +103,4 @@ def add_crf_flags(parser: argparse.ArgumentParser, backend: str) -> None:
 
 def crf_preset(args: argparse.Namespace) -> Preset:
     """What the flags say."""
-    return replace(PRESETS["clip_es"], image_mode=args.crf_image, unary_type=args.crf_unary)
+    return replace(CRF_PRESETS["clip_es"], image_mode=args.crf_image, unary_type=args.crf_unary)

@@ -15,7 +15,7 @@ from clip.model import CLIP, VisionTransformer
 from pytorch_grad_cam.last_block import LastBlock
 from pytorch_grad_cam.methods import METHODS, activation_map
 
-AVERAGED_BLOCKS = 8  # whose attention makes the affinity: the last 8, the very last included
+AVERAGED_BLOCKS = 8  # whose attention makes the affinity: the last 8; CLIP-ES includes the very last
 
 
 @dataclass
@@ -80,6 +80,7 @@ def text_cams(
     present: Tensor | None = None,
     method: str = "gradcam",
     averaged: int = AVERAGED_BLOCKS,
+    leave_out_last: bool = False,
     position_rounding: str = "always",
 ) -> TextCAMs:
     """CAMs of the given labels of a batch of images of equal size.
@@ -92,9 +93,13 @@ def text_cams(
         present: (B, K) bool, False at padding; None when there is none. Padding gets zero CAMs.
         method: see `pytorch_grad_cam.methods.METHODS`. "gradcam" takes the mean gradient in closed
             form; the others need the whole gradient, by automatic differentiation.
+        averaged: blocks, counted from the end, whose attention is averaged.
+        leave_out_last: average without the very last of them, which counts all the same: public code
+            has `[-8:-1]`, 7 blocks.
+        position_rounding: see `clip.positions`.
 
     Raises:
-        ValueError: unknown method.
+        ValueError: unknown method, or no block is left to average.
     """
     if method not in METHODS:
         raise ValueError(f"CAM method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -106,6 +111,8 @@ def text_cams(
         )
         raw = METHODS[method](features.float()[:, None], gradients)
         return TextCAMs(activation_map(raw), raw, probabilities, None)
+    if leave_out_last and min(averaged, model.visual.layers) < 2:
+        raise ValueError("without the last block none is left to average: it takes 2 blocks or more")
     encoded = encode(model.visual, images, averaged, position_rounding)
     if method == "gradcam":
         activations, weights, probabilities, last_map = mean_gradients(
@@ -117,8 +124,10 @@ def text_cams(
             model, encoded.tokens, encoded.grid, text, backgrounds, present
         )
         raw = METHODS[method](activations[:, None], gradients)
-    total = last_map if encoded.attention is None else encoded.attention.add_(last_map)
-    attention = total[:, 1:, 1:] / (encoded.maps + 1)
+    total, maps = encoded.attention, encoded.maps
+    if not leave_out_last:
+        total, maps = last_map if total is None else total.add_(last_map), maps + 1
+    attention = total[:, 1:, 1:] / maps
     return TextCAMs(activation_map(raw), raw, probabilities, attention)
 
 

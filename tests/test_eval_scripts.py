@@ -139,6 +139,7 @@ def in_process(name, monkeypatch, *arguments):
         ("--crf_image", "raw", {"crf": replace(PRESETS["clip_es"], image_mode="raw")}),
         ("--crf_unary", "float32", {"crf": replace(PRESETS["clip_es"], unary_type="float32")}),
         ("--confidence", "0.7", {"confidence": 0.7}),
+        ("--preset", "cls_seg", {"confidence": 0.0}),
     ],
 )
 def test_flags_of_the_crf_change_what_it_gives(data, monkeypatch, flag, value, change):
@@ -155,6 +156,8 @@ def test_flags_of_the_crf_change_what_it_gives(data, monkeypatch, flag, value, c
     in_process("eval_cam_with_crf", monkeypatch, *common, flag, value)
     usual, changed = jobs
     assert changed == replace(usual, **change) != usual
+    in_process("eval_cam_with_crf", monkeypatch, *common, "--preset", "cls_seg", "--confidence", "0.95")
+    assert jobs.pop() == usual  # a flag that is given wins
 
     ramp = np.linspace(0, 0.9, 40, dtype=np.float32) + np.zeros((30, 1), np.float32)  # (30, 40)
     noise = np.random.default_rng(0).normal(0, 15, (30, 40, 3))

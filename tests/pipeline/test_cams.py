@@ -142,6 +142,8 @@ FLAGS = {
     "refine": (["--refine", "mhsa"], {"refine": "mhsa"}),
     "method": (["--cam_method", "layercam"], {"method": "layercam"}),
     "averaged": (["--averaged_blocks", "3"], {"averaged": 3}),
+    "last": (["--leave_out_last"], {"averaged": 8, "leave_out_last": True}),
+    "preset": (["--preset", "cls_seg"], {"averaged": 8, "leave_out_last": True}),
     "threshold": (["--box_threshold", "0.9"], {"box_threshold": 0.9}),
     "edge": (["--cover_edge"], {"cover_edge": True}),
     "scales": (["--cam_scales", "1,1.5"], {"scales": [1.0, 1.5]}),
@@ -163,6 +165,35 @@ def test_every_flag_changes_the_maps_and_is_recorded(flag, voc, tmp_path, monkey
     assert plain.keys() == other.keys() and any(plain[name] != other[name] for name in plain)
     settings = json.loads((tmp_path / "other" / "settings.json").read_text())["settings"]
     assert {key: settings[key] for key in recorded} == recorded
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "flags", "without"),
+    [
+        ("voc12", [], False),
+        ("voc12", ["--preset", "clip_es"], False),
+        ("voc12", ["--preset", "cls_seg"], True),
+        ("voc12", ["--preset", "cls_seg", "--no-leave_out_last"], False),
+        ("coco14", ["--preset", "cls_seg"], False),
+        ("coco14", ["--preset", "cls_seg", "--leave_out_last"], True),
+        ("shapes", ["--preset", "cls_seg"], False),
+    ],
+)
+def test_presets_leave_out_the_last_block_on_voc12_alone(
+    benchmark, flags, without, voc, tmp_path, monkeypatch, parity_file
+):
+    (tmp_path / "labels.txt").write_text("es_a 0\nes_b 1\nother 2\n")
+    flags = [*flags, "--labels", str(tmp_path / "labels.txt")]
+    assert run(monkeypatch, voc, tmp_path / "cams", parity_file("tiny", 1), *flags, benchmark=benchmark) == 0
+    settings = json.loads((tmp_path / "cams" / "settings.json").read_text())["settings"]
+    assert settings["leave_out_last"] is without and settings["averaged"] == 8
+
+
+def test_leaving_out_the_only_block_is_refused(voc, tmp_path, monkeypatch, parity_file):
+    flags = ["--averaged_blocks", "1", "--preset", "cls_seg"]
+    with pytest.raises(ValueError, match="--averaged_blocks 2 or more"):
+        run(monkeypatch, voc, tmp_path / "cams", parity_file("tiny", 1), *flags)
+    assert not (tmp_path / "cams").exists()
 
 
 @pytest.mark.parametrize(

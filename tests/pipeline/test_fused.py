@@ -360,7 +360,8 @@ def test_help_tells_every_flag(capsys):
         *("--precision", "--num_workers", "--threads", "--batch_size", "--look_ahead", "--decode_workers"),
         *("--refine", "--keep_initial", "--cam_method", "--cam_scales", "--flip", "--averaged_blocks"),
         *("--box_threshold", "--cover_edge", "--position_rounding", "--round_weights", "--max_patches"),
-        *("--confidence", "--crf_backend", "--crf_image", "--crf_unary", "--crf_max_pixels"),
+        *("--preset", "--leave_out_last,", "--confidence", "--crf_backend", "--crf_image", "--crf_unary"),
+        "--crf_max_pixels",
     ):
         assert f"\n  {flag} " in text or f"\n  {flag}\n" in text, flag
 
@@ -392,6 +393,23 @@ def test_nothing_is_removed_before_both_folders_are_found_in_order(data, model, 
     assert files(tmp_path / "cams", "*") == before
     with pytest.raises(SystemExit):
         fused(data, tmp_path / "cams", *model, *keep)
+
+
+def test_presets_set_the_defaults_and_flags_win(data, model, tmp_path):
+    def made(out, *flags):
+        return fused(data, out, *model, "--keep_cams", "compact", *flags)
+
+    usual = made(tmp_path / "usual")
+    preset = made(tmp_path / "preset", "--preset", "cls_seg")
+    spelt_out = made(tmp_path / "spelt_out", "--leave_out_last", "--confidence", "0")
+    assert preset == spelt_out and preset.keys() == usual.keys() and preset != usual
+    unsure = {folder: any((read_mask(file) == 255).any() for file in (tmp_path / folder).glob("*.png"))
+              for folder in ("usual", "preset")}  # fmt: skip
+    assert unsure == {"usual": True, "preset": False}
+    assert record(tmp_path / "preset")["settings"]["confidence"] == 0
+    assert record(tmp_path / "preset" / "cams")["settings"]["leave_out_last"] is True
+    flags = ["--preset", "cls_seg", "--no-leave_out_last", "--confidence", "0.95"]
+    assert made(tmp_path / "won", *flags) == usual
 
 
 def test_another_backend_continues_a_folder(data, model, steps, tmp_path):

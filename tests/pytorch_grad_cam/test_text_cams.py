@@ -86,18 +86,34 @@ def test_closed_form_of_an_almost_certain_label():
         assert difference <= 1e-4 * reference[0, label].abs().max()
 
 
-@pytest.mark.parametrize("averaged", [1, 2, 8])
-def test_attention_is_the_mean_of_the_last_blocks(averaged):
+@pytest.mark.parametrize("method", ["gradcam", "layercam"])
+@pytest.mark.parametrize(("averaged", "without"), [(1, False), (2, False), (8, False), (2, True), (8, True)])
+def test_attention_is_the_mean_of_the_last_blocks(averaged, without, method):
     model = network(SMALL_VIT)
     images = torch.randn(1, 3, 24, 16)
-    result = text_cams(model, images, features(1, 32)[None], features(2, 32, 1), averaged=averaged)
+    text, backgrounds = features(1, 32)[None], features(2, 32, 1)
+    result = text_cams(
+        model, images, text, backgrounds, method=method, averaged=averaged, leave_out_last=without
+    )
     tokens, _ = model.visual.embed(images)
     maps = []
     for index in range(model.visual.layers):
         tokens, attention = model.visual.block(index, tokens, maps=True)
         maps.append(attention)
-    expected = torch.stack(maps[-averaged:]).mean(0)[:, 1:, 1:]
+    chosen = maps[-averaged:-1] if without else maps[-averaged:]
+    expected = torch.stack(chosen).mean(0)[:, 1:, 1:]
     torch.testing.assert_close(result.attention, expected)
+
+
+def test_leaving_out_the_only_block_is_refused():
+    with pytest.raises(ValueError, match="2 blocks or more"):
+        text_cams(
+            network(SMALL_VIT),
+            torch.randn(1, 3, 24, 16),
+            *(features(1, 32)[None], features(2, 32, 1)),
+            averaged=1,
+            leave_out_last=True,
+        )
 
 
 def test_improbable_labels_do_not_vanish_in_half_precision():
