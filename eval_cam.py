@@ -23,8 +23,8 @@ def main() -> int:
     flag("--cam_eval_thres", type=float, default=2.0, help="background scores to try: 1 and more, exponents "
          "1, 2 (1 to 10 for maps other than attn); below 1, constants 0.05, 0.10, ..., 0.60")  # fmt: skip
     flag("--gt_root", help="folder of the ground-truth masks (without it: the benchmark's)")
-    flag("--dataset", metavar="NAME|FILE.yaml", help="voc12, coco14, shapes or a YAML file (without it: the "
-         "one recorded in the CAM folder)")  # fmt: skip
+    flag("--dataset", metavar="NAME|FILE.yaml", help="voc12, coco14, cocostuff, shapes or a YAML file "
+         "(without it: the one recorded in the CAM folder)")  # fmt: skip
     flag("--arithmetic", choices=ARITHMETIC, default="float16", help="type in which background and classes "
          "are compared; published numbers use float16")  # fmt: skip
     flag("--json", metavar="FILE", help="write the scores there")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from deeplab.trained import Segmenter, Setup, record
-from pipeline.evaluate import tell
+from pipeline.evaluate import benchmark_scores, tell
 from pipeline.processes import Outcome, attempt
 from pipeline.run import SETTINGS, Run, check_folder, read_settings
 from refinement.densecrf import PRESETS
@@ -18,7 +18,7 @@ from segmentation.distributed import rank_and_world, together
 from segmentation.files import replacing
 from segmentation.images import UNREADABLE, find_image, read_rgb
 from segmentation.masks import read_mask, write_mask
-from segmentation.metrics import confusion, scores
+from segmentation.metrics import confusion
 
 STEP = "deeplab.test"
 MASKS, CRF_MASKS, LOGITS = "masks", "masks_crf", "logits"  # folders of a test
@@ -257,7 +257,8 @@ def tell_scores(
     }
     file = Path(job.output) / SCORES[folder]
     pixels = np.array([0, hist.sum()])  # none is predicted 255
-    tell(report, (None,), [scores(hist, job.absent)], pixels, setup.benchmark, file)
+    result = benchmark_scores(hist, setup.benchmark, job.absent)
+    tell(report, (None,), [result], pixels, setup.benchmark, file)
 
 
 def pack(job: Evaluation, names: Sequence[str], submission: str) -> Path:

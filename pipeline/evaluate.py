@@ -274,7 +274,7 @@ def evaluate(
     code = run.finish()
     if run.rank == 0:
         hists, pixels = (sum(counts) for counts in zip(*parts, strict=True))
-        results = [scores(hist) for hist in hists]
+        results = [benchmark_scores(hist, evaluation.benchmark) for hist in hists]
         report = {
             "benchmark": evaluation.benchmark.name,
             "cam_type": evaluation.cam_type,
@@ -285,6 +285,29 @@ def evaluate(
         }
         tell(report, evaluation.backgrounds, results, pixels, evaluation.benchmark, json_file)
     return code
+
+
+def benchmark_scores(hist: np.ndarray, benchmark: Benchmark, absent: str = "drop") -> dict:
+    """Scores of what the benchmark is scored by: its groups of classes where it has them, else its classes.
+
+    Args:
+        hist: (n, n) [truth, prediction], of the benchmark's masks.
+        absent: see `segmentation.metrics.scores`.
+
+    Returns:
+        See there; the keys of "Class IoU" are indices into `scored_names`.
+    """
+    if benchmark.groups:
+        member = np.eye(len(benchmark.group_names), dtype=np.int64)[benchmark.groups]  # (n, groups)
+        hist = member.T @ hist @ member
+    return scores(hist, absent)
+
+
+def scored_names(benchmark: Benchmark) -> list[str]:
+    """What there is an IoU of: groups of classes, or classes with the background before them."""
+    if benchmark.groups:
+        return list(benchmark.group_names)
+    return ["background"] * benchmark.has_background + list(benchmark.classes)
 
 
 def tell(
@@ -300,12 +323,12 @@ def tell(
     Args:
         report: what else the JSON file is to hold.
         backgrounds: (B,) what was tried; None where there is nothing to try.
-        results: (B,) see `segmentation.metrics.scores`.
+        results: (B,) see `benchmark_scores`.
         pixels: (2,) predicted 255, all.
-        benchmark: names the classes.
+        benchmark: names what is scored.
         json_file: where, if anywhere. NaN becomes null.
     """
-    classes = ["background"] * benchmark.has_background + list(benchmark.classes)
+    classes = scored_names(benchmark)
     best = max(range(len(results)), key=lambda index: (np.nan_to_num(results[index]["Mean IoU"]), -index))
     if len(results) > 1:
         print(f"{'background':<12}{'':<8}" + "".join(f"{name:<24}" for name in SUMMARY))

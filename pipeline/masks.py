@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from pipeline.evaluate import background, present, tell
+from pipeline.evaluate import background, benchmark_scores, present, tell
 from pipeline.processes import Outcome, attempt, device_of
 from pipeline.run import Run, read_settings
 from refinement.densecrf import PRESETS, Preset, densecrf_batch
@@ -18,7 +18,7 @@ from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.images import find_image, read_rgb, shrunk
 from segmentation.masks import read_mask, write_mask
-from segmentation.metrics import confusion, scores
+from segmentation.metrics import confusion
 
 MAX_PIXELS = 10_000_000  # of the CRF, which takes some 350 bytes for each
 CONFIDENCE = 0.95  # of the CRF posterior; CLIP-ES (the paper's mu is on the CAM instead)
@@ -231,7 +231,8 @@ def make_masks(
             "failed": [name for name, _ in run.failures],
             "missing": missing,
         }
-        tell(report, (None,), [scores(hist)], pixels, job.benchmark, json_file)
+        result = benchmark_scores(hist, job.benchmark)
+        tell(report, (None,), [result], pixels, job.benchmark, json_file)
     return code
 
 

@@ -1,6 +1,7 @@
 """Step 2a against the golden vectors, and where files are odd, missing or wrong."""
 
 import json
+import re
 import tracemalloc
 from dataclasses import replace
 
@@ -10,22 +11,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import coco14
+import cocostuff
 import voc12
+from cocostuff.prepare import convert
 from pipeline.evaluate import (
     Evaluation,
     background,
     backgrounds,
     benchmark_of,
+    benchmark_scores,
     count_cams,
     evaluate,
     evaluate_images,
     present,
 )
+from pipeline.masks import MaskJob, make_masks
 from pipeline.processes import drain
 from segmentation import camfile
-from segmentation.masks import write_mask
-from segmentation.metrics import confusion
-from tests.conftest import golden
+from segmentation.benchmark import Benchmark
+from segmentation.masks import read_mask, write_mask
+from segmentation.metrics import confusion, scores
+from tests.conftest import GOLDEN, golden, parity_image
 
 PALETTE = voc12.BENCHMARK.palette
 BENCHMARKS = {"voc": voc12.BENCHMARK, "coco": coco14.BENCHMARK}
@@ -316,3 +322,97 @@ def test_the_benchmark_is_given_or_recorded(tmp_path):
     (tmp_path / "settings.json").write_text('{"settings": {"benchmark": "coco14"}}')
     assert benchmark_of(tmp_path, None)[1] is coco14.BENCHMARK
     assert benchmark_of(tmp_path, "voc12") == ("voc12", voc12.BENCHMARK)
+
+
+GROUP_SCORES = {
+    "Mean IoU": "miou",
+    "Pixel Accuracy": "pixel_accuracy",
+    "Mean Accuracy": "mean_accuracy",
+    "Frequency Weighted IoU": "fw_iou",
+}
+
+
+@pytest.fixture(scope="module")
+def stuff(tmp_path_factory):
+    """The golden CAMs and public ground truth of COCO-Stuff as files, and the golden scores."""
+    root = tmp_path_factory.mktemp("stuff")
+    with np.load(GOLDEN.parent / "tagclip" / "cocostuff_eval.npz") as stored:
+        arrays = dict(stored)
+    for name in "012":
+        maps = arrays[f"{name}/attn_highres"]
+        for format in camfile.FORMATS:
+            grid = {"attn_highres": maps.astype(np.float32)}
+            camfile.write(root / format, name, arrays[f"{name}/keys"], grid, maps.shape[1:], format)
+        truth, unknown = convert(arrays[f"{name}/truth"])
+        assert not unknown
+        write_mask(root / "truth" / f"{name}.png", truth, PALETTE)
+    return root, arrays
+
+
+def check_group_scores(file, arrays):
+    best = json.loads(file.read_text())["best"]
+    for name, key in GROUP_SCORES.items():
+        assert best[name] == pytest.approx(float(arrays[key]), abs=1e-6), name
+    assert list(best["Class IoU"]) == cocostuff.GROUPS
+    ious = [np.nan if iou is None else iou for iou in best["Class IoU"].values()]
+    np.testing.assert_allclose(ious, arrays["class_iou"], rtol=0, atol=1e-6)  # NaN where NaN is expected
+
+
+@pytest.mark.parametrize("format", camfile.FORMATS)
+def test_golden_scores_of_groups(stuff, format, tmp_path, capsys):
+    root, arrays = stuff
+    tried = backgrounds(2, "attn_highres", cocostuff.BENCHMARK.has_background)
+    evaluation = Evaluation(cocostuff.BENCHMARK, str(root / format), str(root / "truth"), backgrounds=tried)
+    assert evaluate(evaluation, list("012"), tmp_path / "scores.json") == 0
+    check_group_scores(tmp_path / "scores.json", arrays)
+    table = capsys.readouterr().out
+    for group, iou in zip(cocostuff.GROUPS, arrays["class_iou"], strict=True):
+        assert re.search(rf"^{group} +{iou:.4f}$", table, re.MULTILINE)
+
+
+def test_masks_are_scored_by_groups(stuff, tmp_path):
+    root, arrays = stuff
+    for name in "012":
+        labels = arrays[f"{name}/keys"][arrays[f"{name}/attn_highres"].argmax(0)].astype(np.uint8)
+        write_mask(tmp_path / "masks" / f"{name}.png", labels, PALETTE)
+    evaluation = Evaluation(
+        cocostuff.BENCHMARK, str(tmp_path / "masks"), str(root / "truth"), "png", backgrounds=(None,)
+    )
+    assert evaluate(evaluation, list("012"), tmp_path / "scores.json") == 0
+    check_group_scores(tmp_path / "scores.json", arrays)
+
+
+def test_the_crf_is_scored_by_groups(stuff, tmp_path):
+    root, arrays = stuff
+    (tmp_path / "images").mkdir()
+    for name in "012":
+        size = arrays[f"{name}/truth"].shape
+        parity_image(name, size).save(tmp_path / "images" / f"{name}.png")
+    job = MaskJob(
+        cocostuff.BENCHMARK,
+        str(root / "compact"),
+        str(tmp_path / "images"),
+        str(tmp_path / "masks"),
+        gt_root=str(root / "truth"),
+        confidence=0,
+    )
+    assert make_masks(job, list("012"), "cocostuff", tmp_path / "crf.json") == 0
+    evaluation = Evaluation(cocostuff.BENCHMARK, job.output, job.gt_root, "png", backgrounds=(None,))
+    assert evaluate(evaluation, list("012"), tmp_path / "masks.json") == 0
+    crf, masks = (json.loads((tmp_path / name).read_text())["best"] for name in ("crf.json", "masks.json"))
+    assert crf == masks and list(crf["Class IoU"]) == cocostuff.GROUPS
+    for name in "012":
+        values = np.unique(read_mask(tmp_path / "masks" / f"{name}.png"))
+        assert set(values) <= set(arrays[f"{name}/keys"])  # classes, not groups
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.lists(st.integers(0, 3), min_size=5, max_size=5))
+def test_groups_count_as_if_every_pixel_were_renamed(seed, groups):
+    benchmark = Benchmark(
+        "a", list("vwxyz"), has_background=False, groups=groups, group_names=["p", "q", "r", "s"]
+    )
+    truth, prediction = np.random.default_rng(seed).integers(0, 5, (2, 40))
+    renamed = confusion(np.array(groups)[truth], np.array(groups)[prediction], 4)
+    found = benchmark_scores(confusion(truth, prediction, 5), benchmark)
+    assert json.dumps(found) == json.dumps(scores(renamed))  # as text, where NaN is NaN
