@@ -18,7 +18,7 @@ from pipeline.run import Run, check_folder, command, read_settings
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.distributed import together
 from segmentation.files import replacing
-from segmentation.images import IMAGE_SUFFIXES, read_rgb
+from segmentation.images import image_files, read_rgb
 from segmentation.inference import resize_by
 from segmentation.masks import overlay, write_mask
 
@@ -116,27 +116,6 @@ def with_legend(image: np.ndarray, entries: Sequence[tuple[str, tuple[int, int, 
         draw.rectangle((x, y, x + SWATCH, y + SWATCH), fill=colour, outline=(120, 120, 120))
         draw.text((x + SWATCH + MARGIN, y + SWATCH / 2), name, "black", font, anchor="lm")
     return np.asarray(canvas)
-
-
-def image_files(path: str) -> list[str]:
-    """The image file, or those of a folder by name.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: the folder holds no images, or two that differ by their suffix alone.
-    """
-    if Path(path).is_file():
-        return [path]
-    if not Path(path).is_dir():
-        raise FileNotFoundError(f"image or folder {path} does not exist")
-    files = sorted(file for file in Path(path).iterdir() if file.suffix in IMAGE_SUFFIXES)
-    if not files:
-        raise ValueError(f"folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    by_stem: dict[str, Path] = {}
-    for file in files:
-        if by_stem.setdefault(file.stem, file) is not file:
-            raise ValueError(f"{by_stem[file.stem]} and {file.name} would get the same mask: rename one")
-    return [str(file) for file in files]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from pipeline.cams import (
     generate,
 )
 from pipeline.flags import HelpFormatter, add_preset_flag, count, factors, leave_out_last, share, workers
+from pipeline.flow import FlowSettings
 from pipeline.run import Run
 from pytorch_grad_cam import METHODS
 from pytorch_grad_cam.grad_cam import AVERAGED_BLOCKS
@@ -164,7 +165,7 @@ def cam_job(
         if not image_root.is_dir():
             parser.error(f"--img_root: image folder {image_root} does not exist")
         if args.img_root:
-            benchmark = _rooted_at(benchmark, image_root)
+            benchmark = beside(benchmark, image_root)
         reader = labels.reader(benchmark, split, args.labels)
     source, told = resolve(model), "shards" if args.shards else benchmark.labels
     settings = CamSettings(
@@ -191,14 +192,7 @@ def cam_job(
         output=output,
         format=cam_format,
         settings=settings,
-        flow=flow_settings(
-            args.device,
-            processes=args.num_workers,
-            batch_size=args.batch_size,
-            look_ahead=args.look_ahead,
-            threads=args.threads,
-            decode_workers=args.decode_workers,
-        ),
+        flow=flow_of(args),
     )
     record = {
         "step": "cams",
@@ -219,6 +213,18 @@ def cam_job(
     return job, names, record
 
 
+def flow_of(args: argparse.Namespace) -> FlowSettings:
+    """What the flags of `add_run_flags` say."""
+    return flow_settings(
+        args.device,
+        processes=args.num_workers,
+        batch_size=args.batch_size,
+        look_ahead=args.look_ahead,
+        threads=args.threads,
+        decode_workers=args.decode_workers,
+    )
+
+
 def recorded(name: str) -> str:
     """A benchmark's name, as later steps find it from any folder."""
     return _anywhere(name) if name.endswith((".yaml", ".yml")) else name
@@ -229,7 +235,7 @@ def _anywhere(file: str) -> str:
     return str(Path(file).absolute())
 
 
-def _rooted_at(benchmark: Benchmark, image_root: Path) -> Benchmark:
+def beside(benchmark: Benchmark, image_root: Path) -> Benchmark:
     """The benchmark with the annotations and masks that lie beside the given images, if they do: the
     public scripts are told nothing but the image folder."""
     folder = {"voc_xml": benchmark.annotation_dir, "masks": benchmark.mask_dir}.get(benchmark.labels)

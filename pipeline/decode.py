@@ -33,6 +33,13 @@ def resized_views(
     return tuple(clip.resize_rgb(image, grid.size(image, factor, most)) for factor in scales)
 
 
+def shrunk_notes(image: Image.Image, grid: Grid, factor: float, most: int) -> list[str]:
+    """What is worth counting where an image has more patches than it may have."""
+    if grid.size(image, factor, most) == grid.size(image, factor):
+        return []
+    return [f"images shrunk to {most} patches (--max_patches)"]
+
+
 class Sample(NamedTuple):
     """An image that comes with its content, and perhaps with its labels, `3 17`, from an archive. What has no
     content is no image."""
@@ -115,9 +122,7 @@ class Decoder:
             file = BytesIO(sample.content)
             file.name = name
             image = read_image(file)
-        largest, notes = max(self.scales), []
-        if self.grid.size(image, largest, self.max_patches) != self.grid.size(image, largest):
-            notes.append(f"images shrunk to {self.max_patches} patches (--max_patches)")
+        notes = shrunk_notes(image, self.grid, max(self.scales), self.max_patches)
         views = resized_views(image, self.grid, self.scales, self.max_patches)
         kept = None
         if self.kept_pixels is not None:

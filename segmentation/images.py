@@ -36,6 +36,27 @@ def find_image(folder: str | Path, name: str) -> Path:
     raise FileNotFoundError(f"no image {name} ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
 
 
+def image_files(path: str) -> list[str]:
+    """The image file, or those of a folder by name.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: the folder holds no images, or two that differ by their suffix alone.
+    """
+    if Path(path).is_file():
+        return [path]
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"image or folder {path} does not exist")
+    files = sorted(file for file in Path(path).iterdir() if file.suffix in IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(f"folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    by_stem: dict[str, Path] = {}
+    for file in files:
+        if by_stem.setdefault(file.stem, file) is not file:
+            raise ValueError(f"{by_stem[file.stem]} and {file.name} have the same name: rename one")
+    return [str(file) for file in files]
+
+
 def read_image(file: str | Path | BinaryIO) -> Image.Image:
     """Decode an image in its own mode (grey and palette images stay what they are).
 

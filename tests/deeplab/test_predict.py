@@ -11,10 +11,11 @@ from PIL import Image
 from clip.download import sha256
 from deeplab import config as configs
 from deeplab.networks import network_of
-from deeplab.predict import explained, image_files, main, predict, with_legend
+from deeplab.predict import explained, main, predict, with_legend
 from deeplab.trained import Segmenter, Setup
 from segmentation import benchmark as benchmarks
 from segmentation.benchmark import Benchmark, voc_palette
+from segmentation.images import image_files
 from segmentation.inference import Protocol, resize_by
 from segmentation.masks import read_mask
 from tests.deeplab.common import fill_a, golden
@@ -168,7 +169,7 @@ def test_mistakes_are_told(run, pictures, tmp_path):
     with pytest.raises(ValueError, match="holds no images"):
         main([str(tmp_path / "empty"), "--run", str(run)])
     Image.new("RGB", (9, 9)).save(pictures / "a.jpg")
-    with pytest.raises(ValueError, match=r"a.jpg and a.png would get the same mask"):
+    with pytest.raises(ValueError, match=r"a.jpg and a.png have the same name"):
         image_files(str(pictures))
     with pytest.raises(ValueError, match="nothing is left"):
         resize_by(np.zeros((3, 2000, 3), np.uint8), 64 / 2000)

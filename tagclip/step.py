@@ -1,0 +1,163 @@
+"""Tagging as a step of the pipeline: image files -> shards of scores."""
+
+import math
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import clip
+from clip.model import VisionTransformer
+from pipeline.cams import grid_of, images_that_fit
+from pipeline.decode import Grid, shrunk_notes
+from pipeline.flow import FlowSettings, flow
+from pipeline.processes import Outcome, device_of, failed
+from segmentation.benchmark import Benchmark
+from segmentation.images import find_image, read_image
+from tagclip.config import TagSettings
+from tagclip.model import tag_images
+from tagclip.scores import read_scores, write_scores
+from tagclip.templates import TEMPLATES
+
+PERIOD = 30.0  # seconds of work that a killed run loses at most
+
+
+@dataclass(frozen=True)
+class TagJob:
+    """Everything a process needs to tag images; pickled when there are several.
+
+    Attributes:
+        benchmark: its classes, and what tagging tells them from.
+        image_root: folder of the images.
+        model, device, precision, round_weights: see `clip.load`. The public code rounds no weights.
+        output: folder of the shards.
+    """
+
+    benchmark: Benchmark
+    image_root: str
+    model: str
+    device: str
+    precision: str
+    round_weights: bool
+    output: str
+    settings: TagSettings
+    flow: FlowSettings = field(default_factory=FlowSettings)
+
+    @property
+    def templates(self) -> list[str]:
+        """The prompts that names are read in."""
+        return self.benchmark.tag_templates or list(TEMPLATES)
+
+
+def generate(names: Sequence[str], position: int, job: TagJob) -> Generator[Outcome, None, None]:
+    """Score the images that no shard has yet; see `pipeline.processes`.
+
+    What is scored goes to a new shard every `PERIOD` seconds, and when the work ends or is interrupted.
+    """
+    scored = read_scores(job.output, len(job.benchmark.classes))
+    missing = []
+    for name in names:
+        if name in scored:
+            yield Outcome(name)
+        else:
+            missing.append(name)
+    if not missing:  # and no model is needed
+        return
+    step = TagStep(job, position)
+    saved = time.monotonic()
+    try:
+        for outcome in flow(missing, step.decoder(), step, step.flow):
+            if time.monotonic() - saved > PERIOD:
+                step.save()
+                saved = time.monotonic()
+            yield outcome
+    finally:
+        step.save()
+
+
+@dataclass
+class Resized:
+    """A decoded image, see `pipeline.flow.Decoded`. All may share a batch: `tag_images` sorts them by size,
+    and crops have one size.
+
+    Attributes:
+        pixels: (H', W', 3) uint8.
+        notes: what is worth counting.
+    """
+
+    name: str
+    pixels: np.ndarray
+    notes: list[str]
+    shape = ()
+
+    @property
+    def cost(self) -> int:
+        return math.prod(self.pixels.shape)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Image name -> resized pixels; pickled for decoding processes."""
+
+    image_root: str
+    grid: Grid
+    max_patches: int
+
+    def __call__(self, name: str) -> Resized | Outcome:
+        try:
+            image = read_image(find_image(self.image_root, name))
+            if image.mode != "L":  # which is the same before and after
+                image = image.convert("RGB")
+            pixels = clip.resize_rgb(image, self.grid.size(image, 1.0, self.max_patches))
+            return Resized(name, pixels, shrunk_notes(image, self.grid, 1.0, self.max_patches))
+        except Exception as error:  # one bad image never loses a run
+            return failed(name, error)
+
+
+class TagStep:
+    """Tagging with one model, see `pipeline.flow.Step`.
+
+    Args:
+        job: see there.
+        position: of this process, see `pipeline.processes`.
+    """
+
+    def __init__(self, job: TagJob, position: int):
+        self.job = job
+        self.model = clip.load(job.model, device_of(job.device, position), job.precision, job.round_weights)
+        if not isinstance(self.model.visual, VisionTransformer):
+            raise ValueError("a ResNet tower has no attention between patches to tag by: give a ViT")
+        job.settings.check(self.model.visual.layers, self.model.visual.patch_size)
+        self.text = clip.text_features(self.model, job.benchmark.tag_names, job.templates)
+        self.model.forget_text_tower()
+        self.flow = job.flow.on(self.model.device)
+        self.unsaved: dict[str, np.ndarray] = {}
+
+    def decoder(self) -> Decoder:
+        return Decoder(self.job.image_root, grid_of(self.model), self.job.settings.max_patches)
+
+    def batch_size(self, decoded: Resized) -> int:
+        """See `pipeline.cams.CamStep.batch_size`."""
+        if self.model.device.type == "cpu":
+            return 1
+        patches = math.prod(decoded.pixels.shape[:2]) // self.model.visual.patch_size**2
+        return images_that_fit(self.model, patches, self.flow.threads)
+
+    def compute(self, batch: list[Resized]) -> list[np.ndarray]:
+        images = [decoded.pixels for decoded in batch]
+        tags = tag_images(self.model, images, self.text, len(self.job.benchmark.classes), self.job.settings)
+        return [found.scores for found in tags]
+
+    def write(self, decoded: Resized, scores: np.ndarray) -> list[str]:
+        self.unsaved[decoded.name] = scores
+        return decoded.notes
+
+    def save(self) -> None:
+        """Write what was scored since the last time."""
+        scores = {}
+        while self.unsaved:  # which other threads go on filling
+            name, values = self.unsaved.popitem()
+            scores[name] = values
+        if scores:
+            write_scores(self.job.output, scores)
