@@ -4,7 +4,7 @@ COCO has two numberings. Here, in split files and in masks (index + 1) classes c
 gaps; the official files use 80 of the ids 1..90. `CATEGORY_IDS` is the one table between them.
 
 `python -m coco14.prepare --root DIR` checks a copy of the data, writes the split files and, from the
-instances JSON, the masks.
+instances JSON, the masks; with `--year 2017` those of COCO 2017, which has the same classes.
 """
 from segmentation.benchmark import Benchmark
 

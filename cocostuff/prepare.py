@@ -56,8 +56,8 @@ def convert(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
         (H, W) uint8, 0..170, 255 where there is no class; and the values, ascending, that are neither void
         nor a class.
     """
-    unknown = [int(value) for value in np.unique(mask) if value != IGNORE and TO_CLASS[value] == IGNORE]
-    return TO_CLASS[mask], unknown
+    values = np.flatnonzero(np.bincount(mask.ravel())).tolist()
+    return TO_CLASS[mask], [value for value in values if value != IGNORE and TO_CLASS[value] == IGNORE]
 
 
 def convert_split(split: Split, file: Path) -> tuple[Split, list[Problem]]:

@@ -1,6 +1,7 @@
 """PASCAL VOC 2012 with the SBD masks ("train_aug"), prompted as CLIP-ES does.
 
-`python -m voc12.prepare --root DIR` checks a copy of the data and writes the split files.
+`python -m voc12.prepare --root DIR` checks a copy of the data and writes the split files; with
+`--year 2007` those of VOC 2007, which has the same classes.
 """
 from segmentation.benchmark import Benchmark
 

@@ -1,12 +1,16 @@
-"""python -m voc12.prepare --root VOCdevkit/VOC2012: check a copy of PASCAL VOC 2012, write its splits.
+"""python -m voc12.prepare --root VOCdevkit/VOC2012: check a copy of PASCAL VOC, write its splits.
 
 Writes to --out: {train,val,trainval,train_aug}.txt, one image name a line, and beside each
 `<split>_labels.txt`, lines `name index index ...` of the classes its XML names. The splits are derived
 from the user's data: train, val and trainval are those of ImageSets/Segmentation; train_aug is every
 image with a mask in SegmentationClassAug that is not in val.
 
-Exit code 0: fine; 1: problems were found (all listed in OUT/problems.txt; what can be written is);
-2: wrong usage. A list whose sha256 is not the published one is said, and is no problem.
+With --year 2007 it writes 2007_{train,val,test}.txt instead: the lists of ImageSets/Main, lines
+`name index index ...`. Train and val come in one archive and test in another, so one of them is enough.
+
+Exit code 0: fine; 1: problems were found (all listed in OUT/problems.txt, those of 2007 in
+OUT/2007_problems.txt; what can be written is); 2: wrong usage. A list that is not the published one (by
+sha256; for 2007 by its length) is said, and is no problem.
 """
 import sys
 from collections.abc import Iterable
@@ -36,6 +40,7 @@ PUBLISHED = {
     "trainval": (2913, "f8dae64f9e08d8b06ef41286dcd4c516e7d98c8e6ec6d965bc6d29cb11a4de51"),
     "train_aug": (10582, "d1326bd532648d73bc4b1bd275434eba81930982dc7401a65a8cecb26c028e24"),
 }
+IMAGES_2007 = {"train": 2501, "val": 2510, "test": 4952}  # in the published lists
 
 
 def read_splits(root: Path, problems: list[Problem]) -> dict[str, Split]:
@@ -89,6 +94,19 @@ def inspect(root: Path, decode: bool, item: tuple[str, list[str]]) -> Inspection
     return Inspection(labels, problems + differing_sizes(name, sizes))
 
 
+def inspect_all(
+    root: Path, mask_dirs: dict[str, list[str]], decode: bool, workers: int, problems: list[Problem]
+) -> Split:
+    """Look at every image, see `inspect`; returns the labels that could be read, and adds to `problems`."""
+    labels: Split = {}
+    look = partial(inspect, root, decode)
+    for (name, _), found in each(look, sorted(mask_dirs.items()), workers, "checking"):
+        problems += found.problems
+        if found.labels is not None:
+            labels[name] = found.labels
+    return labels
+
+
 def prepare(root: Path, out: Path, decode: bool = False, workers: int = 1) -> int:
     """Check the copy of VOC2012 in `root` and write splits and labels to `out`; returns the exit code."""
     problems: list[Problem] = []
@@ -102,12 +120,7 @@ def prepare(root: Path, out: Path, decode: bool = False, workers: int = 1) -> in
             known = mask_dirs.setdefault(name, [])
             known.extend(folder for folder in folders if folder not in known)
 
-    labels: Split = {}
-    look = partial(inspect, root, decode)
-    for (name, _), found in each(look, sorted(mask_dirs.items()), workers, "checking"):
-        problems += found.problems
-        if found.labels is not None:
-            labels[name] = found.labels
+    labels = inspect_all(root, mask_dirs, decode, workers, problems)
     for split, names in splits.items():
         write_split(out / f"{split}.txt", names, PUBLISHED[split])
         known = {name: labels[name] for name in names if name in labels}
@@ -115,16 +128,47 @@ def prepare(root: Path, out: Path, decode: bool = False, workers: int = 1) -> in
     return report(problems, out / "problems.txt")
 
 
+def prepare_2007(root: Path, out: Path, decode: bool = False, workers: int = 1) -> int:
+    """Check the copy of VOC2007 in `root` and write its lists to `out`; returns the exit code.
+
+    Raises:
+        FileNotFoundError: there is none of the lists it needs.
+    """
+    problems: list[Problem] = []
+    splits: dict[str, Split] = {}
+    folder = root / "ImageSets" / "Main"
+    files = {split: folder / f"{split}.txt" for split in IMAGES_2007}
+    if not any(file.is_file() for file in files.values()):
+        missing = ", ".join(file.name for file in files.values())
+        raise FileNotFoundError(f"{folder} has none of the lists {missing}")
+    for split, file in files.items():
+        if not file.is_file():
+            print(f"2007_{split} is not made: there is no {file}")
+            continue
+        with noting(problems, "split"):
+            splits[split] = read_split(file)
+    mask_dirs = {name: [] for names in splits.values() for name in names}  # few have masks: none are checked
+    labels = inspect_all(root, mask_dirs, decode, workers, problems)
+    for split, names in splits.items():
+        write_split(out / f"2007_{split}.txt", {name: labels[name] for name in names if name in labels})
+        if len(names) != IMAGES_2007[split]:
+            print(f"this is another list than the published one, which has {IMAGES_2007[split]} images")
+    return report(problems, out / "2007_problems.txt")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse flags, prepare; returns the exit code (wrong usage exits with 2 at once)."""
     parser = make_parser("voc12", __doc__)
+    parser.add_argument("--year", choices=("2012", "2007"), default="2012", help="which VOC (%(default)s)")
     args = parser.parse_args(arguments)
+    voc = f"VOC{args.year}"
     if not (args.root / "JPEGImages").is_dir():
-        inner = next((hit for hit in ("VOC2012", "VOCdevkit/VOC2012") if (args.root / hit).is_dir()), None)
+        inner = next((hit for hit in (voc, f"VOCdevkit/{voc}") if (args.root / hit).is_dir()), None)
         hint = f"; is it {args.root / inner}?" if inner else ""
-        parser.error(f"--root {args.root} is no copy of VOC2012: it has no JPEGImages folder{hint}")
+        parser.error(f"--root {args.root} is no copy of {voc}: it has no JPEGImages folder{hint}")
+    run = prepare if args.year == "2012" else prepare_2007
     try:
-        return prepare(args.root, args.out, args.check_images, args.num_workers)
+        return run(args.root, args.out, args.check_images, args.num_workers)
     except OSError as error:
         parser.error(str(error))
 

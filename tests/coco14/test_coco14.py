@@ -317,3 +317,96 @@ def test_wrong_usage(copy, capsys, flags, sentence):
         run(copy, *(flag.format(root=copy.root, train=copy.train) for flag in flags))
     assert stop.value.code == 2
     assert re.search(sentence, capsys.readouterr().err.splitlines()[-1])
+
+
+# --- COCO 2017 --------------------------------------------------------------------------------------
+
+TRAIN_2017 = ["000000000009", "000000000025", "000000000030"]
+VAL_2017 = ["000000000139"]
+
+
+@pytest.fixture
+def copy_2017(tmp_path):
+    """A COCO 2017 of three train images, one without an object, and one val image."""
+    root = tmp_path / "COCO"
+    for split, names in (("train2017", TRAIN_2017), ("val2017", VAL_2017)):
+        (root / "JPEGImages" / split).mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (WIDTH, HEIGHT)).save(root / "JPEGImages" / split / f"{name}.jpg")
+    annotations = [
+        {"image_id": 9, "category_id": 18, "segmentation": box(0, 0, 5, 4)},
+        {"image_id": 9, "category_id": 1, "segmentation": box(0, 0, 5, 4)},  # hides the dog
+        {"image_id": 30, "category_id": 90, "segmentation": box(0, 0, 3, 3)},
+    ]
+    train, val = tmp_path / "instances_train2017.json", tmp_path / "instances_val2017.json"
+    train.write_text(json.dumps(instances(TRAIN_2017, annotations)))
+    val.write_text(json.dumps(instances(VAL_2017, [annotations[0] | {"image_id": 139, "category_id": 3}])))
+    return SimpleNamespace(
+        root=root, out=tmp_path / "lists", train=train, val=val, masks=root / "SegmentationClass"
+    )
+
+
+def test_2017_from_annotations(copy_2017, capsys, monkeypatch):
+    monkeypatch.setitem(prepare.IMAGES_2017, "val", 1)
+    assert run(copy_2017, "--year", "2017", "--annotations", copy_2017.train, copy_2017.val) == 0
+    written = {file.name: file.read_text() for file in copy_2017.out.iterdir()}
+    assert written == {
+        "train2017.txt": "000000000009 0 16\n000000000030 79\n",  # what is hidden counts
+        "val2017.txt": "000000000139 2\n",
+    }
+    assert sorted(file.stem for file in (copy_2017.masks / "train2017").glob("*.png")) == TRAIN_2017
+    mask = np.asarray(Image.open(copy_2017.masks / "val2017" / f"{VAL_2017[0]}.png"))
+    assert (mask[:4, :5] == 3).all() and mask.sum() == 3 * 20
+    said = capsys.readouterr().out
+    assert "train2017: labels from the instances JSON" in said
+    assert said.count("another list than the published one") == 1 and "has 117266 images" in said
+
+
+def test_2017_goes_on_and_leaves_2014_alone(copy_2017, copy):
+    assert copy.root == copy_2017.root and copy.out == copy_2017.out
+    assert run(copy, "--annotations", copy.train, copy.val) == 0
+    lists = {file: file.read_bytes() for file in copy.out.iterdir()}
+    masks = {file: file.read_bytes() for file in copy.masks.glob("*.png")}
+    flags = ("--year", "2017", "--annotations", copy_2017.val)
+    assert run(copy_2017, *flags) == 0
+    made = copy.masks / "val2017" / f"{VAL_2017[0]}.png"
+    whole = made.read_bytes()
+    made.unlink()
+    assert run(copy_2017, *flags) == 0 and made.read_bytes() == whole
+    assert not (copy.out / "train2017.txt").exists()
+    assert run(copy) == 0  # nor does 2017 disturb 2014
+    assert {file: file.read_bytes() for file in lists} == lists
+    assert {file: file.read_bytes() for file in copy.masks.glob("*.png")} == masks
+
+
+def test_2017_from_masks(copy_2017, capsys):
+    run(copy_2017, "--year", "2017", "--annotations", copy_2017.train)
+    assert run(copy_2017, "--year", "2017", "--annotations", copy_2017.train, "--labels", "masks") == 0
+    assert (copy_2017.out / "train2017.txt").read_text() == "000000000009 0\n000000000030 79\n"
+    assert run(copy_2017, "--year", "2017") == 0  # without the JSON: from the masks
+    assert (copy_2017.out / "train2017.txt").read_text() == "000000000009 0\n000000000030 79\n"
+    (copy_2017.root / "JPEGImages/train2017/000000000030.jpg").unlink()
+    (copy_2017.out / "problems.txt").write_text("of 2014\n")
+    assert run(copy_2017, "--year", "2017") == 1
+    assert "000000000030" in (copy_2017.out / "problems2017.txt").read_text()
+    assert (copy_2017.out / "problems.txt").read_text() == "of 2014\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--year", "2017"], "has no SegmentationClass/train2017 or SegmentationClass/val2017 folder"),
+        (["--year", "2017", "--annotations", "{root}/mine.json"], "must end in train2017 or val2017"),
+        (["--year", "2017", "--annotations", "{root}/val2017.json"], "names of its images be numbers"),
+        (["--annotations", "{val}"], r"is not of COCO 2014: .*\(--year 2017 takes those of 2017"),
+        (["--year", "2017", "--annotations", "{val}", "{val}"], "the val2017 split was given before"),
+    ],
+)
+def test_wrong_usage_of_2017(copy_2017, capsys, flags, sentence):
+    (copy_2017.root / "mine.json").write_text(copy_2017.val.read_text())
+    (copy_2017.root / "val2017.json").write_text(json.dumps(instances(VAL, [])))
+    copy_2017.masks.mkdir()  # of 2014
+    with pytest.raises(SystemExit) as stop:
+        run(copy_2017, *(flag.format(root=copy_2017.root, val=copy_2017.val) for flag in flags))
+    assert stop.value.code == 2
+    assert re.search(sentence, capsys.readouterr().err.splitlines()[-1])

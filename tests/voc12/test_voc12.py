@@ -204,3 +204,80 @@ def test_wrong_usage(copy, capsys, flags, sentence):
         prepare.main([flag.format(root=copy.root) for flag in flags])
     assert stop.value.code == 2
     assert re.search(sentence, capsys.readouterr().err.splitlines()[-1])
+
+
+# --- VOC 2007 ---------------------------------------------------------------------------------------
+
+LISTS_2007 = {"train": ["000012", "000017"], "val": ["000005"], "test": ["000001", "000002"]}
+
+
+@pytest.fixture
+def copy_2007(tmp_path):
+    """A whole copy of a VOC2007 with five images and no masks."""
+    root = tmp_path / "VOC2007"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for split, names in LISTS_2007.items():
+        (root / "ImageSets/Main" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+        for name in names:
+            Image.new("RGB", (WIDTH, HEIGHT), "red").save(root / "JPEGImages" / f"{name}.jpg")
+            (root / "Annotations" / f"{name}.xml").write_text(XML)
+    names = ("car", "person", "car", "aeroplane")
+    objects = "".join(f"<object><name>{name}</name></object>" for name in names)
+    (root / "Annotations/000001.xml").write_text(f"<annotation>{objects}</annotation>")
+    (root / "ImageSets/Main/car_test.txt").write_text("000001  1\n000002 -1\n")
+    return SimpleNamespace(root=root, out=tmp_path / "lists")
+
+
+def test_2007_lists_hold_the_labels(copy_2007, capsys):
+    assert run(copy_2007, "--year", "2007", workers=2) == 0
+    written = {file.name: file.read_text() for file in copy_2007.out.iterdir()}
+    assert written == {
+        "2007_train.txt": "000012 14 11\n000017 14 11\n",
+        "2007_val.txt": "000005 14 11\n",
+        "2007_test.txt": "000001 6 14 0\n000002 14 11\n",
+    }
+    said = capsys.readouterr().out
+    assert "2007_test.txt: 2 images" in said and "published one, which has 4952 images" in said
+
+
+def test_2007_archives_may_be_had_one_without_the_other(copy_2007, capsys, monkeypatch):
+    monkeypatch.setitem(prepare.IMAGES_2007, "test", 2)
+    for split in ("train", "val"):
+        (copy_2007.root / "ImageSets/Main" / f"{split}.txt").unlink()
+    assert run(copy_2007, "--year", "2007") == 0
+    assert [file.name for file in copy_2007.out.iterdir()] == ["2007_test.txt"]
+    said = capsys.readouterr().out
+    assert "2007_train is not made: there is no " in said and "another list" not in said
+    (copy_2007.root / "ImageSets/Main/test.txt").unlink()
+    with pytest.raises(SystemExit) as stop:
+        run(copy_2007, "--year", "2007")
+    assert stop.value.code == 2
+    assert "has none of the lists train.txt, val.txt, test.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        ("JPEGImages/000002.jpg", remove, "missing image: 1"),
+        ("Annotations/000002.xml", remove, "missing annotation: 1"),
+        ("Annotations/000002.xml", text(XML.replace("dog", "wolf")), "names the class 'wolf'"),
+        ("ImageSets/Main/val.txt", text("000005\n000005\n"), "image 000005 was listed before"),
+    ],
+)
+def test_one_thing_wrong_in_2007(copy_2007, capsys, file, damage, said):
+    copy_2007.out.mkdir()
+    (copy_2007.out / "problems.txt").write_text("of 2012\n")
+    damage(copy_2007.root / file)
+    assert run(copy_2007, "--year", "2007") == 1
+    assert said in capsys.readouterr().out
+    assert len((copy_2007.out / "2007_problems.txt").read_text().splitlines()) == 1
+    assert (copy_2007.out / "problems.txt").read_text() == "of 2012\n"
+    listed = labels.read_split(copy_2007.out / "2007_test.txt")
+    assert ("000002" in listed) == ("Annotations" not in file) and "000001" in listed
+
+
+def test_2007_is_told_from_2012(copy_2007, capsys):
+    with pytest.raises(SystemExit):
+        prepare.main(["--root", str(copy_2007.root.parent), "--year", "2007"])
+    assert re.search("is no copy of VOC2007: .*; is it .*VOC2007", capsys.readouterr().err)
