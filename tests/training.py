@@ -1,18 +1,8 @@
-"""What tests of training share: a small world of images and masks, and processes that start fast.
+"""What tests of training share: a small world of images and masks, and what ranks of a test do."""
 
-A fork server imports everything once; what it forks is a process like any other to torch and to signals.
-"""
-
-import atexit
-import multiprocessing
 import os
-import socket
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +19,6 @@ from segmentation.trainer import Objective, Running, Solver, Trainer
 from segmentation.transforms import ScaleCrop
 from tests.deeplab.common import labels
 from tests.weights import parity_image
-
-CONTEXT = multiprocessing.get_context("forkserver")
-# The last is what PyTorch imports when the first optimizer is made.
-CONTEXT.set_forkserver_preload(["deeplab.train", "tests.training", "torch._inductor"])
-PATIENCE = 120  # seconds
 
 
 def write_world(root: Path, train: int = 5, val: int = 3, size: tuple[int, int] = (40, 52)) -> list[str]:
@@ -54,71 +39,6 @@ def write_world(root: Path, train: int = 5, val: int = 3, size: tuple[int, int] 
     for split, part in (("train", names[:train]), ("val", names[train:])):
         (root / f"{split}.txt").write_text("".join(f"{name}\n" for name in part))
     return names[:train]
-
-
-class Process:
-    """A function in a process of its own; a rank of torchrun's, if `rank` is given.
-
-    Args:
-        function: importable by the process, that is, of this module or a package's.
-        arguments: of the function.
-        rank: (rank, number of ranks, port where they meet).
-    """
-
-    def __init__(self, function: Callable, *arguments, rank: tuple[int, int, int] | None = None):
-        environment = {}
-        if rank:
-            number, world, port = map(str, rank)
-            environment = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        self.printed = Path(tempfile.mkstemp()[1])
-        self.receiving, sending = CONTEXT.Pipe(duplex=False)
-        work = (function, arguments, environment, self.printed, sending)
-        self.process = CONTEXT.Process(target=_child, args=work, daemon=True)
-        self.process.start()
-        sending.close()
-
-    def signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for something that the process does."""
-        deadline = time.monotonic() + PATIENCE
-        while not condition():
-            assert self.process.is_alive() and time.monotonic() < deadline, self.printed.read_text()
-            time.sleep(0.002)
-
-    def end(self) -> tuple[int, str, Any]:
-        """Exit code, what was printed, and what the function returned, None if it did not."""
-        try:
-            returned = self.receiving.recv()
-        except EOFError:
-            returned = None
-        self.process.join(PATIENCE)
-        printed = self.printed.read_text()
-        self.printed.unlink()
-        return self.process.exitcode, printed, returned
-
-
-def ranks(function: Callable, *arguments, count: int = 2) -> list[Process]:
-    """Start a function on several ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [Process(function, *arguments, rank=(rank, count, port)) for rank in range(count)]
-
-
-def _child(function: Callable, arguments: tuple, environment: dict, printed: Path, sending) -> None:
-    os.environ.update(environment)
-    stream = os.open(printed, os.O_WRONLY | os.O_APPEND)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
-    torch.set_num_threads(1)
-    try:
-        sending.send(function(*arguments))
-    finally:
-        sys.stdout.flush()
-        atexit._run_exitfuncs()  # which only processes that Python itself started do
 
 
 def trained(arguments: Sequence[str]) -> None:

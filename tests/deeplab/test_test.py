@@ -28,7 +28,7 @@ from pipeline.processes import drain, shard
 from segmentation.benchmark import voc_palette
 from segmentation.masks import read_mask, write_mask
 from segmentation.metrics import confusion, scores
-from tests import training
+from tests import processes
 from tests.deeplab.common import fill_a, golden
 from tests.weights import fill_module, parity_image
 
@@ -439,7 +439,7 @@ def test_ranks_tell_a_mistake_once(command, before, tiny, tree):
     flags += ["--out", str(tree / "run")]
     (tree / "run" / "settings.json").write_text('{"step": "deeplab.train"}')
     for more, told in [(["test.crf=fancy"], "error: test.crf must be"), ([], "folder of another step")]:
-        started = training.ranks(runs.command, partial(command, [*flags, *more]))
+        started = processes.ranks(runs.command, partial(command, [*flags, *more]))
         (code, spoken, _), (other, silent, _) = [process.end() for process in started]
         assert (code, other, silent) == (2, 1, "")
         assert told in spoken and spoken.count("\n") == 1

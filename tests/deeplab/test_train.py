@@ -5,10 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +19,8 @@ from deeplab import model as network_a
 from deeplab import resnet38, train
 from segmentation.checkpoints import FINAL, RESUME
 from tests import training
+from tests.processes import Command, Process, ranks, torchrun
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 data: {{benchmark: shapes, root: {root}, train_split: {root}/train.txt, val_split: {root}/val.txt}}
 model: {{blocks: [1, 1, 1, 1], width: 4, rates: [1, 2], scales: [0.5]}}
@@ -49,13 +45,13 @@ def words(world: Path, output: Path, *more) -> list[str]:
     return ["--config", str(world / "tiny.yaml"), f"run.output={output}", *map(str, more)]
 
 
-def run(world: Path, output: Path, *more, ranks: int = 1) -> list[tuple[int, str]]:
-    """Exit code and what was printed but for the configuration, of each rank."""
+def run(world: Path, output: Path, *more, count: int = 1) -> list[tuple[int, str]]:
+    """Exit code and what was printed but for the configuration, of each of `count` ranks."""
     arguments = words(world, output, *more)
-    if ranks == 1:
-        started = [training.Process(training.trained, arguments)]
+    if count == 1:
+        started = [Process(training.trained, arguments)]
     else:
-        started = training.ranks(training.trained, arguments, count=ranks)
+        started = ranks(training.trained, arguments, count=count)
     return [(code, without_config(told)) for code, told, _ in (process.end() for process in started)]
 
 
@@ -99,7 +95,7 @@ def undisturbed(world, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed_on_two(world, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert [code for code, _ in run(world, folder, ranks=2)] == [0, 0]
+    assert [code for code, _ in run(world, folder, count=2)] == [0, 0]
     return folder
 
 
@@ -131,41 +127,25 @@ def test_two_ranks_are_as_one(undisturbed, undisturbed_on_two):
         assert np.allclose(*([value for _, value in found[tag]] for found in (one, two)), atol=1e-3), tag
 
 
-class Command:
-    """A command as a user starts it, from the shell."""
-
-    def __init__(self, *arguments):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-
-    def once(self, folder: Path, iterations: int) -> "Command":
-        """Wait until so many iterations are saved."""
-        file, deadline = folder / RESUME, time.monotonic() + training.PATIENCE
-        while not (file.is_file() and state_of(file)["iteration"] >= iterations):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.process.stdout.read()
-            time.sleep(0.002)
-        return self
-
-    def end(self) -> tuple[int, str]:
-        told = self.process.communicate(timeout=training.PATIENCE)[0]
-        return self.process.returncode, without_config(told)
+def saved(folder: Path) -> int:
+    """Iterations that a resume would not do again."""
+    return state_of(folder / RESUME)["iteration"] if (folder / RESUME).is_file() else 0
 
 
 def test_killed_then_stopped_then_resumed(world, undisturbed, tmp_path):
-    """Each as a user does it."""
-    arguments = ["deeplab.train", *words(world, tmp_path)]
-    command = Command(*arguments).once(tmp_path, 10)
-    os.killpg(command.process.pid, signal.SIGKILL)
+    """The first as a user does it."""
+    command = Command("-m", "deeplab.train", *words(world, tmp_path))
+    command.until(lambda: saved(tmp_path) >= 10)
+    command.signal_group(signal.SIGKILL)
     assert command.end()[0] == -signal.SIGKILL
-    killed_at = state_of(tmp_path / RESUME)["iteration"]
-    command = Command(*arguments, "--resume").once(tmp_path, killed_at + 1)
-    command.process.send_signal(signal.SIGTERM)
-    code, told = command.end()
-    stopped_at = state_of(tmp_path / RESUME)["iteration"]
+    killed_at = saved(tmp_path)
+    again = Process(training.trained, words(world, tmp_path, "--resume"))
+    again.until(lambda: saved(tmp_path) > killed_at)
+    again.signal(signal.SIGTERM)
+    code, told, _ = again.end()
+    stopped_at = saved(tmp_path)
     assert 10 <= killed_at < stopped_at < 30
+    told = without_config(told)
     lines = [line for line in told.splitlines() if not re.match("iteration [0-9]+: Mean IoU", line)]
     assert code == 0
     assert lines == [f"stopped after iteration {stopped_at}: the same command with --resume continues"]
@@ -177,37 +157,27 @@ def test_killed_then_stopped_then_resumed(world, undisturbed, tmp_path):
 
 
 def test_torchrun_passes_on_what_it_is_sent(world, undisturbed_on_two, tmp_path):
-    """To its process group, as a terminal or a batch system does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, "-m"]
-    command = Command(*launcher, "deeplab.train", *words(world, tmp_path)).once(tmp_path, 1)
-    os.killpg(command.process.pid, signal.SIGTERM)
-    told = command.end()[1]
-    at = state_of(tmp_path / RESUME)["iteration"]
+    """To its process group, as a terminal or a batch system does; then one rank alone is signalled: all stop
+    after the same iteration, or none; all continue."""
+    command = torchrun("-m", "deeplab.train", *words(world, tmp_path))
+    command.until(lambda: saved(tmp_path) >= 1)
+    command.signal_group(signal.SIGTERM)
+    told, at = without_config(command.end()[1]), saved(tmp_path)
     assert 1 <= at < 30
     assert told.count(f"stopped after iteration {at}: the same command with --resume continues") == 1
     assert "deeplab.train" not in re.sub(".*torch.distributed.*", "", told)  # no trace of ours
-    assert [code for code, _ in run(world, tmp_path, "--resume", ranks=2)] == [0, 0]
-    assert_same(tmp_path, undisturbed_on_two)
-
-
-@pytest.mark.parametrize("number, rank", [(signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGKILL, 1)])
-def test_one_rank_is_signalled(world, undisturbed_on_two, tmp_path, number, rank):
-    """All stop after the same iteration, or none; all continue."""
-    started = training.ranks(training.trained, words(world, tmp_path))
-    started[0].until((tmp_path / RESUME).is_file)
-    started[rank].signal(number)
-    (code, told, _), (other, silent, _) = (process.end() for process in started)
-    at = state_of(tmp_path / RESUME)["iteration"]
-    assert 1 <= at < 30 and silent == ""
-    if number == signal.SIGKILL:
-        assert (code, other) == (1, -signal.SIGKILL)
-    else:
-        assert (code, other) == (0, 0)
-        assert told.splitlines()[-1].startswith(f"stopped after iteration {at}: ")
-    assert [code for code, _ in run(world, tmp_path, "--resume", ranks=2)] == [0, 0]
+    for number, rank, codes in (
+        (signal.SIGKILL, 1, (1, -signal.SIGKILL)), (signal.SIGTERM, 1, (0, 0)), (signal.SIGINT, 0, (0, 0))
+    ):  # fmt: skip
+        before = at
+        started = ranks(training.trained, words(world, tmp_path, "--resume"))
+        started[0].until(lambda least=before: saved(tmp_path) > least)
+        started[rank].signal(number)
+        (code, told, _), (other, silent, _) = (process.end() for process in started)
+        at = saved(tmp_path)
+        assert (code, other, silent) == (*codes, "") and before < at < 30
+        assert code or told.splitlines()[-1].startswith(f"stopped after iteration {at}: ")
+    assert [code for code, _ in run(world, tmp_path, "--resume", count=2)] == [0, 0]
     assert_same(tmp_path, undisturbed_on_two)
 
 
@@ -361,11 +331,11 @@ def test_two_ranks_tell_a_mistake_once(world, tmp_path):
         (copies, 2, "image_2.png of image image_2 does not exist"),
         (["solver.batch_size=1"], 2, "a batch of 1 images is too small for 2 processes"),
     ):
-        (first, told), (other, silent) = run(world, tmp_path / "run", *more, ranks=2)
+        (first, told), (other, silent) = run(world, tmp_path / "run", *more, count=2)
         assert (first, other, silent) == (code, 1, "")
         assert re.fullmatch(f"error: .*{sentence}.*\n", told)
     mask(np.full((40, 52), 13, np.uint8))(tmp_path)
-    (first, told), (other, silent) = run(world, tmp_path / "run", *copies, ranks=2)
+    (first, told), (other, silent) = run(world, tmp_path / "run", *copies, count=2)
     assert (first, other, silent) == (1, 1, "")
     assert re.fullmatch("error: training stopped: mask .*image_2.png holds 13.*\n", told)
 
