@@ -1,4 +1,4 @@
-"""Steps 1 and 2b in one go, images and labels to pseudo masks: python pseudo_masks.py --help"""
+"""Steps 1 and 2b in one go, images and labels to pseudo masks, with --labels auto step 0 too: see --help"""
 
 import argparse
 from functools import partial
@@ -6,21 +6,26 @@ from pathlib import Path
 
 import clip
 from pipeline import fused, shards
-from pipeline.cams_cli import OUTPUTS, add_cam_flags, add_image_flags, add_run_flags, cam_job
+from pipeline.cams_cli import LABELS_HELP, OUTPUTS, add_cam_flags, add_image_flags, add_run_flags, cam_job
 from pipeline.flags import HelpFormatter, add_crf_flags, add_preset_flag, confidence, crf_preset
 from pipeline.masks import MaskJob, fingerprint, mask_settings
 from pipeline.run import Run, check_folder, command
 from segmentation import camfile
+from tagclip.classify import find_labels
+
+AUTO = "auto"
+TAGS = "tags"  # the folder, in that of the masks, of step 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="Pseudo masks from images and the classes that each contains, by CAMs and a dense CRF; "
-        "pixels of low confidence are 255. Nothing large is written between. A stopped run is continued by "
-        "the same command.",
+        "pixels of low confidence are 255. With --labels auto CLIP itself says what each contains. Nothing "
+        "large is written between. A stopped run is continued by the same command.",
         formatter_class=HelpFormatter,
     )
-    flag = add_image_flags(parser, None)
+    labels_help = f"{LABELS_HELP}; {AUTO}: CLIP finds them, with the defaults of classify.py"
+    flag = add_image_flags(parser, None, labels_help)
     flag("--pseudo_mask_save_path", required=True, metavar="DIR", help="folder for the masks")
     flag("--keep_cams", choices=["none", *camfile.FORMATS], default="none", help="also write the CAM files")
     flag("--cam_out_dir", help="where (without it: cams in the folder of the masks); shards hold both")
@@ -37,6 +42,12 @@ def main() -> int:
         folder = args.cam_out_dir or str(Path(args.pseudo_mask_save_path) / "cams")
     if folder and Path(folder).resolve() == Path(args.pseudo_mask_save_path).resolve():
         parser.error("--cam_out_dir: give the CAMs another folder than the masks")
+    code = 0
+    if args.labels == AUTO:
+        if args.shards:
+            parser.error("--labels auto: goes without --shards")
+        args.labels, code = find_labels(args, f"{args.pseudo_mask_save_path}/{TAGS}")
+        args.split_file = args.labels  # lists all images but those that have failed
     cams, names, record = cam_job(parser, args, None, folder, args.keep_cams)
     backend = args.crf_backend
     if backend == "auto":
@@ -71,7 +82,7 @@ def main() -> int:
         run.map(shards.generate, names, masks.output, step, num_workers=workers, counted=False)
     else:
         run.map(fused.generate, names, cams, masks, num_workers=workers, block=cams.flow.look_ahead)
-    return run.finish()
+    return run.finish() or code
 
 
 if __name__ == "__main__":

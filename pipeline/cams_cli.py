@@ -67,7 +67,12 @@ def main(name: str | None = None) -> int:
     return run.finish()
 
 
-def add_image_flags(parser: argparse.ArgumentParser, name: str | None) -> Callable:
+LABELS_HELP = "file of lines `id index index ...` that replaces the benchmark's labels"
+
+
+def add_image_flags(
+    parser: argparse.ArgumentParser, name: str | None, labels_help: str = LABELS_HELP
+) -> Callable:
     """Which images, labels and model; returns the parser's `add_argument`."""
     flag = parser.add_argument
     if name is None:
@@ -79,7 +84,7 @@ def add_image_flags(parser: argparse.ArgumentParser, name: str | None) -> Callab
     flag("--shards", metavar="PATTERN", help="tar shards in place of an image folder, such as "
          "'images-{0000..0099}.tar': <key>.jpg and <key>.cls, class indices as text; what is made of "
          "each goes to a shard of its name")  # fmt: skip
-    flag("--labels", help="file of lines `id index index ...` that replaces the benchmark's labels")
+    flag("--labels", help=labels_help)
     flag("--model", help="CLIP checkpoint file, public name (ViT-B/16, RN50, ...) or open_clip model:tag")
     return flag
 

@@ -14,11 +14,11 @@ from clip.download import resolve, sha256
 from clip.positions import POSITION_ROUNDINGS
 from pipeline.cams_cli import add_run_flags, beside, flow_of, recorded
 from pipeline.flags import HelpFormatter, count, share
-from pipeline.run import Run
+from pipeline.run import FAILED, Run
 from segmentation import benchmark as benchmarks
 from segmentation import labels
 from segmentation.benchmark import Benchmark
-from segmentation.distributed import gather, rank_and_world
+from segmentation.distributed import WorkFailed, gather, rank_and_world
 from segmentation.files import replacing
 from segmentation.images import image_files
 from tagclip import scores as scoring
@@ -206,6 +206,40 @@ def tag(
         write_labels(Path(job.output) / LABELS, scored(job, names), rule)
     gather(None)  # no rank may read it before
     return code
+
+
+def find_labels(args: argparse.Namespace, output: str) -> tuple[str, int]:
+    """Tag the images of a command that has the flags of `pipeline.cams_cli`, in the published way.
+
+    Args:
+        output: folder for scores and labels.
+
+    Returns:
+        The label file, and the exit code.
+
+    Raises:
+        WorkFailed: no image could be tagged.
+    """
+    benchmark = benchmarks.load(args.benchmark)
+    image_root = args.img_root or benchmark.path(benchmark.image_dir)
+    split = images_of(benchmark, args.split_file, image_root)
+    job = TagJob(
+        benchmark=benchmark,
+        image_root=str(image_root),
+        model=args.model or benchmark.model or "ViT-B/16",
+        device=args.device,
+        precision=args.precision,
+        round_weights=False,
+        output=output,
+        settings=replace(usual_settings(benchmark), max_patches=args.max_patches),
+        flow=flow_of(args),
+    )
+    rule = LabelRule(job.settings.ratio)
+    code = tag(job, args.benchmark, list(split), rule, args.num_workers, args.overwrite)
+    file = Path(output) / LABELS
+    if not file.read_text():
+        raise WorkFailed(f"no image could be tagged, see {Path(output) / FAILED}")
+    return str(file), code
 
 
 def scored(job: TagJob, names: Sequence[str]) -> dict[str, np.ndarray]:

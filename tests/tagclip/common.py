@@ -1,0 +1,69 @@
+"""What tests of tagging share: golden vectors, and the model and images they were made with."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import clip
+from clip.model import CLIP
+from tagclip import TagSettings
+from tagclip.config import PRESETS
+from tests import weights
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "tagclip"
+NAMES = json.loads((GOLDEN / "classes.json").read_text())
+STUFF = [entry["name"] for entry in NAMES["coco_stuff"]]
+
+#: Set of the goldens -> number of classes, names, settings.
+SETS = {
+    "voc": (20, NAMES["voc"] + NAMES["voc_background"], PRESETS["tagclip"]),
+    "coco": (80, NAMES["coco"] + NAMES["coco_background"], PRESETS["tagclip"]),
+    "stuff": (171, STUFF, PRESETS["cocostuff"]),
+}
+
+#: Image -> (H, W).
+IMAGES = {
+    "tagclip-0": (32, 48),
+    "tagclip-1": (50, 33),
+    "tagclip-2": (97, 130),
+    "tagclip-3": (160, 112),
+    "tagclip-4": (64, 64),
+    "tagclip-5": (224, 224),
+    "tagclip-6": (16, 64),
+    "tagclip-7": (33, 100),
+    "tagclip-8": (50, 70),  # grey
+}
+
+TINY12 = dict(weights.PRESETS["tiny"], image_resolution=224, vision_layers=12)
+PLAIN = {"voc": TagSettings(averaged=1, votes=4, crop_size=224),
+         "stuff": TagSettings(averaged=None, votes=4, crop_size=224, ratio=0.1)}  # fmt: skip
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+def image(name: str, size: tuple[int, int] | None = None) -> Image.Image:
+    pixels = weights.parity_image(name, *(size or IMAGES[name]))
+    return Image.fromarray(pixels[..., 0] if name == "tagclip-8" else pixels)
+
+
+def resized(picture: Image.Image, patch: int = 16) -> np.ndarray:
+    """(H', W', 3) uint8, as the network gets it."""
+    return clip.resize_rgb(picture, clip.target_size(picture.height, picture.width, patch))
+
+
+def write_model(file: Path, preset="tiny12") -> Path:
+    state = weights.clip_state_dict(TINY12 if preset == "tiny12" else preset, 0)
+    torch.save({key: torch.as_tensor(value) for key, value in state.items()}, file)
+    return file
+
+
+@cache
+def model(folder: Path, preset="tiny12") -> CLIP:
+    return clip.load(write_model(folder / f"{preset}.pt", preset), "cpu", round_weights=False)

@@ -1,0 +1,347 @@
+"""Every stage of TagCLIP against golden vectors of the public code, and what no golden shows."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import clip
+from clip.tokenizer import tokenize
+from tagclip import TagSettings, tag_images
+from tagclip.crops import Crop, candidates, class_tokens, crops, cut
+from tagclip.patches import (
+    class_boxes,
+    class_probabilities,
+    patch_level,
+    refined_probabilities,
+    spread,
+)
+from tagclip.templates import TEMPLATES
+from tests import weights
+from tests.tagclip.common import IMAGES, NAMES, PLAIN, SETS, golden, image, model, resized
+
+CASES = [(name, picture) for name in SETS for picture in IMAGES]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return model(tmp_path_factory.mktemp("tiny12"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return model(tmp_path_factory.mktemp("tiny"), "tiny")
+
+
+def text_of(name: str) -> torch.Tensor:
+    return torch.from_numpy(golden("text")[f"{name}/features"])
+
+
+def network_input(pixels: np.ndarray) -> torch.Tensor:
+    return clip.normalise(torch.tensor(pixels))[None]
+
+
+def unpacked(boxes: np.ndarray, patches: int) -> np.ndarray:
+    return np.unpackbits(boxes, axis=1)[:, :patches]
+
+
+def test_templates():
+    assert list(TEMPLATES) == NAMES["templates"]
+
+
+def test_text_features(tiny):
+    expected = golden("text")
+    for name in ("dog", "traffic light", "wall-other"):
+        tokens = tokenize([template.format(name) for template in TEMPLATES])
+        np.testing.assert_array_equal(tokens, expected[f"tokens/{name}"])
+        features = tiny.encode_text(tokens).detach()
+        np.testing.assert_allclose(features, expected[f"prompts/{name}"], atol=1e-5)
+    for name, (_, names, _) in SETS.items():
+        features = clip.encode_prompts(tiny, names[3::30], TEMPLATES)
+        np.testing.assert_allclose(features, expected[f"{name}/features"][3::30], atol=1e-5)
+
+
+def test_network_input():
+    for name, expected in golden("preprocess").items():
+        np.testing.assert_allclose(network_input(resized(image(name)))[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in IMAGES if name != "tagclip-5"])
+def test_attention_maps(tiny, name):
+    """Those that are averaged and voted on, without the mask that the last block computes with."""
+    expected = golden("stages_voc")
+    tokens, _ = tiny.visual.embed(network_input(resized(image(name))), "resampled")
+    with torch.no_grad():
+        maps = torch.cat([attention for _, attention in tiny.visual.blocks(tokens, maps=True)])
+    if f"{name}/attention" in expected:
+        np.testing.assert_allclose(maps, expected[f"{name}/attention"], atol=2e-3)
+    else:
+        np.testing.assert_allclose(maps[:, 0], expected[f"{name}/attention_row0"], atol=2e-3)
+        mean = maps[:, 1:, 1:].mean((1, 2))
+        np.testing.assert_allclose(mean, expected[f"{name}/attention_mean"], atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "picture"), CASES)
+def test_golden_stages(tiny, name, picture):
+    classes, _, settings = SETS[name]
+    prefix = f"{picture}/"
+    found = golden(f"stages_{name}").items()
+    expected = {key.removeprefix(prefix): value for key, value in found if key.startswith(prefix)}
+    pixels, text = resized(image(picture)), text_of(name)
+
+    tokens, attention, grid = patch_level(tiny.visual, network_input(pixels), settings)
+    coarse = class_probabilities(tokens[:, 1:], text, tiny.logit_scale)
+    first = attention @ coarse
+    boxes = class_boxes(first, grid, settings)
+    refined = refined_probabilities(coarse, attention, grid, settings)[0]
+    patches = grid[0] * grid[1]
+    thinned = slice(None, None, 7 if len(expected["coarse"]) < patches else 1)
+    if "tokens" in expected:
+        thinned_tokens = slice(None, None, 7 if len(expected["tokens"]) <= patches else 1)
+        np.testing.assert_allclose(tokens[0, thinned_tokens], expected["tokens"], atol=2e-3)
+    if "weights" in expected:
+        np.testing.assert_allclose(attention[0], expected["weights"], atol=5e-4)
+    np.testing.assert_allclose(coarse[0, thinned], expected["coarse"], atol=2e-3)
+    np.testing.assert_allclose(first[0, thinned], expected["first"], atol=5e-4)
+    np.testing.assert_array_equal(boxes[0].T.numpy(), unpacked(expected["class_boxes"], patches))
+    np.testing.assert_allclose(refined[thinned], expected["refined"], atol=5e-4)
+
+    threshold, keys = candidates(refined, classes, settings.ratio)
+    assert threshold == pytest.approx(float(expected["theta"]), abs=5e-4)
+    assert keys == expected["candidates"].tolist()
+    found = crops(refined, grid, keys, settings)
+    assert len(found) == len(expected.get("cwr_masks", ()))
+    if found:
+        views = [cut(network_input(pixels)[0], crop, 16, 224) for crop in found]
+        images, cells = (torch.stack(part) for part in zip(*views, strict=True))
+        np.testing.assert_array_equal(cells, expected["cwr_masks"])
+        if "cwr_crop0" in expected:
+            np.testing.assert_allclose(images[0, :, ::8, ::8], expected["cwr_crop0"], atol=1e-5)
+        features = class_tokens(tiny.visual, images, cells, settings)
+        np.testing.assert_allclose(features, expected["cwr_class_token"], atol=2e-3)
+        probabilities = class_probabilities(features, text, tiny.logit_scale)
+        chosen = probabilities[range(len(found)), [crop.key for crop in found]]
+        np.testing.assert_allclose(chosen, expected["cwr_probability"], atol=2e-3)
+
+    [tags] = tag_images(tiny, [pixels], text, classes, settings)
+    np.testing.assert_allclose(tags.maps.max((1, 2)), expected["local"], atol=5e-4)
+    np.testing.assert_allclose(tags.scores, expected["scores"], atol=5e-4)
+    assert list(tags.reidentified) == [crop.key for crop in found]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_golden_of_ten_blocks(plain, name):
+    expected, settings = golden("plain_tiny"), PLAIN[name]
+    classes, names, _ = SETS[name]
+    text = torch.from_numpy(expected[f"{name}/text"])
+    np.testing.assert_allclose(
+        clip.encode_prompts(plain, names[::40], TEMPLATES), expected[f"{name}/text"][::40], atol=1e-5
+    )
+    for picture, size in (("tagclip-p0", (64, 64)), ("tagclip-p1", (80, 112)), ("tagclip-p2", (49, 100))):
+        pixels, prefix = resized(image(picture, size)), f"{name}/{picture}"
+        tokens, attention, grid = patch_level(plain.visual, network_input(pixels), settings)
+        np.testing.assert_allclose(tokens[0], expected[f"{picture}/tokens"], atol=2e-3)
+        if name == "voc":
+            np.testing.assert_allclose(attention[0], expected[f"{picture}/weights"], atol=5e-4)
+        coarse = class_probabilities(tokens[:, 1:], text, plain.logit_scale)
+        np.testing.assert_allclose(coarse[0], expected[f"{prefix}/coarse"], atol=2e-3)
+        np.testing.assert_allclose((attention @ coarse)[0], expected[f"{prefix}/first"], atol=5e-4)
+        refined = refined_probabilities(coarse, attention, grid, settings)[0]
+        np.testing.assert_allclose(refined, expected[f"{prefix}/refined"], atol=5e-4)
+        keys = candidates(refined, classes, settings.ratio)[1]
+        assert keys == expected[f"{prefix}/candidates"].tolist()
+        [tags] = tag_images(plain, [pixels], text, classes, settings)
+        assert list(tags.reidentified) == keys[: int(expected[f"{prefix}/reidentified"])]
+        np.testing.assert_allclose(tags.scores, expected[f"{prefix}/scores"], atol=5e-4)
+
+
+def test_golden_of_vit_b16(parity_file):
+    expected = golden("vit_b16")
+    model = clip.load(parity_file("vit_b16", 0), "cpu", round_weights=False)
+    text = torch.from_numpy(weights.parity_array("tagclip-text", (24, 512), seed=0))
+    text = text / text.norm(dim=1, keepdim=True)
+    pixels, settings = resized(image("tagclip-v0", (70, 96))), TagSettings()
+    tokens, attention, grid = patch_level(model.visual, network_input(pixels), settings)
+    np.testing.assert_allclose(tokens[0, :, ::8], expected["tokens"], atol=2e-3)
+    np.testing.assert_allclose(attention[0], expected["weights"], atol=5e-4)
+    coarse = class_probabilities(tokens[:, 1:], text, model.logit_scale)
+    np.testing.assert_allclose(coarse[0], expected["coarse"], atol=2e-3)
+    refined = refined_probabilities(coarse, attention, grid, settings)[0]
+    np.testing.assert_allclose(refined, expected["refined"], atol=5e-4)
+    assert candidates(refined, 24, settings.ratio)[1] == expected["candidates"].tolist()
+    [tags] = tag_images(model, [pixels], text, 24, settings)
+    np.testing.assert_allclose(tags.scores, expected["scores"], atol=5e-4)
+    np.testing.assert_allclose(tags.maps.max((1, 2)), expected["local"], atol=5e-4)
+    assert len(tags.reidentified) == int(expected["reidentified"])
+
+
+@pytest.mark.parametrize(("name", "classes"), [("one", 1), ("two", 2), ("many", 100)])
+def test_golden_of_other_class_lists(tiny, name, classes):
+    expected = golden("class_lists")
+    known = {}
+    for key, (_, names, _) in SETS.items():
+        known |= dict(zip(names, text_of(key), strict=True))
+    text = torch.stack([known[name] for name in expected[f"{name}/names"].tolist()])
+    for row, picture in enumerate(("tagclip-0", "tagclip-1", "tagclip-2", "tagclip-3")):
+        [tags] = tag_images(tiny, [resized(image(picture))], text, classes, TagSettings())
+        refined = expected[f"{name}/{picture}/refined"][:, :classes].T
+        np.testing.assert_allclose(tags.maps.reshape(classes, -1), refined, atol=5e-4)
+        np.testing.assert_allclose(tags.scores, expected[f"{name}/scores"][row], atol=5e-4)
+
+
+def test_batched_equals_one_by_one(tiny):
+    """Images of several sizes, some alike, and crops of all of them."""
+    classes, _, settings = SETS["coco"]
+    sizes = [(97, 130), (64, 64), (97, 130), (160, 112), (64, 64), (97, 130), (160, 112), (33, 100)]
+    images = [resized(image(f"batched-{number}", size)) for number, size in enumerate(sizes)]
+    text = text_of("coco")
+    together = tag_images(tiny, images, text, classes, settings)
+    crops_found = 0
+    for pixels, tags in zip(images, together, strict=True):
+        [alone] = tag_images(tiny, [pixels], text, classes, settings)
+        np.testing.assert_allclose(tags.scores, alone.scores, atol=1e-5)
+        np.testing.assert_allclose(tags.maps, alone.maps, atol=1e-5)
+        assert list(tags.reidentified) == list(alone.reidentified)
+        crops_found += len(alone.reidentified)
+    assert crops_found > len(images)
+
+
+@pytest.mark.parametrize("size", [(64, 304), (304, 64), (32, 608), (16, 1216)])
+def test_76_patches_are_no_text(tiny, size):
+    """77 tokens are as many as a text has. The last block's mask acts: what it gives for a patch does not
+    change when another patch before it does."""
+    settings, pixels = TagSettings(), network_input(resized(image("long", size)))
+    tokens, grid = tiny.visual.embed(pixels, "resampled")
+    assert tokens.shape[1] == 77
+    *_, (before, _) = tiny.visual.blocks(tokens, stop=-1)
+    mask = torch.full((77, 77), settings.diagonal_bias).fill_diagonal_(0)
+    changed = before.clone()
+    changed[:, 40] += 1
+    given = {}
+    for name, entering in (("before", before), ("changed", changed)):
+        given[name] = tiny.visual.project(tiny.visual.block(-1, entering, mask)[0])
+    different = (given["before"] != given["changed"]).any(-1)[0]
+    assert different.nonzero().flatten().tolist() == [40]
+    found = patch_level(tiny.visual, pixels, settings)
+    torch.testing.assert_close(found.tokens, given["before"].detach(), atol=1e-4, rtol=0)
+    unmasked = tiny.visual.project(tiny.visual.block(-1, before)[0])
+    assert (unmasked - given["before"]).abs().max() > 0.1
+    [tags] = tag_images(tiny, [resized(image("long", size))], text_of("voc"), 20, settings)
+    assert np.isfinite(tags.scores).all() and tags.maps.shape[1:] == grid
+
+
+@pytest.mark.parametrize("size", [(16, 16), (5, 9)])
+def test_one_patch(tiny, size):
+    [tags] = tag_images(tiny, [resized(image("small", size))], text_of("voc"), 20, TagSettings())
+    assert tags.scores.tolist() == [0] * 20 and tags.reidentified == {}
+
+
+def test_one_name(tiny):
+    """Its probability is 1 everywhere."""
+    text = text_of("voc")[:1]
+    pixels = resized(image("tagclip-2"))
+    tokens, *_ = patch_level(tiny.visual, network_input(pixels), TagSettings())
+    assert (class_probabilities(tokens, text, tiny.logit_scale) == 1).all()
+    [tags] = tag_images(tiny, [pixels], text, 1, TagSettings())
+    assert 0 < tags.scores[0] <= 1
+
+
+def test_a_constant_map_has_no_box():
+    first = torch.full((1, 12, 3), 0.25)
+    first[0, 5, 1] = 0.5
+    first[0, :, 2] = 0
+    boxes = class_boxes(first, (3, 4), TagSettings())
+    assert boxes[0, :, 0].sum() == 0 and boxes[0, :, 2].sum() == 0
+    assert boxes[0, :, 1].nonzero().flatten().tolist() == [5]
+    assert not spread(first)[..., 0].any()
+
+
+def test_a_crop_larger_than_the_towers_input_is_not_antialiased(tiny):
+    """Bilinear of the four nearest pixels, at half-pixel centres, however many there are."""
+    pixels = network_input(resized(image("large", (480, 640))))[0].double()
+    cells = np.zeros((24, 30), bool)
+    cells[5:19, 3:] = True
+    crop = Crop(3, (2, 5, 26, 35), cells)
+    view, mask = cut(pixels, crop, 16, 224)
+    region = pixels[:, 32:416, 80:560]  # (3, 384, 480)
+    centres = torch.arange(224).double() + 0.5
+    rows, columns = centres * 384 / 224 - 0.5, centres * 480 / 224 - 0.5
+    y, x = rows.floor().long(), columns.floor().long()
+    dy, dx = (rows - y)[:, None], columns - x
+    top = region[:, y][:, :, x] * (1 - dx) + region[:, y][:, :, x + 1] * dx
+    bottom = region[:, y + 1][:, :, x] * (1 - dx) + region[:, y + 1][:, :, x + 1] * dx
+    torch.testing.assert_close(view, top * (1 - dy) + bottom * dy, atol=1e-9, rtol=0)
+    smooth = F.interpolate(region[None], (224, 224), mode="bilinear", antialias=True)[0]
+    assert (view - smooth).abs().max() > 0.1
+    rows, columns = np.arange(14) * 24 // 14, np.arange(14) * 30 // 14
+    np.testing.assert_array_equal(mask.view(14, 14), cells[rows][:, columns])
+
+
+def test_crops_end_at_the_first_empty_one():
+    """Unless told otherwise. One that lies in the last row alone is empty."""
+    refined = torch.zeros(12, 4)
+    refined[9, 0] = refined[1, 1] = refined[6, 2] = 1  # of 3 x 4 patches
+    keys = [1, 0, 2]
+    usual = TagSettings()
+    assert [(crop.key, crop.box) for crop in crops(refined, (3, 4), keys, usual)] == [(1, (0, 1, 1, 2))]
+    skipping = replace(usual, skip_empty_crops=True)
+    assert [crop.key for crop in crops(refined, (3, 4), keys, skipping)] == [1, 2]
+    covering = replace(usual, cover_edge=True)
+    assert [crop.box for crop in crops(refined, (3, 4), keys, covering)] == [
+        (0, 1, 1, 2), (2, 1, 3, 2), (1, 2, 2, 3),
+    ]  # fmt: skip
+    assert crops(refined, (3, 4), [3], covering) == []
+
+
+def test_a_crop_sees_its_class_alone(tiny):
+    """The class token does not change when the crop does where the class is not."""
+    torch.manual_seed(0)
+    pixels, cells = torch.randn(2, 3, 224, 224), torch.ones(2, 196, dtype=torch.bool)
+    pixels[1] = pixels[0]
+    cells[:, :98] = False  # the upper half
+    block = TagSettings()
+    alike = class_tokens(tiny.visual, pixels, cells, block)
+    assert torch.equal(alike[0], alike[1])
+    cells[1] = True
+    assert not torch.allclose(*class_tokens(tiny.visual, pixels, cells, block), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"averaged": 0}, "averaged must be 1 or more"),
+        ({"ratio": 1.5}, "ratio must lie between 0 and 1"),
+        ({"vote_threshold": -1.0}, "vote_threshold must be 0 or more"),
+        ({"position_rounding": "up"}, "position_rounding must be one of"),
+    ],
+)
+def test_settings_that_cannot_be(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        TagSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"averaged": 12}, "averaged is 12, with 11 blocks to choose from"),
+        ({"voting": 13}, "voting is 13, with 12"),
+        ({"voting": 3, "votes": 4}, "votes is 4, with 3"),
+        ({"crop_size": 100}, "crop_size 100 is not a multiple of the patch, 16"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        TagSettings(**settings).check(layers=12, patch_size=16)
+
+
+def test_settings_of_towers():
+    """Those of 12 blocks are the published ones."""
+    usual = TagSettings()
+    assert list(usual.averaging(12)) == [8, 9, 10] and usual.votes_needed(12) == 4
+    assert list(usual.voters(12)) == list(range(12))
+    assert list(usual.averaging(10)) == [6, 7, 8] and usual.votes_needed(10) == 4
+    assert list(usual.averaging(3)) == [0, 1] and usual.votes_needed(3) == 1
+    assert list(replace(usual, averaged=None).averaging(12)) == list(range(11))
+    assert list(replace(usual, voting=2).voters(12)) == [10, 11]
