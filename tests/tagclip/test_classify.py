@@ -1,0 +1,266 @@
+"""classify.py and pseudo_masks.py --labels auto, on golden vectors and in everyday trouble."""
+
+import json
+import pickle
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import clip
+from cocostuff.prepare import convert_split
+from segmentation.labels import read_split
+from segmentation.masks import read_mask
+from tagclip import classify, step
+from tagclip.scores import read_scores
+from tests import processes
+from tests.tagclip.common import IMAGES, SETS, golden, image, write_model
+
+DATASETS = {"voc": "voc2012", "coco": "coco2017", "stuff": "cocostuff"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The golden images, their model, and the made-up labels of the three sets as split files."""
+    root = tmp_path_factory.mktemp("tags")
+    for name in IMAGES:
+        image(name).save(root / f"{name}.png")
+    write_model(root / "tiny12.pt")
+    expected = golden("end_to_end")
+    for name in SETS:
+        (root / f"{name}.txt").write_text(str(expected[f"{name}/split"]))
+    split, problems = convert_split(read_split(root / "stuff.txt"), root / "stuff.txt")
+    assert not problems
+    lines = [" ".join([image, *map(str, found)]) for image, found in split.items()]
+    (root / "stuff.txt").write_text("\n".join(lines))
+    (root / "ids.txt").write_text("\n".join(IMAGES))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _golden_text(monkeypatch):
+    """Thousands of prompts are encoded in a test of the stages; here their features are at hand."""
+    encode = clip.prompts.encode_prompts
+
+    def known(model, names, templates):
+        for name, (_, expected, _) in SETS.items():
+            if list(names) == expected and len(templates) == 85:
+                return torch.from_numpy(golden("text")[f"{name}/features"])
+        return encode(model, names, templates)
+
+    monkeypatch.setattr(clip.prompts, "encode_prompts", known)
+
+
+def flags(world, output, *more, name="voc", split=None) -> list[str]:
+    given = ["--dataset", DATASETS[name], "--img_root", world, "--model_path", world / "tiny12.pt"]
+    given += ["--split_file", split or world / f"{name}.txt", "--output", output, "--device", "cpu", *more]
+    return [str(word) for word in given]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_golden_end_to_end(world, tmp_path, capsys, name):
+    expected = {k.removeprefix(f"{name}/"): v for k, v in golden("end_to_end").items() if k.startswith(name)}
+    saved, told = tmp_path / "deep" / "labels.txt", tmp_path / "scores.json"
+    assert classify.main(flags(world, tmp_path / "o", "--save_file", saved, "--json", told, name=name)) == 0
+    assert saved.read_text() == (tmp_path / "o" / "labels.txt").read_text() == str(expected["label_file"])
+    scores = read_scores(tmp_path / "o", SETS[name][0])
+    np.testing.assert_allclose([scores[image] for image in IMAGES], expected["scores"], atol=5e-4)
+    metrics = json.loads(told.read_text())
+    found = [metrics[key] for key in ("mAP", "F1", "Precision", "Recall")]
+    np.testing.assert_allclose(found, expected["metrics"], atol=1e-6)
+    each = [value or 0 for value in metrics["AP"].values()]
+    np.testing.assert_allclose(each, expected["ap"], atol=1e-6)
+    output = capsys.readouterr().out.splitlines()
+    mean, f1, precision, recall = expected["metrics"]
+    assert output[0] == f"mAP: {mean:.6f}"
+    assert output[-1] == f"F1: {f1:.6f}, Precision: {precision:.6f}, Recall: {recall:.6f}"
+    assert ("with positives" in output[1]) == (metrics["classes without positives"] > 0)
+
+
+def test_the_label_file_is_a_split_file(world, tmp_path):
+    """A second run reads it as the truth, and finds itself right."""
+    file, told = tmp_path / "labels.txt", tmp_path / "scores.json"
+    assert classify.main(flags(world, tmp_path / "o", "--save_file", file, split=world / "ids.txt")) == 0
+    assert classify.main(flags(world, tmp_path / "o", "--json", told, split=file)) == 0
+    scores = json.loads(told.read_text())
+    assert scores["Precision"] == pytest.approx(1) and scores["Recall"] > 0.8  # one image has equal scores
+
+
+def test_without_truth_there_are_labels_and_no_scores(world, tmp_path, capsys):
+    json_file = tmp_path / "scores.json"
+    assert classify.main(flags(world, tmp_path / "o", "--json", json_file, split=world / "ids.txt")) == 0
+    told = capsys.readouterr()
+    assert told.out == "" and "no true labels: nothing to score" in told.err and not json_file.exists()
+    assert [*read_split(tmp_path / "o" / "labels.txt")] == [*IMAGES]
+
+
+def test_true_labels_of_a_file(world, tmp_path, capsys):
+    classify.main(flags(world, tmp_path / "a"))
+    usual = capsys.readouterr().out
+    classify.main(flags(world, tmp_path / "b", "--labels", world / "voc.txt", split=world / "ids.txt"))
+    assert capsys.readouterr().out == usual
+
+
+def test_the_public_name_of_the_label_file(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = flags(world, "", "--save_file")
+    at = arguments.index("--output")
+    del arguments[at : at + 2]
+    assert classify.main(arguments) == 0
+    assert (tmp_path / "output/voc2012_val_tagclip.txt").is_file()
+    assert (tmp_path / "output/voc2012_tags/labels.txt").is_file()
+
+
+def test_a_stopped_run_goes_on(world, tmp_path, monkeypatch):
+    """What was scored is in shards; the rest is scored, nothing twice, and the labels come in split order."""
+    monkeypatch.setattr(step, "PERIOD", 0)
+    seen = []
+    tag_images = step.tag_images
+
+    def counted(model, images, *more):
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        seen.extend(image.shape for image in images)
+        return tag_images(model, images, *more)
+
+    monkeypatch.setattr(step, "tag_images", counted)
+    out = tmp_path / "o"
+    with pytest.raises(KeyboardInterrupt):
+        classify.main(flags(world, out, "--threads", 1))
+    before = read_scores(out, 20)
+    assert 0 < len(before) <= 4 and not (out / "labels.txt").exists()
+    left = []
+    monkeypatch.setattr(step, "tag_images", lambda m, i, *more: left.extend(i) or tag_images(m, i, *more))
+    assert classify.main(flags(world, out, "--threads", 1)) == 0
+    assert len(left) == len(IMAGES) - len(before)
+    assert (out / "labels.txt").read_text() == str(golden("end_to_end")["voc/label_file"])
+    left.clear()
+    monkeypatch.setattr(clip, "load", None)  # no model is needed
+    assert classify.main(flags(world, out)) == 0 and not left
+
+
+def test_ranks(world, tmp_path):
+    """The same labels; each rank writes shards of its own, one speaks."""
+    expected = str(golden("end_to_end")["voc/label_file"])
+    started = processes.ranks(partial(classify.main, flags(world, tmp_path / "ranks")))
+    (code, told, _), (other, silent, _) = (process.end() for process in started)
+    assert (code, other, silent) == (0, 0, "") and told.count("mAP: ") == 1
+    assert (tmp_path / "ranks" / "labels.txt").read_text() == expected
+    assert len(list((tmp_path / "ranks").glob("scores-*.npz"))) == 2
+
+
+def test_jobs_go_to_other_processes(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(classify, "generate", lambda *args: step.generate(*pickle.loads(pickle.dumps(args))))
+    assert classify.main(flags(world, tmp_path / "o")) == 0
+    assert (tmp_path / "o" / "labels.txt").read_text() == str(golden("end_to_end")["voc/label_file"])
+
+
+def test_bad_images_fail_alone(world, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for name in ("tagclip-0", "tagclip-4"):
+        image(name).save(tmp_path / "images" / f"{name}.png")
+    (tmp_path / "images" / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "ids.txt").write_text("tagclip-0 8\nbroken 1\nmissing 2\ntagclip-4 3\n")
+    arguments = flags(world, tmp_path / "o", "--img_root", tmp_path / "images", split=tmp_path / "ids.txt")
+    assert classify.main(arguments) == 1
+    told = capsys.readouterr()
+    assert "4 images, 2 failed" in told.err and "mAP: " in told.out
+    assert [*read_split(tmp_path / "o" / "labels.txt")] == ["tagclip-0", "tagclip-4"]
+    failed = (tmp_path / "o" / "failed.txt").read_text()
+    assert "broken.jpg cannot be read" in failed and "no image missing" in failed
+
+
+def test_other_settings_are_noticed(world, tmp_path):
+    assert classify.main(flags(world, tmp_path / "o")) == 0
+    with pytest.raises(ValueError, match=r"other settings: votes \(was None, now 3\)"):
+        classify.main(flags(world, tmp_path / "o", "--votes", 3))
+    assert classify.main(flags(world, tmp_path / "o", "--votes", 3, "--overwrite")) == 0
+
+
+def test_every_flag_is_a_setting(world, tmp_path):
+    given = {
+        "averaged": ("--averaged_blocks", 2), "voting": ("--voting_blocks", 5), "votes": ("--votes", 3),
+        "vote_threshold": ("--vote_threshold", 0.9), "box_threshold": ("--box_threshold", 1.1),
+        "ratio": ("--ratio", 0.4), "cell_threshold": ("--cell_threshold", 0.6),
+        "crop_size": ("--crop_size", 64), "local_weight": ("--local_weight", 0.25),
+        "diagonal_bias": ("--diagonal_bias", -50.0), "crop_bias": ("--crop_bias", -70.0),
+        "cover_edge": ("--cover_edge", True), "skip_empty_crops": ("--skip_empty_crops", True),
+        "position_rounding": ("--position_rounding", "never"), "max_patches": ("--max_patches", 20),
+    }  # fmt: skip
+    words = []
+    for flag, value in given.values():
+        words += [flag] if value is True else [f"{flag}={value}"]
+    assert classify.main(flags(world, tmp_path / "o", *words)) == 0
+    recorded = json.loads((tmp_path / "o" / "settings.json").read_text())["settings"]
+    assert {key: recorded[key] for key in given} == {key: value for key, (_, value) in given.items()}
+    assert recorded["weights_rounded"] is False
+    assert classify.main(flags(world, tmp_path / "all", "--averaged_blocks", "all")) == 0
+    recorded = json.loads((tmp_path / "all" / "settings.json").read_text())["settings"]
+    assert recorded["averaged"] is None and recorded["ratio"] == 0.5
+
+
+def test_label_rules(world, tmp_path):
+    def labels(*more) -> list[list[int]]:
+        assert classify.main(flags(world, tmp_path / "o", *more)) == 0
+        return [*read_split(tmp_path / "o" / "labels.txt").values()]
+
+    assert all(len(found) == 2 for found in labels("--label_rule", "top", "--label_threshold", 2))
+    assert all(len(found) == 1 for found in labels("--label_rule", "absolute", "--label_threshold", 9))
+    more = sum(map(len, labels("--label_threshold", 0.1)))
+    assert more > sum(map(len, labels()))
+
+
+def test_a_folder_of_images_needs_no_split_file(world, tmp_path):
+    (tmp_path / "own.yaml").write_text("{name: own, classes: [dog, cat], backgrounds: [grass], model: none}")
+    arguments = ["--benchmark", tmp_path / "own.yaml", "--img_root", world, "--output", tmp_path / "o"]
+    arguments += ["--model_path", world / "tiny12.pt", "--device", "cpu"]
+    assert classify.main([*map(str, arguments)]) == 0
+    assert [*read_split(tmp_path / "o" / "labels.txt")] == sorted(IMAGES)
+
+
+def test_mistakes_are_told(world, tmp_path):
+    with pytest.raises(FileNotFoundError, match="image folder nowhere does not exist: give --img_root"):
+        classify.main(flags(world, tmp_path / "o", "--img_root", "nowhere"))
+    with pytest.raises(ValueError, match="averaged is 30, with 11 blocks to choose from"):
+        classify.main(flags(world, tmp_path / "o", "--averaged_blocks", 30))
+    with pytest.raises(SystemExit):
+        classify.main(["--dataset", "voc2012", "--benchmark", "shapes"])
+
+
+# pseudo_masks.py --labels auto
+
+
+def pseudo_masks(world, output, *more) -> int:
+    words = ["--benchmark", "voc12", "--img_root", world, "--split_file", world / "ids.txt"]
+    words += ["--model", world / "tiny12.pt", "--device", "cpu", "--pseudo_mask_save_path", output, *more]
+    code, _, errors = processes.here("pseudo_masks.py", *words)
+    assert "Traceback" not in errors
+    return code
+
+
+def test_masks_without_labels(world, tmp_path):
+    """In one command as in two; each step has its own rounding, and says so."""
+    assert pseudo_masks(world, tmp_path / "auto", "--labels", "auto") == 0
+    assert classify.main(flags(world, tmp_path / "tags", split=world / "ids.txt")) == 0
+    assert pseudo_masks(world, tmp_path / "two", "--labels", tmp_path / "tags" / "labels.txt") == 0
+    for name in IMAGES:
+        mask = read_mask(tmp_path / "auto" / f"{name}.png")
+        assert np.array_equal(mask, read_mask(tmp_path / "two" / f"{name}.png"))
+    tags = json.loads((tmp_path / "auto" / "tags" / "settings.json").read_text())["settings"]
+    assert tags["weights_rounded"] is False and tags["position_rounding"] == "resampled"
+    labels = (tmp_path / "auto" / "tags" / "labels.txt").read_text()
+    assert labels == str(golden("end_to_end")["voc/label_file"])
+    assert pseudo_masks(world, tmp_path / "auto", "--labels", "auto") == 0  # and goes on
+
+
+def test_masks_without_labels_of_bad_images(world, tmp_path):
+    (tmp_path / "images").mkdir()
+    image("tagclip-4").save(tmp_path / "images" / "tagclip-4.png")
+    (tmp_path / "ids.txt").write_text("tagclip-4\nmissing\n")
+    some = ["--img_root", tmp_path / "images", "--split_file", tmp_path / "ids.txt", "--labels", "auto"]
+    assert pseudo_masks(world, tmp_path / "masks", *some) == 1
+    assert [file.name for file in (tmp_path / "masks").glob("*.png")] == ["tagclip-4.png"]
+    (tmp_path / "ids.txt").write_text("missing\n")
+    assert pseudo_masks(world, tmp_path / "none", *some) == 1
+    assert pseudo_masks(world, tmp_path / "masks", "--labels", "auto", "--shards", "x.tar") == 2
