@@ -4,13 +4,14 @@ import errno
 import io
 import json
 import os
+import re
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -22,12 +23,15 @@ import shapes
 from pipeline.processes import Outcome
 from pipeline.run import Run, command
 from segmentation import camfile, files
+from segmentation.distributed import gather
 from segmentation.masks import read_mask
 from tests.conftest import parity_image
+from tests.processes import ROOT, Process, Started, ranks, torchrun
+from tests.processes import script as run_script
 
-ROOT = Path(__file__).parents[2]
-PATIENCE = 120  # seconds until a test gives up; a run that was disturbed ends in one or two
-IMAGES = 150  # enough that even a fast machine has not made them all when it is disturbed for the last time
+IMAGES = 80
+ATTEMPTS = 5  # at most, to hit a run before it has finished
+LOST = "error: another of torchrun's processes died: start again to go on\n"
 linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks into /proc")
 
 YAML = """name: faults
@@ -75,70 +79,20 @@ def contents(folder: Path, pattern: str = "*.png") -> dict[str, bytes]:
 # Killed and interrupted
 
 
-class Started:
-    """A command in a session of its own; what it starts is known by its environment."""
-
-    def __init__(self, *arguments):
-        self.mark = f"FAULT={os.getpid()}_{time.monotonic_ns()}"
-        name, value = self.mark.split("=")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), name: value}
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            env=environment,
-            stdout=pipe,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def until(self, condition: Callable) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not condition():
-            assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-
-    def find(self, *signs: str) -> int:
-        """The process, among those that descend from this one, with these in its command or environment."""
-        found = [pid for pid, text in self.alive() if all(sign in text for sign in signs)]
-        return max(found)
-
-    def end(self) -> tuple[int, str]:
-        """Exit code and output; nothing that was started may live on."""
-        output = self.process.communicate(timeout=PATIENCE)[0]
-        deadline = time.monotonic() + 10
-        while alive := list(self.alive()):
-            assert time.monotonic() < deadline, alive
-            time.sleep(0.05)
-        return self.process.returncode, output
-
-    def opened(self, process: int, folder: Path) -> bool:
-        """Does the process have a file of the folder open?"""
-        try:
-            opened = [os.readlink(file) for file in Path(f"/proc/{process}/fd").iterdir()]
-        except OSError:
-            return False
-        return any(file.startswith(str(folder)) for file in opened)
-
-    def alive(self) -> Iterator[tuple[int, str]]:
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
-                line = (folder / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
-                state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
-            except OSError:
-                continue
-            if self.mark in environment and state != "Z":
-                yield int(folder.name), line + "\n" + "\n".join(environment)
+def opened(process: int, folder: Path) -> bool:
+    """Does the process have a file of the folder open?"""
+    try:
+        found = [os.readlink(file) for file in Path(f"/proc/{process}/fd").iterdir()]
+    except OSError:
+        return False
+    return any(file.startswith(str(folder)) for file in found)
 
 
-def torchrun(*arguments) -> Started:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    return Started(*launcher, *arguments)
+def ended(run: Started) -> tuple[int, str]:
+    """Exit code and output; nothing that was started may live on."""
+    code, output, *_ = run.end()
+    run.gone()
+    return code, output
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +101,14 @@ def world(tmp_path_factory) -> Path:
     return write_world(root, [f"image_{number:03}" for number in range(IMAGES)])
 
 
+def count(out: Path) -> int:
+    return len(list(out.glob("image_*.np?")) or list(out.glob("image_*.png")))
+
+
 def made(world: Path, script: str, out: Path) -> list:
     """The command that makes masks or CAMs of the world in `out`."""
     flag = "--cam_out_dir" if script == "generate_cams.py" else "--pseudo_mask_save_path"
-    return [ROOT / script, *flags_of(world), flag, out]
+    return [script, *flags_of(world), flag, out]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +119,7 @@ def undisturbed(world, tmp_path_factory) -> Callable[[str], dict[str, bytes]]:
     def of(script: str) -> dict[str, bytes]:
         if script not in found:
             out = tmp_path_factory.mktemp("undisturbed")
-            assert Started(*made(world, script, out)).end()[0] == 0
+            assert Process(run_script, *made(world, script, out)).end()[0] == 0
             found[script] = contents(out, "image_*")
             assert len(found[script]) == IMAGES
         return found[script]
@@ -180,18 +138,25 @@ def only_whole(out: Path, expected: dict[str, bytes]) -> int:
 @linux
 def test_a_killed_rank_ends_the_run_and_a_rerun_completes_it(world, undisturbed, tmp_path):
     expected, out = undisturbed("generate_cams.py"), tmp_path / "out"
-    run = torchrun(*made(world, "generate_cams.py", out))
-    run.until(lambda: len(contents(out, "image_*.npy")) >= 4)
-    os.kill(run.find("generate_cams.py", "\nRANK=0\n"), signal.SIGKILL)
-    code, output = run.end()
+    for _ in range(ATTEMPTS):
+        run = torchrun(ROOT / "generate_cams.py", *made(world, "generate_cams.py", out)[1:])
+        run.until(lambda started=run: started.find("generate_cams.py", "\nRANK=0\n"))
+        rank = run.find("generate_cams.py", "\nRANK=0\n")
+        run.until(lambda: count(out) >= 4)
+        os.kill(rank, signal.SIGKILL)
+        code, output = ended(run)
+        if count(out) < len(expected):
+            break
+        shutil.rmtree(out)  # finished before its turn to be killed: begin anew
     assert code == 1 and "Signal 9 (SIGKILL) received" in output
     assert 4 <= only_whole(out, expected) < len(expected)
-    assert torchrun(*made(world, "generate_cams.py", out)).end()[0] == 0
+    again = ranks(run_script, *made(world, "generate_cams.py", out))
+    assert [ended(rank)[0] for rank in again] == [0, 0]
     assert contents(out, "image_*") == expected
 
 
 MASKS_DISTURBED = [  # flags, what is hit, signal, exit code, what is said
-    ("torchrun", "\nRANK=1\n", signal.SIGKILL, 1, "Signal 9 (SIGKILL) received"),
+    ("ranks", "main", signal.SIGKILL, -signal.SIGKILL, ""),
     (["--decode_workers", "2"], "main", signal.SIGKILL, -signal.SIGKILL, ""),
     (["--num_workers", "2"], "spawn_main", signal.SIGKILL, 1, "a worker process died (exit code -9"),
     (["--threads", "2"], "group", signal.SIGINT, 130, "interrupted: the same command continues"),
@@ -202,25 +167,31 @@ MASKS_DISTURBED = [  # flags, what is hit, signal, exit code, what is said
 @linux
 def test_masks_survive_one_fault_after_the_other(world, undisturbed, tmp_path, capsys, monkeypatch):
     """One folder, disturbed in every way; all that is there is whole each time, and complete at the end."""
-    expected, out, there = undisturbed("pseudo_masks.py"), tmp_path / "masks", 0
+    expected, out = undisturbed("pseudo_masks.py"), tmp_path / "masks"
+    start = made(world, "pseudo_masks.py", out)
     for flags, target, sent, exit_code, sentence in MASKS_DISTURBED:
-        start = made(world, "pseudo_masks.py", out)
-        run = torchrun(*start) if flags == "torchrun" else Started(*start, *flags)
-        run.until(lambda least=there + 3: len(contents(out, "image_*.png")) >= least)
-        if target == "group":  # as a terminal does
-            os.killpg(run.process.pid, sent)
-        else:
-            os.kill(run.process.pid if target == "main" else run.find(target), sent)
-        begin = time.monotonic()
-        code, output = run.end()
-        assert time.monotonic() - begin < 30
-        assert code == exit_code and sentence in output, output
-        assert flags == "torchrun" or "Traceback" not in output, output  # torchrun shows one of its own
+        for _ in range(ATTEMPTS):
+            before = count(out)
+            runs = ranks(run_script, *start) if flags == "ranks" else [Process(run_script, *start, *flags)]
+            run = runs.pop()
+            run.reaches(lambda least=before + 3: count(out) >= least)
+            if target == "group":
+                run.signal_group(sent)
+            elif process := run.pid if target == "main" else run.find(target):
+                os.kill(process, sent)
+            for other in runs:
+                other.signal(signal.SIGTERM)  # as torchrun ends the ranks that a lost one has left
+                assert ended(other)[0] == -signal.SIGTERM
+            code, output = ended(run)
+            if code != 0 and count(out) < len(expected):
+                break
+            for file in sorted(out.glob("image_*.png"))[IMAGES // 4 :]:
+                file.unlink()  # finished before its turn to be hit: begin this fault anew
+        assert code == exit_code and sentence in output and "Traceback" not in output, output
         if sent == signal.SIGINT:
             assert len(output.splitlines()) == 1, output
-        before, there = there, only_whole(out, expected)
-        assert before + 3 <= there < len(expected)
-    assert told("pseudo_masks", capsys, monkeypatch, *made(world, "pseudo_masks.py", out)[1:])[0] == 0
+        assert before + 3 <= only_whole(out, expected) < len(expected)
+    assert told("pseudo_masks", capsys, monkeypatch, *start[1:])[0] == 0
     assert contents(out, "image_*") == expected
     assert {file.name for file in out.iterdir()} == {*expected, "settings.json"}
 
@@ -238,52 +209,35 @@ def test_a_killed_rank_ends_an_evaluation(tmp_path, capsys, monkeypatch):
         (truth / f"{name}.png").symlink_to(truth / "0.png")
     (tmp_path / "split.txt").write_text("".join(f"{name}\n" for name in names))
     (tmp_path / "faults.yaml").write_text(YAML.format(root=tmp_path, model="none.pt"))
-    arguments = [ROOT / "eval_cam.py", "--cam_out_dir", cams, "--dataset", tmp_path / "faults.yaml"]
+    arguments = ["eval_cam.py", "--cam_out_dir", cams, "--dataset", tmp_path / "faults.yaml"]
     arguments += ["--num_workers", "1", "--json", tmp_path / "scores.json"]
-    run = torchrun(*arguments)
-
-    def reads() -> int | None:
-        """Rank 1, while a file of the images is open in it."""
-        for process, text in run.alive():
-            if "eval_cam.py" in text and "\nRANK=1\n" in text and run.opened(process, tmp_path):
-                return process
-
-    run.until(reads)
-    os.kill(run.find("eval_cam.py", "\nRANK=1\n"), signal.SIGKILL)
-    code, output = run.end()
-    assert code == 1 and "Signal 9 (SIGKILL) received" in output
+    first, second = ranks(run_script, *arguments)
+    second.until(lambda: opened(second.pid, truth))  # all have come together by then
+    second.signal(signal.SIGKILL)
+    code, output = ended(first)
+    assert code == 1 and output == LOST
+    assert ended(second)[0] == -signal.SIGKILL
     assert not (tmp_path / "scores.json").exists()
     assert told("eval_cam", capsys, monkeypatch, *arguments[1:])[0] == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["images"] == len(names)
 
 
-LOSE_RANK_1 = """
-import os
-from segmentation.distributed import gather
-from pipeline.run import command
-def main():
-    gather("all have come this far")
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), 9)
-    gather("none comes this far")
-command(main)
-"""
+def lose_rank_1() -> None:
+    def main():
+        gather("all have come this far")
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        gather("none comes this far")
+
+    command(main)
 
 
 def test_ranks_that_wait_for_a_lost_one_say_so():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = []
-    for rank in ("0", "1"):  # without torchrun, which would end rank 0, if not on another machine
-        given = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, **given, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        arguments = [sys.executable, "-c", LOSE_RANK_1]
-        ranks.append(subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=PATIENCE)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [1, -signal.SIGKILL]
-    assert errors[0] == "error: another of torchrun's processes died: start again to go on\n"
+    """Without torchrun, which would end rank 0, if not on another machine."""
+    (code, output), (lost, _) = (ended(rank) for rank in ranks(lose_rank_1))
+    assert (code, lost) == (1, -signal.SIGKILL)
+    assert output == LOST
 
 
 def kill_yourself(names, position, marks):
@@ -434,7 +388,7 @@ def test_a_full_disk_stops_several_processes(disk, few, masks_of_few, capsys, mo
     out = disk.folder / "masks"
     arguments = [*flags_of(few), "--pseudo_mask_save_path", out]
     disk.shrink_to(3)
-    code, output = Started(ROOT / "pseudo_masks.py", *arguments, "--num_workers", "2").end()
+    code, output = ended(Process(run_script, "pseudo_masks.py", *arguments, "--num_workers", "2"))
     one_sentence(code, output, ".png")
     assert contents(out).items() < masks_of_few.items() and not list(out.glob("*.tmp"))
     disk.make_room()
@@ -489,20 +443,20 @@ def test_bad_and_odd_images_among_good_ones(tmp_path, capsys, monkeypatch):
     assert told("pseudo_masks", capsys, monkeypatch, *flags)[0] == 0
 
 
-MEASURED = """
-import atexit, re, runpy, sys
-from pathlib import Path
-sys.argv = sys.argv[1:]
-atexit.register(lambda: print(re.search(r"VmHWM:.*", Path("/proc/self/status").read_text())[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def peak_of(*words) -> float:
+    """The most memory that this process has held, in MB, when it has run a script."""
+    try:
+        run_script(*words)
+    except SystemExit as end:
+        assert end.code == 0
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-def measured(*arguments) -> tuple[str, float]:
+def measured(*words) -> tuple[str, float]:
     """Output of a script, and the most memory its process held, in MB."""
-    code, output = Started("-c", MEASURED, *arguments).end()
+    code, output, memory = Process(peak_of, *words).end()
     assert code == 0, output
-    return output, int(output.split("VmHWM:")[1].split()[0]) / 1024
+    return output, memory
 
 
 @linux
@@ -512,7 +466,7 @@ def test_a_very_large_image(tmp_path, capsys, monkeypatch):
     flags = [*flags_of(benchmark), "--max_patches", "300"]
     fused, stepwise, cams = tmp_path / "fused", tmp_path / "stepwise", tmp_path / "cams"
     arguments = [*flags, *small, "--pseudo_mask_save_path", fused]
-    output, memory = measured(ROOT / "pseudo_masks.py", *arguments)
+    output, memory = measured("pseudo_masks.py", *arguments)
     assert "images shrunk to 100000 pixels for the CRF (--crf_max_pixels): 1 (large)" in output
     assert "images shrunk to 300 patches (--max_patches): 1 (large)" in output
     assert memory < 2500
@@ -534,7 +488,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     for count, more in ((400, ["--split_file", tmp_path / "few.txt"]), (2000, [])):
         out = tmp_path / f"masks_{count}"
         arguments = [*flags_of(benchmark), "--batch_size", "32", *more, "--pseudo_mask_save_path", out]
-        output, memory[count] = measured(ROOT / "pseudo_masks.py", *arguments)
+        output, memory[count] = measured("pseudo_masks.py", *arguments)
         assert f"{count} images, 0 failed" in output and len(list(out.glob("*.png"))) == count
     assert memory[2000] < 1.1 * memory[400]
 
