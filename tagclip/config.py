@@ -21,7 +21,7 @@ class TagSettings:
         cell_threshold: patches of a class, within the range of its map, that its crop consists of.
         crop_size: side of the crop as the tower sees it; None: what it was trained at.
         local_weight: of the first score, where a crop gives a second.
-        diagonal_bias: added to what other patches say to a patch in the last block; 0 or less.
+        diagonal_bias: added to what other patches say to a patch in the last block.
         crop_bias: added to what patches outside the class say to the class token.
         cover_edge: let boxes and crops reach the grid's last row and column. The public code cuts them off,
             so that what lies there alone is not seen; published numbers have it so.
@@ -61,8 +61,6 @@ class TagSettings:
         for name in ("vote_threshold", "box_threshold"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name):g}")
-        if not self.diagonal_bias <= 0:
-            raise ValueError(f"diagonal_bias must be 0 or less, got {self.diagonal_bias:g}")
         if self.position_rounding not in POSITION_ROUNDINGS:
             raise ValueError(f"position_rounding must be one of {', '.join(POSITION_ROUNDINGS)}")
 
