@@ -19,7 +19,7 @@ CONFIG = "config.yaml"  # of a run folder: the configuration it was trained with
 class Data:
     """Which images, and whose masks. What is empty is the benchmark's own."""
 
-    benchmark: str = "voc12"  # voc12, coco14, shapes or a .yaml file
+    benchmark: str = "voc12"  # voc12, coco14, cocostuff, shapes or a .yaml file
     root: str = ""  # folder of the data set
     image_dir: str = ""
     label_dir: str = ""  # masks to train on: pseudo masks, or the ground truth

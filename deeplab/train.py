@@ -20,6 +20,7 @@ from deeplab.data import Split, benchmark_of, training_split, validation_split
 from deeplab.keymaps import STRIDE_IN
 from deeplab.networks import Network, network_of
 from deeplab.trained import protocol_of
+from pipeline.evaluate import benchmark_scores
 from pipeline.flags import HelpFormatter
 from pipeline.masks import fingerprint
 from pipeline.processes import device_of
@@ -33,7 +34,7 @@ from segmentation.images import find_image, read_rgb
 from segmentation.inference import infer
 from segmentation.losses import LOSSES, pyramid
 from segmentation.masks import overlay, read_mask
-from segmentation.metrics import confusion, scores
+from segmentation.metrics import confusion
 from segmentation.trainer import LOGS, Objective, Trainer
 
 STEP = "deeplab.train"
@@ -58,7 +59,7 @@ def objective(loss: str) -> Objective:
 
 
 def validation(
-    split: Split, network: Network, channels: int, device: str, precision: str
+    split: Split, network: Network, benchmark: Benchmark, device: str, precision: str
 ) -> Callable[[nn.Module], dict[str, float]]:
     """A function network -> scores on a split, its images shared out among the ranks.
 
@@ -66,6 +67,7 @@ def validation(
     """
     protocol = replace(network.protocol, scales=(1.0,), flip=False)
     rank, world = rank_and_world()
+    channels = benchmark.channels
 
     def validate(model: nn.Module) -> dict[str, float]:
         hist, failed = np.zeros((channels, channels), np.int64), []
@@ -83,7 +85,7 @@ def validation(
         failures = [failure for part in failures for failure in part]
         if failures and rank == 0:
             print(f"{len(failures)} images could not be validated on: {some(failures)}", file=sys.stderr)
-        found = scores(sum(hists))
+        found = benchmark_scores(sum(hists), benchmark)
         return {name: found[name] for name in ("Mean IoU", "Pixel Accuracy")}
 
     return validate
@@ -147,7 +149,7 @@ def prepare(config: Config, overwrite: bool = False, resume: bool = False) -> Tr
         if config.data.val_split and config.run.validate_every:
             val = validation_split(config, benchmark)
             check_files(val.names, val.image_dir, val.label_dir)
-            validate = validation(val, network, benchmark.channels, str(device), config.run.precision)
+            validate = validation(val, network, benchmark, str(device), config.run.precision)
         torch.manual_seed(config.solver.seed)
         model = network.build(config.model, benchmark.channels)
         report = load_init(model, config.model.init) if config.model.init and not begun else None

@@ -77,7 +77,7 @@ def add_image_flags(
     flag = parser.add_argument
     if name is None:
         flag("--benchmark", required=True, metavar="NAME|FILE.yaml", help="the data set: voc12, coco14, "
-             "shapes or a YAML file that describes it")  # fmt: skip
+             "cocostuff, shapes or a YAML file that describes it")  # fmt: skip
     flag("--img_root", help="image folder (without it: the benchmark's)")
     split = benchmarks.load(name).split_file if name else "the benchmark's"
     flag("--split_file", help=f"image ids, one a line (without it: {split})")

@@ -150,6 +150,14 @@ def test_ranks(world, tmp_path):
     assert len(list((tmp_path / "ranks").glob("scores-*.npz"))) == 2
 
 
+def test_batches(world, tmp_path):
+    """Several images at once, of any sizes, give the labels that each gives alone."""
+    assert classify.main(flags(world, tmp_path / "o", "--batch_size", 4, "--threads", 1)) == 0
+    assert (tmp_path / "o" / "labels.txt").read_text() == str(golden("end_to_end")["voc/label_file"])
+    expected, found = golden("end_to_end")["voc/scores"], read_scores(tmp_path / "o", 20)
+    np.testing.assert_allclose([found[image] for image in IMAGES], expected, atol=5e-4)
+
+
 def test_jobs_go_to_other_processes(world, tmp_path, monkeypatch):
     monkeypatch.setattr(classify, "generate", lambda *args: step.generate(*pickle.loads(pickle.dumps(args))))
     assert classify.main(flags(world, tmp_path / "o")) == 0
