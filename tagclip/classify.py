@@ -75,8 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings=settings_of(args, benchmark),
         flow=flow_of(args),
     )
-    threshold = job.settings.ratio if args.label_threshold is None else args.label_threshold
-    rule = LabelRule(threshold, args.label_rule)
+    rule = rule_of(args, job.settings)
     code = tag(job, name, list(split), rule, args.num_workers, args.overwrite)
     if rank_and_world()[0] == 0:
         scores = scored(job, split)
@@ -111,7 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
          "a name: output/<dataset>_val_tagclip.txt, as the public script does)")  # fmt: skip
     flag("--label_rule", choices=scoring.RULES, default="relative", help="which scores make labels: those "
          "above a share of the image's range, above a number, or so many of the highest")  # fmt: skip
-    flag("--label_threshold", type=float, help="of that rule (without it: --ratio)")
+    flag("--label_threshold", type=float, help="of that rule (of relative, without it: --ratio)")
     flag("--json", metavar="FILE", help="write the metrics there")
     add_run_flags(parser)
     flag = parser.add_argument_group(
@@ -155,6 +154,22 @@ def settings_of(args: argparse.Namespace, benchmark: Benchmark) -> TagSettings:
     if given.get("averaged") == "all":
         given["averaged"] = None
     return replace(usual_settings(benchmark), **given)
+
+
+def rule_of(args: argparse.Namespace, settings: TagSettings) -> LabelRule:
+    """What --label_rule and --label_threshold say.
+
+    Raises:
+        ValueError: they say nothing sensible.
+    """
+    threshold = args.label_threshold
+    if args.label_rule == "relative":
+        threshold = settings.ratio if threshold is None else threshold
+    elif threshold is None:
+        raise ValueError(f"--label_rule {args.label_rule} needs a --label_threshold")
+    if args.label_rule == "top" and not (threshold >= 1 and threshold == int(threshold)):
+        raise ValueError(f"--label_rule top takes a whole --label_threshold, 1 or more, not {threshold:g}")
+    return LabelRule(threshold, args.label_rule)
 
 
 def usual_settings(benchmark: Benchmark) -> TagSettings:

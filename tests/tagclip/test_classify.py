@@ -232,6 +232,11 @@ def test_mistakes_are_told(world, tmp_path):
         classify.main(flags(world, tmp_path / "o", "--img_root", "nowhere"))
     with pytest.raises(ValueError, match="averaged is 30, with 11 blocks to choose from"):
         classify.main(flags(world, tmp_path / "o", "--averaged_blocks", 30))
+    with pytest.raises(ValueError, match="--label_rule absolute needs a --label_threshold"):
+        classify.main(flags(world, tmp_path / "o", "--label_rule", "absolute"))
+    with pytest.raises(ValueError, match=r"takes a whole --label_threshold, 1 or more, not 0.5"):
+        classify.main(flags(world, tmp_path / "o", "--label_rule", "top", "--label_threshold", 0.5))
+    assert not (tmp_path / "o" / "labels.txt").exists()
     with pytest.raises(SystemExit):
         classify.main(["--dataset", "voc2012", "--benchmark", "shapes"])
 
