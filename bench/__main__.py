@@ -1,18 +1,20 @@
-"""python -m bench cams|crf|eval|pipeline|train: speed and memory beside the way the public projects work."""
+"""python -m bench cams|crf|eval|pipeline|tags|train: speed and memory beside the public projects' way."""
 
 import argparse
 import json
 from pathlib import Path
 
 import clip
-from bench import cams, crf, evaluation, fused, train
+from bench import cams, crf, evaluation, fused, tags, train
 from bench.measure import Setting, table
 from deeplab.networks import NETWORKS
 from pipeline.flags import HelpFormatter, count
 from pipeline.run import command
 from segmentation.inference import PRECISIONS
 
-SUBCOMMANDS = {"cams": cams, "crf": crf, "eval": evaluation, "pipeline": fused, "train": train}
+SUBCOMMANDS = {
+    "cams": cams, "crf": crf, "eval": evaluation, "pipeline": fused, "tags": tags, "train": train
+}  # fmt: skip
 TRAINING = ("network", "width", "crop", "batch", "accumulate", "variants")  # train's settings, ...
 NOT_TRAINING = ("precision", "images", "model", "backend")  # ... and those of all the others
 
@@ -32,11 +34,12 @@ def main() -> int:
     flag("--precision", choices=clip.PRECISIONS, default=usual.precision, help="of the image tower; the "
          "public way stays float32. For train see --variants")  # fmt: skip
     flag("--threads", type=int, default=usual.threads, help="CPU threads of PyTorch and OpenCV")
-    flag("--images", type=int, default=usual.images, help="images timed in a round (cams and pipeline "
-         "on a CPU: a multiple of --threads; a GPU needs thousands), train times one iteration")  # fmt: skip
+    flag("--images", type=int, default=usual.images, help="images timed in a round (cams, pipeline, "
+         "tags on a CPU: a multiple of --threads; a GPU needs thousands); train times "
+         "one iteration")  # fmt: skip
     flag("--rounds", type=int, default=usual.rounds, help="turns of both ways; medians are reported")
     flag("--labels", type=float, default=usual.labels, help="labels per image, on average: VOC12 has 1.5, "
-         "COCO14 2.9")  # fmt: skip
+         "COCO14 2.9; of tags: crops")  # fmt: skip
     flag("--model", metavar="FILE", help="a ViT for clip.load (without it: random weights, ViT-B/16's shape)")
     flag("--backend", default=usual.backend, help="of the dense CRF")
     flag("--network", choices=NETWORKS, default=usual.network, help="that train trains")

@@ -1,0 +1,252 @@
+"""Step 0, from encoded JPEGs to scores of the classes."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import clip
+from bench import data, measure
+from bench.cams import BENCHMARK, STAGED, Material, block_flop, race
+from bench.measure import Setting
+from bench.reference_tags import reference_tags
+from clip.model import CLIP
+from pipeline.cams import flow_settings
+from pipeline.flow import flow
+from pipeline.processes import Outcome
+from segmentation.images import read_image
+from tagclip import TagSettings
+from tagclip.crops import Crop, candidates, class_tokens, crops, cut
+from tagclip.patches import class_probabilities, patch_level, refined_probabilities
+from tagclip.scores import labels, read_scores
+from tagclip.step import Resized, TagJob, TagStep
+
+CLASSES = len(BENCHMARK.classes)
+
+
+@dataclass(frozen=True)
+class TagMaterial(Material):
+    """What both ways start from.
+
+    Attributes:
+        settings: how images are tagged, see `fitted`.
+    """
+
+    settings: TagSettings = field(default_factory=TagSettings)
+
+    def tag_job(self, setting: Setting, output: Path) -> TagJob:
+        """What `tagclip.step.TagStep` takes."""
+        decoders = setting.threads if setting.kind == "cuda" else 0
+        return TagJob(
+            benchmark=BENCHMARK,
+            image_root=str(self.folder / "images"),
+            model=self.model,
+            device=setting.device,
+            precision=setting.precision,
+            round_weights=False,
+            output=str(output),
+            settings=self.settings,
+            flow=flow_settings(setting.device, decode_workers=decoders),
+        )
+
+    def network(self, setting: Setting, precision: str) -> tuple[CLIP, Callable[[], Tensor]]:
+        """The model, and what gives the text features of the names (C, E): slowly, later from the cache."""
+        model = clip.load(self.model, setting.device, precision, round_weights=False)
+        templates = self.tag_job(setting, self.folder).templates
+        return model, lambda: clip.text_features(model, BENCHMARK.tag_names, templates)
+
+    def pixels(self, model: CLIP, name: str) -> Tensor:
+        """(H', W', 3) uint8, decoded and resized."""
+        image = read_image(self.image(name)).convert("RGB")
+        size = clip.target_size(image.height, image.width, model.visual.patch_size)
+        return torch.tensor(clip.resize_rgb(image, size))
+
+
+class Told(TagStep):
+    """Images share files of scores; empty ones in `told` tell when each was done."""
+
+    def __init__(self, job: TagJob, told: Path):
+        super().__init__(job, position=0)
+        self.told = told
+
+    def write(self, decoded: Resized, scores: np.ndarray) -> list[str]:
+        notes = super().write(decoded, scores)
+        (self.told / decoded.name).touch()
+        return notes
+
+
+def ours(setting: Setting, material: TagMaterial, names: list[str], output: Path) -> Iterator[Outcome]:
+    """This project's way."""
+    output.mkdir()
+    step = Told(material.tag_job(setting, _shards(output)), output)
+    yield from flow(names, step.decoder(), step, step.flow)
+    step.save()
+
+
+def reference(setting: Setting, material: TagMaterial, names: list[str], output: Path) -> Iterator[Outcome]:
+    """The public way, in float32 whatever the setting."""
+    model, text_of = material.network(setting, "fp32")
+    text = text_of()
+    output.mkdir(exist_ok=True)
+    for name in names:
+        image = read_image(material.image(name)).convert("RGB")
+        np.save(output / f"{name}.npy", reference_tags(model, image, text, CLASSES, material.settings))
+        yield Outcome(name)
+
+
+def run(setting: Setting) -> dict:
+    """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns.
+
+    "label_agreement" is the share of pairs of image and class that both ways decide alike, "equal_labels"
+    that of images with the same labels, "largest_difference" one between scores. "text_s" are the
+    seconds that the text features of all names take, "text_cached_s" once they are cached.
+    """
+    setting.limit_threads()
+    with measure.scratch() as folder:
+        material = TagMaterial.make(folder, setting)
+        model, text_of = material.network(setting, setting.precision)
+        start = time.perf_counter()
+        text = text_of()
+        features = {"text_s": time.perf_counter() - start, "text_cached_s": measure.seconds(text_of)}
+        model.forget_text_tower()
+        material, made = fitted(setting, material, model, text)
+        result, done, ceiling = race(setting, material, ours, reference)
+        result |= compared(folder, done, material.settings)
+        result |= {"crops_per_image": made, "ratio": material.settings.ratio, **features}
+        flop = patch_flop(model) + made * crop_flop(model, material.settings)
+        rate = result["images_per_s"]
+        result |= {
+            "gflop_an_image": flop / 1e9,
+            "gflop_per_s": flop * rate / 1e9,
+            "matmul_gflop_per_s": ceiling / 1e9,
+            "ceiling_share": flop * rate / ceiling,
+        }
+        result["stages"] = stages(setting, material, model, text, ceiling)
+    return result
+
+
+@torch.no_grad()
+def fitted(
+    setting: Setting, material: TagMaterial, model: CLIP, text: Tensor
+) -> tuple[TagMaterial, float]:
+    """Have images cropped as often as `setting.labels` says, on average.
+
+    Random weights find all classes alike, so that the published ratio would have every one cropped: the
+    ratio is set between the scores that make the most of the difference.
+
+    Returns:
+        the material with that ratio, and how many crops an image then has.
+    """
+    places, refined = [], []
+    for name in material.timed(setting)[: data.DISTINCT]:
+        pixels = material.pixels(model, name)[None].to(model.device)
+        scores, grid = refine(model, pixels, text, material.settings)
+        low, high = scores.aminmax()
+        places += ((scores[0, :, :CLASSES].amax(0) - low) / (high - low)).tolist()
+        refined.append(scores[0])
+    places = sorted(places, reverse=True)
+    count = round(setting.labels * len(refined))
+    settings = replace(material.settings, ratio=(places[count - 1] + places[count]) / 2)
+    made = sum(len(crops_of(scores, grid, settings)) for scores in refined)
+    return replace(material, settings=settings), made / len(refined)
+
+
+def refine(
+    model: CLIP, pixels: Tensor, text: Tensor, settings: TagSettings
+) -> tuple[Tensor, tuple[int, int]]:
+    """(B, H', W', 3) -> refined scores (B, n, C), and the grid."""
+    images = clip.normalise(pixels, model.config.mean, model.config.std)
+    tokens, attention, grid = patch_level(model.visual, images, settings)
+    coarse = class_probabilities(tokens[:, 1:], text, model.logit_scale)
+    return refined_probabilities(coarse, attention, grid, settings), grid
+
+
+def crops_of(refined: Tensor, grid: tuple[int, int], settings: TagSettings) -> list[Crop]:
+    """What is cropped of an image with these scores, (n, C)."""
+    return crops(refined, grid, candidates(refined, CLASSES, settings.ratio)[1], settings)
+
+
+def compared(folder: Path, names: list[str], settings: TagSettings) -> dict[str, float]:
+    """How far scores and labels of both ways agree."""
+    found = read_scores(_shards(folder / "ours0"), CLASSES)
+    mine = np.stack([found[name] for name in names])  # (n, K)
+    theirs = np.stack([np.load(folder / "reference" / f"{name}.npy") for name in names])
+    chosen = [labels(scores, settings.ratio) for scores in (mine, theirs)]
+    differing = [len(set(a) ^ set(b)) for a, b in zip(*chosen, strict=True)]
+    return {
+        "label_agreement": 1 - sum(differing) / mine.size,
+        "equal_labels": differing.count(0) / len(names),
+        "largest_difference": float(np.abs(mine - theirs).max()),
+    }
+
+
+def patch_flop(model: CLIP) -> float:
+    """Of the pass over an image of the benchmark."""
+    size = clip.target_size(data.HEIGHT, data.WIDTH, model.visual.patch_size)
+    return model.visual.layers * block_flop(model, [side // model.visual.patch_size for side in size])
+
+
+def crop_flop(model: CLIP, settings: TagSettings) -> float:
+    """Of the pass over a crop."""
+    side = (settings.crop_size or model.config.image_resolution) // model.visual.patch_size
+    return model.visual.layers * block_flop(model, (side, side))
+
+
+@torch.no_grad()
+def stages(
+    setting: Setting, material: TagMaterial, model: CLIP, text: Tensor, ceiling: float
+) -> list[dict]:
+    """Time the stages one by one, each from what the one before has left.
+
+    Args:
+        ceiling: FLOP/s of a large matrix product.
+    """
+    kind, settings, visual = setting.kind, material.settings, model.visual
+    names = material.names[: STAGED[kind]]
+    rows = []
+
+    def timed(name: str, work: Callable, amount: float, unit: str, most: float):
+        rows.append(measure.stage(name, measure.seconds(work, kind=kind) / len(names), amount, unit, most))
+        return work()
+
+    def decode() -> Tensor:
+        return torch.stack([material.pixels(model, name) for name in names])
+
+    def patches() -> tuple[Tensor, Tensor, tuple[int, int]]:
+        tokens, attention, grid = patch_level(visual, images, settings)
+        return class_probabilities(tokens[:, 1:], text, model.logit_scale), attention, grid
+
+    def refinement() -> list[list[Crop]]:
+        refined = refined_probabilities(coarse, attention, grid, settings)
+        return [crops_of(scores, grid, settings) for scores in refined]
+
+    def look_again() -> Tensor:
+        size = settings.crop_size or model.config.image_resolution
+        pairs = zip(images, found, strict=True)
+        views = [cut(image, crop, visual.patch_size, size) for image, mine in pairs for crop in mine]
+        pixels, cells = (torch.stack(part) for part in zip(*views, strict=True))
+        tokens = class_tokens(visual, pixels, cells, settings)
+        return class_probabilities(tokens, text, model.logit_scale)
+
+    one_jpeg = measure.jpeg_rate(material.image(names[0]))
+    pixels = timed("decode and resize", decode, 1, "images/s", one_jpeg).to(model.device)
+    images = clip.normalise(pixels, model.config.mean, model.config.std)  # (B, 3, H', W')
+    amount = patch_flop(model) / 1e9
+    coarse, attention, grid = timed("patch pass", patches, amount, "GFLOP/s", ceiling / 1e9)
+    products = 2 * 2 * coarse.shape[1] ** 2 * len(text) / 1e9  # in float32 always
+    exact = ceiling if setting.precision == "fp32" else measure.matmul_rate(kind, "fp32")
+    found = timed("refinement", refinement, products, "GFLOP/s", exact / 1e9)
+    made = sum(map(len, found)) / len(names)
+    if made:
+        amount = made * crop_flop(model, settings) / 1e9
+        timed(f"crops ({made:g})", look_again, amount, "GFLOP/s", ceiling / 1e9)
+    return rows
+
+
+def _shards(output: Path) -> Path:
+    """Where our way leaves its scores."""
+    return output.with_name(f"{output.name}_scores")
