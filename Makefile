@@ -1,5 +1,5 @@
 # make setup   the Python environment .venv, once
-# make demo    steps 1, 2a, 2b and 3 on a drawn world, and a page of pictures: output/demo/report.html
+# make demo    steps 0, 1, 2a, 2b and 3 on a drawn world, and a page of pictures: output/demo/report.html
 # make test    lint, and all tests
 # make lint, make format, make clean
 
@@ -18,12 +18,18 @@ VAL := $(WORLD)/ImageSets/Segmentation/val.txt
 TRUTH := $(WORLD)/SegmentationClass
 IMAGES := $(WORLD)/JPEGImages
 RESULTS := output/demo
-ON_PSEUDO := $(RESULTS)/deeplab_pseudo/test
-ON_TRUTH := $(RESULTS)/deeplab_truth/test
 TRAIN_IMAGES := 600
 VAL_IMAGES := 120
 
-.PHONY: help setup demo test lint format clean
+# What step 3 learns from, with no annotation, image labels, and every pixel labelled; for how many iterations
+NETWORKS := deeplab_auto deeplab_pseudo deeplab_truth
+deeplab_auto: MASKS := $(RESULTS)/auto_masks
+deeplab_pseudo: MASKS := $(RESULTS)/pseudo_masks
+deeplab_truth: MASKS := $(TRUTH)
+ITERATIONS := 1000
+TESTED = $(RESULTS)/$(1)/test/masks_crf $(RESULTS)/$(1)/test/scores_crf.json
+
+.PHONY: help setup demo $(NETWORKS) test lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -65,17 +71,22 @@ demo: setup
 	python eval_cam_with_crf.py --dataset shapes --cam_out_dir $(RESULTS)/cams --image_root $(IMAGES) \
 		--split_file $(TRAIN) --pseudo_mask_save_path $(RESULTS)/pseudo_masks
 
-	# Step 3: DeepLab learns from the pseudo masks and, to compare, from the ground truth, for half of its recipe's
-	# iterations - two at a time, a thread each
-	DEEPLAB="python -m deeplab.train --config deeplab/configs/shapes.yaml data.root=$(WORLD) \
-		data.train_split=$(TRAIN) data.val_split=$(VAL) data.val_label_dir=$(TRUTH) solver.iterations=1600"; export OMP_NUM_THREADS=1; \
-	$$DEEPLAB data.label_dir=$(RESULTS)/pseudo_masks run.output=$(RESULTS)/deeplab_pseudo & \
-	$$DEEPLAB data.label_dir=$(TRUTH) run.output=$(RESULTS)/deeplab_truth > $(RESULTS)/deeplab_truth.log 2>&1 \
-		&& wait $$! || { cat $(RESULTS)/deeplab_truth.log; kill $$! 2> /dev/null || true; exit 1; }
+	# The same without annotation: step 0, CLIP finds the labels, then steps 1 and 2b in one go
+	python pseudo_masks.py --benchmark shapes --img_root $(IMAGES) --split_file $(TRAIN) --labels auto \
+		--pseudo_mask_save_path $(RESULTS)/auto_masks --num_workers 2
+	python classify.py --benchmark shapes --img_root $(IMAGES) --split_file $(TRAIN) \
+		--output $(RESULTS)/auto_masks/tags --json $(RESULTS)/tags.json
 
-	# What they make of images of which they are told nothing, without and with a dense CRF
-	python -m deeplab.test --run $(RESULTS)/deeplab_pseudo --num_workers 2
-	python -m deeplab.test --run $(RESULTS)/deeplab_truth --num_workers 2
+	# How good are the masks of given labels, and those of found ones?
+	python eval_cam.py --dataset shapes --cam_out_dir $(RESULTS)/pseudo_masks --cam_type png \
+		--split_file $(TRAIN) --gt_root $(TRUTH) --json $(RESULTS)/pseudo_masks.json
+	python eval_cam.py --dataset shapes --cam_out_dir $(RESULTS)/auto_masks --cam_type png \
+		--split_file $(TRAIN) --gt_root $(TRUTH) --json $(RESULTS)/auto_masks.json
+
+	# Step 3: DeepLab learns from both and, to compare, from the ground truth, then segments images of which it is
+	# told nothing, without and with a dense CRF
+	@echo 'Three networks are trained at once; what they print comes when they are done.'
+	$(MAKE) --jobs=3 --output-sync --no-print-directory $(NETWORKS)
 
 	# To compare: CAM and CRF on the same images, though they need to be told what is in these
 	python generate_cams.py --benchmark shapes --img_root $(IMAGES) --split_file $(VAL) \
@@ -88,11 +99,21 @@ demo: setup
 	python -m pipeline.report --dataset shapes --img_root $(IMAGES) --split_file $(TRAIN) \
 		--cam_out_dir $(RESULTS)/cams --pseudo_mask_dir $(RESULTS)/pseudo_masks --gt_root $(TRUTH) \
 		--scores $(RESULTS)/initial.json $(RESULTS)/refined.json $(RESULTS)/crf.json \
-		--network "DeepLab + CRF on pseudo masks" $(ON_PSEUDO)/masks_crf $(ON_PSEUDO)/scores_crf.json \
-		--network "DeepLab + CRF on ground truth" $(ON_TRUTH)/masks_crf $(ON_TRUTH)/scores_crf.json \
+		--auto_masks $(RESULTS)/auto_masks $(RESULTS)/auto_masks/tags/labels.txt --auto_tags $(RESULTS)/tags.json \
+		--auto_scores $(RESULTS)/pseudo_masks.json $(RESULTS)/auto_masks.json \
+		--network "DeepLab + CRF, no annotation" $(call TESTED,deeplab_auto) \
+		--network "DeepLab + CRF, image labels" $(call TESTED,deeplab_pseudo) \
+		--network "DeepLab + CRF, pixel labels" $(call TESTED,deeplab_truth) \
 		--val_split_file $(VAL) --val_scores $(RESULTS)/val_refined.json $(RESULTS)/val_crf.json \
 		--out $(RESULTS)/report.html
 	@echo "Open $(CURDIR)/$(RESULTS)/report.html in a browser."
+
+$(NETWORKS): export OMP_NUM_THREADS := 1
+$(NETWORKS):
+	python -m deeplab.train --config deeplab/configs/shapes.yaml data.root=$(WORLD) data.train_split=$(TRAIN) \
+		data.label_dir=$(MASKS) data.val_split=$(VAL) data.val_label_dir=$(TRUTH) \
+		solver.iterations=$(ITERATIONS) run.output=$(RESULTS)/$@
+	python -m deeplab.test --run $(RESULTS)/$@
 
 test: setup lint
 	python -m pytest

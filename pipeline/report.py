@@ -12,7 +12,8 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from pipeline import pictures
+from pipeline import pictures, records
+from pipeline.evaluate import benchmark_scores, scored_names
 from pipeline.masks import MaskJob, refine_labels
 from pipeline.run import command, read_settings
 from refinement.densecrf import Preset
@@ -21,12 +22,30 @@ from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.files import replacing
 from segmentation.images import find_image, read_rgb
-from segmentation.labels import read_split
+from segmentation.labels import Split, read_split
 from segmentation.masks import read_mask
-from segmentation.metrics import confusion, scores
+from segmentation.metrics import confusion
 
 STAGES = ("Initial CAM", "Refined CAM", "Dense CRF")  # in the order of --scores
+MASKS, FROM_TAGS = "Pseudo mask", "Mask from tags"  # in the order of --auto_scores
 SEES_LABELS, SEES_IMAGE = "given the image's labels", "given the image alone"
+
+
+@dataclass(frozen=True)
+class FromTags:
+    """Masks made without annotation, of the labels that step 0 found.
+
+    Attributes:
+        mask_dir: the masks.
+        label_file: the labels, lines `name index index ...`.
+        tag_scores: JSON of how well these were found; None where that is not known.
+        mask_scores: JSON of the scores of the pseudo masks of true labels and of these, or none.
+    """
+
+    mask_dir: str
+    label_file: str
+    tag_scores: str | None = None
+    mask_scores: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -39,6 +58,7 @@ class Sources:
         cam_dir: CAM files with the types `highres` and `attn_highres` (step 1 with --keep_initial).
         mask_dir: pseudo masks.
         gt_root: ground-truth masks; None where there are none.
+        from_tags: masks of the same images without annotation, if there are any.
     """
 
     benchmark: Benchmark
@@ -46,6 +66,7 @@ class Sources:
     cam_dir: str
     mask_dir: str
     gt_root: str | None = None
+    from_tags: FromTags | None = None
 
 
 @dataclass(frozen=True)
@@ -87,8 +108,10 @@ class Validation:
             raise ValueError("two networks have the same title: give each one of its own")
 
 
-def mask_score(mask_dir: str, gt_root: str, name: str, channels: int) -> float:
-    """The mIoU of one mask over the classes that its image has; pixels of 255 are left out.
+def mask_score(mask_dir: str, gt_root: str, name: str, benchmark: Benchmark) -> float:
+    """The mIoU of one mask over the classes (or their groups) that its image has, pixels of 255 left out.
+
+    NaN where the mask holds nothing else.
 
     Raises:
         FileNotFoundError, ValueError: a mask is missing, cannot be read, or does not fit the ground truth.
@@ -96,7 +119,7 @@ def mask_score(mask_dir: str, gt_root: str, name: str, channels: int) -> float:
     file = Path(mask_dir) / f"{name}.png"
     truth, mask = read_mask(Path(gt_root) / f"{name}.png"), read_mask(file)
     try:
-        return scores(confusion(truth, mask, channels))["Mean IoU"]
+        return benchmark_scores(confusion(truth, mask, benchmark.channels), benchmark)["Mean IoU"]
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -124,8 +147,25 @@ def mask_job(sources: Sources) -> MaskJob:
     )
 
 
-def sample(sources: Sources, name: str, job: MaskJob) -> dict:
-    """What the page shows of one image, pictures as data addresses."""
+def compared(found: Sequence[int], true: Sequence[int], classes: Sequence[str]) -> list[tuple[str, str]]:
+    """Names of tags, and what to say of each: "" if it is true, "missed", "wrong"."""
+    told = [(key, "" if key in found else "missed") for key in true]
+    told += [(key, "wrong") for key in found if key not in true]
+    return [(classes[key], word) for key, word in told]
+
+
+def sample(sources: Sources, name: str, job: MaskJob, tags: Split | None = None) -> dict:
+    """What the page shows of one image, pictures as data addresses.
+
+    Args:
+        sources: see there.
+        name: of the image.
+        job: how its pseudo mask was made.
+        tags: the labels that step 0 found, where `sources` has masks from them.
+
+    Raises:
+        FileNotFoundError, ValueError: a file or a line that is missing, or cannot be read.
+    """
     benchmark, palette = sources.benchmark, pictures.colours(sources.benchmark)
     image = read_rgb(find_image(sources.image_root, name))
     try:
@@ -151,10 +191,24 @@ def sample(sources: Sources, name: str, job: MaskJob) -> dict:
         "unsure": float((mask == IGNORE).mean()),
         "iou": None,
         "truth": None,
+        "from_tags": None,
     }
+    if sources.from_tags:
+        folder = sources.from_tags.mask_dir
+        mask = read_mask(Path(folder) / f"{name}.png")
+        if name not in tags:
+            raise ValueError(f"{sources.from_tags.label_file} has no line of image {name}")
+        shown["from_tags"] = {
+            "tags": compared(tags[name], keys, benchmark.classes),
+            "mask": pictures.label_picture(mask, palette),
+            "unsure": float((mask == IGNORE).mean()),
+            "iou": None,
+        }
     if sources.gt_root is not None:
         shown["truth"] = pictures.label_picture(read_mask(Path(sources.gt_root) / f"{name}.png"), palette)
-        shown["iou"] = mask_score(sources.mask_dir, sources.gt_root, name, benchmark.channels)
+        shown["iou"] = mask_score(sources.mask_dir, sources.gt_root, name, benchmark)
+        if sources.from_tags:
+            shown["from_tags"]["iou"] = mask_score(folder, sources.gt_root, name, benchmark)
     return shown
 
 
@@ -166,7 +220,7 @@ def predictions(validation: Validation, benchmark: Benchmark, images: int) -> li
     palette = pictures.colours(benchmark)
 
     def iou(network: Network, name: str) -> float:
-        return mask_score(network.mask_dir, validation.gt_root, name, benchmark.channels)
+        return mask_score(network.mask_dir, validation.gt_root, name, benchmark)
 
     def picture(folder: str, name: str) -> str:
         return pictures.label_picture(read_mask(Path(folder) / f"{name}.png"), palette)
@@ -186,32 +240,6 @@ def predictions(validation: Validation, benchmark: Benchmark, images: int) -> li
     ]
 
 
-def read_stage(title: str, file: str | Path, classes: Sequence[str]) -> dict:
-    """One column of the page's scores.
-
-    Args:
-        title: of the column.
-        file: what `eval_cam.py --json`, `eval_cam_with_crf.py --eval_only --json` or a network's test wrote.
-        classes: names it must have scores of.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it holds no scores, or those of other classes.
-    """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"score file {file} does not exist: evaluation writes it with --json")
-    try:
-        best = json.loads(Path(file).read_text())["best"]
-        chosen = best.get("background")  # an exponent from 1 on, a constant below; see `pipeline.evaluate`
-        note = "" if chosen is None else f"background {'exponent' if chosen >= 1 else 'score'} {chosen:g}"
-        ious = {name: best["Class IoU"][name] for name in classes}
-        return {"title": title, "mean": best["Mean IoU"], "classes": ious, "note": note}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{file} holds no scores of these classes: give what evaluation wrote with --json"
-        ) from None
-
-
 def render(
     sources: Sources,
     names: Sequence[str],
@@ -226,7 +254,7 @@ def render(
         names: all image ids of the split.
         score_files: JSON of the initial CAM, the refined CAM and the CRF, or none.
         images: how many are shown. With ground truth they are taken at even steps from the best to the
-            worst pseudo mask, without it at even steps through the split.
+            worst pseudo mask (mask from tags where there is one), without it at even steps through the split.
         validation: what networks made of other images, if any were trained.
 
     Returns:
@@ -235,16 +263,22 @@ def render(
     Raises:
         FileNotFoundError, ValueError: a file that is missing or cannot be read.
     """
-    benchmark, job = sources.benchmark, mask_job(sources)
+    benchmark, job, tagged = sources.benchmark, mask_job(sources), sources.from_tags
+    tags = read_split(tagged.label_file, len(benchmark.classes)) if tagged else None
     if sources.gt_root is not None:
-        folders = (sources.mask_dir, sources.gt_root)
-        ious = {name: mask_score(*folders, name, benchmark.channels) for name in names}
+        folders = (tagged.mask_dir if tagged else sources.mask_dir, sources.gt_root)
+        ious = {name: mask_score(*folders, name, benchmark) for name in names}
         chosen = best_to_worst(ious, images)
-        order = "from the best pseudo mask to the worst"
+        order = f"from the best {'mask from tags' if tagged else 'pseudo mask'} to the worst"
     else:
         chosen = spread(names, images)
         order = "through the split"
     classes = ["background"] * benchmark.has_background + list(benchmark.classes)
+    legend = [
+        {"name": name, "colour": pictures.css(colour)}
+        for name, colour in zip(classes, pictures.colours(benchmark), strict=False)
+    ]
+    groups = [{"name": name, "colour": None} for name in benchmark.group_names] if benchmark.groups else None
     ramp = pictures.heat(np.full((1, 9, 3), 160, np.uint8), np.linspace(0, 1, 9)[None])[0]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -256,62 +290,73 @@ def render(
     return environment.get_template("report.html.j2").render(
         benchmark=benchmark,
         image_count=len(names),
-        scored=_scored(names, score_files, validation, classes),
+        tagged=tagged,
+        tag_scores=records.read_tag_scores(tagged.tag_scores) if tagged and tagged.tag_scores else None,
+        scored=_scored(names, sources, score_files, validation),
+        score_rows=groups or legend,
         choice=f"{len(chosen)} of {len(names)} images, at even steps {order}.",
-        legend=[
-            {"name": name, "colour": pictures.css(colour)}
-            for name, colour in zip(classes, pictures.colours(benchmark), strict=False)
-        ],
+        legend=legend,
         heat_colours=[pictures.css(colour) for colour in ramp],
         confidence=f"{job.confidence:g}",
-        samples=[sample(sources, name, job) for name in chosen],
+        samples=[sample(sources, name, job, tags) for name in chosen],
         validation=validation,
         predictions=predictions(validation, benchmark, images) if validation else [],
-        records=records(sources, validation.networks if validation else ()),
+        records=recorded(sources, validation.networks if validation else ()),
     )
 
 
 def _scored(
-    names: Sequence[str], score_files: Sequence[str], validation: Validation | None, classes: Sequence[str]
+    names: Sequence[str], sources: Sources, score_files: Sequence[str], validation: Validation | None
 ) -> list[dict]:
     """The splits that there are scores of, and their stages; `sees` is what a stage is given of an image."""
+    classes = scored_names(sources.benchmark)
 
-    def stages(titles: Sequence[str], files: Sequence[str], sees: str = "") -> list[dict]:
+    def stages(titles: Sequence[str], files: Sequence[str], sees: str) -> list[dict]:
         return [
-            read_stage(title, file, classes) | {"sees": sees}
+            records.read_stage(title, file, classes) | {"sees": sees}
             for title, file in zip(titles, files, strict=True)
         ]
 
-    found = []
+    found, shown = [], []
     if score_files:
-        found.append({"title": f"{len(names)} training images", "stages": stages(STAGES, score_files)})
+        # Without masks from tags there is nothing on the same images to tell them from.
+        shown += stages(STAGES, score_files, SEES_LABELS if sources.from_tags else "")
+    if sources.from_tags and sources.from_tags.mask_scores:
+        with_labels, without = sources.from_tags.mask_scores
+        shown += stages([MASKS], [with_labels], SEES_LABELS) + stages([FROM_TAGS], [without], SEES_IMAGE)
+    if shown:
+        found.append({"title": f"{len(names)} training images", "stages": shown})
     if validation:
         shown = stages(STAGES[1:], validation.score_files, SEES_LABELS) if validation.score_files else []
         for network in validation.networks:
             shown += stages([network.title], [network.score_file], SEES_IMAGE)
             if network.crf_file:
-                after = read_stage(network.title, network.crf_file, classes)["mean"]
+                after = records.read_stage(network.title, network.crf_file, classes)["mean"]
                 shown[-1]["note"] = f"{100 * after:.1f} % after a dense CRF"
         found.append({"title": f"{len(validation.names)} validation images", "stages": shown})
     return found
 
 
-def records(sources: Sources, networks: Sequence[Network]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Title and rows of what each step recorded; once what all networks have in common, and the versions."""
-    found = {
-        "Step 1, CAMs": [read_settings(sources.cam_dir)],
-        "Step 2b, pseudo masks": [read_settings(sources.mask_dir)],
-    } | {f"Step 3, {network.title}": _training_and_test(network) for network in networks}
-    tables = {title: _recorded(parts) for title, parts in found.items()}
-    if len(networks) > 1:
-        own = [tables.pop(f"Step 3, {network.title}") for network in networks]
-        shared = {key for key in own[0] if all(rows.get(key) == own[0][key] for rows in own)}
-        tables["Step 3, all networks"] = {key: own[0][key] for key in own[0] if key in shared}
-        for network, rows in zip(networks, own, strict=True):
-            tables[f"Step 3, {network.title}"] = {key: rows[key] for key in rows if key not in shared}
-    for record in chain(*found.values()):
-        tables["Versions"] = tables.get("Versions", {}) | record.get("versions", {})
-    return [(title, list(rows.items())) for title, rows in tables.items() if rows]
+def recorded(sources: Sources, networks: Sequence[Network]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Title and rows of what each step recorded; once what is the same of all masks or networks, and the
+    versions."""
+    tagged = sources.from_tags
+    tags = {"Step 0, tags": [read_settings(Path(tagged.label_file).parent)]} if tagged else {}
+    cams = {"Step 1, CAMs": [read_settings(sources.cam_dir)]}
+    masks = {"Step 2b, pseudo masks": [read_settings(sources.mask_dir)]}
+    if tagged:
+        masks["Step 2b, masks from tags"] = [read_settings(tagged.mask_dir)]
+    trained = {f"Step 3, {network.title}": _training_and_test(network) for network in networks}
+    tables = _tables(tags) | _tables(cams) | records.apart("Step 2b, all masks", _tables(masks))
+    tables |= records.apart("Step 3, all networks", _tables(trained))
+    versions = {}
+    for record in chain(*(tags | cams | masks | trained).values()):
+        versions |= record.get("versions", {})
+    return [(title, list(rows.items())) for title, rows in (tables | {"Versions": versions}).items() if rows]
+
+
+def _tables(steps: dict[str, list[dict]]) -> dict[str, dict[str, str]]:
+    return {title: records.rows(parts) for title, parts in steps.items()}
 
 
 def _training_and_test(network: Network) -> list[dict]:
@@ -321,32 +366,11 @@ def _training_and_test(network: Network) -> list[dict]:
     return [training, read_settings(network.mask_dir)]
 
 
-def _recorded(records: Sequence[dict]) -> dict[str, str]:
-    """The rows of a step's table: its settings, but for empty ones, and the digests of its input files."""
-    rows = {}
-    for record in records:
-        digests = {f"sha256 of {name}": digest for name, digest in record.get("inputs", {}).items()}
-        for key, value in (record.get("settings", {}) | digests).items():
-            told_apart = any(name.startswith(f"{key}.") for name in rows)  # model, where model.width is told
-            if value not in ("", None, [], {}) and not told_apart:
-                rows[key] = _told(value)
-    return {key.replace("_", " "): value for key, value in rows.items()}
-
-
-def _told(value) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_told(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(_told(item) for item in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a page of pictures and scores: one HTML file.")
     flag = parser.add_argument
-    flag("--dataset", required=True, metavar="NAME|FILE.yaml", help="voc12, coco14, shapes or a YAML file")
+    flag("--dataset", required=True, metavar="NAME|FILE.yaml", help="benchmark: voc12, coco14, cocostuff, "
+         "shapes or a YAML file")  # fmt: skip
     flag("--img_root", required=True, help="image folder")
     flag("--split_file", required=True, help="image ids, one a line")
     flag("--cam_out_dir", required=True, help="CAM files that step 1 made with --keep_initial")
@@ -356,6 +380,14 @@ def main() -> None:
          help="what the evaluations wrote with --json")  # fmt: skip
     flag("--out", default="output/report.html", help="the page")
     flag("--images", type=int, default=8, help="images shown of each split")
+    flag = parser.add_argument_group("what is made of the same images without labels").add_argument
+    flag("--auto_masks", nargs=2, metavar=("MASK_DIR", "LABELS.txt"),
+         help="masks and the labels that step 0 found for them; pseudo_masks.py --labels auto leaves the "
+         "labels in MASK_DIR/tags/labels.txt")  # fmt: skip
+    flag("--auto_tags", metavar="TAGS.json",
+         help="how right these labels are: what classify.py wrote with --json")  # fmt: skip
+    flag("--auto_scores", nargs=2, default=(), metavar=("MASKS.json", "AUTO_MASKS.json"),
+         help="what eval_cam.py --cam_type png wrote of --pseudo_mask_dir and of these masks")  # fmt: skip
     flag = parser.add_argument_group("what trained networks (step 3) make of other images").add_argument
     flag("--network", nargs=3, action="append", default=[], metavar=("TITLE", "MASK_DIR", "SCORES.json"),
          help="what the test of a network wrote; may be given several times")  # fmt: skip
@@ -384,8 +416,18 @@ def main() -> None:
         )
     elif any((args.network_crf, args.val_split_file, args.val_img_root, args.val_gt_root, args.val_scores)):
         parser.error("--network_crf and the --val_ flags go with --network")
+    from_tags = None
+    if args.auto_masks:
+        from_tags = FromTags(*args.auto_masks, args.auto_tags, args.auto_scores)
+    elif args.auto_tags or args.auto_scores:
+        parser.error("--auto_tags and --auto_scores go with --auto_masks")
     sources = Sources(
-        benchmarks.load(args.dataset), args.img_root, args.cam_out_dir, args.pseudo_mask_dir, args.gt_root
+        benchmarks.load(args.dataset),
+        args.img_root,
+        args.cam_out_dir,
+        args.pseudo_mask_dir,
+        args.gt_root,
+        from_tags,
     )
     page = render(sources, list(read_split(args.split_file)), args.scores, args.images, validation)
     with replacing(args.out) as stream:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import pictures, report
+from pipeline import pictures, records, report
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.files import replacing
@@ -42,6 +42,11 @@ def results(tmp_path_factory):
         best = {"background": exponent, "Mean IoU": 0.575, "Class IoU": classes}
         with replacing(root / f"{file}.json") as stream:
             stream.write(json.dumps({"best": best, "all": [best]}).encode())
+    tags = {"mAP": 0.875, "F1": 0.5, "Precision": 0.625, "Recall": None}
+    (root / "tags.json").write_text(json.dumps({"images": 3, **tags, "AP": {}}))
+    masks = {"ignored": 0.125, "best": {"background": None, "Mean IoU": 0.375, "Class IoU": classes}}
+    (root / "masks.json").write_text(json.dumps(masks))
+    (root / "tags.txt").write_text("one 1\nboth 1\ntall 0 1\n")
     (root / "split.txt").write_text("".join(f"{name}\n" for name in LABELS))
     return root
 
@@ -54,6 +59,17 @@ def sources(root, truth=True, **changes):
         str(root / "masks"),
         str(root / "truth") if truth else None,
     )
+
+
+def from_tags(root, **changes):
+    """Masks that fit the ground truth, `sure`, of the labels in tags.txt."""
+    tagged = report.FromTags(
+        str(root / "sure"),
+        str(root / "tags.txt"),
+        str(root / "tags.json"),
+        [str(root / "crf.json"), str(root / "masks.json")],
+    )
+    return report.replace(tagged, **changes)
 
 
 def validation(root, *networks, names=LABELS, **changes):
@@ -134,6 +150,86 @@ def test_networks_without_other_scores(results):
     assert "given the image alone" in text and "given the image's labels" not in text
 
 
+def test_page_shows_masks_from_tags(results):
+    source = report.replace(sources(results), from_tags=from_tags(results))
+    html = report.render(source, list(LABELS), score_files(results), validation=validation(results, "blank"))
+    page = Page(html)
+    shown = ("input", "ground truth", "pseudo mask", "mask from tags", "initial CAM, bird")
+    assert [len(page.pictures[alt]) for alt in shown] == [6, 6, 3, 3, 2]
+    assert len(set(page.pictures["mask from tags"])) == 3
+    assert set(page.pictures["mask from tags"]) <= set(page.pictures["ground truth"])
+    text = " ".join(" ".join(page.text).split())
+    for told in (
+        "mAP 87.5 %", "F1 50.0 %", "Precision 62.5 %", "Recall – %",
+        "Pseudo mask 57.5 % mIoU given the image's labels",
+        "Mask from tags 37.5 % mIoU · 12.5 % unsure left out given the image alone",
+        "best mask from tags to the worst", "masks from tags need no annotation",
+        "mask from tags: mIoU 100.0 %, 0.0 % unsure",
+    ):  # fmt: skip
+        assert told in text
+    first = "&lt;cat&gt; &amp; dog"
+    marked = re.findall(r'<li class="(\w*)"><b>(.*?)</b>', html)
+    assert sorted(marked) == [("", first), ("", "bird"), ("", "bird"), ("missed", first), ("wrong", "bird")]
+
+
+def test_page_of_masks_from_tags_without_ground_truth_or_scores(results):
+    tagged = from_tags(results, tag_scores=None, mask_scores=())
+    page = Page(report.render(report.replace(sources(results, truth=False), from_tags=tagged), list(LABELS)))
+    text = " ".join(" ".join(page.text).split())
+    assert len(page.pictures["mask from tags"]) == 3 and "ground truth" not in page.pictures
+    assert "mask from tags: 0.0 % unsure" in text and "mAP" not in text and "IoU" not in text
+
+
+def test_tags_are_told_against_the_true_labels():
+    told = report.compared([0, 3], [2, 0], ["cat", "dog", "bird", "cow"])
+    assert told == [("bird", "missed"), ("cat", ""), ("cow", "wrong")]
+
+
+def test_tags_that_lack_an_image_are_said(results, tmp_path):
+    file = tmp_path / "labels.txt"
+    file.write_text("one 1\nboth 0\n")
+    source = report.replace(sources(results), from_tags=from_tags(results, label_file=str(file)))
+    with pytest.raises(ValueError, match=r"labels\.txt has no line of image tall"):
+        report.render(source, list(LABELS))
+
+
+def test_what_masks_have_in_common_is_told_once(results, tmp_path):
+    found = {}
+    for folder, settings in {
+        "tags": {"names": list("abcdefghijklmnopqrstuvwxyz"), "averaged": 3},
+        "true": {"confidence": 0.95, "cams": 1},
+        "auto": {"confidence": 0.95, "cams": 2},
+    }.items():
+        found[folder] = tmp_path / folder
+        found[folder].mkdir()
+        (found[folder] / "settings.json").write_text(json.dumps({"settings": settings}))
+    tagged = report.FromTags(str(found["auto"]), str(found["tags"] / "labels.txt"))
+    source = report.replace(sources(results), mask_dir=str(found["true"]), from_tags=tagged)
+    assert report.recorded(source, ()) == [
+        ("Step 0, tags", [("names", "a, b, c, … (26 in all)"), ("averaged", "3")]),
+        ("Step 2b, all masks", [("confidence", "0.95")]),
+        ("Step 2b, pseudo masks", [("cams", "1")]),
+        ("Step 2b, masks from tags", [("cams", "2")]),
+    ]
+
+
+def test_page_of_a_benchmark_that_is_scored_by_groups(results, tmp_path):
+    grouped = {"classes": ["sky", "cloud", "sea"], "groups": [0, 0, 1], "group_names": ["above", "below"]}
+    benchmark = Benchmark("stuff", has_background=False, **grouped)
+    truth = np.repeat(np.uint8([0, 1, 2]), 10)[None]
+    for folder, mask in {"truth": truth, "masks": np.where(truth == 0, np.uint8(1), truth)}.items():
+        write_mask(tmp_path / folder / "one.png", np.ascontiguousarray(mask), benchmark.palette)
+    assert report.mask_score(str(tmp_path / "masks"), str(tmp_path / "truth"), "one", benchmark) == 1
+    ious = {"above": 0.25, "below": 0.75}
+    file = tmp_path / "scores.json"
+    file.write_text(json.dumps({"best": {"Mean IoU": 0.5, "Class IoU": ious}}))
+    source = report.replace(sources(results, truth=False), benchmark=benchmark)
+    page = Page(report.render(source, ["both"], [str(file)] * 3))
+    text = " ".join(" ".join(page.text).split())
+    assert "above 25.0 25.0 25.0 below 75.0 75.0 75.0 mean" in text
+    assert text.count("cloud") == 3  # in the legend, and as the name of two CAMs
+
+
 def test_predictions_go_from_the_best_to_the_worst(results, tmp_path):
     palette = Benchmark("tiny", CLASSES).palette
     expected = {}
@@ -141,7 +237,9 @@ def test_predictions_go_from_the_best_to_the_worst(results, tmp_path):
         mask = read_mask(results / "truth" / f"{name}.png")
         mask[: rank * len(mask) // 3] = 0  # the later, the less of it is found
         write_mask(tmp_path / f"{name}.png", mask, palette)
-        expected[name] = report.mask_score(str(tmp_path), str(results / "truth"), name, 3)
+        expected[name] = report.mask_score(
+            str(tmp_path), str(results / "truth"), name, Benchmark("tiny", CLASSES)
+        )
     network = report.Network("it", str(tmp_path), "")
     trained = report.replace(validation(results), networks=[network])
     shown = report.predictions(trained, Benchmark("tiny", CLASSES), 3)
@@ -161,13 +259,13 @@ def test_what_networks_have_in_common_is_told_once(results, tmp_path):
         scored = masks.with_name("scores.json")
         scored.write_text(json.dumps({"checkpoint": str(tmp_path / name / "final.pth")}))
         networks.append(report.Network(name, str(masks), str(scored)))
-    assert report.records(sources(results), networks) == [
+    assert report.recorded(sources(results), networks) == [
         ("Step 3, all networks", [("model.width", "64"), ("flip", "yes")]),
         ("Step 3, first", [("data.label dir", "pseudo")]),
         ("Step 3, second", [("data.label dir", "truth")]),
         ("Versions", [("torch", "9")]),
     ]
-    alone = report.records(sources(results), networks[:1])
+    alone = report.recorded(sources(results), networks[:1])
     assert alone[0] == (
         "Step 3, first", [("model.width", "64"), ("data.label dir", "pseudo"), ("flip", "yes")]
     )  # fmt: skip
@@ -176,7 +274,7 @@ def test_what_networks_have_in_common_is_told_once(results, tmp_path):
 def test_a_mask_that_does_not_fit_is_named(results, tmp_path):
     write_mask(tmp_path / "one.png", np.zeros((3, 3), np.uint8), Benchmark("tiny", CLASSES).palette)
     with pytest.raises(ValueError, match=r"one\.png: ground truth is"):
-        report.mask_score(str(tmp_path), str(results / "truth"), "one", 3)
+        report.mask_score(str(tmp_path), str(results / "truth"), "one", Benchmark("tiny", CLASSES))
 
 
 def test_networks_of_one_title_are_refused(results):
@@ -214,9 +312,13 @@ def test_a_file_without_scores_is_said(tmp_path, content):
     file = tmp_path / "scores.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=r"scores\.json holds no scores"):
-        report.read_stage("CRF", file, ["background"])
+        records.read_stage("CRF", file, ["background"])
     with pytest.raises(FileNotFoundError, match="--json"):
-        report.read_stage("CRF", tmp_path / "none.json", [])
+        records.read_stage("CRF", tmp_path / "none.json", [])
+    with pytest.raises(ValueError, match=r"scores\.json holds no scores of tags"):
+        records.read_tag_scores(file)
+    with pytest.raises(FileNotFoundError, match="classify"):
+        records.read_tag_scores(tmp_path / "none.json")
 
 
 @pytest.fixture
@@ -254,7 +356,18 @@ def test_command_shows_networks(command, results):
     assert sum("57.5 % after a dense CRF" in text for text in page.text) == 2
 
 
+def test_command_shows_masks_from_tags(command, results):
+    page = command(
+        "--auto_masks", results / "sure", results / "tags.txt", "--auto_tags", results / "tags.json",
+        "--auto_scores", results / "crf.json", results / "masks.json",
+    )  # fmt: skip
+    assert len(page.pictures["mask from tags"]) == 3
+    assert {"Pseudo mask", "Mask from tags", "87.5", "37.5"} <= set(page.text)
+
+
 @pytest.mark.parametrize("words, told", [
+    (["--auto_tags", "tags.json"], "--auto_masks"),
+    (["--auto_scores", "masks.json", "auto.json"], "--auto_masks"),
     (["--network", "A", "masks", "scores.json"], "--val_split_file"),
     (["--network", "A", "masks", "scores.json", "--val_split_file", "val.txt"], "--gt_root"),
     (["--val_split_file", "val.txt"], "--network"),
