@@ -1,12 +1,9 @@
 """eval_cam.py and eval_cam_with_crf.py as a user calls them, on the five golden VOC images."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,21 +16,17 @@ from refinement.densecrf import PRESETS
 from segmentation import camfile
 from segmentation.masks import read_mask, write_mask
 from tests.conftest import CASES, golden, parity_image
+from tests.processes import Command, here
 
-ROOT = Path(__file__).parents[1]
 VOC_CASES = "abcez"
 
 
 def script(name, *arguments, code=0):
     """Run a script; returns what it printed on stdout and stderr."""
-    command_line = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command_line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == code, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    return result
+    ended, output, errors = here(name, *arguments)
+    assert ended == code, output + errors
+    assert "Traceback" not in errors
+    return output, errors
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +69,7 @@ def test_every_pixel_is_where_the_golden_vectors_have_it(arrays, data):
 )
 def test_eval_cam(arrays, data, tmp_path, format, extra):
     common = ["--split_file", data / "split.txt", "--gt_root", data / "truth", "--json", tmp_path / "s.json"]
-    result = script("eval_cam.py", "--cam_out_dir", data / format, *common, *extra)
+    output, errors = script("eval_cam.py", "--cam_out_dir", data / format, *common, *extra)
     tried = json.loads((tmp_path / "s.json").read_text())["all"]
     for exponent, scores in zip((1, 2), tried, strict=True):
         expected = float(arrays[f"cam_thr{exponent}_miou"])
@@ -85,8 +78,8 @@ def test_eval_cam(arrays, data, tmp_path, format, extra):
         np.testing.assert_allclose(
             [scores[name] for name in names], arrays[f"cam_thr{exponent}_summary"], atol=1e-12
         )
-    assert result.stdout.splitlines()[0].startswith("background")
-    assert "5 images, 0 failed" in result.stderr
+    assert output.splitlines()[0].startswith("background")
+    assert "5 images, 0 failed" in errors
 
 
 def test_eval_cam_with_crf_scores(arrays, data, tmp_path):
@@ -123,8 +116,8 @@ def test_eval_cam_with_crf_masks_and_their_evaluation(arrays, data, tmp_path):
 
     # The mask folder records its benchmark, and its masks are evaluated without their 255.
     split = ["--split_file", data / "split.txt", "--gt_root", data / "truth"]
-    result = script("eval_cam.py", "--cam_out_dir", masks / "full", "--cam_type", "png", *split)
-    assert "predicted 255" in result.stdout
+    output, _ = script("eval_cam.py", "--cam_out_dir", masks / "full", "--cam_type", "png", *split)
+    assert "predicted 255" in output
 
 
 def in_process(name, monkeypatch, *arguments):
@@ -188,29 +181,30 @@ def test_arithmetic_changes_the_scores(tmp_path, monkeypatch):
 
 def test_wrong_use_is_one_sentence_and_exit_code_2(data, tmp_path):
     split = ["--split_file", data / "split.txt", "--gt_root", data / "truth"]
-    told = script("eval_cam.py", "--cam_out_dir", data / "compact", *split, code=2).stderr
+    told = script("eval_cam.py", "--cam_out_dir", data / "compact", *split, code=2)[1]
     assert told.startswith("error: ") and "--dataset" in told and told.count("\n") == 1
     told = script(
         "eval_cam.py", "--cam_out_dir", data / "nowhere", "--dataset", "voc12", *split, code=2
-    ).stderr
+    )[1]
     assert told.startswith("error: ") and "nowhere" in told and told.count("\n") == 1
     common = ["--image_root", data / "images", "--split_file", data / "split.txt", "--overwrite"]
     told = script(
         *("eval_cam_with_crf.py", "--cam_out_dir", data / "full", *common),
         *("--pseudo_mask_save_path", data / "full"),
         code=2,
-    ).stderr
+    )[1]
     assert "full holds the CAMs" in told and told.count("\n") == 1
-    told = script("eval_cam_with_crf.py", "--cam_out_dir", data / "full", code=2).stderr
+    told = script("eval_cam_with_crf.py", "--cam_out_dir", data / "full", code=2)[1]
     assert "--pseudo_mask_save_path" in told
     told = script(
         *("eval_cam_with_crf.py", "--cam_out_dir", data / "full", "--image_root", data / "images"),
         *("--split_file", data / "split.txt", "--pseudo_mask_save_path", data / "truth"),
         code=2,
-    ).stderr
+    )[1]
     assert "settings.json" in told and len(list((data / "truth").iterdir())) == 5  # ground truth is safe
 
 
 def test_help():
-    assert "--cam_eval_thres" in script("eval_cam.py", "--help").stdout
-    assert "--confidence" in script("eval_cam_with_crf.py", "--help").stdout
+    code, output = Command("eval_cam.py", "--help").end()  # as a shell starts it
+    assert code == 0 and "--cam_eval_thres" in output
+    assert "--confidence" in script("eval_cam_with_crf.py", "--help")[0]

@@ -1,13 +1,14 @@
 """What a stranger is told is true: commands parse, links lead somewhere, requirements suffice."""
 import re
 import shlex
-import subprocess
 import sys
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from tests.processes import Command, here
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,11 +29,9 @@ def commands(text: str) -> list[list[str]]:
 @cache
 def help_of(script: str) -> str:
     """What `python <script> --help` prints."""
-    done = subprocess.run(
-        [sys.executable, *script.split(), "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    code, output, errors = here(*script.split(), "--help")
+    assert code == 0, errors
+    return output
 
 
 def scripts_and_flags() -> dict[str, set[str]]:
@@ -59,6 +58,12 @@ def test_the_numbered_steps_are_told():
 def test_every_flag_that_is_told_exists(script):
     known = set(re.findall(r"--[a-z][a-z0-9_-]*", help_of(script)))
     assert FLAGS[script] <= known, FLAGS[script] - known
+
+
+def test_modules_start_on_their_own():
+    """Nothing that a test has imported before helps a command."""
+    code, told = Command("-m", "deeplab.predict", "--help").end()
+    assert code == 0 and told == help_of("-m deeplab.predict")
 
 
 def test_every_option_of_step_1_is_explained():

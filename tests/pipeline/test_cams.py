@@ -1,10 +1,8 @@
 """Step 1 through its command line, and its options."""
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,8 +22,7 @@ from segmentation import camfile
 from tests.clip.test_checkpoint import SMALL_RESNET, SMALL_VIT, small_state
 from tests.conftest import CASES, golden, parity_image
 from tests.pipeline.conftest import write_voc
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import Command, Process, here, script
 
 
 def run(monkeypatch, voc: Path, out: Path, model: Path, *flags: str, benchmark: str = "voc12") -> int:
@@ -263,48 +260,49 @@ def test_killed_runs_continue_to_the_same_files(tmp_path, parity_file):
     """SIGKILL at ten random moments; the files are those of an undisturbed run, byte for byte."""
     names = {f"image_{i:02}": ((60 + 3 * i, 90 + 2 * i), [i % 20, (7 * i + 3) % 20]) for i in range(24)}
     voc = write_voc(tmp_path / "voc", names)
-    command = [sys.executable, str(ROOT / "generate_cams_voc12.py"), "--device", "cpu"]
-    command += ["--img_root", str(voc / "JPEGImages"), "--split_file", str(voc / "split.txt")]
-    command += ["--model", str(parity_file("tiny", 1))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = ["generate_cams_voc12.py", "--device", "cpu", "--img_root", voc / "JPEGImages"]
+    command += ["--split_file", voc / "split.txt", "--model", parity_file("tiny", 1), "--cam_out_dir"]
 
-    def start(out: Path) -> subprocess.Popen:
-        return subprocess.Popen([*command, "--cam_out_dir", str(out)], env=environment, cwd=tmp_path)
+    def start(out: Path) -> Process:
+        return Process(script, *command, out)
 
+    assert Process(time.monotonic).end()[0] == 0  # starts what starts the others
     begin = time.monotonic()
-    assert start(tmp_path / "undisturbed").wait() == 0
+    assert start(tmp_path / "undisturbed").end()[0] == 0
     duration = time.monotonic() - begin
     expected = files(tmp_path / "undisturbed")
     assert len(expected) == len(names)
     chance, out, killed = random.Random(0), tmp_path / "killed", 0
     while killed < 10:
         process = start(out)
-        try:
-            assert process.wait(chance.uniform(0.3, 0.95) * duration) == 0
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        time.sleep(chance.uniform(0.05, 0.95) * duration)
+        process.signal(signal.SIGKILL)
+        code = process.end()[0]
+        if code == -signal.SIGKILL:
             killed += 1
             continue
-        assert files(out) == expected  # finished before its turn to be killed: begin anew
+        assert code == 0 and files(out) == expected  # finished before its turn to be killed: begin anew
         shutil.rmtree(out)
-    assert start(out).wait() == 0
+        duration *= 0.8
+    assert start(out).end()[0] == 0
     assert files(out) == expected
     assert not list(out.glob("*.tmp"))
 
 
 def test_mistakes_are_told_in_one_sentence(tmp_path, voc, parity_file):
-    script = [sys.executable, str(ROOT / "generate_cams_voc12.py"), "--cam_out_dir", str(tmp_path / "o")]
-    good = ["--img_root", str(voc / "JPEGImages"), "--split_file", str(voc / "split.txt")]
+    words = ["generate_cams_voc12.py", "--cam_out_dir", tmp_path / "o"]
+    good = ["--img_root", voc / "JPEGImages", "--split_file", voc / "split.txt"]
     (tmp_path / "broken.pt").write_bytes(b"x" * 1000)
     for flags, sentence in (
-        ([*good, "--model", str(tmp_path / "broken.pt")], "not a readable checkpoint"),
+        ([*good, "--model", tmp_path / "broken.pt"], "not a readable checkpoint"),
         ([*good, "--model", "ViT-Z/99"], "no model 'ViT-Z/99'"),
-        ([*good[2:], "--model", str(tmp_path / "any.pt"), "--img_root", "nowhere"], "image folder nowhere"),
+        ([*good[2:], "--model", tmp_path / "any.pt", "--img_root", "nowhere"], "image folder nowhere"),
     ):
-        done = subprocess.run([*script, *flags], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 2, done.stderr
-        assert sentence in done.stderr and "Traceback" not in done.stderr
+        code, _, told = here(*words, *flags)
+        assert code == 2, told
+        assert sentence in told and "Traceback" not in told
+    code, same = Command(*words, *flags).end()  # as a shell starts it
+    assert (code, same) == (2, told)
 
 
 def test_resnet_towers_have_cams_but_no_affinity(voc, tmp_path, monkeypatch):
