@@ -26,7 +26,7 @@ NETWORKS := deeplab_auto deeplab_pseudo deeplab_truth
 deeplab_auto: MASKS := $(RESULTS)/auto_masks
 deeplab_pseudo: MASKS := $(RESULTS)/pseudo_masks
 deeplab_truth: MASKS := $(TRUTH)
-ITERATIONS := 1000
+ITERATIONS := 1600
 TESTED = $(RESULTS)/$(1)/test/masks_crf $(RESULTS)/$(1)/test/scores_crf.json
 
 .PHONY: help setup demo $(NETWORKS) test lint format clean
