@@ -41,16 +41,17 @@ def test_token_ids_of_awkward_texts():
 def test_text_features(parity_clip, preset, seed):
     reference, model = golden("text"), parity_clip(preset, seed)
     compared = 0
+    some = slice(None, None, 8 if preset == "vit_b16" else 1)  # each is encoded on its own
     for data, benchmark in BENCHMARKS.items():
         for kind, names in (("fg", benchmark.prompts), ("bg", benchmark.backgrounds)):
             key = f"{preset}_s{seed}_{data}_{kind}"
             if key in reference:
-                features = encode_prompts(model, names, benchmark.templates)
-                assert relative(features, reference[key]) <= 5e-5
+                features = encode_prompts(model, names[some], benchmark.templates)
+                assert relative(features, reference[key][some]) <= 5e-5
                 compared += 1
             if f"{key}_raw" in reference:
-                tokens = torch.as_tensor(golden("tokens")["voc_fg"])
-                assert relative(model.encode_text(tokens), reference[f"{key}_raw"]) <= 5e-5
+                tokens = torch.as_tensor(golden("tokens")["voc_fg"][some])
+                assert relative(model.encode_text(tokens), reference[f"{key}_raw"][some]) <= 5e-5
     assert compared >= 2
 
 
