@@ -93,18 +93,17 @@ def run(setting: Setting) -> dict:
     for prefix, way in (("", setting), ("reference_", public)):
         peak = measure.peak_memory(watched, way, count)
         result |= {f"{prefix}peak_{key}": value for key, value in peak.items()}
-    result["stages"], moved = stages(setting, warm)
-    result["ceiling_share"] = moved * result["images_per_s"] / measure.copy_rate(setting.kind)
+    result["stages"] = stages(setting, warm)
+    whole = result["stages"][-1]
+    moved = whole["seconds"] * whole["rate"]  # GB
+    result["ceiling_share"] = moved * result["images_per_s"] / (measure.copy_rate(setting.kind) / 1e9)
     return result
 
 
-def stages(setting: Setting, task: Task) -> tuple[list[dict], float]:
-    """Time building the lattices, and that with the iterations.
+def stages(setting: Setting, task: Task) -> list[dict]:
+    """Time building the lattices, and that with the iterations; bytes are what they must move at the least.
 
-    Their difference is not told: of two times that are measured apart, it can be below 0.
-
-    Returns:
-        the stages, and the bytes that all of it must move at the least for an image.
+    The difference is not told: of two times that are measured apart, it can be below 0.
     """
     kind, count = setting.kind, len(task[0])
     copied = measure.copy_rate(kind) / 1e9
@@ -119,5 +118,4 @@ def stages(setting: Setting, task: Task) -> tuple[list[dict], float]:
         return measure.stage(name, taken, (built + iterations * each) / 1e9, "GB/s", copied)
 
     last = PRESET.iterations
-    lines = [line("build the lattices", 0), line(f"build them, then {last} iterations", last)]
-    return lines, built + last * each
+    return [line("build the lattices", 0), line(f"build them, then {last} iterations", last)]
