@@ -321,9 +321,10 @@ class CLIP(nn.Module):
         context = len(self.positional_embedding)
         if tokens.shape[-1] != context:
             raise ValueError(f"text must be {context} tokens long, got {tokens.shape[-1]}")
-        x = self.token_embedding(tokens) + self.positional_embedding  # (N, context, text width)
+        length = int(tokens.argmax(-1).max()) + 1  # attention looks back only: what follows the ends is idle
+        x = self.token_embedding(tokens[:, :length]) + self.positional_embedding[:length]  # (N, length, C)
         x = x.to(self.text_projection.dtype)
-        causal = torch.full((context, context), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
+        causal = torch.full((length, length), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
         for block in self.transformer.resblocks:
             x, _ = block(x, mask=causal)
         x = self.ln_final(x)
