@@ -116,7 +116,7 @@ $(NETWORKS):
 	python -m deeplab.test --run $(RESULTS)/$@
 
 test: setup lint
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	ruff check .

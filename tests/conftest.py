@@ -27,7 +27,8 @@ CASES = {
 
 @pytest.fixture(autouse=True, scope="session")
 def _session(tmp_path_factory):
-    torch.set_num_threads(min(2, os.cpu_count()))
+    beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # processes that share the cores
+    torch.set_num_threads(max(1, min(2, os.cpu_count() // beside)))
     os.environ["CLIP_WSSS_CACHE"] = str(tmp_path_factory.mktemp("features"))
 
 
