@@ -26,8 +26,8 @@ def main() -> int:
          "--eval_only needs one (the benchmark's)")  # fmt: skip
     flag("--eval_only", action="store_true", help="write no masks; score the CRF's labels before any becomes "
          "255, as published")  # fmt: skip
-    flag("--dataset", metavar="NAME|FILE.yaml", help="voc12, coco14, cocostuff, shapes or a YAML file (without "
-         "it: the one recorded in the CAM folder)")  # fmt: skip
+    flag("--dataset", metavar="NAME|FILE.yaml", help="voc12, coco14, cocostuff, shapes or a YAML file "
+         "(without it: the one recorded in the CAM folder)")  # fmt: skip
     flag("--cam_eval_thres", type=float, default=2.0, help="accepted and unused, as in the public script: "
          "the CRF's background is always 1 - the highest CAM")  # fmt: skip
     flag("--json", metavar="FILE", help="write the scores there")

@@ -1,6 +1,7 @@
 """Steps 1 and 2b in one go, images and labels to pseudo masks, with --labels auto step 0 too: see --help"""
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from pipeline.flags import HelpFormatter, add_crf_flags, add_preset_flag, confid
 from pipeline.masks import MaskJob, fingerprint, mask_settings
 from pipeline.run import Run, check_folder, command
 from segmentation import camfile
+from segmentation.distributed import together
+from segmentation.labels import from_file, read_split
 from tagclip.classify import find_labels
 
 AUTO = "auto"
@@ -42,13 +45,12 @@ def main() -> int:
         folder = args.cam_out_dir or str(Path(args.pseudo_mask_save_path) / "cams")
     if folder and Path(folder).resolve() == Path(args.pseudo_mask_save_path).resolve():
         parser.error("--cam_out_dir: give the CAMs another folder than the masks")
-    code = 0
-    if args.labels == AUTO:
-        if args.shards:
-            parser.error("--labels auto: goes without --shards")
-        args.labels, code = find_labels(args, f"{args.pseudo_mask_save_path}/{TAGS}")
-        args.split_file = args.labels  # lists all images but those that have failed
-    cams, names, record = cam_job(parser, args, None, folder, args.keep_cams)
+    auto, tags = args.labels == AUTO, Path(args.pseudo_mask_save_path) / TAGS
+    if auto and args.shards:
+        parser.error(f"--labels {AUTO}: goes without --shards")
+    if auto and folder and _overlap(Path(folder).resolve(), tags.resolve()):
+        parser.error(f"--cam_out_dir: give the CAMs a folder apart from {tags}, which is for scores of tags")
+    cams, names, record = cam_job(parser, args, None, folder, args.keep_cams, found_later=auto)
     backend = args.crf_backend
     if backend == "auto":
         backend = "torch" if clip.pick_device(args.device).type == "cuda" else "numba"
@@ -71,9 +73,18 @@ def main() -> int:
         "overwrite": args.overwrite,
         "step": "masks",
     }
-    if folder:  # is then as step 1 would leave it; nothing is removed before both folders are found in order
+    cam_run = {**record, "outputs": OUTPUTS, "overwrite": args.overwrite}
+    with together():  # nothing is computed, and nothing removed, before both folders are found in order
         check_folder(args.pseudo_mask_save_path, **mask_run)
-        Run(folder, **record, outputs=OUTPUTS, overwrite=args.overwrite)
+        if folder:
+            check_folder(folder, **cam_run)
+    code = 0
+    if auto:
+        file, code = find_labels(args, cams.benchmark, names, cams.image_root, str(tags))
+        found = read_split(file)  # of all images but those that have failed
+        cams, names = replace(cams, labels=from_file(file, len(cams.benchmark.classes))), list(found)
+    if folder:
+        Run(folder, **cam_run)  # is then as step 1 would leave it
     retry = {"retry": shards.RETRY} if args.shards else {}
     run = Run(args.pseudo_mask_save_path, **mask_run, info={"crf_backend": backend}, **retry)
     workers = args.num_workers
@@ -83,6 +94,11 @@ def main() -> int:
     else:
         run.map(fused.generate, names, cams, masks, num_workers=workers, block=cams.flow.look_ahead)
     return run.finish() or code
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    """Does either folder lie in the other?"""
+    return one == other or one in other.parents or other in one.parents
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def refine(
 
 def crops_of(refined: Tensor, grid: tuple[int, int], settings: TagSettings) -> list[Crop]:
     """What is cropped of an image with these scores, (n, C)."""
-    return crops(refined, grid, candidates(refined, CLASSES, settings.ratio)[1], settings)
+    return crops(refined, grid, candidates(refined, CLASSES, settings.ratio), settings)
 
 
 def compared(folder: Path, names: list[str], settings: TagSettings) -> dict[str, float]:

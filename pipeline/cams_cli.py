@@ -141,6 +141,7 @@ def cam_job(
     name: str | None,
     output: str | None,
     cam_format: str,
+    found_later: bool = False,
 ) -> tuple[CamJob, list[str], dict]:
     """What the flags ask for.
 
@@ -148,6 +149,7 @@ def cam_job(
         name: the benchmark; None takes --benchmark.
         output: folder of the CAM files; None when they are not kept, or go to shards.
         cam_format: see `segmentation.camfile`; "none" when they are not kept.
+        found_later: labels are yet to be found; the job has none, and --labels is only recorded.
 
     Returns:
         The job; names of images, or of shards; and what a folder of CAMs records, as arguments of `Run`.
@@ -165,14 +167,18 @@ def cam_job(
         classes = len(benchmark.classes)
         reader = labels.from_file(args.labels, classes) if args.labels else None
     else:
-        split = labels.split_of(benchmark, args.split_file)
-        names = list(split)
         if not image_root.is_dir():
             parser.error(f"--img_root: image folder {image_root} does not exist")
         if args.img_root:
             benchmark = beside(benchmark, image_root)
-        reader = labels.reader(benchmark, split, args.labels)
+        if found_later:
+            names, reader = list(labels.split_or_folder(benchmark, args.split_file, image_root)), None
+        else:
+            split = labels.split_of(benchmark, args.split_file)
+            names, reader = list(split), labels.reader(benchmark, split, args.labels)
     source, told = resolve(model), "shards" if args.shards else benchmark.labels
+    if args.labels:
+        told = args.labels if found_later else _anywhere(args.labels)
     settings = CamSettings(
         refine=args.refine,
         method=args.cam_method,
@@ -210,7 +216,7 @@ def cam_job(
             "prompts": benchmark.prompts,
             "backgrounds": benchmark.backgrounds,
             "templates": benchmark.templates,
-            "labels": _anywhere(args.labels) if args.labels else told,
+            "labels": told,
             **asdict(settings),
         },
         "inputs": {"model": sha256(source.file)},

@@ -47,7 +47,8 @@ def image_files(path: str) -> list[str]:
         return [path]
     if not Path(path).is_dir():
         raise FileNotFoundError(f"image or folder {path} does not exist")
-    files = sorted(file for file in Path(path).iterdir() if file.suffix in IMAGE_SUFFIXES)
+    files = [file for file in Path(path).iterdir() if file.suffix in IMAGE_SUFFIXES]
+    files = sorted(file for file in files if not file.name.startswith("."))  # which are somebody's notes
     if not files:
         raise ValueError(f"folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     by_stem: dict[str, Path] = {}

@@ -13,6 +13,7 @@ import numpy as np
 from lxml import etree
 
 from segmentation.benchmark import IGNORE, Benchmark
+from segmentation.images import image_files
 from segmentation.masks import read_mask
 
 # Image name -> distinct class indices, in order of first appearance; ValueError or OSError with a
@@ -107,6 +108,24 @@ def split_of(benchmark: Benchmark, path: str | Path | None = None) -> Split:
             "the data (docs/data.md), or give --split_file"
         )
     return read_split(benchmark.split_file)
+
+
+def split_or_folder(benchmark: Benchmark, path: str | Path | None, image_root: str | Path) -> Split:
+    """As `split_of`; but where neither `path` nor the benchmark names a split file, all images of a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: also where there is no such folder, it holds no images, or one whose
+            name no split file could hold.
+    """
+    if not Path(image_root).is_dir():
+        raise FileNotFoundError(f"image folder {image_root} does not exist: give --img_root")
+    if path or benchmark.split_file:
+        return split_of(benchmark, path)
+    names = [Path(file).stem for file in image_files(str(image_root))]
+    for name in names:
+        if len(name.split()) != 1:
+            raise ValueError(f"image {name!r} in {image_root} has a blank in its name: rename it")
+    return {name: [] for name in names}
 
 
 def from_file(path: str | Path, classes_count: int) -> LabelReader:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -14,19 +15,18 @@ from clip.download import resolve, sha256
 from clip.positions import POSITION_ROUNDINGS
 from pipeline.cams_cli import add_run_flags, beside, flow_of, recorded
 from pipeline.flags import HelpFormatter, count, share
-from pipeline.run import FAILED, Run
+from pipeline.run import FAILED, Run, some
 from segmentation import benchmark as benchmarks
 from segmentation import labels
 from segmentation.benchmark import Benchmark
 from segmentation.distributed import WorkFailed, gather, rank_and_world
 from segmentation.files import replacing
-from segmentation.images import image_files
 from tagclip import scores as scoring
 from tagclip.config import PRESETS, TagSettings
 from tagclip.step import TagJob, generate
 
 LABELS = "labels.txt"  # in the output folder
-OUTPUTS = (f"scores-*{scoring.SUFFIX}",)
+OUTPUTS = (f"scores-*{scoring.SUFFIX}", LABELS)
 
 
 class Dataset(NamedTuple):
@@ -58,31 +58,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, tag the images, tell how well; returns the exit code."""
     args = make_parser().parse_args(arguments)
     told = None if args.benchmark else args.dataset or next(iter(DATASETS))
-    dataset = DATASETS[told] if told else None
-    name = dataset.benchmark if dataset else args.benchmark
+    name = DATASETS[told].benchmark if told else args.benchmark
     benchmark = benchmarks.load(name)
-    image_root = args.img_root or (dataset.image_root if dataset else benchmark.path(benchmark.image_dir))
-    split = images_of(benchmark, args.split_file or (dataset and dataset.split_file), image_root)
+    image_root = args.img_root or (DATASETS[told].image_root if told else benchmark.path(benchmark.image_dir))
+    if told:
+        benchmark = replace(benchmark, split_file=DATASETS[told].split_file)
+    split = labels.split_or_folder(benchmark, args.split_file, image_root)
     called = told or benchmark.name
-    job = TagJob(
-        benchmark=benchmark,
-        image_root=str(image_root),
-        model=args.model_path or benchmark.model or "ViT-B/16",
-        device=args.device,
-        precision=args.precision,
-        round_weights=args.round_weights,
-        output=args.output or f"./output/{called}_tags",
-        settings=settings_of(args, benchmark),
-        flow=flow_of(args),
-    )
-    rule = rule_of(args, job.settings)
+    output = args.output or f"./output/{called}_tags"
+    settings = settings_of(args, benchmark)
+    job = job_of(args, benchmark, image_root, args.model_path, output, settings, args.round_weights)
+    rule = rule_of(args, settings)
+    saved = args.save_file or f"./output/{called}_val_tagclip.txt" if args.save_file is not None else None
+    check_files([args.split_file, args.labels], [str(Path(output) / LABELS), saved, args.json])
+    truth = truth_reader(benchmark, split, args.labels, job.image_root)
     code = tag(job, name, list(split), rule, args.num_workers, args.overwrite)
-    if rank_and_world()[0] == 0:
-        scores = scored(job, split)
-        if scores and args.save_file is not None:
-            write_labels(args.save_file or f"./output/{called}_val_tagclip.txt", scores, rule)
-        if scores:
-            tell(scores, split, args.labels, job, rule, args.json)
+    scores = scored(job, split) if rank_and_world()[0] == 0 else {}
+    if scores and saved:
+        write_labels(saved, scores, rule)
+    if scores:
+        tell(scores, truth, benchmark.classes, rule, args.json)
     return code
 
 
@@ -165,29 +160,60 @@ def rule_of(args: argparse.Namespace, settings: TagSettings) -> LabelRule:
     threshold = args.label_threshold
     if args.label_rule == "relative":
         threshold = settings.ratio if threshold is None else threshold
+        wanted, fits = "from 0 to 1", 0 <= threshold <= 1
     elif threshold is None:
         raise ValueError(f"--label_rule {args.label_rule} needs a --label_threshold")
-    if args.label_rule == "top" and not (threshold >= 1 and threshold == int(threshold)):
-        raise ValueError(f"--label_rule top takes a whole --label_threshold, 1 or more, not {threshold:g}")
+    elif args.label_rule == "top":
+        wanted, fits = "that is whole, 1 or more", threshold >= 1 and threshold.is_integer()
+    else:
+        wanted, fits = "that is finite", math.isfinite(threshold)
+    if not fits:
+        raise ValueError(
+            f"--label_rule {args.label_rule} takes a --label_threshold {wanted}, not {threshold:g}"
+        )
     return LabelRule(threshold, args.label_rule)
+
+
+def job_of(
+    args: argparse.Namespace,
+    benchmark: Benchmark,
+    image_root: str | Path,
+    model: str | None,
+    output: str,
+    settings: TagSettings,
+    round_weights: bool = False,
+) -> TagJob:
+    """The job of a command that has the flags of `pipeline.cams_cli.add_run_flags`."""
+    return TagJob(
+        benchmark=benchmark,
+        image_root=str(image_root),
+        model=model or benchmark.model or "ViT-B/16",
+        device=args.device,
+        precision=args.precision,
+        round_weights=round_weights,
+        output=output,
+        settings=settings,
+        flow=flow_of(args),
+    )
+
+
+def check_files(read: Sequence[str | None], written: Sequence[str | None]) -> None:
+    """May these files be written?
+
+    Raises:
+        ValueError: one is a folder, or also read: who reads predictions as the truth finds them true.
+    """
+    sources = {Path(file).resolve() for file in read if file}
+    for file in filter(None, written):
+        if Path(file).is_dir():
+            raise ValueError(f"{file} is a folder: name a file in it")
+        if Path(file).resolve() in sources:
+            raise ValueError(f"{file} is read, and would be overwritten: write to another file or folder")
 
 
 def usual_settings(benchmark: Benchmark) -> TagSettings:
     """Those published for the kind of benchmark: with a background, or where every pixel has a class."""
     return PRESETS["tagclip" if benchmark.has_background else "cocostuff"]
-
-
-def images_of(benchmark: Benchmark, split_file: str | None, image_root: str | Path) -> labels.Split:
-    """The images to tag, with true labels where a split file has them; without one, all of the folder.
-
-    Raises:
-        FileNotFoundError: there is no such folder or split file.
-    """
-    if not Path(image_root).is_dir():
-        raise FileNotFoundError(f"image folder {image_root} does not exist: give --img_root")
-    if split_file or benchmark.split_file:
-        return labels.split_of(benchmark, split_file)
-    return {Path(file).stem: [] for file in image_files(str(image_root))}
 
 
 def tag(
@@ -223,7 +249,9 @@ def tag(
     return code
 
 
-def find_labels(args: argparse.Namespace, output: str) -> tuple[str, int]:
+def find_labels(
+    args: argparse.Namespace, benchmark: Benchmark, names: Sequence[str], image_root: str, output: str
+) -> tuple[str, int]:
     """Tag the images of a command that has the flags of `pipeline.cams_cli`, in the published way.
 
     Args:
@@ -235,22 +263,10 @@ def find_labels(args: argparse.Namespace, output: str) -> tuple[str, int]:
     Raises:
         WorkFailed: no image could be tagged.
     """
-    benchmark = benchmarks.load(args.benchmark)
-    image_root = args.img_root or benchmark.path(benchmark.image_dir)
-    split = images_of(benchmark, args.split_file, image_root)
-    job = TagJob(
-        benchmark=benchmark,
-        image_root=str(image_root),
-        model=args.model or benchmark.model or "ViT-B/16",
-        device=args.device,
-        precision=args.precision,
-        round_weights=False,
-        output=output,
-        settings=replace(usual_settings(benchmark), max_patches=args.max_patches),
-        flow=flow_of(args),
-    )
-    rule = LabelRule(job.settings.ratio)
-    code = tag(job, args.benchmark, list(split), rule, args.num_workers, args.overwrite)
+    settings = replace(usual_settings(benchmark), max_patches=args.max_patches)
+    job = job_of(args, benchmark, image_root, args.model, output, settings)
+    rule = LabelRule(settings.ratio)
+    code = tag(job, args.benchmark, names, rule, args.num_workers, args.overwrite)
     file = Path(output) / LABELS
     if not file.read_text():
         raise WorkFailed(f"no image could be tagged, see {Path(output) / FAILED}")
@@ -275,23 +291,28 @@ def write_labels(file: str | Path, scores: dict[str, np.ndarray], rule: LabelRul
 
 def tell(
     scores: dict[str, np.ndarray],
-    split: labels.Split,
-    labels_file: str | None,
-    job: TagJob,
+    truth: labels.LabelReader | None,
+    classes: Sequence[str],
     rule: LabelRule,
     json_file: str | None,
 ) -> None:
-    """Print the metrics, as the public script does, and write them as JSON - where the truth is known."""
-    read = truth_reader(job.benchmark, split, labels_file, job.image_root)
-    if read is None:
+    """Print the metrics of images whose truth is known, as the public script does, and write them as JSON."""
+    known, unknown = {}, []
+    for name in scores if truth else ():
+        try:
+            known[name] = truth(name)
+        except (ValueError, OSError) as error:
+            unknown.append(f"{name}: {error}")
+    if unknown:
+        print(f"{len(unknown)} images without true labels are not scored: {some(unknown)}", file=sys.stderr)
+    if not known:
         print("no true labels: nothing to score", file=sys.stderr)
         return
-    classes = job.benchmark.classes
-    truth = np.zeros((len(scores), len(classes)), bool)
-    for row, name in zip(truth, scores, strict=True):
-        row[read(name)] = True
-    values = np.stack([*scores.values()])
-    result = scoring.evaluate(values, truth, classes, scoring.choose(values, *rule))
+    values = np.stack([scores[name] for name in known])  # (n, K)
+    there = np.zeros(values.shape, bool)
+    for row, keys in zip(there, known.values(), strict=True):
+        row[keys] = True
+    result = scoring.evaluate(values, there, classes, scoring.choose(values, *rule))
     print(f"mAP: {result['mAP']:.6f}")
     absent = result["classes without positives"]
     if absent:

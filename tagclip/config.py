@@ -21,8 +21,8 @@ class TagSettings:
         cell_threshold: patches of a class, within the range of its map, that its crop consists of.
         crop_size: side of the crop as the tower sees it; None: what it was trained at.
         local_weight: of the first score, where a crop gives a second.
-        diagonal_bias: added to what other patches say to a patch in the last block.
-        crop_bias: added to what patches outside the class say to the class token.
+        diagonal_bias: 0 or less, added to what other patches say to a patch in the last block.
+        crop_bias: 0 or less, added to what patches outside the class say to the class token.
         cover_edge: let boxes and crops reach the grid's last row and column. The public code cuts them off,
             so that what lies there alone is not seen; published numbers have it so.
         skip_empty_crops: pass over a class whose crop is empty. The public code then leaves the image at
@@ -58,6 +58,9 @@ class TagSettings:
         for name in ("ratio", "cell_threshold", "local_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name):g}")
+        for name in ("diagonal_bias", "crop_bias"):
+            if not getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be 0 or less, got {getattr(self, name):g}")
         for name in ("vote_threshold", "box_threshold"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name):g}")
@@ -72,7 +75,7 @@ class TagSettings:
         """
         if layers < 2:
             raise ValueError("tagging averages blocks before the last: the model's image tower has only one")
-        for name, most in (("averaged", layers - 1), ("voting", layers), ("votes", self.voting or layers)):
+        for name, most in (("voting", layers), ("votes", self.voting or layers)):
             value = getattr(self, name)
             if value is not None and value > most:
                 raise ValueError(f"{name} is {value}, with {most} blocks to choose from")

@@ -27,19 +27,21 @@ class Crop(NamedTuple):
     cells: np.ndarray
 
 
-def candidates(refined: Tensor, classes: int, ratio: float) -> tuple[float, list[int]]:
-    """The classes that are looked at again.
+def candidate_threshold(refined: Tensor, ratio: float) -> Tensor:
+    """What a class must score to be looked at again; in the range it is taken from backgrounds count, too.
 
     Args:
-        refined: (n, C) of one image; the first `classes` names are the classes.
+        refined: (n, C) of one image.
         ratio: see `TagSettings`.
-
-    Returns:
-        The threshold, which background names have a say in, and the classes above it, ascending.
     """
     low, high = refined.aminmax()
-    threshold = low + ratio * (high - low)
-    return float(threshold), (refined[:, :classes].amax(0) > threshold).nonzero().flatten().tolist()
+    return low + ratio * (high - low)
+
+
+def candidates(refined: Tensor, classes: int, ratio: float) -> list[int]:
+    """The classes, ascending, that are looked at again: the first `classes` names are those."""
+    found = refined[:, :classes].amax(0) > candidate_threshold(refined, ratio)
+    return found.nonzero().flatten().tolist()
 
 
 def crops(refined: Tensor, grid: tuple[int, int], keys: Sequence[int], settings: TagSettings) -> list[Crop]:
@@ -108,6 +110,7 @@ def class_tokens(visual: VisionTransformer, pixels: Tensor, cells: Tensor, setti
     tokens, _ = visual.embed(pixels, settings.position_rounding)
     batch, length, _ = tokens.shape
     mask = tokens.new_zeros(batch, 1, length, length)
-    mask[:, 0, 0, 1:].masked_fill_(~cells.to(mask.device), settings.crop_bias)
+    bias = max(settings.crop_bias, torch.finfo(tokens.dtype).min)
+    mask[:, 0, 0, 1:].masked_fill_(~cells.to(mask.device), bias)
     *_, (tokens, _) = visual.blocks(tokens, mask=mask)
     return visual.project(tokens[:, 0]).float()

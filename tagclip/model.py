@@ -42,6 +42,9 @@ def tag_images(
         text: (C, E) features of the names, those of the classes first; see `clip.text_features`.
         classes: how many of the names are scored.
         settings: see there; `TagSettings.check` tells whether they fit the model.
+
+    Raises:
+        ValueError: a precision does not hold the model's numbers.
     """
     by_size: dict[tuple[int, ...], list[int]] = {}
     for index, image in enumerate(images):
@@ -54,24 +57,30 @@ def tag_images(
         pixels = torch.from_numpy(np.stack([images[index] for index in indices])).to(model.device)
         batch = clip.normalise(pixels, model.config.mean, model.config.std)  # (B, 3, H', W')
         tokens, attention, grid = patch_level(visual, batch, settings)
-        coarse = class_probabilities(tokens[:, 1:], text, model.logit_scale)  # (B, n, C)
+        coarse = _finite(class_probabilities(tokens[:, 1:], text, model.logit_scale))  # (B, n, C)
         refined = refined_probabilities(coarse, attention, grid, settings)  # (B, n, C)
         for index, image, scores in zip(indices, batch, refined, strict=True):
             maps = scores[:, :classes].T.unflatten(-1, grid).cpu().numpy()
             tags[index] = Tags(maps.max((1, 2)), maps, {})
-            _, keys = candidates(scores, classes, settings.ratio)
+            keys = candidates(scores, classes, settings.ratio)
             for crop in crops(scores, grid, keys, settings):
                 found.append((index, crop))
                 views.append(cut(image, crop, visual.patch_size, size))
     for start in range(0, len(found), CROPS_AT_ONCE):
-        batch = slice(start, start + CROPS_AT_ONCE)
-        pixels, cells = (torch.stack(part) for part in zip(*views[batch], strict=True))
+        some = slice(start, start + CROPS_AT_ONCE)
+        pixels, cells = (torch.stack(parts) for parts in zip(*views[some], strict=True))
         tokens = class_tokens(visual, pixels, cells, settings)  # (M, E)
-        probabilities = class_probabilities(tokens, text, model.logit_scale).cpu()  # (M, C)
-        for (index, crop), row in zip(found[batch], probabilities, strict=True):
+        probabilities = _finite(class_probabilities(tokens, text, model.logit_scale)).cpu()  # (M, C)
+        for (index, crop), row in zip(found[some], probabilities, strict=True):
             tags[index].reidentified[crop.key] = float(row[crop.key])
     for scores, _, reidentified in tags:
         for key, probability in reidentified.items():
             local = settings.local_weight * scores[key]
             scores[key] = local + np.float32((1 - settings.local_weight) * probability)
     return tags
+
+
+def _finite(probabilities: Tensor) -> Tensor:
+    if not probabilities.isfinite().all():
+        raise ValueError("the model's features are not finite: its weights are damaged, or it needs fp32")
+    return probabilities

@@ -46,7 +46,8 @@ def patch_level(visual: VisionTransformer, images: Tensor, settings: TagSettings
     for index in range(layers):
         mask = None
         if index == layers - 1:
-            mask = tokens.new_full((length, length), settings.diagonal_bias).fill_diagonal_(0)
+            bias = max(settings.diagonal_bias, torch.finfo(tokens.dtype).min)
+            mask = tokens.new_full((length, length), bias).fill_diagonal_(0)
         tokens, attention = visual.block(index, tokens, mask, maps=index in averaging or index in voters)
         if attention is None:
             continue
@@ -56,6 +57,7 @@ def patch_level(visual: VisionTransformer, images: Tensor, settings: TagSettings
         if index in voters:
             mean = related.mean((1, 2), keepdim=True)
             votes += related > settings.vote_threshold * mean
+        del attention, related  # n x n numbers that the next block has no room for on a large image
     total /= len(averaging)
     total[votes < settings.votes_needed(layers)] = 0
     return PatchLevel(visual.project(tokens).float(), total, grid)

@@ -53,7 +53,8 @@ class TagJob:
 def generate(names: Sequence[str], position: int, job: TagJob) -> Generator[Outcome, None, None]:
     """Score the images that no shard has yet; see `pipeline.processes`.
 
-    What is scored goes to a new shard every `PERIOD` seconds, and when the work ends or is interrupted.
+    What is scored goes to a new shard every `PERIOD` seconds, and when the work ends, also by an error, or by
+    Ctrl-C in this process.
     """
     scored = read_scores(job.output, len(job.benchmark.classes))
     missing = []
@@ -78,22 +79,28 @@ def generate(names: Sequence[str], position: int, job: TagJob) -> Generator[Outc
 
 @dataclass
 class Resized:
-    """A decoded image, see `pipeline.flow.Decoded`. All may share a batch: `tag_images` sorts them by size,
-    and crops have one size.
+    """A decoded image, see `pipeline.flow.Decoded`. Those of like size share a batch: `tag_images` computes
+    equal ones at once, and the crops of all.
 
     Attributes:
         pixels: (H', W', 3) uint8.
         notes: what is worth counting.
+        patches: how many it has.
     """
 
     name: str
     pixels: np.ndarray
     notes: list[str]
-    shape = ()
+    patches: int
+
+    @property
+    def shape(self) -> str:
+        """Such images need up to twice the memory of each other, squared for attention."""
+        return f"up to {2 ** (self.patches - 1).bit_length()} patches"
 
     @property
     def cost(self) -> int:
-        return math.prod(self.pixels.shape)
+        return self.patches
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,8 @@ class Decoder:
             if image.mode != "L":  # which is the same before and after
                 image = image.convert("RGB")
             pixels = clip.resize_rgb(image, self.grid.size(image, 1.0, self.max_patches))
-            return Resized(name, pixels, shrunk_notes(image, self.grid, 1.0, self.max_patches))
+            notes = shrunk_notes(image, self.grid, 1.0, self.max_patches)
+            return Resized(name, pixels, notes, math.prod(pixels.shape[:2]) // self.grid.patch**2)
         except Exception as error:  # one bad image never loses a run
             return failed(name, error)
 
@@ -141,8 +149,7 @@ class TagStep:
         """See `pipeline.cams.CamStep.batch_size`."""
         if self.model.device.type == "cpu":
             return 1
-        patches = math.prod(decoded.pixels.shape[:2]) // self.model.visual.patch_size**2
-        return images_that_fit(self.model, patches, self.flow.threads)
+        return images_that_fit(self.model, decoded.patches, self.flow.threads)
 
     def compute(self, batch: list[Resized]) -> list[np.ndarray]:
         images = [decoded.pixels for decoded in batch]

@@ -64,6 +64,10 @@ def write_model(file: Path, preset="tiny12") -> Path:
     return file
 
 
+def model_of(config: dict | str, folder: Path) -> CLIP:
+    return clip.load(write_model(folder / "model.pt", config), "cpu", round_weights=False)
+
+
 @cache
 def model(folder: Path, preset="tiny12") -> CLIP:
-    return clip.load(write_model(folder / f"{preset}.pt", preset), "cpu", round_weights=False)
+    return model_of(preset, folder)

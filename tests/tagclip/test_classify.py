@@ -10,6 +10,7 @@ import torch
 
 import clip
 from cocostuff.prepare import convert_split
+from segmentation import camfile
 from segmentation.labels import read_split
 from segmentation.masks import read_mask
 from tagclip import classify, step
@@ -227,16 +228,60 @@ def test_a_folder_of_images_needs_no_split_file(world, tmp_path):
     assert [*read_split(tmp_path / "o" / "labels.txt")] == sorted(IMAGES)
 
 
+def test_images_that_cannot_be_listed(world, tmp_path):
+    image("tagclip-4").save(tmp_path / "a.png")
+    (tmp_path / "._a.jpg").write_bytes(b"what a desktop leaves")
+    (tmp_path / "own.yaml").write_text("{name: own, classes: [dog, cat], backgrounds: [grass]}")
+    arguments = ["--benchmark", tmp_path / "own.yaml", "--img_root", tmp_path, "--output", tmp_path / "o"]
+    arguments = [*map(str, [*arguments, "--model_path", world / "tiny12.pt", "--device", "cpu"])]
+    assert classify.main(arguments) == 0
+    assert [*read_split(tmp_path / "o" / "labels.txt")] == ["a"]
+    image("tagclip-4").save(tmp_path / "IMG 7.png")
+    with pytest.raises(ValueError, match=r"image .IMG 7. in .* has a blank in its name: rename it"):
+        classify.main(arguments)
+
+
+def test_images_without_truth_are_left_out_of_the_scores(world, tmp_path, capsys):
+    (tmp_path / "some.txt").write_text("tagclip-0 8\ntagclip-2 10\n")
+    given = ["--labels", tmp_path / "some.txt", "--json", tmp_path / "scores.json"]
+    assert classify.main(flags(world, tmp_path / "o", *given, split=world / "ids.txt")) == 0
+    assert f"{len(IMAGES) - 2} images without true labels are not scored" in capsys.readouterr().err
+    assert json.loads((tmp_path / "scores.json").read_text())["images"] == 2
+
+
 def test_mistakes_are_told(world, tmp_path):
     with pytest.raises(FileNotFoundError, match="image folder nowhere does not exist: give --img_root"):
         classify.main(flags(world, tmp_path / "o", "--img_root", "nowhere"))
-    with pytest.raises(ValueError, match="averaged is 30, with 11 blocks to choose from"):
-        classify.main(flags(world, tmp_path / "o", "--averaged_blocks", 30))
-    with pytest.raises(ValueError, match="--label_rule absolute needs a --label_threshold"):
-        classify.main(flags(world, tmp_path / "o", "--label_rule", "absolute"))
-    with pytest.raises(ValueError, match=r"takes a whole --label_threshold, 1 or more, not 0.5"):
-        classify.main(flags(world, tmp_path / "o", "--label_rule", "top", "--label_threshold", 0.5))
-    assert not (tmp_path / "o" / "labels.txt").exists()
+    with pytest.raises(ValueError, match="voting is 30, with 12 blocks to choose from"):
+        classify.main(flags(world, tmp_path / "o", "--voting_blocks", 30))
+    for rule, threshold, sentence in (
+        ("absolute", None, "needs a --label_threshold"),
+        ("absolute", "inf", "takes a --label_threshold that is finite, not inf"),
+        ("relative", "5", "takes a --label_threshold from 0 to 1, not 5"),
+        ("relative", "nan", "takes a --label_threshold from 0 to 1, not nan"),
+        ("top", "0.5", "takes a --label_threshold that is whole, 1 or more, not 0.5"),
+        ("top", "inf", "takes a --label_threshold that is whole, 1 or more, not inf"),
+    ):
+        more = [] if threshold is None else ["--label_threshold", threshold]
+        with pytest.raises(ValueError, match=f"--label_rule {rule} {sentence}"):
+            classify.main(flags(world, tmp_path / "o", "--label_rule", rule, *more))
+    with pytest.raises(FileNotFoundError, match=r"nosuch\.txt does not exist"):
+        classify.main(flags(world, tmp_path / "o", "--labels", "nosuch.txt"))
+    (tmp_path / "far.txt").write_text("tagclip-0 99\n")
+    with pytest.raises(ValueError, match="class index 99 is out of range"):
+        classify.main(flags(world, tmp_path / "o", split=tmp_path / "far.txt"))
+    for flag in ("--json", "--save_file"):
+        with pytest.raises(ValueError, match="is a folder: name a file in it"):
+            classify.main(flags(world, tmp_path / "o", flag, tmp_path))
+    with pytest.raises(ValueError, match=r"voc\.txt is read, and would be overwritten"):
+        classify.main(flags(world, tmp_path / "o", "--save_file", world / "voc.txt"))
+    assert not list((tmp_path / "o").glob("scores-*"))  # all of it is told before anything is computed
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "labels.txt").write_text("tagclip-0 8\n")
+    with pytest.raises(ValueError, match=r"own holds labels.txt but no settings.json"):
+        classify.main(flags(world, tmp_path / "own"))
+    with pytest.raises(FileNotFoundError, match=r"split file of benchmark voc12, does not exist: prepare"):
+        classify.main(["--dataset", "voc2012", "--img_root", str(world)])
     with pytest.raises(SystemExit):
         classify.main(["--dataset", "voc2012", "--benchmark", "shapes"])
 
@@ -264,7 +309,36 @@ def test_masks_without_labels(world, tmp_path):
     assert tags["weights_rounded"] is False and tags["position_rounding"] == "resampled"
     labels = (tmp_path / "auto" / "tags" / "labels.txt").read_text()
     assert labels == str(golden("end_to_end")["voc/label_file"])
-    assert pseudo_masks(world, tmp_path / "auto", "--labels", "auto") == 0  # and goes on
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "auto").glob("*.png")}
+    (tmp_path / "auto").rename(tmp_path / "moved")
+    assert pseudo_masks(world, tmp_path / "moved", "--labels", "auto") == 0  # and goes on
+    assert all((tmp_path / "moved" / f.name).stat().st_mtime_ns == time for f, time in kept.items())
+
+
+def test_mask_folders_are_checked_before_tags_are_found(world, tmp_path):
+    assert pseudo_masks(world, tmp_path / "masks", "--labels", "auto") == 0
+    scores = {file: file.stat().st_mtime_ns for file in (tmp_path / "masks/tags").glob("scores-*")}
+    (tmp_path / "foreign").mkdir()
+    image("tagclip-0").save(tmp_path / "foreign" / "mine.png")
+    for output, *more in (
+        ("masks", "--confidence", 0.5),
+        ("foreign",),
+        ("new", "--keep_cams", "compact", "--cam_out_dir", tmp_path / "new" / "tags"),
+        ("outer/masks", "--keep_cams", "compact", "--cam_out_dir", tmp_path / "outer"),
+    ):
+        assert pseudo_masks(world, tmp_path / output, "--labels", "auto", *more) == 2
+    (tmp_path / "masks" / "sub").mkdir()
+    image("tagclip-0").save(tmp_path / "masks" / "sub" / "mine.png")
+    assert pseudo_masks(world, tmp_path / "masks", "--labels", "auto", "--overwrite") == 2
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "masks/tags").glob("scores-*")} == scores
+    assert not (tmp_path / "foreign" / "tags").exists() and not (tmp_path / "new").exists()
+
+
+def test_kept_cams_of_found_labels(world, tmp_path):
+    """What step 1 makes of the label file."""
+    assert pseudo_masks(world, tmp_path / "m", "--labels", "auto", "--keep_cams", "compact") == 0
+    found = read_split(tmp_path / "m" / "tags" / "labels.txt")
+    assert {name: camfile.keys(tmp_path / "m" / "cams", name) for name in found} == found
 
 
 def test_masks_without_labels_of_bad_images(world, tmp_path):

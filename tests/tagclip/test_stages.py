@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import clip
 from clip.tokenizer import tokenize
 from tagclip import TagSettings, tag_images
-from tagclip.crops import Crop, candidates, class_tokens, crops, cut
+from tagclip.crops import Crop, candidate_threshold, candidates, class_tokens, crops, cut
 from tagclip.patches import (
     class_boxes,
     class_probabilities,
@@ -20,7 +20,19 @@ from tagclip.patches import (
 )
 from tagclip.templates import TEMPLATES
 from tests import weights
-from tests.tagclip.common import IMAGES, NAMES, PLAIN, SETS, golden, image, model, resized
+from tests.tagclip.common import (
+    IMAGES,
+    NAMES,
+    PLAIN,
+    SETS,
+    TINY12,
+    golden,
+    image,
+    model,
+    model_of,
+    resized,
+    write_model,
+)
 
 CASES = [(name, picture) for name in SETS for picture in IMAGES]
 
@@ -108,8 +120,9 @@ def test_golden_stages(tiny, name, picture):
     np.testing.assert_array_equal(boxes[0].T.numpy(), unpacked(expected["class_boxes"], patches))
     np.testing.assert_allclose(refined[thinned], expected["refined"], atol=5e-4)
 
-    threshold, keys = candidates(refined, classes, settings.ratio)
-    assert threshold == pytest.approx(float(expected["theta"]), abs=5e-4)
+    threshold = candidate_threshold(refined, settings.ratio)
+    assert float(threshold) == pytest.approx(float(expected["theta"]), abs=5e-4)
+    keys = candidates(refined, classes, settings.ratio)
     assert keys == expected["candidates"].tolist()
     found = crops(refined, grid, keys, settings)
     assert len(found) == len(expected.get("cwr_masks", ()))
@@ -150,7 +163,7 @@ def test_golden_of_ten_blocks(plain, name):
         np.testing.assert_allclose((attention @ coarse)[0], expected[f"{prefix}/first"], atol=5e-4)
         refined = refined_probabilities(coarse, attention, grid, settings)[0]
         np.testing.assert_allclose(refined, expected[f"{prefix}/refined"], atol=5e-4)
-        keys = candidates(refined, classes, settings.ratio)[1]
+        keys = candidates(refined, classes, settings.ratio)
         assert keys == expected[f"{prefix}/candidates"].tolist()
         [tags] = tag_images(plain, [pixels], text, classes, settings)
         assert list(tags.reidentified) == keys[: int(expected[f"{prefix}/reidentified"])]
@@ -170,7 +183,7 @@ def test_golden_of_vit_b16(parity_file):
     np.testing.assert_allclose(coarse[0], expected["coarse"], atol=2e-3)
     refined = refined_probabilities(coarse, attention, grid, settings)[0]
     np.testing.assert_allclose(refined, expected["refined"], atol=5e-4)
-    assert candidates(refined, 24, settings.ratio)[1] == expected["candidates"].tolist()
+    assert candidates(refined, 24, settings.ratio) == expected["candidates"].tolist()
     [tags] = tag_images(model, [pixels], text, 24, settings)
     np.testing.assert_allclose(tags.scores, expected["scores"], atol=5e-4)
     np.testing.assert_allclose(tags.maps.max((1, 2)), expected["local"], atol=5e-4)
@@ -314,6 +327,8 @@ def test_a_crop_sees_its_class_alone(tiny):
         ({"averaged": 0}, "averaged must be 1 or more"),
         ({"ratio": 1.5}, "ratio must lie between 0 and 1"),
         ({"vote_threshold": -1.0}, "vote_threshold must be 0 or more"),
+        ({"diagonal_bias": 1.0}, "diagonal_bias must be 0 or less, got 1"),
+        ({"crop_bias": float("nan")}, "crop_bias must be 0 or less, got nan"),
         ({"position_rounding": "up"}, "position_rounding must be one of"),
     ],
 )
@@ -325,7 +340,6 @@ def test_settings_that_cannot_be(settings, sentence):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"averaged": 12}, "averaged is 12, with 11 blocks to choose from"),
         ({"voting": 13}, "voting is 13, with 12"),
         ({"voting": 3, "votes": 4}, "votes is 4, with 3"),
         ({"crop_size": 100}, "crop_size 100 is not a multiple of the patch, 16"),
@@ -334,6 +348,33 @@ def test_settings_that_cannot_be(settings, sentence):
 def test_settings_that_do_not_fit_the_model(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         TagSettings(**settings).check(layers=12, patch_size=16)
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+def test_small_towers_are_tagged_with_the_defaults(tmp_path, layers):
+    small = model_of(dict(TINY12, vision_layers=layers, image_resolution=64), tmp_path)
+    TagSettings().check(layers, 16)
+    with pytest.raises(ValueError, match="has only one"):
+        TagSettings().check(1, 16)
+    [tags] = tag_images(small, [resized(image("tagclip-2"))], text_of("voc"), 20, TagSettings())
+    assert np.isfinite(tags.scores).all() and tags.scores.max() > 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_takes_any_bias(tmp_path, precision):
+    file = write_model(tmp_path / "tiny12.pt")
+    half = clip.load(file, "cpu", precision, round_weights=False)
+    settings = TagSettings(diagonal_bias=-1e6, crop_bias=-1e6)
+    [tags] = tag_images(half, [resized(image("tagclip-2"))], text_of("voc"), 20, settings)
+    [usual] = tag_images(half, [resized(image("tagclip-2"))], text_of("voc"), 20, TagSettings())
+    np.testing.assert_allclose(tags.scores, usual.scores, atol=1e-3)
+
+
+def test_numbers_that_are_none_are_told(tmp_path):
+    broken = model_of(TINY12, tmp_path)
+    broken.visual.proj[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="features are not finite"):
+        tag_images(broken, [resized(image("tagclip-2"))], text_of("voc"), 20, TagSettings())
 
 
 def test_settings_of_towers():
