@@ -26,7 +26,7 @@ NETWORKS := deeplab_auto deeplab_pseudo deeplab_truth
 deeplab_auto: MASKS := $(RESULTS)/auto_masks
 deeplab_pseudo: MASKS := $(RESULTS)/pseudo_masks
 deeplab_truth: MASKS := $(TRUTH)
-ITERATIONS := 1600
+ITERATIONS := 1400
 TESTED = $(RESULTS)/$(1)/test/masks_crf $(RESULTS)/$(1)/test/scores_crf.json
 
 .PHONY: help setup demo $(NETWORKS) test lint format clean
@@ -85,8 +85,8 @@ demo: setup
 
 	# Step 3: DeepLab learns from both and, to compare, from the ground truth, then segments images of which it is
 	# told nothing, without and with a dense CRF
-	@echo 'Three networks are trained at once; what they print comes when they are done.'
-	$(MAKE) --jobs=3 --output-sync --no-print-directory $(NETWORKS)
+	@echo 'Two networks are trained at a time; what they print comes when they are done.'
+	$(MAKE) --jobs=2 --output-sync --no-print-directory $(NETWORKS)
 
 	# To compare: CAM and CRF on the same images, though they need to be told what is in these
 	python generate_cams.py --benchmark shapes --img_root $(IMAGES) --split_file $(VAL) \
