@@ -1,6 +1,6 @@
 """TagCLIP: image-level labels from a frozen CLIP, no annotation at all (Lin et al., AAAI 2024)."""
 
 from tagclip.config import TagSettings
-from tagclip.model import Tags, tag_images
+from tagclip.model import Tagger, Tags, tag_images
 
-__all__ = ["TagSettings", "Tags", "tag_images"]
+__all__ = ["TagSettings", "Tagger", "Tags", "tag_images"]

@@ -1,17 +1,20 @@
-"""Images -> scores of classes, by the three stages in turn."""
+"""Images -> scores of classes, by the three stages in turn: `Tagger`, and `tag_images` beneath it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 import clip
-from clip.model import CLIP
+from clip.model import CLIP, VisionTransformer
 from tagclip.config import TagSettings
 from tagclip.crops import Crop, candidates, class_tokens, crops, cut
 from tagclip.patches import class_probabilities, patch_level, refined_probabilities
+from tagclip.scores import labels
+from tagclip.templates import TEMPLATES
 
 CROPS_AT_ONCE = 32
 
@@ -30,6 +33,60 @@ class Tags(NamedTuple):
     reidentified: dict[int, float]
 
 
+class Tagger:
+    """TagCLIP with one model and one list of names: `tagger(image)` tells what an image seems to show.
+
+    Args:
+        model: with a ViT tower. The public code rounds none of its weights.
+        classes: the names that are scored.
+        backgrounds: what they are told from.
+        templates: texts with one `{}`, in which names are read.
+        settings: see there.
+
+    Raises:
+        ValueError: the model has no ViT tower, or the settings do not fit it.
+    """
+
+    def __init__(
+        self,
+        model: CLIP,
+        classes: Sequence[str],
+        backgrounds: Sequence[str] = (),
+        templates: Sequence[str] = TEMPLATES,
+        settings: TagSettings | None = None,
+    ):
+        if not isinstance(model.visual, VisionTransformer):
+            raise ValueError("a ResNet tower has no attention between patches to tag by: give a ViT")
+        self.model, self.classes, self.settings = model, list(classes), settings or TagSettings()
+        self.settings.check(model.visual.layers, model.visual.patch_size)
+        self.text = clip.text_features(model, [*classes, *backgrounds], templates)
+
+    def __call__(self, image: Image.Image) -> Tags:
+        """Tag an image of any mode and size."""
+        return self.tag([network_pixels(image, self.model.visual.patch_size, self.settings.max_patches)])[0]
+
+    def tag(self, images: Sequence[np.ndarray]) -> list[Tags]:
+        """Tag images as `network_pixels` gives them, several at once."""
+        return tag_images(self.model, images, self.text, len(self.classes), self.settings)
+
+    def names(self, tags: Tags) -> list[str]:
+        """The classes that the scores say are there; the best one if they say none."""
+        return [self.classes[key] for key in labels(tags.scores[None], self.settings.ratio)[0]]
+
+
+def network_pixels(image: Image.Image, patch: int, most: int) -> np.ndarray:
+    """An image as the tower divides it: (H', W', 3) uint8, sides multiples of the patch.
+
+    Unlike in the CAM step, palettes and the like are turned to RGB before they are resized.
+
+    Args:
+        most: patches it may have altogether.
+    """
+    if image.mode != "L":  # which is the same before and after
+        image = image.convert("RGB")
+    return clip.resize_rgb(image, clip.target_size(image.height, image.width, patch, most=most))
+
+
 @torch.no_grad()
 def tag_images(
     model: CLIP, images: Sequence[np.ndarray], text: Tensor, classes: int, settings: TagSettings
@@ -37,8 +94,8 @@ def tag_images(
     """Tag images, those of equal size at once, and crops of all images at once.
 
     Args:
-        model: with a ViT tower. The public code rounds none of its weights.
-        images: (H', W', 3) uint8, sides multiples of the patch, see `clip.resize_rgb`.
+        model: see `Tagger`.
+        images: see `network_pixels`.
         text: (C, E) features of the names, those of the classes first; see `clip.text_features`.
         classes: how many of the names are scored.
         settings: see there; `TagSettings.check` tells whether they fit the model.

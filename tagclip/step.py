@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import clip
-from clip.model import VisionTransformer
 from pipeline.cams import grid_of, images_that_fit
 from pipeline.decode import Grid, shrunk_notes
 from pipeline.flow import FlowSettings, flow
@@ -16,7 +15,7 @@ from pipeline.processes import Outcome, device_of, failed
 from segmentation.benchmark import Benchmark
 from segmentation.images import find_image, read_image
 from tagclip.config import TagSettings
-from tagclip.model import tag_images
+from tagclip.model import Tagger, network_pixels
 from tagclip.scores import read_scores, write_scores
 from tagclip.templates import TEMPLATES
 
@@ -114,9 +113,7 @@ class Decoder:
     def __call__(self, name: str) -> Resized | Outcome:
         try:
             image = read_image(find_image(self.image_root, name))
-            if image.mode != "L":  # which is the same before and after
-                image = image.convert("RGB")
-            pixels = clip.resize_rgb(image, self.grid.size(image, 1.0, self.max_patches))
+            pixels = network_pixels(image, self.grid.patch, self.max_patches)
             notes = shrunk_notes(image, self.grid, 1.0, self.max_patches)
             return Resized(name, pixels, notes, math.prod(pixels.shape[:2]) // self.grid.patch**2)
         except Exception as error:  # one bad image never loses a run
@@ -134,10 +131,8 @@ class TagStep:
     def __init__(self, job: TagJob, position: int):
         self.job = job
         self.model = clip.load(job.model, device_of(job.device, position), job.precision, job.round_weights)
-        if not isinstance(self.model.visual, VisionTransformer):
-            raise ValueError("a ResNet tower has no attention between patches to tag by: give a ViT")
-        job.settings.check(self.model.visual.layers, self.model.visual.patch_size)
-        self.text = clip.text_features(self.model, job.benchmark.tag_names, job.templates)
+        classes, backgrounds = job.benchmark.classes, job.benchmark.tag_names[len(job.benchmark.classes) :]
+        self.tagger = Tagger(self.model, classes, backgrounds, job.templates, job.settings)
         self.model.forget_text_tower()
         self.flow = job.flow.on(self.model.device)
         self.unsaved: dict[str, np.ndarray] = {}
@@ -152,9 +147,7 @@ class TagStep:
         return images_that_fit(self.model, decoded.patches, self.flow.threads)
 
     def compute(self, batch: list[Resized]) -> list[np.ndarray]:
-        images = [decoded.pixels for decoded in batch]
-        tags = tag_images(self.model, images, self.text, len(self.job.benchmark.classes), self.job.settings)
-        return [found.scores for found in tags]
+        return [tags.scores for tags in self.tagger.tag([decoded.pixels for decoded in batch])]
 
     def write(self, decoded: Resized, scores: np.ndarray) -> list[str]:
         self.unsaved[decoded.name] = scores

@@ -13,7 +13,7 @@ from cocostuff.prepare import convert_split
 from segmentation import camfile
 from segmentation.labels import read_split
 from segmentation.masks import read_mask
-from tagclip import classify, step
+from tagclip import classify, model, step
 from tagclip.scores import read_scores
 from tests import processes
 from tests.tagclip.common import IMAGES, SETS, golden, image, write_model
@@ -117,7 +117,7 @@ def test_a_stopped_run_goes_on(world, tmp_path, monkeypatch):
     """What was scored is in shards; the rest is scored, nothing twice, and the labels come in split order."""
     monkeypatch.setattr(step, "PERIOD", 0)
     seen = []
-    tag_images = step.tag_images
+    tag_images = model.tag_images
 
     def counted(model, images, *more):
         if len(seen) == 4:
@@ -125,14 +125,14 @@ def test_a_stopped_run_goes_on(world, tmp_path, monkeypatch):
         seen.extend(image.shape for image in images)
         return tag_images(model, images, *more)
 
-    monkeypatch.setattr(step, "tag_images", counted)
+    monkeypatch.setattr(model, "tag_images", counted)
     out = tmp_path / "o"
     with pytest.raises(KeyboardInterrupt):
         classify.main(flags(world, out, "--threads", 1))
     before = read_scores(out, 20)
     assert 0 < len(before) <= 4 and not (out / "labels.txt").exists()
     left = []
-    monkeypatch.setattr(step, "tag_images", lambda m, i, *more: left.extend(i) or tag_images(m, i, *more))
+    monkeypatch.setattr(model, "tag_images", lambda m, i, *more: left.extend(i) or tag_images(m, i, *more))
     assert classify.main(flags(world, out, "--threads", 1)) == 0
     assert len(left) == len(IMAGES) - len(before)
     assert (out / "labels.txt").read_text() == str(golden("end_to_end")["voc/label_file"])

@@ -18,9 +18,8 @@ from segmentation.masks import read_mask
 from shapes import BENCHMARK
 from shapes.draw import write
 from shapes.train_clip import build
-from tagclip import TagSettings, tag_images
+from tagclip import Tagger
 from tagclip.scores import choose, evaluate, labels
-from tagclip.templates import TEMPLATES
 from tests.shapes.test_learning import measure
 
 IMAGES = 24
@@ -44,19 +43,13 @@ def world(request, tmp_path_factory):
 
 def tagged(model: clip.CLIP, world: list) -> dict[str, float]:
     """mAP of the classes that occur, F1, and mIoU of masks after the CRF, of tags and nothing else."""
-    text = clip.text_features(model, BENCHMARK.tag_names, TEMPLATES)
-    classes, settings = BENCHMARK.classes, TagSettings()
-    images = []
-    for file, _, _ in world:
-        image = read_image(file)
-        size = clip.target_size(image.height, image.width, model.visual.patch_size)
-        images.append(clip.resize_rgb(image, size))
-    scores = np.stack([tags.scores for tags in tag_images(model, images, text, len(classes), settings)])
+    tagger = Tagger(model, BENCHMARK.classes, BENCHMARK.backgrounds)
+    scores = np.stack([tagger(read_image(file)).scores for file, _, _ in world])
     truth = np.zeros(scores.shape, bool)
     for row, (_, keys, _) in zip(truth, world, strict=True):
         row[keys] = True
-    figures = evaluate(scores, truth, classes, choose(scores, settings.ratio))
-    found = labels(scores, settings.ratio)
+    figures = evaluate(scores, truth, tagger.classes, choose(scores, tagger.settings.ratio))
+    found = labels(scores, tagger.settings.ratio)
     masks = measure(model, [(file, keys, mask) for (file, _, mask), keys in zip(world, found, strict=True)])
     result = {"mAP": figures["mAP of classes with positives"], "F1": figures["F1"], "crf": masks["crf"]}
     print({key: round(value, 3) for key, value in result.items()})

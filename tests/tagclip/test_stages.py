@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import clip
+from clip import CLIP, Config
 from clip.tokenizer import tokenize
-from tagclip import TagSettings, tag_images
+from tagclip import Tagger, TagSettings, tag_images
 from tagclip.crops import Crop, candidate_threshold, candidates, class_tokens, crops, cut
 from tagclip.patches import (
     class_boxes,
@@ -142,6 +143,27 @@ def test_golden_stages(tiny, name, picture):
     np.testing.assert_allclose(tags.maps.max((1, 2)), expected["local"], atol=5e-4)
     np.testing.assert_allclose(tags.scores, expected["scores"], atol=5e-4)
     assert list(tags.reidentified) == [crop.key for crop in found]
+
+
+def test_a_tagger_takes_images_as_they_are(tiny, monkeypatch):
+    text, settings = text_of("voc"), TagSettings(max_patches=40)
+    monkeypatch.setattr(clip, "text_features", lambda *given: text)
+    names = SETS["voc"][1]
+    tagger = Tagger(tiny, names[:20], names[20:])
+    shrinking = Tagger(tiny, names[:20], names[20:], settings=settings)
+    lines = str(golden("end_to_end")["voc/label_file"]).splitlines()
+    scores = golden("end_to_end")["voc/scores"]
+    for row, (name, line) in enumerate(zip(IMAGES, lines, strict=True)):
+        tags = tagger(image(name))
+        np.testing.assert_allclose(tags.scores, scores[row], atol=5e-4)
+        assert tagger.names(tags) == [names[int(key)] for key in line.split()[1:]]
+    picture = image("tagclip-2")
+    palette = picture.quantize(200)
+    np.testing.assert_array_equal(tagger(palette).scores, tagger(palette.convert("RGB")).scores)
+    assert np.prod(shrinking(picture).maps.shape[1:]) <= 40
+    resnet = CLIP(Config(64, 64, (1, 1, 1, 1), 64, None, 77, 49408, 64, 1))
+    with pytest.raises(ValueError, match="a ResNet tower has no attention between patches"):
+        Tagger(resnet, ["dog"])
 
 
 @pytest.mark.parametrize("name", PLAIN)
