@@ -14,7 +14,7 @@ from pipeline.run import Run, check_folder, command
 from segmentation import camfile
 from segmentation.distributed import together
 from segmentation.labels import from_file, read_split
-from tagclip.classify import find_labels
+from tagclip.classify import Finder
 
 AUTO = "auto"
 TAGS = "tags"  # the folder, in that of the masks, of step 0
@@ -74,15 +74,18 @@ def main() -> int:
         "step": "masks",
     }
     cam_run = {**record, "outputs": OUTPUTS, "overwrite": args.overwrite}
-    with together():  # nothing is computed, and nothing removed, before both folders are found in order
+    with together():  # nothing is computed, and nothing removed, before all folders are found in order
         check_folder(args.pseudo_mask_save_path, **mask_run)
         if folder:
             check_folder(folder, **cam_run)
+        if auto:
+            finder = Finder(args, cams.benchmark, cams.image_root, str(tags))
+            finder.check()
     code = 0
     if auto:
-        file, code = find_labels(args, cams.benchmark, names, cams.image_root, str(tags))
-        found = read_split(file)  # of all images but those that have failed
-        cams, names = replace(cams, labels=from_file(file, len(cams.benchmark.classes))), list(found)
+        code = finder.find(names)
+        names = list(read_split(finder.file))  # all images but those that have failed
+        cams = replace(cams, labels=from_file(finder.file, len(cams.benchmark.classes)))
     if folder:
         Run(folder, **cam_run)  # is then as step 1 would leave it
     retry = {"retry": shards.RETRY} if args.shards else {}

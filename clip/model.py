@@ -323,14 +323,15 @@ class CLIP(nn.Module):
         context = len(self.positional_embedding)
         if tokens.shape[-1] != context:
             raise ValueError(f"text must be {context} tokens long, got {tokens.shape[-1]}")
-        length = int(tokens.argmax(-1).max()) + 1  # attention looks back only: what follows the ends is idle
+        ends = tokens.argmax(-1)  # (N,)
+        length = max(ends.tolist(), default=0) + 1  # attention looks back only: what follows the ends is idle
         x = self.token_embedding(tokens[:, :length]) + self.positional_embedding[:length]  # (N, length, C)
         x = x.to(self.text_projection.dtype)
         causal = torch.full((length, length), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
         for block in self.transformer.resblocks:
             x, _ = block(x, mask=causal)
         x = self.ln_final(x)
-        x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]  # (N, text width)
+        x = x[torch.arange(len(x), device=x.device), ends]  # (N, text width)
         return x @ self.text_projection
 
 

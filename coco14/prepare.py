@@ -257,6 +257,9 @@ def main(arguments: list[str] | None = None) -> int:
             part, instances = read_instances(file, args.year)
             if part in done:
                 raise ValueError(f"annotation file {file}: the {part} split was given before")
+            images = stems(args.root / "JPEGImages" / part.folder, part, IMAGE_SUFFIXES)
+            if images and not images & instances.images.keys():
+                raise ValueError(f"annotation file {file} names no image of {part.folder}: is it its own?")
             problems += prepare_split(part, args, instances)
             done.add(part)
             del instances

@@ -152,6 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not (args.root / BENCHMARK.image_dir).is_dir():
         parser.error(f"--root {args.root} is no copy of COCO 2017: it has no {BENCHMARK.image_dir} folder")
+    if args.split_182 and args.split_182.resolve() == (args.out / "val.txt").resolve():
+        parser.error(f"--split_182 {args.split_182} is where the converted list goes: give it another name")
     source = args.stuffthingmaps or args.root / "stuffthingmaps" / "val2017"
     if not source.is_dir():
         if args.stuffthingmaps or not args.split_182:

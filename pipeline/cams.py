@@ -63,7 +63,7 @@ class CamSettings:
     max_patches: int = 10_000
 
     def __post_init__(self):
-        if self.leave_out_last and self.averaged < 2:
+        if self.leave_out_last and self.averaged < 2 and self.refine != "none":
             raise ValueError(
                 "without the last block none is left to average: give --averaged_blocks 2 or more, "
                 "or --no-leave_out_last"

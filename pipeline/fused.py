@@ -53,12 +53,12 @@ def _is_made(cams: CamJob, masks: MaskJob, name: str) -> bool:
     file = Path(masks.output) / f"{name}.png"
     if not file.is_file():
         return False
-    if cams.output is not None:
-        return is_made(cams, name)
     try:
-        return mask_keys(file) in (None, cams.labels(name))
+        if mask_keys(file) not in (None, cams.labels(name)):
+            return False
     except (ValueError, OSError):
         return False  # labels that cannot be read fail when they are needed
+    return cams.output is None or is_made(cams, name)
 
 
 def _store(cams: CamJob, masks: MaskJob, name: str, files: dict[str, bytes]) -> None:

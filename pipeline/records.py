@@ -36,8 +36,9 @@ def read_stage(title: str, file: str | Path, classes: Sequence[str]) -> dict:
         ) from None
 
 
-def read_tag_scores(file: str | Path) -> dict[str, float | None]:
-    """How well labels were found: TAG_SCORES of what `classify.py --json` wrote, None where undefined.
+def read_tag_scores(file: str | Path) -> tuple[dict[str, float | None], int]:
+    """How well labels were found: TAG_SCORES of what `classify.py --json` wrote, None where undefined; and of
+    how many images.
 
     Raises:
         FileNotFoundError: no such file.
@@ -47,7 +48,7 @@ def read_tag_scores(file: str | Path) -> dict[str, float | None]:
         raise FileNotFoundError(f"score file {file} does not exist: classify.py writes it with --json")
     try:
         content = json.loads(Path(file).read_text())
-        return {name: content[name] for name in TAG_SCORES}
+        return {name: content[name] for name in TAG_SCORES}, int(content["images"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file} holds no scores of tags: give what classify.py wrote with --json") from None
 

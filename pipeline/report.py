@@ -23,7 +23,7 @@ from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.files import replacing
 from segmentation.images import find_image, read_rgb
 from segmentation.labels import Split, read_split
-from segmentation.masks import read_mask
+from segmentation.masks import mask_keys, read_mask
 from segmentation.metrics import confusion
 
 STAGES = ("Initial CAM", "Refined CAM", "Dense CRF")  # in the order of --scores
@@ -198,6 +198,11 @@ def sample(sources: Sources, name: str, job: MaskJob, tags: Split | None = None)
         mask = read_mask(Path(folder) / f"{name}.png")
         if name not in tags:
             raise ValueError(f"{sources.from_tags.label_file} has no line of image {name}")
+        if mask_keys(Path(folder) / f"{name}.png") not in (None, tags[name]):
+            raise ValueError(
+                f"the mask of {name} in {folder} was made of other labels than those in "
+                f"{sources.from_tags.label_file}: make the masks again, or restore the labels"
+            )
         shown["from_tags"] = {
             "tags": compared(tags[name], keys, benchmark.classes),
             "mask": pictures.label_picture(mask, palette),
@@ -273,6 +278,9 @@ def render(
     else:
         chosen = spread(names, images)
         order = "through the split"
+    tag_scores, tagged_count = None, 0
+    if tagged and tagged.tag_scores:
+        tag_scores, tagged_count = records.read_tag_scores(tagged.tag_scores)
     classes = ["background"] * benchmark.has_background + list(benchmark.classes)
     legend = [
         {"name": name, "colour": pictures.css(colour)}
@@ -291,7 +299,8 @@ def render(
         benchmark=benchmark,
         image_count=len(names),
         tagged=tagged,
-        tag_scores=records.read_tag_scores(tagged.tag_scores) if tagged and tagged.tag_scores else None,
+        tag_scores=tag_scores,
+        tagged_count=tagged_count,
         scored=_scored(names, sources, score_files, validation),
         score_rows=groups or legend,
         choice=f"{len(chosen)} of {len(names)} images, at even steps {order}.",

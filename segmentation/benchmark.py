@@ -85,6 +85,10 @@ class Benchmark:
             raise ValueError(
                 f"benchmark {self.name}: an index mask holds {IGNORE} values, {self.channels} needed"
             )
+        if len(set(self.group_names)) < len(self.group_names) or bool(self.groups) != bool(self.group_names):
+            raise ValueError(
+                f"benchmark {self.name}: groups and group_names go together, and no name is there twice"
+            )
         if self.groups and (
             len(self.groups) != len(self.classes)
             or not all(0 <= group < len(self.group_names) for group in self.groups)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,11 +15,11 @@ from clip.download import resolve, sha256
 from clip.positions import POSITION_ROUNDINGS
 from pipeline.cams_cli import add_run_flags, beside, flow_of, recorded
 from pipeline.flags import HelpFormatter, count, share
-from pipeline.run import FAILED, Run, some
+from pipeline.run import FAILED, Run, check_folder, some
 from segmentation import benchmark as benchmarks
 from segmentation import labels
 from segmentation.benchmark import Benchmark
-from segmentation.distributed import WorkFailed, gather, rank_and_world
+from segmentation.distributed import WorkFailed, gather, rank_and_world, together
 from segmentation.files import replacing
 from tagclip import scores as scoring
 from tagclip.config import PRESETS, TagSettings
@@ -70,9 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     job = job_of(args, benchmark, image_root, args.model_path, output, settings, args.round_weights)
     rule = rule_of(args, settings)
     saved = args.save_file or f"./output/{called}_val_tagclip.txt" if args.save_file is not None else None
-    check_files([args.split_file, args.labels], [str(Path(output) / LABELS), saved, args.json])
+    read = [args.split_file or benchmark.split_file, args.labels]
+    check_files(read, [str(Path(output) / LABELS), saved, args.json])
     truth = truth_reader(benchmark, split, args.labels, job.image_root)
-    code = tag(job, name, list(split), rule, args.num_workers, args.overwrite)
+    code = tag(job, run_of(job, name, args.overwrite), list(split), rule, args.num_workers)
     scores = scored(job, split) if rank_and_world()[0] == 0 else {}
     if scores and saved:
         write_labels(saved, scores, rule)
@@ -201,9 +202,14 @@ def check_files(read: Sequence[str | None], written: Sequence[str | None]) -> No
     """May these files be written?
 
     Raises:
-        ValueError: one is a folder, or also read: who reads predictions as the truth finds them true.
+        ValueError: one is a folder, is written twice, or also read: who reads predictions as the truth finds
+            them true.
     """
     sources = {Path(file).resolve() for file in read if file}
+    targets = [Path(file).resolve() for file in written if file]
+    for file in targets:
+        if targets.count(file) > 1:
+            raise ValueError(f"{file} would be written twice: name two files")
     for file in filter(None, written):
         if Path(file).is_dir():
             raise ValueError(f"{file} is a folder: name a file in it")
@@ -216,20 +222,14 @@ def usual_settings(benchmark: Benchmark) -> TagSettings:
     return PRESETS["tagclip" if benchmark.has_background else "cocostuff"]
 
 
-def tag(
-    job: TagJob, name: str, names: Sequence[str], rule: LabelRule, num_workers: int, overwrite: bool
-) -> int:
-    """Score the images and write the label file, in the job's output folder; of torchrun's ranks, one does.
+def run_of(job: TagJob, name: str, overwrite: bool) -> dict[str, Any]:
+    """What the output folder records, as arguments of `Run` and of `pipeline.run.check_folder`.
 
     Args:
         name: the benchmark's, as `segmentation.benchmark.load` takes it.
-        names: of the images, in the order of the label file.
-
-    Returns:
-        The exit code; the label file lacks images that failed.
     """
     source = resolve(job.model)
-    record = {
+    settings = {
         "benchmark": recorded(name),
         "names": job.benchmark.tag_names,
         "templates": job.templates,
@@ -238,10 +238,30 @@ def tag(
         "conventions": source.conventions,
         **asdict(job.settings),
     }
-    run = Run(
-        job.output, record, {"model": sha256(source.file)}, outputs=OUTPUTS, overwrite=overwrite, step="tags"
-    )
-    run.map(generate, names, job, num_workers=num_workers, block=job.flow.look_ahead)
+    return {
+        "settings": settings,
+        "inputs": {"model": sha256(source.file)},
+        "outputs": OUTPUTS,
+        "overwrite": overwrite,
+        "step": "tags",
+    }
+
+
+def tag(
+    job: TagJob, run_settings: dict[str, Any], names: Sequence[str], rule: LabelRule, workers: int
+) -> int:
+    """Score the images and write the label file, in the job's output folder; of torchrun's ranks, one does.
+
+    Args:
+        run_settings: see `run_of`.
+        names: of the images, in the order of the label file.
+        workers: processes.
+
+    Returns:
+        The exit code; the label file lacks images that failed.
+    """
+    run = Run(job.output, **run_settings)
+    run.map(generate, names, job, num_workers=workers, block=job.flow.look_ahead)
     code = run.finish()
     if run.rank == 0:
         write_labels(Path(job.output) / LABELS, scored(job, names), rule)
@@ -249,28 +269,41 @@ def tag(
     return code
 
 
-def find_labels(
-    args: argparse.Namespace, benchmark: Benchmark, names: Sequence[str], image_root: str, output: str
-) -> tuple[str, int]:
-    """Tag the images of a command that has the flags of `pipeline.cams_cli`, in the published way.
+class Finder:
+    """Finds the labels of a command that has the flags of `pipeline.cams_cli`, in the published way.
 
     Args:
         output: folder for scores and labels.
-
-    Returns:
-        The label file, and the exit code.
-
-    Raises:
-        WorkFailed: no image could be tagged.
     """
-    settings = replace(usual_settings(benchmark), max_patches=args.max_patches)
-    job = job_of(args, benchmark, image_root, args.model, output, settings)
-    rule = LabelRule(settings.ratio)
-    code = tag(job, args.benchmark, names, rule, args.num_workers, args.overwrite)
-    file = Path(output) / LABELS
-    if not file.read_text():
-        raise WorkFailed(f"no image could be tagged, see {Path(output) / FAILED}")
-    return str(file), code
+
+    def __init__(self, args: argparse.Namespace, benchmark: Benchmark, image_root: str, output: str):
+        settings = replace(usual_settings(benchmark), max_patches=args.max_patches)
+        self.job = job_of(args, benchmark, image_root, args.model, output, settings)
+        self.run_settings = run_of(self.job, args.benchmark, args.overwrite)
+        self.workers, self.file = args.num_workers, Path(output) / LABELS
+        self.split_file = args.split_file or benchmark.split_file
+
+    def check(self) -> None:
+        """May the folder be filled? Changes nothing.
+
+        Raises:
+            ValueError: see `pipeline.run.Run`, or the split file is the label file.
+        """
+        check_files([self.split_file], [str(self.file)])
+        check_folder(self.job.output, **self.run_settings)
+
+    def find(self, names: Sequence[str]) -> int:
+        """Tag images and write `file`; returns the exit code.
+
+        Raises:
+            WorkFailed: no image could be tagged.
+        """
+        rule = LabelRule(self.job.settings.ratio)
+        code = tag(self.job, self.run_settings, names, rule, self.workers)
+        with together():
+            if not self.file.read_text():
+                raise WorkFailed(f"no image could be tagged, see {self.file.with_name(FAILED)}")
+        return code
 
 
 def scored(job: TagJob, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -8,7 +8,9 @@ what a shell starts, for tests of just that. `here` runs a script without any pr
 import atexit
 import multiprocessing
 import os
+import random
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -121,13 +123,18 @@ class Command(Started):
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self.pid = self.process.pid
+        atexit.register(self.signal_group, signal.SIGKILL)  # should a failing test leave it
 
     def runs(self) -> bool:
         return self.process.poll() is None
 
     def end(self) -> tuple[int, str]:
         """Exit code, and what was printed."""
-        return self.process.wait(PATIENCE), self._told()
+        try:
+            return self.process.wait(PATIENCE), self._told()
+        finally:
+            if not self.runs():  # then its number may soon be another's
+                atexit.unregister(self.signal_group)
 
 
 def torchrun(*words) -> Command:
@@ -172,6 +179,7 @@ class Process(Started):
         except EOFError:
             returned = None
         self.process.join(PATIENCE)
+        assert not self.process.is_alive(), self.printed.read_text()
         atexit.unregister(self.process.kill)
         return self.process.exitcode, self._told(), returned
 
@@ -183,9 +191,15 @@ def ranks(function: Callable, *arguments, count: int = 2) -> list[Process]:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port that is nobody's, and until it is bound becomes nobody's: the system hands out higher ones, and
+    tests that run beside these take others."""
+    beside = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 20_000 + 500 * (beside % 20)
+    for port in random.SystemRandom().sample(range(first, first + 500), 500):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
 
 
 def script(*words) -> None:

@@ -35,6 +35,16 @@ def test_token_ids_of_awkward_texts():
         clip.tokenize(long)
 
 
+def test_prompts_do_not_depend_on_those_beside_them(parity_clip):
+    """Text is encoded as far as the longest goes, and the others see nothing of it; there may be none."""
+    model = parity_clip("tiny", 0)
+    tokens = clip.tokenize(["a dog", "a photo of a very long name of a dog", "dog"])
+    together = model.encode_text(tokens)
+    alone = torch.cat([model.encode_text(tokens[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    assert model.encode_text(tokens[:0]).shape == (0, model.config.embed_dim)
+
+
 @pytest.mark.parametrize(
     ("preset", "seed"), [("tiny", 0), ("tiny", 1), ("tiny", 2), ("tiny", 3), ("vit_b16", 0)]
 )

@@ -379,6 +379,16 @@ def test_2017_goes_on_and_leaves_2014_alone(copy_2017, copy):
     assert {file: file.read_bytes() for file in copy.masks.glob("*.png")} == masks
 
 
+def test_2017_annotations_under_another_name(copy_2017, capsys):
+    """Names of 2017's images tell no split: what would be painted is looked for first."""
+    wrong = copy_2017.root / "of_train2017.json"
+    wrong.write_bytes(copy_2017.val.read_bytes())
+    with pytest.raises(SystemExit):
+        run(copy_2017, "--year", "2017", "--annotations", wrong)
+    assert "names no image of train2017: is it its own?" in capsys.readouterr().err
+    assert not (copy_2017.masks / "train2017").exists()
+
+
 def test_2017_from_masks(copy_2017, capsys):
     run(copy_2017, "--year", "2017", "--annotations", copy_2017.train)
     assert run(copy_2017, "--year", "2017", "--annotations", copy_2017.train, "--labels", "masks") == 0

@@ -204,6 +204,7 @@ def test_one_thing_wrong(copy, capsys, file, damage, said, left_out):
         (["--split_182", "{root}/none.txt"], r"none\.txt does not exist"),
         (["--split_182", "{root}/high.txt"], "class index 182 is out of range, expected 0 to 181"),
         (["--out", "{root}/high.txt/x"], r"high\.txt"),
+        (["--out", "{root}", "--split_182", "{root}/val.txt"], "is where the converted list goes"),
     ],
 )
 def test_wrong_usage(copy, capsys, flags, sentence):

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -143,7 +144,8 @@ def test_a_killed_rank_ends_the_run_and_a_rerun_completes_it(world, undisturbed,
         run.until(lambda started=run: started.find("generate_cams.py", "\nRANK=0\n"))
         rank = run.find("generate_cams.py", "\nRANK=0\n")
         run.until(lambda: count(out) >= 4)
-        os.kill(rank, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGKILL)
         code, output = ended(run)
         if count(out) < len(expected):
             break
@@ -177,11 +179,14 @@ def test_masks_survive_one_fault_after_the_other(world, undisturbed, tmp_path, c
             run.reaches(lambda least=before + 3: count(out) >= least)
             if target == "group":
                 run.signal_group(sent)
-            elif process := run.pid if target == "main" else run.find(target):
-                os.kill(process, sent)
+            elif target == "main":
+                run.signal(sent)
+            elif process := run.find(target):
+                with suppress(ProcessLookupError):
+                    os.kill(process, sent)
             for other in runs:
                 other.signal(signal.SIGTERM)  # as torchrun ends the ranks that a lost one has left
-                assert ended(other)[0] == -signal.SIGTERM
+                assert ended(other)[0] in (-signal.SIGTERM, 0)
             code, output = ended(run)
             if code != 0 and count(out) < len(expected):
                 break

@@ -314,6 +314,17 @@ def test_changed_labels_make_kept_cams_and_their_masks_anew(data, model, tmp_pat
     assert make(near=[]).keys() == before.keys() - {"near.png"}  # no mask of labels that it has lost
     assert not camfile.exists(out / "cams", "near")
     assert make() == before
+    (out / "near.png").write_bytes(after["near.png"])  # as after a kill between CAM and mask
+    assert make() == before
+
+
+def test_a_benchmark_without_backgrounds(data, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIP_WSSS_CACHE", str(tmp_path / "features"))  # nothing is known yet
+    (tmp_path / "own.yaml").write_text(f"{{name: own, classes: {voc12.CLASSES}, root: {data}}}")
+    (tmp_path / "labels.txt").write_text("near 3 19\n")
+    common = ["--split_file", tmp_path / "labels.txt", *model, "--pseudo_mask_save_path", tmp_path / "masks"]
+    assert run("pseudo_masks", "--benchmark", tmp_path / "own.yaml", *common) == 0
+    assert mask_keys(tmp_path / "masks" / "near.png") == [3, 19]
 
 
 def test_other_settings_need_another_folder(data, model, tmp_path):

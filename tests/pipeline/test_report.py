@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline import pictures, records, report
 from segmentation import camfile
-from segmentation.benchmark import IGNORE, Benchmark
+from segmentation.benchmark import IGNORE, Benchmark, voc_palette
 from segmentation.files import replacing
 from segmentation.masks import read_mask, write_mask
 
@@ -191,6 +191,17 @@ def test_tags_that_lack_an_image_are_said(results, tmp_path):
     source = report.replace(sources(results), from_tags=from_tags(results, label_file=str(file)))
     with pytest.raises(ValueError, match=r"labels\.txt has no line of image tall"):
         report.render(source, list(LABELS))
+
+
+def test_tags_that_a_mask_was_not_made_of_are_said(results, tmp_path):
+    folder, file = tmp_path / "masks", tmp_path / "labels.txt"
+    file.write_text("".join(f"{name} 0\n" for name in LABELS))
+    for name in LABELS:
+        mask = read_mask(results / "sure" / f"{name}.png")
+        write_mask(folder / f"{name}.png", mask, voc_palette(), [1])
+    tagged = from_tags(results, label_file=str(file), mask_dir=str(folder))
+    with pytest.raises(ValueError, match=r"was made of other labels than those in .*labels\.txt"):
+        report.render(report.replace(sources(results), from_tags=tagged), list(LABELS))
 
 
 def test_what_masks_have_in_common_is_told_once(results, tmp_path):

@@ -77,6 +77,8 @@ def test_yaml_with_the_least(tmp_path):
         ("{name: a, classes: [x, y], has_background: false, groups: [0], group_names: [u]}", "each class"),
         ("{name: a, classes: [x], has_background: false, groups: [1], group_names: [u]}", "into group_names"),
         ("{name: a, classes: [x], groups: [0], group_names: [u]}", "without a background"),
+        ("{name: a, classes: [x], has_background: false, group_names: [u]}", "go together"),
+        ("{name: a, classes: [x], has_background: false, groups: [0], group_names: [u, u]}", "twice"),
         ("[x, y]", r"benchmark\.yaml: "),
         ("name: [", r"benchmark\.yaml: while parsing"),
         ("", "missing mandatory value"),

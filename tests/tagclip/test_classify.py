@@ -275,6 +275,13 @@ def test_mistakes_are_told(world, tmp_path):
             classify.main(flags(world, tmp_path / "o", flag, tmp_path))
     with pytest.raises(ValueError, match=r"voc\.txt is read, and would be overwritten"):
         classify.main(flags(world, tmp_path / "o", "--save_file", world / "voc.txt"))
+    with pytest.raises(ValueError, match=r"both\.txt would be written twice"):
+        both = tmp_path / "both.txt"
+        classify.main(flags(world, tmp_path / "o", "--save_file", both, "--json", both))
+    (tmp_path / "own.yaml").write_text(f"{{name: own, classes: [dog, cat], split_file: {world / 'voc.txt'}}}")
+    with pytest.raises(ValueError, match=r"voc\.txt is read, and would be overwritten"):
+        own = ["--benchmark", tmp_path / "own.yaml", "--img_root", world, "--save_file", world / "voc.txt"]
+        classify.main([*map(str, own)])
     assert not list((tmp_path / "o").glob("scores-*"))  # all of it is told before anything is computed
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "labels.txt").write_text("tagclip-0 8\n")
@@ -327,6 +334,10 @@ def test_mask_folders_are_checked_before_tags_are_found(world, tmp_path):
         ("outer/masks", "--keep_cams", "compact", "--cam_out_dir", tmp_path / "outer"),
     ):
         assert pseudo_masks(world, tmp_path / output, "--labels", "auto", *more) == 2
+    code = pseudo_masks(world, tmp_path / "masks", "--labels", "auto", "--max_patches", 9)
+    assert code == 2  # other settings of the tags, too
+    some = ["--split_file", tmp_path / "masks" / "tags" / "labels.txt"]
+    assert pseudo_masks(world, tmp_path / "masks", "--labels", "auto", *some) == 2
     (tmp_path / "masks" / "sub").mkdir()
     image("tagclip-0").save(tmp_path / "masks" / "sub" / "mine.png")
     assert pseudo_masks(world, tmp_path / "masks", "--labels", "auto", "--overwrite") == 2
