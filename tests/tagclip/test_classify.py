@@ -296,10 +296,14 @@ def test_mistakes_are_told(world, tmp_path):
 # pseudo_masks.py --labels auto
 
 
+def words(world, output, *more) -> list:
+    images = ["--img_root", world, "--split_file", world / "ids.txt"]
+    given = ["pseudo_masks.py", "--benchmark", "voc12", *images, "--model", world / "tiny12.pt"]
+    return [*given, "--device", "cpu", "--pseudo_mask_save_path", output, *more]
+
+
 def pseudo_masks(world, output, *more) -> int:
-    words = ["--benchmark", "voc12", "--img_root", world, "--split_file", world / "ids.txt"]
-    words += ["--model", world / "tiny12.pt", "--device", "cpu", "--pseudo_mask_save_path", output, *more]
-    code, _, errors = processes.here("pseudo_masks.py", *words)
+    code, _, errors = processes.here(*words(world, output, *more))
     assert "Traceback" not in errors
     return code
 
@@ -320,6 +324,16 @@ def test_masks_without_labels(world, tmp_path):
     (tmp_path / "auto").rename(tmp_path / "moved")
     assert pseudo_masks(world, tmp_path / "moved", "--labels", "auto") == 0  # and goes on
     assert all((tmp_path / "moved" / f.name).stat().st_mtime_ns == time for f, time in kept.items())
+
+
+def test_ranks_find_labels_together(world, tmp_path):
+    assert pseudo_masks(world, tmp_path / "one", "--labels", "auto") == 0
+    started = processes.ranks(processes.script, *words(world, tmp_path / "two", "--labels", "auto"))
+    assert [process.end()[0] for process in started] == [0, 0]
+    for name in IMAGES:
+        mask = (tmp_path / "two" / f"{name}.png").read_bytes()
+        assert mask == (tmp_path / "one" / f"{name}.png").read_bytes()
+    assert len(list((tmp_path / "two" / "tags").glob("scores-*"))) == 2
 
 
 def test_mask_folders_are_checked_before_tags_are_found(world, tmp_path):
