@@ -159,6 +159,29 @@ def test_batches(world, tmp_path):
     np.testing.assert_allclose([found[image] for image in IMAGES], expected, atol=5e-4)
 
 
+def test_an_image_too_large_for_memory_fails_alone(world, tmp_path, monkeypatch, capsys):
+    """Its own kind is halved from then on; images of other sizes go on in batches."""
+    batches = []
+    tag_images = model.tag_images
+
+    def limited(clip_model, images, *more):
+        batches.append(len(images))
+        if any(image.shape[0] * image.shape[1] > 200 * 16**2 for image in images):
+            raise MemoryError
+        return tag_images(clip_model, images, *more)
+
+    (tmp_path / "images").mkdir()
+    names = ["large", *(f"small_{number}" for number in range(8))]
+    for name in names:
+        image(name, (240, 320) if name == "large" else (32, 48)).save(tmp_path / "images" / f"{name}.png")
+    (tmp_path / "ids.txt").write_text("\n".join(names))
+    monkeypatch.setattr(model, "tag_images", limited)
+    more = ["--img_root", tmp_path / "images", "--batch_size", 4, "--look_ahead", 9, "--threads", 1]
+    assert classify.main(flags(world, tmp_path / "o", *more, split=tmp_path / "ids.txt")) == 1
+    assert "too little memory for an image of shape up to 512 patches" in capsys.readouterr().err
+    assert batches == [1, 4, 4] and len(read_split(tmp_path / "o" / "labels.txt")) == 8
+
+
 def test_jobs_go_to_other_processes(world, tmp_path, monkeypatch):
     monkeypatch.setattr(classify, "generate", lambda *args: step.generate(*pickle.loads(pickle.dumps(args))))
     assert classify.main(flags(world, tmp_path / "o")) == 0
