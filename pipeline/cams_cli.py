@@ -31,6 +31,7 @@ from segmentation.benchmark import Benchmark
 
 OUTPUTS = (*(f"*{suffix}" for suffix in camfile.FORMATS.values()), "*.tar", f"*{shards.FAILED}")  # of CAMs
 ROUND_WEIGHTS = {"auto": None, "on": True, "off": False}
+LABELS_HELP = "file of lines `id index index ...` that replaces the benchmark's labels"
 
 
 def main(name: str | None = None) -> int:
@@ -65,9 +66,6 @@ def main(name: str | None = None) -> int:
     else:
         run.map(generate, names, job, num_workers=args.num_workers, block=job.flow.look_ahead)
     return run.finish()
-
-
-LABELS_HELP = "file of lines `id index index ...` that replaces the benchmark's labels"
 
 
 def add_image_flags(

@@ -72,6 +72,8 @@ class Benchmark:
 
     def __post_init__(self):
         self.prompts = list(self.prompts) or list(self.classes)
+        if self.tag_backgrounds is None:
+            self.tag_backgrounds = list(self.backgrounds)
         if len(self.prompts) != len(self.classes):
             raise ValueError(
                 f"benchmark {self.name}: {len(self.classes)} classes but {len(self.prompts)} prompts"
@@ -118,8 +120,7 @@ class Benchmark:
     @property
     def tag_names(self) -> list[str]:
         """The names that tagging tells apart: the classes, then the backgrounds."""
-        backgrounds = self.backgrounds if self.tag_backgrounds is None else self.tag_backgrounds
-        return [*self.classes, *backgrounds]
+        return [*self.classes, *self.tag_backgrounds]
 
     @property
     def palette(self) -> np.ndarray:

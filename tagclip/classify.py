@@ -19,7 +19,7 @@ from pipeline.run import FAILED, Run, check_folder, some
 from segmentation import benchmark as benchmarks
 from segmentation import labels
 from segmentation.benchmark import Benchmark
-from segmentation.distributed import WorkFailed, gather, rank_and_world, together
+from segmentation.distributed import WorkFailed, gather, together
 from segmentation.files import replacing
 from tagclip import scores as scoring
 from tagclip.config import PRESETS, TagSettings
@@ -73,8 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     read = [args.split_file or benchmark.split_file, args.labels]
     check_files(read, [str(Path(output) / LABELS), saved, args.json])
     truth = truth_reader(benchmark, split, args.labels, job.image_root)
-    code = tag(job, run_of(job, name, args.overwrite), list(split), rule, args.num_workers)
-    scores = scored(job, split) if rank_and_world()[0] == 0 else {}
+    code, scores = tag(job, run_of(job, name, args.overwrite), list(split), rule, args.num_workers)
     if scores and saved:
         write_labels(saved, scores, rule)
     if scores:
@@ -205,16 +204,14 @@ def check_files(read: Sequence[str | None], written: Sequence[str | None]) -> No
         ValueError: one is a folder, is written twice, or also read: who reads predictions as the truth finds
             them true.
     """
-    sources = {Path(file).resolve() for file in read if file}
-    targets = [Path(file).resolve() for file in written if file]
+    sources, targets = ([Path(file).resolve() for file in files if file] for files in (read, written))
     for file in targets:
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder: name a file in it")
+        if file in sources:
+            raise ValueError(f"{file} is read, and would be overwritten: write to another file or folder")
         if targets.count(file) > 1:
             raise ValueError(f"{file} would be written twice: name two files")
-    for file in filter(None, written):
-        if Path(file).is_dir():
-            raise ValueError(f"{file} is a folder: name a file in it")
-        if Path(file).resolve() in sources:
-            raise ValueError(f"{file} is read, and would be overwritten: write to another file or folder")
 
 
 def usual_settings(benchmark: Benchmark) -> TagSettings:
@@ -249,7 +246,7 @@ def run_of(job: TagJob, name: str, overwrite: bool) -> dict[str, Any]:
 
 def tag(
     job: TagJob, run_settings: dict[str, Any], names: Sequence[str], rule: LabelRule, workers: int
-) -> int:
+) -> tuple[int, dict[str, np.ndarray]]:
     """Score the images and write the label file, in the job's output folder; of torchrun's ranks, one does.
 
     Args:
@@ -258,15 +255,19 @@ def tag(
         workers: processes.
 
     Returns:
-        The exit code; the label file lacks images that failed.
+        The exit code; and image name -> (K,) scores in the order of `names`, for the rank that writes. Images
+        that failed have none, and no line in the label file.
     """
     run = Run(job.output, **run_settings)
     run.map(generate, names, job, num_workers=workers, block=job.flow.look_ahead)
     code = run.finish()
+    scores = {}
     if run.rank == 0:
-        write_labels(Path(job.output) / LABELS, scored(job, names), rule)
+        found = scoring.read_scores(job.output, len(job.benchmark.classes))
+        scores = {name: found[name] for name in names if name in found}
+        write_labels(Path(job.output) / LABELS, scores, rule)
     gather(None)  # no rank may read it before
-    return code
+    return code, scores
 
 
 class Finder:
@@ -299,17 +300,11 @@ class Finder:
             WorkFailed: no image could be tagged.
         """
         rule = LabelRule(self.job.settings.ratio)
-        code = tag(self.job, self.run_settings, names, rule, self.workers)
+        code, _ = tag(self.job, self.run_settings, names, rule, self.workers)
         with together():
             if not self.file.read_text():
                 raise WorkFailed(f"no image could be tagged, see {self.file.with_name(FAILED)}")
         return code
-
-
-def scored(job: TagJob, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Image name -> (K,) scores, in the order of `names`; those that failed are left out."""
-    found = scoring.read_scores(job.output, len(job.benchmark.classes))
-    return {name: found[name] for name in names if name in found}
 
 
 def write_labels(file: str | Path, scores: dict[str, np.ndarray], rule: LabelRule) -> None:

@@ -131,7 +131,7 @@ class TagStep:
     def __init__(self, job: TagJob, position: int):
         self.job = job
         self.model = clip.load(job.model, device_of(job.device, position), job.precision, job.round_weights)
-        classes, backgrounds = job.benchmark.classes, job.benchmark.tag_names[len(job.benchmark.classes) :]
+        classes, backgrounds = job.benchmark.classes, job.benchmark.tag_backgrounds
         self.tagger = Tagger(self.model, classes, backgrounds, job.templates, job.settings)
         self.model.forget_text_tower()
         self.flow = job.flow.on(self.model.device)
