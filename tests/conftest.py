@@ -1,4 +1,5 @@
 """What every test may use: golden vectors, and the deterministic CLIPs they were made with."""
+import json
 import os
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 import clip
 from tests import weights
 
-GOLDEN = Path(__file__).parent / "golden" / "clip-es"
+GOLDEN = Path(__file__).parent / "golden"
 
 #: Image name, (H, W), preset, seed, benchmark and labels of every golden case.
 CASES = {
@@ -32,8 +33,11 @@ def _session(tmp_path_factory):
     os.environ["CLIP_WSSS_CACHE"] = str(tmp_path_factory.mktemp("features"))
 
 
-def golden(name: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
+def golden(name: str, system: str = "clip-es") -> dict:
+    """The arrays of an .npz among a system's vectors, or what a .json holds."""
+    if name.endswith(".json"):
+        return json.loads((GOLDEN / system / name).read_text())
+    with np.load(GOLDEN / system / f"{name}.npz") as arrays:
         return dict(arrays)
 
 

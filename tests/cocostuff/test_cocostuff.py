@@ -1,5 +1,4 @@
 """COCO-Stuff: the benchmark's data against the published lists, and `prepare` on small copies."""
-import json
 import os
 import re
 from pathlib import Path
@@ -13,8 +12,8 @@ from cocostuff import BENCHMARK, CATEGORY_IDS, CLASS_INDEX, UNUSED_IDS, prepare
 from segmentation import labels
 from segmentation.benchmark import load
 from segmentation.masks import read_mask
+from tests.conftest import golden
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tagclip"
 HEIGHT, WIDTH = 6, 8
 NAMES = ["000000000139", "000000000632", "000000000724"]
 STUFF = {NAMES[0]: [0, 181], NAMES[1]: [12, 91], NAMES[2]: [60]}  # official id - 1
@@ -23,7 +22,7 @@ LABELS = {NAMES[0]: [0, 170], NAMES[1]: [11, 80], NAMES[2]: [55]}
 
 @pytest.fixture(scope="module")
 def published():
-    return json.loads((GOLDEN / "classes.json").read_text())
+    return golden("classes.json", "tagclip")
 
 
 def test_classes_are_the_published_ones(published):
@@ -46,8 +45,8 @@ def test_official_ids(published):
 
 
 def test_images_are_the_published_ones():
-    with np.load(GOLDEN / "cocostuff_val_ids.npz") as arrays:
-        assert [int(name) for name in prepare.published_names()] == arrays["ids"].tolist()
+    ids = golden("cocostuff_val_ids", "tagclip")["ids"]
+    assert [int(name) for name in prepare.published_names()] == ids.tolist()
     assert prepare.published_names()[:2] == NAMES[:2]
 
 

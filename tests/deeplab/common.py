@@ -1,22 +1,14 @@
 """Inputs that the golden vectors of tests/golden/deeplab were made with."""
-import json
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
 
 from segmentation.transforms import caffe_normalise, imagenet_normalise
+from tests import conftest
 from tests.weights import parity_array, parity_image
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "deeplab"
-
-
-def golden(name: str) -> dict:
-    """The arrays of an .npz, or what a .json holds."""
-    if name.endswith(".json"):
-        return json.loads((GOLDEN / name).read_text())
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return dict(arrays)
+golden = partial(conftest.golden, system="deeplab")
 
 
 def input_a(name: str, height: int, width: int) -> torch.Tensor:

@@ -31,7 +31,7 @@ from segmentation import camfile
 from segmentation.benchmark import Benchmark
 from segmentation.masks import read_mask, write_mask
 from segmentation.metrics import confusion, scores
-from tests.conftest import GOLDEN, golden, parity_image
+from tests.conftest import golden, parity_image
 
 PALETTE = voc12.BENCHMARK.palette
 BENCHMARKS = {"voc": voc12.BENCHMARK, "coco": coco14.BENCHMARK}
@@ -336,8 +336,7 @@ GROUP_SCORES = {
 def stuff(tmp_path_factory):
     """The golden CAMs and public ground truth of COCO-Stuff as files, and the golden scores."""
     root = tmp_path_factory.mktemp("stuff")
-    with np.load(GOLDEN.parent / "tagclip" / "cocostuff_eval.npz") as stored:
-        arrays = dict(stored)
+    arrays = golden("cocostuff_eval", "tagclip")
     for name in "012":
         maps = arrays[f"{name}/attn_highres"]
         for format in camfile.FORMATS:

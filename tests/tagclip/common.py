@@ -1,7 +1,6 @@
 """What tests of tagging share: golden vectors, and the model and images they were made with."""
 
-import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,10 @@ import clip
 from clip.model import CLIP
 from tagclip import TagSettings
 from tagclip.config import PRESETS
-from tests import weights
+from tests import conftest, weights
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tagclip"
-NAMES = json.loads((GOLDEN / "classes.json").read_text())
+golden = partial(conftest.golden, system="tagclip")
+NAMES = golden("classes.json")
 STUFF = [entry["name"] for entry in NAMES["coco_stuff"]]
 
 #: Set of the goldens -> number of classes, names, settings.
@@ -41,11 +40,6 @@ IMAGES = {
 TINY12 = dict(weights.PRESETS["tiny"], image_resolution=224, vision_layers=12)
 PLAIN = {"voc": TagSettings(averaged=1, votes=4, crop_size=224),
          "stuff": TagSettings(averaged=None, votes=4, crop_size=224, ratio=0.1)}  # fmt: skip
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return dict(arrays)
 
 
 def image(name: str, size: tuple[int, int] | None = None) -> Image.Image:

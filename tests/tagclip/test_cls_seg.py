@@ -1,55 +1,30 @@
 """CLS-SEG, the CLIP-ES that TagCLIP segments with, against golden vectors, by stage and by command."""
-import json
 import sys
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import clip
 from coco14 import BENCHMARK as COCO14
+from cocostuff import BENCHMARK as COCOSTUFF
 from pipeline.cams import REFINED, CamSettings, image_cams
 from pipeline.cams_cli import main
 from pytorch_grad_cam import text_cams
 from pytorch_grad_cam.affinity import box_masks, refine
 from segmentation import camfile
-from segmentation.benchmark import Benchmark
 from tests.conftest import parity_image
+from tests.tagclip.common import golden
 from voc12 import BENCHMARK as VOC12
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tagclip"
+VECTORS = golden("cls_seg")
+DATA_SETS = {"voc": VOC12, "coco": COCO14, "stuff": COCOSTUFF}
 SIZES = {"tagclip-s0": (80, 112), "tagclip-s1": (49, 100), "tagclip-s2": (64, 64)}
 CASES = [
     *(("voc", image) for image in SIZES),
     ("coco", "tagclip-s0"),
     *(("stuff", image) for image in ("tagclip-s0", "tagclip-s2")),
 ]
-
-
-@cache
-def golden() -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / "cls_seg.npz") as arrays:
-        return dict(arrays)
-
-
-@cache
-def data_sets() -> dict[str, Benchmark]:
-    """The three data sets of the golden vectors; COCO-Stuff has one background name."""
-    stuff = json.loads((GOLDEN / "classes.json").read_text())["coco_stuff"]
-    return {
-        "voc": VOC12,
-        "coco": COCO14,
-        "stuff": Benchmark(
-            name="stuff",
-            classes=[entry["name"] for entry in stuff],
-            prompts=[entry["cam_name"] for entry in stuff],
-            backgrounds=["background"],
-            box_threshold=0.7,
-            has_background=False,
-        ),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +36,8 @@ def model(parity_file):
 def case(request, model):
     """(reference arrays, image, label features (K, E), background features (M, E), settings)."""
     data, name = request.param
-    benchmark, prefix = data_sets()[data], f"{data}/{name}/"
-    reference = {key.removeprefix(prefix): value for key, value in golden().items() if key.startswith(prefix)}
+    benchmark, prefix = DATA_SETS[data], f"{data}/{name}/"
+    reference = {key.removeprefix(prefix): value for key, value in VECTORS.items() if key.startswith(prefix)}
     names = [benchmark.prompts[key] for key in reference["keys"]]
     text = clip.text_features(model, names, benchmark.templates)
     backgrounds = clip.text_features(model, benchmark.backgrounds, benchmark.templates)
@@ -76,11 +51,11 @@ def difference(mine, reference: np.ndarray) -> float:
     return np.abs(np.asarray(mine, np.float64) - reference.astype(np.float64)).max()
 
 
-@pytest.mark.parametrize("data", data_sets())
+@pytest.mark.parametrize("data", DATA_SETS)
 def test_text_features(data, model):
-    benchmark = data_sets()[data]
+    benchmark = DATA_SETS[data]
     names = [*benchmark.prompts, *benchmark.backgrounds]
-    assert difference(clip.text_features(model, names, benchmark.templates), golden()[f"{data}/text"]) <= 1e-5
+    assert difference(clip.text_features(model, names, benchmark.templates), VECTORS[f"{data}/text"]) <= 1e-5
 
 
 def test_stages(case, model):
@@ -108,20 +83,15 @@ def test_maps_as_stored(case, model, tmp_path):
         assert difference(stored(other), reference["attn_highres"]) > 2e-3
 
 
-@pytest.mark.parametrize("data", data_sets())
+@pytest.mark.parametrize("data", DATA_SETS)
 def test_the_command_with_a_label_file(data, tmp_path, monkeypatch, parity_file):
-    benchmark, names = data_sets()[data], [name for other, name in CASES if other == data]
+    benchmark, names = DATA_SETS[data], [name for other, name in CASES if other == data]
     lines = []
     for name in names:
         parity_image(name, SIZES[name]).save(tmp_path / f"{name}.png")
-        lines.append(" ".join(map(str, [name, *golden()[f"{data}/{name}/keys"]])))
+        lines.append(" ".join(map(str, [name, *VECTORS[f"{data}/{name}/keys"]])))
     (tmp_path / "tags.txt").write_text("\n".join(lines))
-    if data == "stuff":
-        fields = ("name", "classes", "prompts", "backgrounds", "box_threshold", "has_background")
-        described = {field: getattr(benchmark, field) for field in fields}
-        (tmp_path / "stuff.yaml").write_text(json.dumps(described))  # JSON is YAML
-    known = str(tmp_path / "stuff.yaml") if data == "stuff" else benchmark.name
-    command = ["generate_cams", "--benchmark", known, "--img_root", tmp_path]
+    command = ["generate_cams", "--benchmark", benchmark.name, "--img_root", tmp_path]
     command += ["--cam_out_dir", tmp_path / "cams", "--preset", "cls_seg"]
     command += ["--split_file", tmp_path / "tags.txt", "--labels", tmp_path / "tags.txt"]
     command += ["--model", parity_file("tiny", 0), "--round_weights", "off", "--device", "cpu"]
@@ -129,7 +99,7 @@ def test_the_command_with_a_label_file(data, tmp_path, monkeypatch, parity_file)
     assert main() == 0
     for name in names:
         made = np.load(tmp_path / "cams" / f"{name}.npy", allow_pickle=True).item()  # as other projects do
-        np.testing.assert_array_equal(made["keys"], golden()[f"{data}/{name}/keys"])
-        reference = golden()[f"{data}/{name}/attn_highres"]
+        np.testing.assert_array_equal(made["keys"], VECTORS[f"{data}/{name}/keys"])
+        reference = VECTORS[f"{data}/{name}/attn_highres"]
         assert made[REFINED].dtype == reference.dtype == np.float16
         assert difference(made[REFINED], reference) <= 2e-3

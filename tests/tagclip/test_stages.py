@@ -11,6 +11,7 @@ import clip
 from clip import CLIP, Config
 from clip.tokenizer import tokenize
 from tagclip import Tagger, TagSettings, tag_images
+from tagclip import model as tagging
 from tagclip.crops import Crop, candidate_threshold, candidates, class_tokens, crops, cut
 from tagclip.patches import (
     class_boxes,
@@ -241,6 +242,23 @@ def test_batched_equals_one_by_one(tiny):
         assert list(tags.reidentified) == list(alone.reidentified)
         crops_found += len(alone.reidentified)
     assert crops_found > len(images)
+
+
+def test_batches_are_made(tiny, monkeypatch):
+    """Of images of equal size; and of the crops of all."""
+    passes = {"patch_level": [], "class_tokens": []}
+    for name, sizes in passes.items():
+        work = getattr(tagging, name)
+        monkeypatch.setattr(
+            tagging, name, lambda visual, images, *more, work=work, sizes=sizes: (
+                sizes.append(len(images)) or work(visual, images, *more)
+            )
+        )  # fmt: skip
+    sizes = [(97, 130) if number % 3 else (64, 64) for number in range(8)]
+    images = [resized(image(f"batched-{number}", size)) for number, size in enumerate(sizes)]
+    tags = tag_images(tiny, images, text_of("coco"), 80, TagSettings())
+    crops_found = sum(len(found.reidentified) for found in tags)
+    assert crops_found > 8 and passes == {"patch_level": [3, 5], "class_tokens": [crops_found]}
 
 
 @pytest.mark.parametrize("size", [(64, 304), (304, 64), (32, 608), (16, 1216)])
