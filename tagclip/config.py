@@ -98,7 +98,7 @@ class TagSettings(Settings):
     def record(self) -> dict:
         """Return what an output folder records."""
         values = asdict(self)
-        return {**values, "weights_rounded": values.pop("round_weights")}
+        return {"weights_rounded": values.pop("round_weights"), **values}
 
 
 PRESETS = {
