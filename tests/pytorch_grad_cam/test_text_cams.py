@@ -128,7 +128,7 @@ def test_affinity_of_ones_own(method, monkeypatch):
     own = text_cams(model, images, text, backgrounds, method=method, affinity=lambda images: identity)
     assert own.affinity is identity
     torch.testing.assert_close(refine(own.cams, own.affinity), default.cams)
-    with pytest.raises(ValueError, match=r"affinity returned shape \(6, 6\), but 2 images of 3 x 2"):
+    with pytest.raises(ValueError, match=r"affinity returned shape \(6, 6\), expected \(2, 6, 6\)"):
         text_cams(model, images, text, backgrounds, method=method, affinity=lambda images: identity[0])
 
 
