@@ -18,8 +18,9 @@ from bench.measure import COMMON, Setting
 from bench.reference import read_cams, reference_cams, reference_evaluation, reference_mask, write_cams
 from bench.reference_training import plain, reference_iteration, shrunk
 from deeplab.model import ConvBnReLU, build_v2, parameter_groups
-from pipeline.evaluate import Evaluation, evaluate_images
+from pipeline.evaluate import Evaluation
 from pipeline.processes import Outcome, drain
+from pipeline.step import run_step
 from segmentation.dataset import Batch
 from segmentation.masks import read_mask, write_mask
 from segmentation.schedules import poly
@@ -256,10 +257,10 @@ def test_images_have_so_many_labels(mean, tmp_path):
 def test_drawn_cams_find_the_drawn_truth(tmp_path):
     names = data.write_cams(tmp_path, 2, 2.0)
     places = [str(tmp_path / folder) for folder in ("full", "truth")]
-    hists, _ = drain(evaluate_images(names, 0, Evaluation(voc12.BENCHMARK, *places)), lambda outcome: None)
+    hists, _ = drain(run_step(names, 0, Evaluation(voc12.BENCHMARK, *places)), lambda outcome: None)
     assert np.trace(hists[0]) > hists[0].sum() / 2
-    keys, maps = read_cams(tmp_path / "full" / f"{names[0]}.npy")
-    assert keys.tolist() == data.labels_of(0, 2.0) and maps.shape == (2, 375, 500)
+    class_ids, maps = read_cams(tmp_path / "full" / f"{names[0]}.npy")
+    assert class_ids.tolist() == data.labels_of(0, 2.0) and maps.shape == (2, 375, 500)
     assert 255 in read_mask(tmp_path / "truth" / f"{names[0]}.png")
 
 
