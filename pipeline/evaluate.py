@@ -253,7 +253,9 @@ class Evaluation(Step):
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
         """Return hists (B, n, n) int64 [truth, prediction] for the B background scores, and pixels (2,):
         those of known truth that are predicted 255 (and left out), and all of known truth."""
-        return self.hists, self.pixels
+        counts = self.hists, self.pixels
+        self.__post_init__()  # another run counts from zero
+        return counts
 
 
 def evaluate(
@@ -370,8 +372,8 @@ def report_scores(
         stream.write(json.dumps(_without_nan(content), indent=2, allow_nan=False).encode() + b"\n")
 
 
-def benchmark_of(folder: str | Path, dataset: str | None) -> tuple[str, Benchmark]:
-    """The benchmark given by --dataset, else the one recorded by the run that filled `folder`.
+def benchmark_of(folder: str | Path, benchmark: str | None) -> tuple[str, Benchmark]:
+    """The benchmark given by --benchmark, else the one recorded by the run that filled `folder`.
 
     Returns:
         What to call it (see `segmentation.benchmark.load`), and the benchmark.
@@ -382,9 +384,9 @@ def benchmark_of(folder: str | Path, dataset: str | None) -> tuple[str, Benchmar
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"folder {folder}, which should hold the CAMs, does not exist")
-    name = dataset or read_settings(folder).get("settings", {}).get("benchmark")
+    name = benchmark or read_settings(folder).get("settings", {}).get("benchmark")
     if not name or not isinstance(name, str):
-        raise ValueError(f"{folder} does not record its benchmark: give --dataset NAME or FILE.yaml")
+        raise ValueError(f"{folder} does not record its benchmark: give --benchmark NAME or FILE.yaml")
     return name, benchmarks.load(name)
 
 
