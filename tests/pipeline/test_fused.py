@@ -50,8 +50,8 @@ def fused(root: Path, out: Path, *flags, benchmark="voc12", code=0) -> dict[str,
 
 def stepwise(root: Path, out: Path, *flags, benchmark="voc12", crf=(), cam_format="compact"):
     """CAMs in `out`/cams and masks in `out`/masks, by the two scripts."""
-    common = ["--benchmark", benchmark, *images_of(root), "--output", out / "cams", "--cam_format", cam_format]
-    assert run("generate_cams", *common, *flags) == 0
+    common = ["--benchmark", benchmark, *images_of(root), "--cam_format", cam_format]
+    assert run("generate_cams", *common, "--output", out / "cams", *flags) == 0
     masks = ["--output", out / "masks", "--num_workers", 1, *crf]
     assert run("eval_cam_with_crf", "--cam_dir", out / "cams", *masks, *images_of(root)) == 0
     return files(out / "masks")

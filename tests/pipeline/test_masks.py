@@ -36,7 +36,8 @@ def step(arrays, tmp_path):
         write_mask(tmp_path / "truth" / f"{name}.png", arrays[f"gt{index}"], voc12.BENCHMARK.palette)
         (tmp_path / "images").mkdir(exist_ok=True)
         parity_image(name, maps.shape[1:]).save(tmp_path / "images" / f"{name}.png")
-    return MaskStep(voc12.BENCHMARK, str(tmp_path / "cams"), str(tmp_path / "images"), str(tmp_path / "masks"))
+    cams, images, masks = (str(tmp_path / folder) for folder in ("cams", "images", "masks"))
+    return MaskStep(voc12.BENCHMARK, cams, images, masks)
 
 
 def content(folder):
@@ -104,7 +105,8 @@ def test_other_settings_and_other_cams_are_not_mixed(arrays, step, tmp_path):
     (tmp_path / "cams" / "settings.json").write_text('{"settings": {"refine": "mhsa"}}')
     with pytest.raises(ValueError, match="cams"):
         make_masks(step, NAMES, "voc12")
-    assert make_masks(replace(step, settings=MaskSettings(confidence=0.0)), NAMES, "voc12", overwrite=True) == 0
+    every_pixel = replace(step, settings=MaskSettings(confidence=0.0))
+    assert make_masks(every_pixel, NAMES, "voc12", overwrite=True) == 0
     assert not any((read_mask(tmp_path / "masks" / f"{name}.png") == 255).any() for name in NAMES)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from common.files import replacing
 from pipeline.processes import device_of, part_of
-from pipeline.run import Record, Run, command, fingerprint, read_settings
+from pipeline.run import Record, Run, command, read_settings
 from pipeline.step import Decoded, Step
 
 ROOT = Path(__file__).parents[2]
