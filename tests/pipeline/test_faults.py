@@ -309,6 +309,8 @@ class Disk:
             subprocess.run(["umount", str(self.folder)], check=True)
 
     def _open(self, file: Path, mode: str):
+        if mode == "rb":
+            return open(file, mode)
         disk = self
 
         class Limited(io.FileIO):
