@@ -16,8 +16,8 @@ def main() -> int:
         formatter_class=HelpFormatter,
     )
     flag = parser.add_argument
-    flag("--cam_dir", "--cam_out_dir", metavar="DIR", default="./cam_out", help="folder of the CAM files (full "
-         "or compact), or of masks")  # fmt: skip
+    flag("--cam_dir", "--cam_out_dir", metavar="DIR", default="./cam_out", help="folder of the CAM files "
+         "(full or compact), or of masks")  # fmt: skip
     flag("--cam_type", default="attn_highres", help=f"maps to evaluate: attn_highres, highres, any other key "
          f"of the files, or {MASKS} for index masks, whose pixels of 255 are left out")  # fmt: skip
     flag("--split_file", metavar="FILE", help="image ids, one per line (default: the benchmark's)")

@@ -20,8 +20,8 @@ def main() -> int:
         formatter_class=HelpFormatter,
     )
     flag = parser.add_argument
-    flag("--cam_dir", "--cam_out_dir", metavar="DIR", default="./cam_out", help="folder of the CAM files, full "
-         "or compact")  # fmt: skip
+    flag("--cam_dir", "--cam_out_dir", metavar="DIR", default="./cam_out", help="folder of the CAM files, "
+         "full or compact")  # fmt: skip
     flag("--cam_type", default="attn_highres", help="maps to refine")
     flag("--output", "--pseudo_mask_save_path", metavar="DIR", help="folder for the masks, made if missing")
     add_image_flags(flag)
