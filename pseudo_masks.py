@@ -6,8 +6,8 @@ from pathlib import Path
 
 from common.settings import add_flags, from_args
 from pipeline import shards
-from pipeline.cams_cli import LABELS_HELP, add_cam_flags, add_input_flags, cam_step
-from pipeline.flags import HelpFormatter
+from pipeline.cams_cli import add_cam_flags, add_input_flags, cam_step
+from pipeline.flags import LABELS_HELP, HelpFormatter
 from pipeline.fused import FusedStep
 from pipeline.masks import MaskSettings
 from pipeline.presets import mask_defaults
