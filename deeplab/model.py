@@ -1,7 +1,7 @@
 """DeepLab-v2 on ResNet-101 with the multi-scale wrapper (Chen et al., 2016), and DeepLab-v1's shell.
 
 Names, order and shapes of the state dict are those of the public deeplab-pytorch, so that its files load
-as they are. Images are BGR minus the mean, see `segmentation.transforms.caffe_normalise`; logits have an
+as they are. Images are BGR minus the mean, see `segmentation.transforms.caffe_normalize`; logits have an
 eighth of the image's size.
 """
 from collections import OrderedDict

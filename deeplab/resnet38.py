@@ -1,7 +1,7 @@
 """DeepLab-v1 (LargeFOV) on ResNet-38d, the wide pre-activation network of Wu, Shen and van den Hengel.
 
 Names, order and shapes of the state dict are those of SEAM's segmentation code base. Images are
-standardised RGB, see `segmentation.transforms.imagenet_normalise`; logits have the image's size.
+standardised RGB, see `segmentation.transforms.imagenet_normalize`; logits have the image's size.
 """
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from common.files import replacing
-from deeplab.trained import Segmenter, Setup, record
 from pipeline.evaluate import benchmark_scores, tell
 from pipeline.processes import Outcome, attempt
 from pipeline.run import SETTINGS, Run, check_folder, read_settings
@@ -19,8 +18,8 @@ from segmentation.distributed import rank_and_world, together
 from segmentation.images import UNREADABLE, find_image, read_rgb
 from segmentation.masks import read_mask, write_mask
 from segmentation.metrics import confusion
+from training.segmenter import Segmenter, Setup
 
-STEP = "deeplab.test"
 MASKS, CRF_MASKS, LOGITS = "masks", "masks_crf", "logits"  # folders of a test
 PATTERNS = {MASKS: "*.png", CRF_MASKS: "*.png", LOGITS: "*.npy"}
 SCORES = {MASKS: "scores.json", CRF_MASKS: "scores_crf.json"}
@@ -51,6 +50,11 @@ class Evaluation:
     def __post_init__(self):
         if self.logits and 1 not in self.setup.protocol.scales:
             raise ValueError("saved logits are those of the unscaled image: add 1.0 to the scales")
+
+    @property
+    def step(self) -> str:
+        """What the output folder records."""
+        return f"{self.setup.recipe.name}.test"
 
     @property
     def scored(self) -> list[str]:
@@ -210,24 +214,24 @@ def settled(job: Evaluation, overwrite: bool) -> Run:
     """
     root, crf = Path(job.output), job.setup.crf
     with together():
-        common = record(job.setup)
+        common = job.setup.record()
         common["settings"]["images"] = str(Path(job.image_root).absolute())
         more = {MASKS: {}, CRF_MASKS: {"crf": crf and asdict(PRESETS[crf])}, LOGITS: {"type": job.logits}}
         records, stale = {}, []
-        if overwrite and read_settings(root).get("step") == STEP:
+        if overwrite and read_settings(root).get("step") == job.step:
             stale += [root / file for file in SCORES.values()] + [job.archive(key) for key in SUBMISSIONS]
         filled = [*job.scored, *([LOGITS] if job.logits else [])]
         for folder, pattern in PATTERNS.items():
             settings = common["settings"] | more[folder]
             arguments = {**common, "settings": settings, "outputs": (pattern,), "overwrite": overwrite,
-                         "step": f"{STEP} {folder}"}  # fmt: skip
+                         "step": f"{job.step} {folder}"}  # fmt: skip
             if folder in filled:
                 check_folder(root / folder, **arguments)
                 records[folder] = arguments
             elif overwrite and read_settings(root / folder).get("step") == arguments["step"]:
                 stale += [*check_folder(root / folder, **arguments), root / folder / SETTINGS]
         common["settings"]["crf"] = crf
-        check_folder(root, **common, outputs=(), overwrite=overwrite, step=STEP)
+        check_folder(root, **common, outputs=(), overwrite=overwrite, step=job.step)
     if rank_and_world()[0] == 0:
         for file in stale:
             file.unlink(missing_ok=True)
@@ -236,7 +240,7 @@ def settled(job: Evaluation, overwrite: bool) -> Run:
                 folder.rmdir()
     for folder, arguments in records.items():
         Run(root / folder, **arguments)
-    return Run(root, **common, step=STEP)
+    return Run(root, **common, step=job.step)
 
 
 def tell_scores(
