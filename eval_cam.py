@@ -3,7 +3,7 @@
 import argparse
 
 from pipeline.evaluate import ARITHMETIC, MASKS, Evaluation, backgrounds, benchmark_of, evaluate
-from pipeline.flags import HelpFormatter, count
+from pipeline.flags import HelpFormatter, add_benchmark_flag, count
 from pipeline.processes import cores
 from pipeline.run import command
 from segmentation.labels import split_of
@@ -12,29 +12,30 @@ from segmentation.labels import split_of
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="Step 2a: the mIoU of CAMs against ground truth, for several background scores in one "
-        "pass over the files; the best is marked and told in full.",
+        "pass over the files; the best is marked and printed in full.",
         formatter_class=HelpFormatter,
     )
     flag = parser.add_argument
-    flag("--cam_out_dir", default="./cam_out", help="folder of the CAM files (full or compact), or of masks")
+    flag("--cam_dir", "--cam_out_dir", metavar="DIR", default="./cam_out", help="folder of the CAM files "
+         "(full or compact), or of masks")  # fmt: skip
     flag("--cam_type", default="attn_highres", help=f"maps to evaluate: attn_highres, highres, any other key "
          f"of the files, or {MASKS} for index masks, whose pixels of 255 are left out")  # fmt: skip
-    flag("--split_file", help="image ids, one a line (without it: the benchmark's)")
-    flag("--cam_eval_thres", type=float, default=2.0, help="background scores to try: 1 and more, exponents "
-         "1, 2 (1 to 10 for maps other than attn); below 1, constants 0.05, 0.10, ..., 0.60")  # fmt: skip
-    flag("--gt_root", help="folder of the ground-truth masks (without it: the benchmark's)")
-    flag("--dataset", metavar="NAME|FILE.yaml", help="voc12, coco14, cocostuff, shapes or a YAML file "
-         "(without it: the one recorded in the CAM folder)")  # fmt: skip
+    flag("--split_file", metavar="FILE", help="image ids, one per line (default: the benchmark's)")
+    flag("--cam_eval_thres", type=float, default=2.0, metavar="X", help="background scores to try: 1 and "
+         "more, exponents 1, 2 (1 to 10 for maps other than attn); below 1, constants 0.05, 0.10, ..., "
+         "0.60")  # fmt: skip
+    flag("--gt_root", metavar="DIR", help="folder of the ground-truth masks (default: the benchmark's)")
+    add_benchmark_flag(flag, recorded_in="the CAM folder")
     flag("--arithmetic", choices=ARITHMETIC, default="float16", help="type in which background and classes "
          "are compared; published numbers use float16")  # fmt: skip
     flag("--json", metavar="FILE", help="write the scores there")
     flag("--allow_missing", action="store_true", help="leave out images that lack a CAM or ground truth")
-    flag("--num_workers", type=count, default=cores(), help="processes")
+    flag("--num_workers", type=count, metavar="N", default=cores(), help="processes")
     args = parser.parse_args()
-    _, benchmark = benchmark_of(args.cam_out_dir, args.dataset)
+    _, benchmark = benchmark_of(args.cam_dir, args.benchmark)
     evaluation = Evaluation(
         benchmark=benchmark,
-        cam_dir=args.cam_out_dir,
+        cam_dir=args.cam_dir,
         gt_root=args.gt_root or str(benchmark.path(benchmark.mask_dir)),
         cam_type=args.cam_type,
         backgrounds=backgrounds(args.cam_eval_thres, args.cam_type, benchmark.has_background),

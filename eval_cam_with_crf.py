@@ -1,10 +1,13 @@
 """Step 2b, CAMs to pseudo masks by the dense CRF: python eval_cam_with_crf.py --help"""
 
 import argparse
+from dataclasses import replace
 
+from common.settings import add_flags, from_args
 from pipeline.evaluate import benchmark_of
-from pipeline.flags import HelpFormatter, add_crf_flags, add_preset_flag, confidence, count, crf_preset
-from pipeline.masks import MaskJob, make_masks
+from pipeline.flags import HelpFormatter, add_benchmark_flag, add_image_flags, count
+from pipeline.masks import MaskSettings, MaskStep, make_masks
+from pipeline.presets import add_preset_flag, mask_defaults
 from pipeline.processes import cores
 from pipeline.run import command
 from segmentation.labels import split_of
@@ -13,56 +16,52 @@ from segmentation.labels import split_of
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="Step 2b: CAMs refined by a dense CRF, written as pseudo masks in which pixels of low "
-        "confidence are 255. A stopped run is continued by the same command.",
+        "confidence are 255. The same command continues a stopped run.",
         formatter_class=HelpFormatter,
     )
     flag = parser.add_argument
-    flag("--cam_out_dir", default="./cam_out", help="folder of the CAM files, full or compact")
+    flag("--cam_dir", "--cam_out_dir", metavar="DIR", default="./cam_out", help="folder of the CAM files, "
+         "full or compact")  # fmt: skip
     flag("--cam_type", default="attn_highres", help="maps to refine")
-    flag("--pseudo_mask_save_path", metavar="DIR", help="folder for the masks, made if missing")
-    flag("--image_root", help="image folder (without it: the benchmark's)")
-    flag("--split_file", help="image ids, one a line (without it: the benchmark's)")
-    flag("--gt_root", help="folder of ground-truth masks; with it the masks are scored too, without it only "
-         "--eval_only needs one (the benchmark's)")  # fmt: skip
+    flag("--output", "--pseudo_mask_save_path", metavar="DIR", help="folder for the masks, made if missing")
+    add_image_flags(flag)
+    flag("--gt_root", metavar="DIR", help="folder of ground-truth masks; with it the masks are scored too, "
+         "without it only --eval_only needs one (the benchmark's)")  # fmt: skip
     flag("--eval_only", action="store_true", help="write no masks; score the CRF's labels before any becomes "
          "255, as published")  # fmt: skip
-    flag("--dataset", metavar="NAME|FILE.yaml", help="voc12, coco14, cocostuff, shapes or a YAML file "
-         "(without it: the one recorded in the CAM folder)")  # fmt: skip
-    flag("--cam_eval_thres", type=float, default=2.0, help="accepted and unused, as in the public script: "
-         "the CRF's background is always 1 - the highest CAM")  # fmt: skip
+    add_benchmark_flag(flag, recorded_in="the CAM folder")
+    flag("--cam_eval_thres", type=float, default=2.0, metavar="X", help="accepted and unused, as in the "
+         "reference script: the CRF's background is always 1 - the highest CAM")  # fmt: skip
     flag("--json", metavar="FILE", help="write the scores there")
     flag("--allow_missing", action="store_true", help="leave out images that lack a CAM")
-    flag("--overwrite", action="store_true", help="start anew in a folder filled with other settings")
-    flag("--num_workers", type=count, default=cores(), help="processes")
+    flag("--overwrite", action="store_true", help="start anew in a folder of other settings")
+    flag("--num_workers", type=count, metavar="N", default=cores(), help="processes")
     flag("--device", default="auto", help="of the torch backend: auto, cpu, cuda or cuda:i")
-    add_preset_flag(parser)
-    add_crf_flags(parser, "numba")
+    add_preset_flag(flag)
+    group = parser.add_argument_group("how masks are made")
+    # Its processes keep all cores busy; each would take GPU memory of its own.
+    add_flags(group, MaskSettings, show={"confidence": "the preset's", "crf_backend": "numba"})
     args = parser.parse_args()
-    if not (args.eval_only or args.pseudo_mask_save_path):
-        parser.error("give --pseudo_mask_save_path DIR for the masks, or --eval_only for scores alone")
+    if not (args.eval_only or args.output):
+        parser.error("give --output DIR for the masks, or --eval_only for scores alone")
     if args.json and not (args.eval_only or args.gt_root):
         parser.error("--json holds scores: give --gt_root, or --eval_only")
-    name, benchmark = benchmark_of(args.cam_out_dir, args.dataset)
+    name, benchmark = benchmark_of(args.cam_dir, args.benchmark)
     gt_root = args.gt_root
     if args.eval_only and not gt_root:
         gt_root = str(benchmark.path(benchmark.mask_dir))
-    job = MaskJob(
+    step = MaskStep(
         benchmark=benchmark,
-        cam_dir=args.cam_out_dir,
+        cam_dir=args.cam_dir,
         image_root=args.image_root or str(benchmark.path(benchmark.image_dir)),
-        output=None if args.eval_only else args.pseudo_mask_save_path,
+        output=None if args.eval_only else args.output,
         gt_root=gt_root,
         cam_type=args.cam_type,
-        confidence=confidence(args),
-        crf=crf_preset(args),
-        backend=args.crf_backend,
+        settings=from_args(replace(mask_defaults(args.preset), crf_backend="numba"), args),
         device=args.device,
-        max_pixels=args.crf_max_pixels,
     )
     names = list(split_of(benchmark, args.split_file))
-    return make_masks(
-        job, names, name, args.json, args.allow_missing, args.overwrite, num_workers=args.num_workers
-    )
+    return make_masks(step, names, name, args.json, args.allow_missing, args.overwrite, args.num_workers)
 
 
 if __name__ == "__main__":

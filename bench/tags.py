@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tagclip.scores import labels, read_scores
 from torch import Tensor
 
 import clip
@@ -22,7 +23,6 @@ from segmentation.images import read_image
 from tagclip import TagSettings
 from tagclip.crops import Crop, candidates, class_tokens, crops, cut
 from tagclip.patches import class_probabilities, patch_level, refined_probabilities
-from tagclip.scores import labels, read_scores
 from tagclip.step import Resized, TagJob, TagStep
 
 CLASSES = len(BENCHMARK.classes)

@@ -5,7 +5,7 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -62,6 +62,22 @@ def sha256(file: Path | str) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
         return digest.hexdigest()
+
+
+def check_outputs(read: Sequence[str | None], written: Sequence[str | None]) -> None:
+    """Check files that a command writes against those that it reads; None stands for no file.
+
+    Raises:
+        ValueError: an output is a folder, is written twice, or is also an input.
+    """
+    inputs, outputs = ([Path(file).resolve() for file in files if file] for files in (read, written))
+    for file in outputs:
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder: name a file in it")
+        if file in inputs:
+            raise ValueError(f"{file} is read, and would be overwritten: write to another file or folder")
+        if outputs.count(file) > 1:
+            raise ValueError(f"{file} would be written twice: name two files")
 
 
 def _machine() -> str:

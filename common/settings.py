@@ -93,10 +93,7 @@ def expected(spec: Spec, hint: Any) -> str:
     """Return the allowed values of a setting in words, such as "a whole number, 1 or more"."""
     if spec.choices is not None:
         return f"one of {', '.join(spec.choices)}"
-    if _is_list(hint):
-        kind = "numbers"
-    else:
-        kind = "a whole number" if _kind(hint) is int else "a number"
+    kind = "numbers" if _is_list(hint) else "a whole number" if _kind(hint) is int else "a number"
     if spec.above is not None:
         return f"{kind} above {spec.above:g}"
     if spec.least is None and spec.most is None:
@@ -211,10 +208,10 @@ def rows(cls: type, prefix: str = "--", defaults: Any = None) -> list[tuple[str,
 
 
 class _Switch(argparse.Action):
-    """--name and --no_name (also --no-name): True and False."""
+    """--name and --no_name: True and False; also --no-name, and --no-alias for each alias."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options):
-        off = [f"--no{mark}{flag[2:]}" for flag in option_strings for mark in "_-"]
+        off = [f"--no_{option_strings[0][2:]}", *(f"--no-{flag[2:]}" for flag in option_strings)]
         self.off = frozenset(off)
         super().__init__([*option_strings, *off], dest, nargs=0, **options)
 

@@ -10,39 +10,51 @@ import numpy as np
 from PIL import Image
 
 import clip
-from pipeline.processes import Outcome, failed
+from clip.model import CLIP, VisionTransformer
+from pipeline.processes import Outcome
+from pipeline.step import Decoded
 from segmentation.images import find_image, read_image, shrunk
 from segmentation.labels import LabelReader
 
+RESNET_MIN_CELLS = 2  # stride-32 cells per side that a ResNet tower needs to attend over
+
 
 class Grid(NamedTuple):
-    """How a model divides images: the side of a patch, and the patches that a side has at the least."""
+    """How a model divides images: the side of a patch in pixels, and the least number of patches per side."""
 
     patch: int
-    least: int
+    min_side: int = 1
 
-    def size(self, image: Image.Image, factor: float, most: int | None = None) -> tuple[int, int]:
-        """(H', W') that an image is resized to, see `clip.target_size`."""
-        return clip.target_size(image.height, image.width, self.patch, factor, self.least, most)
+    @staticmethod
+    def of(model: CLIP) -> "Grid":
+        """Return the grid of a model."""
+        is_vit = isinstance(model.visual, VisionTransformer)
+        return Grid(model.visual.patch_size, 1 if is_vit else RESNET_MIN_CELLS)
+
+    def size(self, image: Image.Image, factor: float, max_patches: int | None = None) -> tuple[int, int]:
+        """Return the (H', W') that an image is resized to, see `clip.target_size`."""
+        return clip.target_size(image.height, image.width, self.patch, factor, self.min_side, max_patches)
 
 
 def resized_views(
-    image: Image.Image, grid: Grid, scales: Sequence[float], most: int
+    image: Image.Image, grid: Grid, scales: Sequence[float], max_patches: int
 ) -> tuple[np.ndarray, ...]:
-    """The image at every scale, of at most `most` patches: (H', W', 3) uint8 each."""
-    return tuple(clip.resize_rgb(image, grid.size(image, factor, most)) for factor in scales)
+    """Return the image at every scale, of at most `max_patches` patches: (H', W', 3) uint8 each."""
+    return tuple(clip.resize_rgb(image, grid.size(image, factor, max_patches)) for factor in scales)
 
 
-def shrunk_notes(image: Image.Image, grid: Grid, factor: float, most: int) -> list[str]:
-    """What is worth counting where an image has more patches than it may have."""
-    if grid.size(image, factor, most) == grid.size(image, factor):
+def shrunk_notes(image: Image.Image, grid: Grid, factor: float, max_patches: int) -> list[str]:
+    """Return a note if the image has more patches than `max_patches`."""
+    if grid.size(image, factor, max_patches) == grid.size(image, factor):
         return []
-    return [f"images shrunk to {most} patches (--max_patches)"]
+    return [f"images shrunk to {max_patches} patches (--max_patches)"]
 
 
 class Sample(NamedTuple):
-    """An image that comes with its content, and perhaps with its labels, `3 17`, from an archive. What has no
-    content is no image."""
+    """An image that comes with its content, and perhaps with its labels ("3 17"), from an archive.
+
+    `content` is None for an entry without an image.
+    """
 
     name: str
     content: bytes | None
@@ -50,23 +62,19 @@ class Sample(NamedTuple):
 
 
 @dataclass
-class Labelled:
-    """A decoded image, see `pipeline.flow.Decoded`.
+class LabeledImage(Decoded):
+    """A decoded image with its labels.
 
     Attributes:
-        name: image id.
-        keys: (K,) class indices.
+        class_ids: (K,) class indices.
         size: (H, W).
         views: see `resized_views`.
-        notes: what is worth counting.
-        image: (H, W, 3) uint8 RGB, or shrunk; None if nobody needs it.
+        image: (H, W, 3) uint8 RGB, or shrunk; None if no stage needs it.
     """
 
-    name: str
-    keys: list[int]
+    class_ids: list[int]
     size: tuple[int, int]
     views: tuple[np.ndarray, ...]
-    notes: list[str]
     image: np.ndarray | None = None
 
     @property
@@ -75,7 +83,7 @@ class Labelled:
 
     @property
     def cost(self) -> int:
-        return len(self.keys)
+        return len(self.class_ids)
 
 
 @dataclass(frozen=True)
@@ -83,17 +91,17 @@ class Decoder:
     """Image name, or sample -> labels and resized pixels; pickled for decoding processes.
 
     Attributes:
-        labels: of the images; None: they bring theirs.
-        classes: how many there are.
-        image_root: of images that come by name.
-        stale: folder and suffix of files that an image without labels must not keep.
+        labels: reader of the images' labels; None: samples bring their own.
+        num_classes: of the benchmark.
+        image_root: folder of images that come by name.
+        stale: folder and suffix of files to remove for images without labels.
         grid: of the model.
         scales, max_patches: see `resized_views`.
-        kept_pixels: the image itself is kept, shrunk to so many; None: it is not.
+        kept_pixels: the image itself is kept, shrunk to so many pixels; None: it is not kept.
     """
 
     labels: LabelReader | None
-    classes: int
+    num_classes: int
     image_root: str
     stale: tuple[tuple[str, str], ...]
     grid: Grid
@@ -101,43 +109,39 @@ class Decoder:
     max_patches: int
     kept_pixels: int | None = None
 
-    def __call__(self, sample: str | Sample) -> Labelled | Outcome:
+    def __call__(self, sample: str | Sample) -> LabeledImage | Outcome:
         name = sample if isinstance(sample, str) else sample.name
-        try:
-            return self._decoded(name, sample)
-        except Exception as error:  # one bad image never loses a run
-            return failed(name, error)
-
-    def _decoded(self, name: str, sample: str | Sample) -> Labelled | Outcome:
         if isinstance(sample, Sample) and sample.content is None:
             return Outcome(name, notes=("samples without an image",))
-        keys = self.labels(name) if self.labels else self._indices(sample)
-        if not keys:
-            for folder, suffix in self.stale:  # of labels that the image no longer has
+        class_ids = self.labels(name) if self.labels else self._own_labels(sample)
+        if not class_ids:
+            for folder, suffix in self.stale:  # made of labels that the image no longer has
                 (Path(folder) / f"{name}{suffix}").unlink(missing_ok=True)
             return Outcome(name, notes=("images without labels",))
-        if isinstance(sample, str):
-            image = read_image(find_image(self.image_root, name))
-        else:
-            file = BytesIO(sample.content)
-            file.name = name
-            image = read_image(file)
+        image = read_image(self._file(sample))
         notes = shrunk_notes(image, self.grid, max(self.scales), self.max_patches)
         views = resized_views(image, self.grid, self.scales, self.max_patches)
         kept = None
         if self.kept_pixels is not None:
             rgb = image if image.mode == "RGB" else image.convert("RGB")  # which copies even RGB
             kept = shrunk(np.asarray(rgb), self.kept_pixels)
-        return Labelled(name, keys, (image.height, image.width), views, notes, kept)
+        return LabeledImage(name, class_ids, (image.height, image.width), views, kept, notes=notes)
 
-    def _indices(self, sample: Sample) -> list[int]:
-        """The labels that an image brings."""
+    def _file(self, sample: str | Sample) -> Path | BytesIO:
+        if isinstance(sample, str):
+            return find_image(self.image_root, sample)
+        file = BytesIO(sample.content)
+        file.name = sample.name
+        return file
+
+    def _own_labels(self, sample: Sample) -> list[int]:
+        """Return the labels that a sample brings."""
         name, text = sample.name, sample.labels
         if text is None:
             raise ValueError(
                 f"{name} comes without labels: add {name}.cls to its shard, or give --labels FILE"
             )
-        fields = text.split()
-        if not all(field.isdecimal() and int(field) < self.classes for field in fields):
-            raise ValueError(f"its labels are {text.strip()!r}, not class indices below {self.classes}")
-        return list(dict.fromkeys(map(int, fields)))
+        words = text.split()
+        if not all(word.isdecimal() and int(word) < self.num_classes for word in words):
+            raise ValueError(f"its labels are {text.strip()!r}, not class indices below {self.num_classes}")
+        return list(dict.fromkeys(map(int, words)))

@@ -1,7 +1,7 @@
 """Step 2a: CAM files, or index masks, and ground truth -> scores."""
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from common.files import replacing
-from pipeline.processes import Outcome, attempt
-from pipeline.run import Run, read_settings, some
+from pipeline.run import Run, first_few, read_settings
+from pipeline.step import Decoded, Step
 from segmentation import benchmark as benchmarks
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
@@ -22,29 +22,6 @@ ONE, INFINITY = 0x3C00, 0x7C00  # the bits of float16's
 CLOSE = 2.0**-10  # float16 numbers in [0, 1] are half as far apart at most: what differs by more stays apart
 MASKS = "png"  # the cam type that stands for index masks instead of CAM files
 SUMMARY = ("Mean IoU", "Pixel Accuracy", "Mean Accuracy", "Frequency Weighted IoU")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What is evaluated, and how; pickled when there are several processes.
-
-    Attributes:
-        benchmark: the data set.
-        cam_dir: folder of the CAM files, or of the masks.
-        gt_root: folder of the ground-truth masks.
-        cam_type: maps to take from the CAM files; "bg" in it says that they have their own background
-            channel; "png" evaluates index masks.
-        backgrounds: background scores to try, see `background`; (None,) where there is nothing to try.
-        arithmetic: "float16" compares background and classes in the type CAMs are stored in, as the
-            published numbers do; "float32" moves single pixels at ties.
-    """
-
-    benchmark: Benchmark
-    cam_dir: str
-    gt_root: str
-    cam_type: str = "attn_highres"
-    backgrounds: tuple[float | None, ...] = (1.0, 2.0)
-    arithmetic: str = "float16"
 
 
 def backgrounds(threshold: float, cam_type: str, has_background: bool = True) -> tuple[float | None, ...]:
@@ -129,7 +106,7 @@ def ordered(numbers: np.ndarray) -> np.ndarray:
 
 
 def count_cams(
-    truth: np.ndarray, keys: np.ndarray, maps: np.ndarray, evaluation: Evaluation
+    truth: np.ndarray, keys: np.ndarray, maps: np.ndarray, evaluation: "Evaluation"
 ) -> tuple[np.ndarray, int]:
     """Count the pixels of one image for all of the evaluation's background scores at once.
 
@@ -209,37 +186,74 @@ def _matrices(indices: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]
     return hists, int(counts[:, indices == IGNORE, 0].sum())
 
 
-def evaluate_images(
-    names: Sequence[str], position: int, evaluation: Evaluation
-) -> Generator[Outcome, None, tuple[np.ndarray, np.ndarray]]:
-    """Count the pixels of `names`; see `pipeline.processes`.
+@dataclass
+class TruthAndPrediction(Decoded):
+    """A decoded image: truth (H, W) uint8; CAMs (K, H, W) and class indices (K,), or a mask (H, W)."""
 
-    Returns:
-        hist (B, n, n) int64 [truth, prediction] for the B background scores, and pixels (2,) int64:
-        those of known truth that are predicted 255 (and left out), and all of known truth.
+    truth: np.ndarray
+    prediction: np.ndarray
+    class_ids: np.ndarray | None = None
+
+
+@dataclass
+class Evaluation(Step):
+    """Step 2a, see `pipeline.step.Step`: counts pixels and writes nothing.
+
+    Attributes:
+        benchmark: the data set.
+        cam_dir: folder of the CAM files, or of the masks.
+        gt_root: folder of the ground-truth masks.
+        cam_type: maps to take from the CAM files; a type with "bg" in its name has a background channel;
+            "png" evaluates index masks.
+        backgrounds: background scores to try, see `background`; (None,) where there is nothing to try.
+        arithmetic: "float16" compares background and classes in the type CAMs are stored in, as for the
+            published numbers; "float32" moves single pixels at ties.
     """
-    channels = evaluation.benchmark.channels
-    hists = np.zeros((len(evaluation.backgrounds), channels, channels), np.int64)
-    pixels = np.zeros(2, np.int64)
 
-    def count(name: str) -> None:
-        truth = read_mask(Path(evaluation.gt_root) / f"{name}.png")
-        if evaluation.cam_type == MASKS:
-            prediction = read_mask(Path(evaluation.cam_dir) / f"{name}.png")
-            _same_size(truth.shape, prediction.shape)
-            counts = joint_counts(truth, prediction, channels, 256)
-            added, ignored = _matrices(np.arange(256), counts[..., None])
+    benchmark: Benchmark
+    cam_dir: str
+    gt_root: str
+    cam_type: str = "attn_highres"
+    backgrounds: tuple[float | None, ...] = (1.0, 2.0)
+    arithmetic: str = "float16"
+
+    def __post_init__(self):
+        channels = self.benchmark.channels
+        self.hists = np.zeros((len(self.backgrounds), channels, channels), np.int64)
+        self.pixels = np.zeros(2, np.int64)
+
+    def decode(self, name: str) -> TruthAndPrediction:
+        truth, class_ids = read_mask(Path(self.gt_root) / f"{name}.png"), None
+        if self.cam_type == MASKS:
+            prediction = read_mask(Path(self.cam_dir) / f"{name}.png")
         else:
-            keys, maps = camfile.read(evaluation.cam_dir, name, evaluation.cam_type, rounded=False)
-            _same_size(truth.shape, maps.shape[1:])
-            added, ignored = count_cams(truth, keys, maps, evaluation)
-        # Only when all is computed may anything be added: a bad image must not be half counted.
-        hists[:] += added
-        pixels[:] += (ignored, int(added[0].sum()) + ignored)
+            class_ids, prediction = camfile.read(self.cam_dir, name, self.cam_type, rounded=False)
+        if truth.shape != prediction.shape[-2:]:
+            raise ValueError(
+                f"the ground truth is {truth.shape} but the prediction {prediction.shape[-2:]} (H, W)"
+            )
+        return TruthAndPrediction(name, truth, prediction, class_ids)
 
-    for name in names:
-        yield attempt(name, count)
-    return hists, pixels
+    def compute(self, batch: list[TruthAndPrediction]) -> list[tuple[np.ndarray, int]]:
+        """Return what `count_cams` returns."""
+        return [self._count(decoded) for decoded in batch]
+
+    def _count(self, decoded: TruthAndPrediction) -> tuple[np.ndarray, int]:
+        if decoded.class_ids is not None:
+            return count_cams(decoded.truth, decoded.class_ids, decoded.prediction, self)
+        channels = self.benchmark.channels
+        counts = joint_counts(decoded.truth, decoded.prediction, channels, 256)
+        return _matrices(np.arange(256), counts[..., None])
+
+    def write(self, decoded: TruthAndPrediction, result: tuple[np.ndarray, int]) -> None:
+        hists, ignored = result
+        self.hists += hists
+        self.pixels += (ignored, int(hists[0].sum()) + ignored)
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return hists (B, n, n) int64 [truth, prediction] for the B background scores, and pixels (2,):
+        those of known truth that are predicted 255 (and left out), and all of known truth."""
+        return self.hists, self.pixels
 
 
 def evaluate(
@@ -265,12 +279,12 @@ def evaluate(
         FileNotFoundError: predictions or ground truth are missing.
     """
     if evaluation.cam_type == MASKS:
-        names, without = present(names, evaluation.cam_dir, allow_missing, "masks")
+        names, missing = files_present(names, evaluation.cam_dir, allow_missing, "masks")
     else:
-        names, without = present(names, evaluation.cam_dir, allow_missing, "CAMs")
-    names, untrue = present(names, evaluation.gt_root, allow_missing, "ground-truth masks")
+        names, missing = files_present(names, evaluation.cam_dir, allow_missing, "CAMs")
+    names, without_truth = files_present(names, evaluation.gt_root, allow_missing, "ground-truth masks")
     run = Run(None)
-    parts = run.map(evaluate_images, names, evaluation, num_workers=num_workers)
+    parts = run.map(evaluation, names, num_workers)
     code = run.finish()
     if run.rank == 0:
         hists, pixels = (sum(counts) for counts in zip(*parts, strict=True))
@@ -281,9 +295,9 @@ def evaluate(
             "arithmetic": evaluation.arithmetic,
             "images": len(names) - len(run.failures),
             "failed": [name for name, _ in run.failures],
-            "missing": without + untrue,
+            "missing": missing + without_truth,
         }
-        tell(report, evaluation.backgrounds, results, pixels, evaluation.benchmark, json_file)
+        report_scores(report, evaluation.backgrounds, results, pixels, evaluation.benchmark, json_file)
     return code
 
 
@@ -310,7 +324,7 @@ def scored_names(benchmark: Benchmark) -> list[str]:
     return ["background"] * benchmark.has_background + list(benchmark.classes)
 
 
-def tell(
+def report_scores(
     report: dict,
     backgrounds: Sequence[float | None],
     results: list[dict],
@@ -374,7 +388,7 @@ def benchmark_of(folder: str | Path, dataset: str | None) -> tuple[str, Benchmar
     return name, benchmarks.load(name)
 
 
-def present(
+def files_present(
     names: Sequence[str], folder: str | Path, allow_missing: bool, what: str
 ) -> tuple[list[str], list[str]]:
     """Divide images into those that have a file in `folder` and those that lack it.
@@ -394,15 +408,10 @@ def present(
     if missing and (not allow_missing or not found):
         none = " (images without labels have none)" if what == "CAMs" else ""
         raise FileNotFoundError(
-            f"{folder} lacks the {what} of {len(missing)} of {len(names)} images: {some(missing)}{none}; "
-            "make them, or leave these images out by --allow_missing"
+            f"{folder} lacks the {what} of {len(missing)} of {len(names)} images: {first_few(missing)}{none}"
+            "; make them, or leave these images out by --allow_missing"
         )
     return found, missing
-
-
-def _same_size(truth: tuple[int, int], prediction: tuple[int, int]) -> None:
-    if truth != prediction:
-        raise ValueError(f"the ground truth is {truth} but the prediction {prediction} (height, width)")
 
 
 def _named(score: float | None) -> str:

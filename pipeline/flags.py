@@ -1,29 +1,27 @@
-"""Flags that scripts share, their types, and how every --help looks."""
+"""Flags that scripts share, and the layout of --help."""
 import argparse
-import math
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
-from pipeline.masks import CONFIDENCE, MAX_PIXELS
-from refinement.densecrf import BACKENDS, IMAGE_MODES, UNARY_TYPES, Preset
-from refinement.densecrf import PRESETS as CRF_PRESETS
 from segmentation.benchmark import Benchmark
 
-# What published pipelines differ in: the default of --confidence, and the benchmarks on which
-# --leave_out_last is the default.
-PRESETS = {
-    "clip_es": {"confidence": CONFIDENCE, "leave_out_last": ()},
-    # TagCLIP's copy of CLIP-ES, whose VOC script alone takes [-8:-1] of the attention maps.
-    "cls_seg": {"confidence": 0.0, "leave_out_last": ("voc12",)},
-}
+MODEL_HELP = "CLIP checkpoint file, public name (ViT-B/16, RN50, ...) or open_clip model:tag"
+LABELS_HELP = "file of lines `id index index ...` that replaces the benchmark's labels"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells the defaults that say something: not those of switches or of flags left out."""
+    """Shows the defaults of flags, except of switches and of flags without one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default in (None, False):
             return action.help
         return super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return ", ".join(
+            part for part in super()._format_action_invocation(action).split(", ") if "--no-" not in part
+        )
 
 
 def count(text: str) -> int:
@@ -33,74 +31,31 @@ def count(text: str) -> int:
     return int(text)
 
 
-def workers(text: str) -> int:
-    """Argument type: a whole number, 0 or more."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError("expected a whole number, 0 or more")
-    return int(text)
+def add_benchmark_flag(flag: Callable, recorded_in: str = "") -> None:
+    """Add --benchmark; required, unless a folder of an earlier step records it."""
+    help = "the data set: voc12, coco14, cocostuff, shapes or a YAML file that describes it"
+    help += f" (default: the one recorded in {recorded_in})" if recorded_in else ""
+    flag("--benchmark", "--dataset", required=not recorded_in, metavar="NAME|FILE.yaml", help=help)
 
 
-def share(text: str) -> float:
-    """Argument type: a number from 0 to 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError("expected a number from 0 to 1")
-    return number
+def add_image_flags(flag: Callable, split: str = "the benchmark's") -> None:
+    """Add --image_root and --split_file."""
+    flag("--image_root", "--img_root", metavar="DIR", help="image folder (default: the benchmark's)")
+    flag("--split_file", metavar="FILE", help=f"image ids, one per line (default: {split})")
 
 
-def factors(text: str) -> tuple[float, ...]:
-    """Argument type: scales."""
-    try:
-        found = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        found = (math.nan,)
-    if not all(0.1 <= factor <= 10 for factor in found):
-        raise argparse.ArgumentTypeError("expected numbers from 0.1 to 10, separated by commas")
-    return found
+def recorded_path(name: str) -> str:
+    """Return a benchmark's name, or the absolute path of its file, which later steps find from any folder."""
+    return str(Path(name).absolute()) if name.endswith((".yaml", ".yml")) else name
 
 
-def add_preset_flag(parser: argparse.ArgumentParser) -> None:
-    """Which of `PRESETS`; it decides where the flags it concerns are left out."""
-    parser.add_argument("--preset", choices=PRESETS, default="clip_es", help="published defaults: CLIP-ES's, "
-                        "or CLS-SEG's, TagCLIP's segmentation without labels: no pixel of a mask becomes "
-                        "255, and on voc12 the last block's attention is left out; flags that are given "
-                        "win")  # fmt: skip
-
-
-def leave_out_last(args: argparse.Namespace, benchmark: Benchmark) -> bool:
-    """What --leave_out_last says, or else the preset."""
-    if args.leave_out_last is None:
-        return benchmark.name in PRESETS[args.preset]["leave_out_last"]
-    return args.leave_out_last
-
-
-def confidence(args: argparse.Namespace) -> float:
-    """What --confidence says, or else the preset."""
-    return PRESETS[args.preset]["confidence"] if args.confidence is None else args.confidence
-
-
-def add_crf_flags(parser: argparse.ArgumentParser, backend: str) -> None:
-    """How the dense CRF makes masks; `backend` is the default one."""
-    flag = parser.add_argument_group("how the dense CRF runs (the defaults are CLIP-ES's)").add_argument
-    preset = CRF_PRESETS["clip_es"]
-    backends = [*BACKENDS] if backend in BACKENDS else [backend, *BACKENDS]
-    flag("--confidence", type=share, help="a pixel of lower posterior becomes 255 (without it: as "
-         f"--preset says, {CONFIDENCE} or, with cls_seg, none does)")  # fmt: skip
-    flag("--crf_backend", choices=backends, default=backend, help="what runs it: numba (CPU), torch (many "
-         "images at once on a GPU), or pydensecrf, the reference; auto: torch on a GPU, else numba. Their "
-         "labels agree")  # fmt: skip
-    flag("--crf_image", choices=IMAGE_MODES, default=preset.image_mode, help="image the CRF sees: "
-         "mean-subtracted and wrapped to 8 bits, as published numbers need, or as it is, RGB or "
-         "BGR")  # fmt: skip
-    flag("--crf_unary", choices=UNARY_TYPES, default=preset.unary_type, help="type its energies are computed "
-         "in; published numbers use float16")  # fmt: skip
-    flag("--crf_max_pixels", type=count, default=MAX_PIXELS, help="on larger images the CRF runs at a size "
-         "of so many, for the sake of memory")  # fmt: skip
-
-
-def crf_preset(args: argparse.Namespace) -> Preset:
-    """What the flags say."""
-    return replace(CRF_PRESETS["clip_es"], image_mode=args.crf_image, unary_type=args.crf_unary)
+def beside_images(benchmark: Benchmark, image_root: str | Path) -> Benchmark:
+    """Return the benchmark with the annotations and masks beside the given images, if there are any; the
+    reference scripts are given only the image folder."""
+    folder = {"voc_xml": benchmark.annotation_dir, "masks": benchmark.mask_dir}.get(benchmark.labels)
+    root = Path(image_root).absolute()
+    for _ in Path(benchmark.image_dir).parts:
+        root = root.parent
+    if folder is None or not (root / folder).is_dir():
+        return benchmark
+    return replace(benchmark, root=str(root))

@@ -1,11 +1,9 @@
-"""Steps 1 and 2b in one go: images and labels -> pseudo masks, nothing large on the disk between.
+"""Steps 1 and 2b in one go: images and labels -> pseudo masks, without large files in between.
 
 Every stage is that of the steps, so the masks are theirs.
 """
 
-from collections.abc import Generator, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,131 +11,118 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.cams import INITIAL, REFINED, CamJob, CamSettings, CamStep, Store, is_made, store_files
-from pipeline.decode import Decoder, Labelled
-from pipeline.flow import flow
-from pipeline.masks import MaskJob, at_size, mask_values, refine_labels, shrunk_note
-from pipeline.processes import Outcome
+from pipeline.cams import CamStep, store_files
+from pipeline.decode import Decoder, LabeledImage
+from pipeline.masks import (
+    MaskSettings,
+    crf_posterior,
+    mask_values,
+    posterior_labels,
+    resize_mask,
+    shrunk_note,
+)
+from pipeline.step import Step
 from refinement.densecrf import densecrf_batch
 from segmentation import camfile
 from segmentation.benchmark import IGNORE
 from segmentation.masks import encode_mask, mask_keys
 
-Maps = dict[str, np.ndarray]
 
+@dataclass
+class FusedStep(Step):
+    """CAMs and masks with one model, see `pipeline.step.Step`.
 
-def generate(
-    names: Sequence[str], position: int, cams: CamJob, masks: MaskJob
-) -> Generator[Outcome, None, None]:
-    """Make the masks of `names` that are not there yet; see `pipeline.processes`.
+    On a CPU the dense CRF runs where the mask is written; on a GPU, or with the torch backend, it runs for
+    the whole batch where the CAMs are.
 
-    Args:
-        names: image ids.
-        position: of this process.
-        cams: how CAMs are made, and where they are kept; nowhere with format "none", and no `output` then.
-        masks: how masks are made of them; their folders of CAMs and images are not used.
+    Attributes:
+        cams: how CAMs are made, and where they are kept; nowhere with format "none".
+        masks: how masks are made of them; `crf_backend` is resolved, not "auto".
+        output: folder of the masks; None: masks go where the CAMs go.
     """
-    missing = []
-    for name in names:
-        if _is_made(cams, masks, name):
-            yield Outcome(name)
-        else:
-            missing.append(name)
-    if missing:  # otherwise no model is needed
-        step = FusedStep(cams, masks, position, partial(_store, cams, masks))
-        yield from flow(missing, step.decoder(), step, step.flow)
 
+    cams: CamStep
+    masks: MaskSettings
+    output: str | None
 
-def _is_made(cams: CamJob, masks: MaskJob, name: str) -> bool:
-    """Is there a mask of the labels that the image has now, and a CAM file if it is kept?"""
-    file = Path(masks.output) / f"{name}.png"
-    if not file.is_file():
-        return False
-    try:
-        if mask_keys(file) not in (None, cams.labels(name)):
+    def __post_init__(self):
+        self.flow, self.benchmark = self.cams.flow, self.cams.benchmark
+        self.cam_type = self.cams.settings.cam_type
+
+    def is_done(self, name: str) -> bool:
+        """Whether there is a mask of the labels that the image has now, and a CAM file if it is kept."""
+        file = Path(self.output) / f"{name}.png"
+        if not file.is_file():
             return False
-    except (ValueError, OSError):
-        return False  # labels that cannot be read fail when they are needed
-    return cams.output is None or is_made(cams, name)
+        try:
+            if mask_keys(file) not in (None, self.cams.labels(name)):
+                return False
+        except (ValueError, OSError):
+            return False  # labels that cannot be read fail when they are needed
+        return self.cams.output is None or self.cams.is_done(name)
 
-
-def _store(cams: CamJob, masks: MaskJob, name: str, files: dict[str, bytes]) -> None:
-    for suffix, content in files.items():  # the mask last: where it is all is done
-        store_files(masks.output if suffix == ".png" else cams.output, name, {suffix: content})
-
-
-class FusedStep:
-    """CAMs and masks with one model, see `pipeline.flow.Step`.
-
-    On a CPU the dense CRF runs where the mask is written, on a GPU (or with the torch backend) for the
-    whole batch where the CAMs are.
-
-    Args:
-        cams, masks: see `generate`.
-        position: of this process.
-        store: where files go.
-    """
-
-    def __init__(self, cams: CamJob, masks: MaskJob, position: int, store: Store):
-        self.cams = CamStep(cams, position)
-        self.masks, self.store = masks, store
-        self.cam_type = cam_type(cams.settings)
-        self.batch_size = self.cams.batch_size
-        self.device, self.flow = self.cams.model.device, self.cams.flow
+    def start(self, worker_index: int) -> None:
+        self.cams.start(worker_index)
+        self.flow, self.device = self.cams.flow, self.cams.clip.device
 
     def decoder(self) -> Decoder:
-        decoder = self.cams.decoder(self.masks.max_pixels)
-        return replace(decoder, stale=(*decoder.stale, (self.masks.output, ".png")))
+        decoder = self.cams.decoder(self.masks.crf_max_pixels)
+        masks = ((self.output, ".png"),) if self.output else ()
+        return replace(decoder, stale=(*decoder.stale, *masks))
 
-    def compute(self, batch: list[Labelled]) -> list[tuple[Maps, np.ndarray | None]]:
-        """CAM type -> maps on the patch grid, and the mask where the CRF runs on the device."""
-        maps = self.cams.compute(batch)
-        labels = [None] * len(batch)
-        if self.masks.backend == "torch":
-            labels = self._crf(batch, [image_maps[self.cam_type] for image_maps in maps])
-        return list(zip(maps, labels, strict=True))
+    def batch_size(self, decoded: LabeledImage) -> int:
+        return self.cams.batch_size(decoded)
+
+    def compute(self, batch: list[LabeledImage]) -> list[tuple[dict[str, np.ndarray], np.ndarray | None]]:
+        """Return CAM type -> maps on the patch grid, and the mask where the CRF runs on the device."""
+        cams = self.cams.compute(batch)
+        masks = [None] * len(batch)
+        if self.masks.crf_backend == "torch":
+            masks = self._crf(batch, [by_type[self.cam_type] for by_type in cams])
+        return list(zip(cams, masks, strict=True))
 
     @torch.no_grad()
-    def _crf(self, batch: list[Labelled], grids: list[np.ndarray]) -> list[np.ndarray]:
-        """The masks of a batch: (H, W) uint8, at the size of the kept images."""
+    def _crf(self, batch: list[LabeledImage], grids: list[np.ndarray]) -> list[np.ndarray]:
+        """Return the masks of a batch, (H, W) uint8 at the size of the kept images."""
         images = [torch.tensor(decoded.image, device=self.device) for decoded in batch]
         probabilities = [
             self._probabilities(torch.from_numpy(grid).to(self.device), image.shape[:2])
             for grid, image in zip(grids, images, strict=True)
         ]
+        masks = []
         posteriors = densecrf_batch(images, probabilities, self.masks.crf, "torch", self.device)
-        labels = []
         for decoded, posterior in zip(batch, posteriors, strict=True):
-            top, best = posterior.max(0)  # (H, W)
-            values = torch.from_numpy(mask_values(np.array(decoded.keys), self.masks)).to(self.device)
-            labels.append(values[best].masked_fill(top < self.masks.confidence, IGNORE))
-        return [mask.cpu().numpy() for mask in labels]
+            highest, channel = posterior.max(0)  # (H, W)
+            values = torch.from_numpy(mask_values(decoded.class_ids, self.benchmark)).to(self.device)
+            masks.append(values[channel].masked_fill(highest < self.masks.confidence, IGNORE))
+        return [mask.cpu().numpy() for mask in masks]
 
     def _probabilities(self, grid: Tensor, size: tuple[int, int]) -> Tensor:
-        """(K, h, w) -> (C, H, W), as `pipeline.masks.refine_labels` has them."""
+        """(K, h, w) -> (C, H, W), as `pipeline.masks.crf_posterior` has them."""
         dtype = getattr(torch, self.masks.crf.unary_type)
-        maps = upsample(grid, size).to(dtype)
-        if not self.masks.benchmark.has_background:
-            return maps
-        return torch.cat([(1 - maps.amax(0, keepdim=True).float()).to(dtype), maps])
+        cams = upsample(grid, size).to(dtype)
+        if not self.benchmark.has_background:
+            return cams
+        return torch.cat([(1 - cams.amax(0, keepdim=True).float()).to(dtype), cams])
 
-    def write(self, decoded: Labelled, result: tuple[Maps, np.ndarray | None]) -> list[str]:
-        maps, labels = result
-        small = decoded.image.shape[:2]
+    def write(
+        self, decoded: LabeledImage, result: tuple[dict[str, np.ndarray], np.ndarray | None]
+    ) -> list[str]:
+        cams, labels = result
+        size = decoded.image.shape[:2]
         if labels is None:
-            grid = camfile.resize(maps[self.cam_type], small).astype(np.float16)
-            labels, posterior = refine_labels(decoded.image, np.array(decoded.keys), grid, self.masks)
-            labels[posterior < self.masks.confidence] = IGNORE
-        mask = encode_mask(at_size(labels, decoded.size), self.masks.benchmark.palette, decoded.keys)
-        kept = {} if self.cams.job.format == "none" else self.cams.files(decoded, maps)
-        self.store(decoded.name, {**kept, ".png": mask})
-        notes = decoded.notes + self.cams.notes(maps)
-        return notes if small == decoded.size else [*notes, shrunk_note(self.masks)]
-
-
-def cam_type(settings: CamSettings) -> str:
-    """The maps that masks are made of."""
-    return INITIAL if settings.refine == "none" else REFINED
+            full = camfile.resize(cams[self.cam_type], size).astype(np.float16)
+            posterior = crf_posterior(decoded.image, full, self.masks, self.benchmark.has_background)
+            values = mask_values(decoded.class_ids, self.benchmark)
+            labels = posterior_labels(posterior, values, self.masks.confidence)
+        mask = encode_mask(resize_mask(labels, decoded.size), self.benchmark.palette, decoded.class_ids)
+        if self.output is None:
+            self.cams.store(decoded.name, {**self.cams.files(decoded, cams), ".png": mask})
+        else:  # the mask last: its file says that the image is done
+            self.cams.store(decoded.name, self.cams.files(decoded, cams))
+            store_files(self.output, decoded.name, {".png": mask})
+        notes = decoded.notes + self.cams.notes(cams)
+        return notes if size == decoded.size else [*notes, shrunk_note(self.masks)]
 
 
 def upsample(grid: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,45 +1,174 @@
 """Step 2b: CAM files and images -> dense CRF -> pseudo masks, or their scores."""
 
-import hashlib
-import json
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 
-from pipeline.evaluate import background, benchmark_scores, present, tell
-from pipeline.processes import Outcome, attempt, device_of
-from pipeline.run import Run, read_settings
-from refinement.densecrf import PRESETS, Preset, densecrf_batch
+from common.settings import Settings, setting
+from pipeline.evaluate import background, benchmark_scores, files_present, report_scores
+from pipeline.processes import device_of
+from pipeline.run import Record, Run, fingerprint, read_settings
+from pipeline.step import Decoded, Step
+from refinement.densecrf import BACKENDS, IMAGE_MODES, PRESETS, UNARY_TYPES, Preset, densecrf_batch
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.images import find_image, read_rgb, shrunk
 from segmentation.masks import read_mask, write_mask
 from segmentation.metrics import confusion
 
-MAX_PIXELS = 10_000_000  # of the CRF, which takes some 350 bytes for each
-CONFIDENCE = 0.95  # of the CRF posterior; CLIP-ES (the paper's mu is on the CAM instead)
-
 
 @dataclass(frozen=True)
-class MaskJob:
-    """Everything a process needs to make masks; pickled when there are several.
+class MaskSettings(Settings):
+    """How the dense CRF makes masks of CAMs; the defaults are those of CLIP-ES."""
+
+    confidence: float = setting(
+        0.95,  # on the CRF posterior; the paper's mu is on the CAM instead
+        "a pixel of lower CRF posterior becomes 255; 0 ignores no pixel",
+        least=0,
+        most=1,
+    )
+    crf_backend: str = setting(
+        "auto",
+        "numba (CPU), torch (many images at once on a GPU), or pydensecrf, the reference; auto: torch on a "
+        "GPU, else numba. Their labels agree",
+        choices=("auto", *BACKENDS),
+    )
+    crf_image: str = setting(
+        PRESETS["clip_es"].image_mode,
+        "image the CRF sees: mean-subtracted and wrapped to 8 bits, as published numbers need, or unchanged, "
+        "RGB or BGR",
+        choices=IMAGE_MODES,
+    )
+    crf_unary: str = setting(
+        PRESETS["clip_es"].unary_type,
+        "type its energies are computed in; published numbers use float16",
+        choices=UNARY_TYPES,
+    )
+    crf_max_pixels: int = setting(
+        10_000_000,
+        "larger images are shrunk to this many pixels for the CRF, which takes 350 bytes for each",
+        least=1,
+    )
+
+    @property
+    def crf(self) -> Preset:
+        """How the dense CRF runs; its unary type is also the type the background is computed in."""
+        return replace(PRESETS["clip_es"], image_mode=self.crf_image, unary_type=self.crf_unary)
+
+    def on(self, device: str) -> "MaskSettings":
+        """Return the settings with "auto" resolved for a device: "cpu" or "cuda..."."""
+        if self.crf_backend != "auto":
+            return self
+        return replace(self, crf_backend="torch" if device.startswith("cuda") else "numba")
+
+    def record(self, benchmark: str, cam_type: str) -> dict:
+        """Return what a mask folder records as settings, see `pipeline.run.Record`."""
+        return {
+            "benchmark": benchmark,
+            "cam_type": cam_type,
+            "confidence": self.confidence,
+            "crf": asdict(self.crf),
+            "crf_max_pixels": self.crf_max_pixels,
+        }
+
+
+def crf_posterior(
+    image: np.ndarray, cams: np.ndarray, settings: MaskSettings, add_background: bool, device: str = "cpu"
+) -> np.ndarray:
+    """Return the class posteriors of one image by the dense CRF.
+
+    The background is 1 - the highest CAM, whichever exponent evaluates best; nothing is normalized.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        cams: (C, H, W) float16.
+        add_background: put a background channel before `cams`.
+        device: of the torch backend.
+
+    Returns:
+        (C, H, W) float32, or (1 + C, H, W) with the background first; they sum to 1 over channels.
+    """
+    probabilities = cams.astype(settings.crf.unary_type)
+    if add_background:
+        rest = background(cams.max(axis=0, initial=0), 1, settings.crf.unary_type)
+        probabilities = np.concatenate([rest[None], probabilities])
+    return densecrf_batch([image], [probabilities], settings.crf, settings.crf_backend, device)[0]
+
+
+def posterior_labels(posterior: np.ndarray, values: np.ndarray, confidence: float = 0) -> np.ndarray:
+    """Return the most probable label of each pixel, 255 where its posterior is below `confidence`.
+
+    Args:
+        posterior: (C, H, W).
+        values: (C,) uint8, see `mask_values`.
+
+    Returns:
+        (H, W) uint8.
+    """
+    labels = values[posterior.argmax(axis=0)]
+    if confidence:
+        labels[posterior.max(axis=0) < confidence] = IGNORE
+    return labels
+
+
+def mask_values(class_ids: Sequence[int], benchmark: Benchmark, cam_type: str = "") -> np.ndarray:
+    """Return (C,) uint8, the mask value of each channel of the CRF; the background comes first.
+
+    Args:
+        class_ids: (K,) class indices.
+        cam_type: a type with "bg" in its name has a background channel of its own.
+
+    Raises:
+        ValueError: a class index that the benchmark does not have.
+    """
+    class_ids = np.asarray(class_ids, np.int64)
+    if max(class_ids, default=0) >= len(benchmark.classes):
+        raise ValueError(f"the CAM file holds class {max(class_ids)}, which {benchmark.name} does not have")
+    values = class_ids + int(benchmark.has_background)
+    if benchmark.has_background or "bg" in cam_type:
+        values = np.append(0, values)
+    return values.astype(np.uint8)
+
+
+def resize_mask(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return a mask (h, w) at image size (H, W), where the CRF ran at a smaller one."""
+    if labels.shape == size:
+        return labels
+    return cv2.resize(labels, size[::-1], interpolation=cv2.INTER_NEAREST)
+
+
+def shrunk_note(settings: MaskSettings) -> str:
+    """Return the note that is counted of images that are too large for the CRF."""
+    return f"images shrunk to {settings.crf_max_pixels} pixels for the CRF (--crf_max_pixels)"
+
+
+@dataclass
+class MaskInput(Decoded):
+    """A decoded image: size, class indices, shrunk pixels and CAMs; or its mask, if that is done already."""
+
+    size: tuple[int, int] = (0, 0)
+    class_ids: np.ndarray | None = None
+    image: np.ndarray | None = None
+    cams: np.ndarray | None = None
+    mask: np.ndarray | None = None
+
+
+@dataclass
+class MaskStep(Step):
+    """Step 2b, see `pipeline.step.Step`.
 
     Attributes:
         benchmark: the data set.
         cam_dir: folder of the CAM files.
         image_root: folder of the images.
-        output: folder of the masks; None makes none, and scores the labels before the 255 rule.
+        output: folder of the masks; None writes none, and scores the labels before the 255 rule.
         gt_root: folder of the ground-truth masks; None gives no scores.
         cam_type: maps to take from the CAM files.
-        confidence: a pixel whose highest posterior is lower becomes 255.
-        crf: how the dense CRF runs; its unary type is also the type the background is computed in.
-        backend: what runs it, see `refinement.densecrf`.
-        device: where, for the torch backend; see `pipeline.processes.device_of`.
-        max_pixels: on a larger image the CRF runs at the size that has so many.
+        settings: how masks are made.
+        device: of the torch backend, see `pipeline.processes.device_of`.
     """
 
     benchmark: Benchmark
@@ -48,127 +177,69 @@ class MaskJob:
     output: str | None
     gt_root: str | None = None
     cam_type: str = "attn_highres"
-    confidence: float = CONFIDENCE
-    crf: Preset = PRESETS["clip_es"]
-    backend: str = "numba"
+    settings: MaskSettings = field(default_factory=MaskSettings)
     device: str = "cpu"
-    max_pixels: int = MAX_PIXELS
 
+    def __post_init__(self):
+        channels = self.benchmark.channels
+        self.hist = np.zeros((channels, channels), np.int64)  # [truth, prediction]
+        self.pixels = np.zeros(2, np.int64)  # with ground truth: predicted 255 (left out), and all
 
-def refine_labels(
-    image: np.ndarray, keys: np.ndarray, maps: np.ndarray, job: MaskJob, device: str = "cpu"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of one image by the dense CRF.
+    def is_done(self, name: str) -> bool:
+        """Whether there is a mask, and no ground truth to score it with."""
+        return self.output is not None and self.gt_root is None and self._file(name).is_file()
 
-    The background is 1 - the highest CAM, whichever exponent evaluates best; nothing is normalised.
+    def start(self, worker_index: int) -> None:
+        needs_device = self.settings.crf_backend in ("auto", "torch")
+        self.device = device_of(self.device, worker_index) if needs_device else "cpu"
+        self.settings = self.settings.on(self.device)
 
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        keys: (K,) class indices.
-        maps: (K, H, W) float16; (K + 1, H, W) if they have a background channel.
-        device: for the torch backend.
+    def decode(self, name: str) -> MaskInput:
+        if self.output is not None and self._file(name).is_file():
+            return MaskInput(name, mask=read_mask(self._file(name)))
+        image = read_rgb(find_image(self.image_root, name))
+        class_ids, cams = camfile.read(self.cam_dir, name, self.cam_type, self.settings.crf_max_pixels)
+        small = shrunk(image, self.settings.crf_max_pixels)
+        notes = [] if small.shape == image.shape else [shrunk_note(self.settings)]
+        return MaskInput(name, image.shape[:2], class_ids, small, cams, notes=notes)
 
-    Returns:
-        labels (H, W) uint8, as the benchmark's masks have them, and their posterior (H, W) float32.
-    """
-    values = mask_values(keys, job)
-    probabilities = maps.astype(job.crf.unary_type)
-    if len(values) > len(maps):
-        rest = background(maps.max(axis=0, initial=0), 1, job.crf.unary_type)
-        probabilities = np.concatenate([rest[None], probabilities])  # (C, H, W)
-    (posterior,) = densecrf_batch([image], [probabilities], job.crf, job.backend, device)
-    return values[posterior.argmax(axis=0)], posterior.max(axis=0)
+    def compute(self, batch: list[MaskInput]) -> list[np.ndarray]:
+        """Return index masks (H, W) uint8; without an output folder no pixel is 255."""
+        return [self._mask(decoded) for decoded in batch]
 
+    def _mask(self, decoded: MaskInput) -> np.ndarray:
+        if decoded.mask is not None:
+            return decoded.mask
+        values = mask_values(decoded.class_ids, self.benchmark, self.cam_type)
+        add_background = len(values) > len(decoded.cams)
+        posterior = crf_posterior(decoded.image, decoded.cams, self.settings, add_background, self.device)
+        confidence = 0 if self.output is None else self.settings.confidence
+        return resize_mask(posterior_labels(posterior, values, confidence), decoded.size)
 
-def mask_values(keys: np.ndarray, job: MaskJob) -> np.ndarray:
-    """(C,) uint8: what the benchmark's masks hold for each channel of the CRF; the background comes first.
-
-    Raises:
-        ValueError: a key is no class of the benchmark.
-    """
-    if max(keys, default=0) >= len(job.benchmark.classes):
-        raise ValueError(f"the CAM file holds class {max(keys)}, which {job.benchmark.name} does not have")
-    values = keys + int(job.benchmark.has_background)
-    if job.benchmark.has_background or "bg" in job.cam_type:
-        values = np.append(0, values)
-    return values.astype(np.uint8)
-
-
-def at_size(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A mask at image size (H, W), where the CRF ran at a smaller one."""
-    if labels.shape == size:
-        return labels
-    return cv2.resize(labels, size[::-1], interpolation=cv2.INTER_NEAREST)
-
-
-def make_images(
-    names: Sequence[str], position: int, job: MaskJob
-) -> Generator[Outcome, None, tuple[np.ndarray, np.ndarray]]:
-    """Make the masks of `names` that are not there yet, and count their pixels; see `pipeline.processes`.
-
-    Returns:
-        hist (n, n) int64 [truth, prediction], and pixels (2,) int64: those of known truth that are 255
-        (and left out), and all of known truth. Zero without ground truth.
-    """
-    channels = job.benchmark.channels
-    hist, pixels = np.zeros((channels, channels), np.int64), np.zeros(2, np.int64)
-    device = device_of(job.device, position) if job.backend == "torch" else "cpu"
-
-    def crf_labels(name: str, notes: list[str], confidence: float = 0) -> tuple[np.ndarray, np.ndarray]:
-        image = read_rgb(find_image(job.image_root, name))
-        keys, maps = camfile.read(job.cam_dir, name, job.cam_type, job.max_pixels)
-        small = shrunk(image, job.max_pixels)
-        if small.shape != image.shape:
-            notes.append(shrunk_note(job))
-        labels, posterior = refine_labels(small, keys, maps, job, device)
-        labels[posterior < confidence] = IGNORE
-        return at_size(labels, image.shape[:2]), keys
-
-    def make(name: str) -> list[str]:
-        notes: list[str] = []
-        if job.output is None:
-            labels, _ = crf_labels(name, notes)
-        else:
-            file = Path(job.output) / f"{name}.png"
-            if not file.is_file():
-                labels, keys = crf_labels(name, notes, job.confidence)
-                write_mask(file, labels, job.benchmark.palette, keys)
-            elif job.gt_root is not None:
-                labels = read_mask(file)
-        if job.gt_root is None:
-            return notes
-        truth_file = Path(job.gt_root) / f"{name}.png"
-        if not truth_file.is_file():  # evaluation alone has asked for it before
-            return [*notes, "images without ground truth"]
+    def write(self, decoded: MaskInput, mask: np.ndarray) -> list[str]:
+        if self.output is not None and decoded.mask is None:
+            write_mask(self._file(decoded.name), mask, self.benchmark.palette, decoded.class_ids)
+        if self.gt_root is None:
+            return decoded.notes
+        truth_file = Path(self.gt_root) / f"{decoded.name}.png"
+        if not truth_file.is_file():  # with --eval_only such images were left out or refused before
+            return [*decoded.notes, "images without ground truth"]
         truth = read_mask(truth_file)
-        hist[:] += confusion(truth, labels, channels)
-        known = truth < channels
-        pixels[:] += (int((labels[known] == IGNORE).sum()), int(known.sum()))
-        return notes
+        self.hist += confusion(truth, mask, self.benchmark.channels)
+        known = truth < self.benchmark.channels
+        self.pixels += (int((mask[known] == IGNORE).sum()), int(known.sum()))
+        return decoded.notes
 
-    for name in names:
-        yield attempt(name, make)
-    return hist, pixels
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return `hist` and `pixels`; zero without ground truth."""
+        return self.hist, self.pixels
 
-
-def shrunk_note(job: MaskJob) -> str:
-    """What is counted of images that are too large."""
-    return f"images shrunk to {job.max_pixels} pixels for the CRF (--crf_max_pixels)"
-
-
-def mask_settings(job: MaskJob, benchmark_name: str) -> dict:
-    """What a mask folder records, see `pipeline.run.Run`."""
-    return {
-        "benchmark": benchmark_name,
-        "cam_type": job.cam_type,
-        "confidence": job.confidence,
-        "crf": asdict(job.crf),
-        "crf_max_pixels": job.max_pixels,
-    }
+    def _file(self, name: str) -> Path:
+        return Path(self.output) / f"{name}.png"
 
 
 def make_masks(
-    job: MaskJob,
+    step: MaskStep,
     names: Sequence[str],
     benchmark_name: str,
     json_file: str | Path | None = None,
@@ -176,18 +247,18 @@ def make_masks(
     overwrite: bool = False,
     num_workers: int = 1,
 ) -> int:
-    """Make pseudo masks, or only score the CRF; print the scores, if there is ground truth; write JSON.
+    """Make pseudo masks, or only score the CRF; print the scores if there is ground truth; write JSON.
 
-    With `job.output` the masks as written are scored, their pixels of 255 left out; without it, as the
-    published numbers are, every pixel.
+    With `step.output` the masks as written are scored, without their pixels of 255; without it, as for the
+    published numbers, every pixel is scored.
 
     Args:
-        job: see there.
+        step: see there.
         names: image ids.
         benchmark_name: recorded in the mask folder, see `segmentation.benchmark.load`.
-        json_file: where the scores are written, if anywhere.
+        json_file: where the scores are written; None: nowhere.
         allow_missing: leave out images without CAM, and without ground truth where only scores are made.
-        overwrite: remove the masks that are there.
+        overwrite: remove existing masks.
         num_workers: processes; the files do not depend on it.
 
     Returns:
@@ -195,52 +266,41 @@ def make_masks(
 
     Raises:
         FileNotFoundError: CAMs or folders are missing.
-        ValueError: `job.output` is the folder of the CAMs, or holds masks made with other settings.
+        ValueError: `step.output` is the folder of the CAMs, or holds masks made with other settings.
     """
-    if job.output is not None and Path(job.output).resolve() == Path(job.cam_dir).resolve():
-        raise ValueError(f"{job.output} holds the CAMs: give the masks a folder of their own")
-    names, missing = present(names, job.cam_dir, allow_missing, "CAMs")
-    if not Path(job.image_root).is_dir():
-        raise FileNotFoundError(f"image folder {job.image_root} does not exist: give --image_root")
-    if job.output is None:
-        names, untrue = present(names, job.gt_root, allow_missing, "ground-truth masks")
-        missing += untrue
-    elif job.gt_root is not None and not Path(job.gt_root).is_dir():
+    if step.output is not None and Path(step.output).resolve() == Path(step.cam_dir).resolve():
+        raise ValueError(f"{step.output} holds the CAMs: give the masks a folder of their own")
+    names, missing = files_present(names, step.cam_dir, allow_missing, "CAMs")
+    if not Path(step.image_root).is_dir():
+        raise FileNotFoundError(f"image folder {step.image_root} does not exist: give --image_root")
+    if step.output is None:
+        names, without_truth = files_present(names, step.gt_root, allow_missing, "ground-truth masks")
+        missing += without_truth
+    elif step.gt_root is not None and not Path(step.gt_root).is_dir():
         raise FileNotFoundError(
-            f"ground-truth folder {job.gt_root} does not exist: give another --gt_root or none"
+            f"ground-truth folder {step.gt_root} does not exist: give another --gt_root or none"
         )
-    run = Run(
-        job.output,
-        settings=mask_settings(job, benchmark_name),
-        info={"crf_backend": job.backend},
-        inputs={"cams": fingerprint(read_settings(job.cam_dir))},
-        outputs=("*.png",),
-        overwrite=overwrite,
+    record = Record(
         step="masks",
+        settings=step.settings.record(benchmark_name, step.cam_type),
+        inputs={"cams": fingerprint(read_settings(step.cam_dir))},
+        outputs=("*.png",),
+        info={"crf_backend": step.settings.crf_backend},
     )
-    parts = run.map(make_images, names, job, num_workers=num_workers)
+    run = Run(step.output, record, overwrite)
+    parts = run.map(step, names, num_workers)
     code = run.finish()
-    if run.rank == 0 and job.gt_root is not None:
+    if run.rank == 0 and step.gt_root is not None:
         hist, pixels = (sum(counts) for counts in zip(*parts, strict=True))
         report = {
-            "benchmark": job.benchmark.name,
-            "cam_type": job.cam_type,
-            "confidence": None if job.output is None else job.confidence,
-            "crf": asdict(job.crf),
+            "benchmark": step.benchmark.name,
+            "cam_type": step.cam_type,
+            "confidence": None if step.output is None else step.settings.confidence,
+            "crf": asdict(step.settings.crf),
             "images": len(names) - len(run.failures),
             "failed": [name for name, _ in run.failures],
             "missing": missing,
         }
-        result = benchmark_scores(hist, job.benchmark)
-        tell(report, (None,), [result], pixels, job.benchmark, json_file)
+        result = benchmark_scores(hist, step.benchmark)
+        report_scores(report, (None,), [result], pixels, step.benchmark, json_file)
     return code
-
-
-def fingerprint(record: Mapping[str, Any]) -> str:
-    """sha256 of what CAMs were made with, from their folder's record; empty where nothing is recorded.
-
-    The file format is left out, since no mask depends on it.
-    """
-    made = {key: dict(record[key]) for key in ("settings", "inputs") if key in record}
-    made.get("settings", {}).pop("cam_format", None)
-    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest() if made else ""

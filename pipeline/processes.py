@@ -1,7 +1,7 @@
-"""Sharing images among processes: torchrun's ranks, and the processes a rank starts on its machine.
+"""Dividing images among processes: torchrun's ranks, and the processes that a rank starts on its machine.
 
-A step is a generator function `work(names, position, *args)`: it handles its images in order and yields
-one `Outcome` after each; what it returns is collected. `position` counts the processes of this machine.
+`work(names, worker_index, *args)` is a generator function: it handles its images and yields one `Outcome` for
+each; its return value is collected. `worker_index` counts the processes of this machine.
 """
 
 import math
@@ -21,7 +21,7 @@ PATIENCE = 1.0  # seconds between looks at whether the processes still live
 
 
 class Outcome(NamedTuple):
-    """What became of one image: a failure in one sentence (empty: none), and notes worth counting."""
+    """The outcome of one image: a failure in one sentence (empty: none), and notes that are counted."""
 
     name: str
     failure: str = ""
@@ -31,63 +31,68 @@ class Outcome(NamedTuple):
 Work = Callable[..., Generator[Outcome, None, Any]]
 
 
-def attempt(name: str, work: Callable[..., Sequence[str] | None], *args) -> Outcome:
-    """The outcome of `work(name, *args)`, which returns notes or nothing; its errors fail this image only,
-    except that of a full disk, which none after it could escape."""
+def attempt(name: str, work: Callable[..., Any], *args) -> Any:
+    """Return `work(*args)`, or the failed outcome of image `name` if it raises; see `failed`."""
     try:
-        return Outcome(name, notes=tuple(work(name, *args) or ()))
-    except DiskFull:
-        raise
-    except Exception as error:  # one bad image never loses a run, whatever is wrong with it
-        if isinstance(error, OSError) and error.errno in FULL:  # where numba keeps compiled code, say
-            raise DiskFull(f"{error}: make room, and start again to go on") from None
+        return work(*args)
+    except Exception as error:  # one bad image never ends a run, whatever is wrong with it
         return failed(name, error)
 
 
 def failed(name: str, error: Exception) -> Outcome:
-    """The outcome of an image that failed with `error`."""
+    """Return the outcome of an image that failed with `error`.
+
+    Raises:
+        DiskFull: the disk is full, so that no later image would fare better.
+    """
+    if isinstance(error, DiskFull):
+        raise error
+    if isinstance(error, OSError) and error.errno in FULL:  # numba's cache of compiled code, for example
+        raise DiskFull(f"{error}: make room, and start again to go on") from None
     kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
     return Outcome(name, failure=kind + " ".join(str(error).split()))
 
 
-def shard(items: Sequence, rank: int, world: int, block: int = 1) -> list:
-    """The items of process `rank` of `world`: every world-th block of items, so that parts differ by one
-    block at most. A part may be shared out again by the same blocks."""
-    starts = range(rank * block, len(items), world * block)
+def part_of(items: Sequence, index: int, count: int, block: int = 1) -> list:
+    """Return the items of process `index` of `count`: every count-th block of items.
+
+    Parts differ by one block at most. A part may be divided again by the same blocks.
+    """
+    starts = range(index * block, len(items), count * block)
     return [item for start in starts for item in items[start : start + block]]
 
 
 def cores() -> int:
-    """CPU cores for this process: its part of those that torchrun's ranks on this machine share."""
+    """Return the CPU cores for this process: torchrun's ranks on one machine divide its cores."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def device_of(device: str, position: int = 0) -> str:
-    """Resolve --device for the process at `position` of this machine.
+def device_of(device: str, worker_index: int = 0) -> str:
+    """Resolve --device for one process.
 
     Args:
         device: "auto" (CUDA where there is any), "cpu", "cuda" (processes take the GPUs in turn) or "cuda:i".
-        position: see `Work`.
+        worker_index: number of the process on this machine.
 
     Returns:
         "cpu" or "cuda:i".
 
     Raises:
-        ValueError: no such device, or CUDA is asked for and PyTorch finds none.
+        ValueError: no such device, or PyTorch sees no GPU.
     """
-    import torch  # here, because steps that compute no tensors should not wait for it
+    import torch  # here, because steps without tensors need not wait for the import
 
     from clip import pick_device
 
     picked = pick_device(device)
     if picked.type == "cuda" and picked.index is None:
-        return f"cuda:{position % torch.cuda.device_count()}"
+        return f"cuda:{worker_index % torch.cuda.device_count()}"
     return str(picked)
 
 
 def drain(generator: Generator[Outcome, None, Any], take: Callable[[Outcome], None]) -> Any:
-    """Hand each outcome to `take`; returns what the generator returns."""
+    """Pass each outcome to `take`; return the generator's return value."""
     while True:
         try:
             outcome = next(generator)
@@ -104,19 +109,18 @@ def run(
     take: Callable[[Outcome], None],
     block: int = 1,
 ) -> list:
-    """Do `work(names, position, *args)` in `processes` processes of this machine, `names` shared out.
+    """Run `work(names, worker_index, *args)` in several processes of this machine, which divide `names`.
 
     Args:
         work: a module-level function; with several processes, `args` are pickled.
         names: image ids.
         args: further arguments of `work`.
-        processes: how many; one means this process. Each gets its share of the CPU threads, unless
-            OMP_NUM_THREADS says otherwise.
+        processes: 1 is this process itself. Several divide the CPU threads, unless OMP_NUM_THREADS is set.
         take: called here with each outcome as it comes.
-        block: names that must stay together, see `shard`.
+        block: names that stay together, see `part_of`.
 
     Returns:
-        What each call of `work` returned.
+        The return value of each call of `work`.
 
     Raises:
         ValueError, OSError, DiskFull: as `work` raised them in any process.
@@ -128,18 +132,18 @@ def run(
         return [drain(work(names, first, *args), take)]
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
     queue = context.Queue()
-    parts = [shard(names, i, processes, block) for i in range(processes)]
-    workers = [  # no daemons, which may not have the decoding processes that these may have
-        context.Process(target=_child, args=(queue, i, work, part, first + i, args))
-        for i, part in enumerate(parts)
+    parts = [part_of(names, index, processes, block) for index in range(processes)]
+    workers = [  # not daemons, which may not start decoding processes
+        context.Process(target=_child, args=(queue, index, work, part, first + index, args))
+        for index, part in enumerate(parts)
     ]
-    given = os.environ.get("OMP_NUM_THREADS")
-    share = str(max(1, cores() // processes))
-    os.environ.setdefault("OMP_NUM_THREADS", share)  # read when a child first loads its libraries
+    threads_are_set = "OMP_NUM_THREADS" in os.environ
+    # Read when a child first loads its libraries.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     try:
         for worker in workers:
             worker.start()
-        if given is None:
+        if not threads_are_set:
             del os.environ["OMP_NUM_THREADS"]
         return _collect(queue, workers, take)
     finally:
@@ -150,15 +154,15 @@ def run(
 
 def _collect(queue, workers: list, take: Callable[[Outcome], None]) -> list:
     results = {}
-    noticed = math.inf  # when a process was first seen dead whose result had not come
+    noticed = math.inf  # time when a process was first seen dead before its result arrived
     while len(results) < len(workers):
         dead = [w for i, w in enumerate(workers) if i not in results and not w.is_alive()]
         noticed = min(noticed, time.monotonic()) if dead else math.inf
         try:
             message = queue.get(timeout=PATIENCE)
         except Empty:
-            message = None  # nothing of the dead is left in the queue
-        # The living may go on filling the queue for hours.
+            message = None  # the queue holds nothing more from dead processes
+        # Live processes may fill the queue for hours.
         overdue = any(w.exitcode for w in dead) and time.monotonic() > noticed + PATIENCE
         if dead and (message is None or overdue):
             raise ChildProcessError(
@@ -177,22 +181,22 @@ def _collect(queue, workers: list, take: Callable[[Outcome], None]) -> list:
     return [results[index] for index in range(len(workers))]
 
 
-def _child(queue, index: int, work: Work, names: list, position: int, args: tuple) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its children
+def _child(queue, index: int, work: Work, names: list, worker_index: int, args: tuple) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its children
     parent = multiprocessing.parent_process()
 
     def take(outcome: Outcome) -> None:
         queue.put((index, "outcome", outcome))
-        if not parent.is_alive():  # killed: nobody will continue this run but the next one
+        if not parent.is_alive():  # it was killed; the next run continues
             os._exit(1)
 
     try:
-        queue.put((index, "result", drain(work(names, position, *args), take)))
+        queue.put((index, "result", drain(work(names, worker_index, *args), take)))
     except (ValueError, OSError) as error:
         kinds = (ValueError, DiskFull, ChildProcessError, OSError)  # others may not survive pickling
         kind = next(kind for kind in kinds if isinstance(error, kind))
         queue.put((index, "error", kind(str(error))))
     except BaseException as error:
         traceback.print_exc(file=sys.stderr)
-        told = f"a worker process failed with {type(error).__name__}: {error}"
-        queue.put((index, "error", ChildProcessError(told)))
+        message = f"a worker process failed with {type(error).__name__}: {error}"
+        queue.put((index, "error", ChildProcessError(message)))

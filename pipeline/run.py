@@ -1,11 +1,14 @@
 """One run over many images: the output folder and its settings, progress, failures, exit code."""
 
+import hashlib
 import json
 import os
 import platform
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,21 +17,33 @@ from tqdm import tqdm
 
 from common.files import DiskFull, replacing, sweep
 from pipeline import processes
-from pipeline.processes import Outcome, Work
+from pipeline.processes import Outcome
+from pipeline.step import Step, run_step
 from segmentation.distributed import WorkFailed, gather, rank_and_world
 
 PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "pydensecrf2", "numba")
 SETTINGS = "settings.json"
 FAILED = "failed.txt"
 SHOWN = 5  # names or failures listed before "..."
+# Settings that earlier versions recorded under other names -> their present names.
+RENAMED = {
+    "averaged": "affinity_layers",
+    "leave_out_last": "exclude_last_layer",
+    "cover_edge": "include_edge",
+    "method": "cam_method",
+    "scales": "cam_scales",
+    "voting": "voting_layers",
+}
 
 
 def command(main: Callable[[], int | None], again: str = "the same command continues") -> None:
-    """Run a script's `main` and exit with what it returns, or 2 for errors that the user can mend.
+    """Run a script's `main` and exit with its return value.
 
-    `again` is told after Ctrl-C: how one goes on.
+    User errors (ValueError, OSError) print one line and exit with code 2; the environment variable
+    CLIP_WSSS_DEBUG=1 shows the traceback too. Work that began and cannot continue exits with 1.
 
-    Those are told in one sentence; the environment variable CLIP_WSSS_DEBUG=1 shows the traceback too.
+    Args:
+        again: printed after Ctrl-C: how to continue.
     """
     try:
         code = main() or 0
@@ -43,66 +58,71 @@ def command(main: Callable[[], int | None], again: str = "the same command conti
     sys.exit(code)
 
 
+@dataclass(frozen=True)
+class Record:
+    """What an output folder records of the run that fills it.
+
+    Attributes:
+        step: what fills the folder, such as "cams"; no other step may fill or overwrite it.
+        settings: everything the outputs depend on, JSON values; "benchmark" is what
+            `segmentation.benchmark.load` takes, for later steps.
+        inputs: sha256 by name of the files they depend on, such as {"model": ...}.
+        outputs: file patterns of the outputs, such as ("*.npy", "*.npz").
+        info: recorded beside the settings, not compared with those of the last run.
+    """
+
+    step: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    outputs: Sequence[str] = ()
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Run:
-    """One run of a step: `Run(folder, ...)`, `map` what it does over the images, return `finish()`.
+    """One run of a step: `Run(folder, record)`, `map` a step over the images, return `finish()`.
 
     Args:
         folder: output folder, made if missing; None when the step writes no files.
-        settings: what the outputs depend on, JSON values, among them "benchmark": what
-            `segmentation.benchmark.load` is to be given by later steps.
-        inputs: sha256 by name of the files they depend on, e.g. {"model": ...}.
-        outputs: file patterns of the outputs, e.g. ("*.npy", "*.npz").
+        record: see `Record`.
         overwrite: remove the outputs of the last run and start anew.
-        step: what fills the folder, e.g. "cams"; no other step may fill it, nor overwrite it.
-        info: recorded beside the settings, not compared with those of the last run.
-        retry: how failures are tried again.
+        retry: printed with failures: how they are tried again.
 
     Raises:
-        ValueError: `folder` holds outputs of other settings (the sentence names them), of another step, or of
+        ValueError: `folder` holds outputs of other settings (the message names them), of another step, or of
             unknown origin.
     """
 
     def __init__(
         self,
         folder: str | Path | None,
-        settings: Mapping[str, Any] | None = None,
-        inputs: Mapping[str, str] | None = None,
-        outputs: Sequence[str] = (),
+        record: Record | None = None,
         overwrite: bool = False,
-        step: str = "",
-        info: Mapping[str, Any] | None = None,
         retry: str = "the same command tries them again",
     ):
         self.retry = retry
         self.folder = None if folder is None else Path(folder)
         self.done = 0
         self.failures: list[tuple[str, str]] = []
-        self.notes: dict[str, tuple[int, list[str]]] = {}  # how many images, and the first few
+        self.notes: dict[str, tuple[int, list[str]]] = {}  # number of images, and the first few names
         self.rank, self.world = rank_and_world()
         if self.folder is not None and self.rank == 0:
-            record = {"step": step, "settings": dict(settings or {}), "inputs": dict(inputs or {})}
-            _settle(self.folder, record, outputs, overwrite, dict(info or {}))
-        gather(None)  # no rank may write before the folder is settled
+            _prepare(self.folder, record or Record(), overwrite)
+        gather(None)  # no rank may write before the folder is prepared
 
-    def map(
-        self,
-        work: Work,
-        names: Sequence[str],
-        *args,
-        num_workers: int = 1,
-        block: int = 1,
-        counted: bool = True,
-    ) -> list:
-        """Do `work(names, position, *args)`, `names` shared out among processes in blocks (`processes.run`).
+    def map(self, step: Step, names: Sequence[str], num_workers: int = 1, counted: bool = True) -> list:
+        """Run a step over images, which processes divide in blocks of `step.flow.prefetch`.
 
         Under torchrun every rank takes its part of `names` and may itself have `num_workers` processes.
-        `counted` says that there will be one outcome for each name.
+
+        Args:
+            counted: there will be one outcome for each name; False for shards, which hold several images.
 
         Returns:
-            What each call of `work` returned; under torchrun those of all ranks, on all ranks.
+            What `step.finish` returned in each process; under torchrun those of all ranks, on all ranks.
         """
-        names = processes.shard(names, self.rank, self.world, block)
-        # Rank 0 speaks for all; disable=None is quiet when stderr is no terminal.
+        block = step.flow.prefetch
+        names = processes.part_of(names, self.rank, self.world, block)
+        # Rank 0 shows progress for all; disable=None is quiet when stderr is no terminal.
         total, disable = len(names) if counted else None, True if self.rank else None
         with tqdm(total=total, unit="image", disable=disable) as bar:
 
@@ -110,7 +130,7 @@ class Run:
                 self.take(outcome)
                 bar.update()
 
-            results = processes.run(work, names, args, num_workers, take, block)
+            results = processes.run(run_step, names, (step,), num_workers, take, block)
         return [result for part in gather(results) for result in part]
 
     def take(self, outcome: Outcome) -> None:
@@ -126,7 +146,7 @@ class Run:
         self.notes[note] = before + count, sorted([*first, *names])[:SHOWN]
 
     def finish(self) -> int:
-        """Tell what failed and what is worth knowing; write `failed.txt`, or remove it.
+        """Print failures and notes; write `failed.txt`, or remove it.
 
         From here on `failures` holds those of all torchrun ranks.
 
@@ -141,18 +161,20 @@ class Run:
                 for note, (count, names) in notes.items():
                     self._note(note, count, names)
             for note, (count, names) in sorted(self.notes.items()):
-                print(f"{note}: {count} ({some(names, count)})", file=sys.stderr)
-            for name, sentence in failures[:SHOWN]:
-                print(f"failed: {name}: {sentence}", file=sys.stderr)
+                print(f"{note}: {count} ({first_few(names, count)})", file=sys.stderr)
+            for name, message in failures[:SHOWN]:
+                print(f"failed: {name}: {message}", file=sys.stderr)
             if self.folder is not None:
-                list_failures(self.folder / FAILED, failures)
+                write_failures(self.folder / FAILED, failures)
                 if failures:
                     print(f"all failures: {self.folder / FAILED}; {self.retry}", file=sys.stderr)
         return 1 if failures else 0
 
 
 def read_settings(folder: str | Path) -> dict:
-    """What the run that filled `folder` recorded: "step", "settings", "inputs", "versions"; {} if nothing.
+    """Return what the run that filled `folder` recorded: "step", "settings", "inputs", "versions".
+
+    {} if nothing is recorded. Settings of earlier versions have their present names (`RENAMED`).
 
     Raises:
         ValueError: the record is damaged.
@@ -167,25 +189,41 @@ def read_settings(folder: str | Path) -> dict:
         for part in ("settings", "inputs", "versions"):
             if not isinstance(record.get(part, {}), dict):
                 raise ValueError(f"its {part} are no dict")
-        return record
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): restore it, or remove {folder}") from None
+    if "settings" in record:
+        record["settings"] = {RENAMED.get(key, key): value for key, value in record["settings"].items()}
+    return record
 
 
-def some(names: Sequence[str], count: int | None = None) -> str:
-    """The first few of `names`, for one line; of `count` if these are not all."""
+def fingerprint(record: Mapping[str, Any]) -> str:
+    """Return the sha256 of the settings and inputs that CAMs were made with; empty if nothing is recorded.
+
+    The file format is left out, since no mask depends on it. Settings enter under the names of the first
+    version, so that masks made by earlier versions are recognized.
+
+    Args:
+        record: see `read_settings`.
+    """
+    made = {key: dict(record[key]) for key in ("settings", "inputs") if key in record}
+    if "settings" in made:
+        first_names = {present: first for first, present in RENAMED.items()}
+        made["settings"] = {first_names.get(key, key): value for key, value in made["settings"].items()
+                            if key != "cam_format"}  # fmt: skip
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest() if made else ""
+
+
+def first_few(names: Sequence[str], count: int | None = None) -> str:
+    """Return the first few of `names` in one line, "..." after them if there are more.
+
+    Args:
+        count: how many there are, if `names` are not all.
+    """
     return ", ".join(names[:SHOWN]) + (", ..." if (count or len(names)) > SHOWN else "")
 
 
-def check_folder(
-    folder: str | Path,
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    outputs: Sequence[str],
-    overwrite: bool,
-    step: str,
-) -> list[Path]:
-    """Would a `Run` take this folder? Changes nothing.
+def check_folder(folder: str | Path, record: Record, overwrite: bool = False) -> list[Path]:
+    """Check that a `Run` may fill this folder. Changes nothing.
 
     Returns:
         The outputs of the last run that it would remove.
@@ -195,71 +233,70 @@ def check_folder(
     """
     folder = Path(folder)
     last = read_settings(folder)
-    existing = [file for pattern in outputs for file in folder.rglob(pattern)]
+    existing = [file for pattern in record.outputs for file in folder.rglob(pattern)]
     if not last:
-        if existing:  # perhaps ground truth, or another project's: neither to keep nor to remove
+        if existing:  # perhaps ground truth, or another project's files
             raise ValueError(
                 f"{folder} holds {existing[0].name} but no {SETTINGS}: it was not filled by this command, "
                 "choose another folder"
             )
-    elif last.get("step", "") != step:
+    elif last.get("step", "") != record.step:
         raise ValueError(
             f"{folder} is the folder of another step ({last.get('step') or 'unnamed'}, not "
-            f"{step or 'unnamed'}): choose another folder"
+            f"{record.step or 'unnamed'}): choose another folder"
         )
     elif overwrite:
         _check_depth(folder, existing)
         return existing
-    elif existing:  # a run that failed before its first output binds nobody
-        _compare(folder, last, {"settings": settings, "inputs": inputs})
+    elif existing:  # settings of a run that failed before its first output do not matter
+        _compare(folder, last, record)
     return []
 
 
-def _settle(folder: Path, record: dict, outputs: Sequence[str], overwrite: bool, info: dict) -> None:
+def _prepare(folder: Path, record: Record, overwrite: bool) -> None:
+    """Remove what an overwriting run replaces, and write the record."""
     sweep(folder)
-    removed = check_folder(folder, record["settings"], record["inputs"], outputs, overwrite, record["step"])
-    for file in removed:
+    for file in check_folder(folder, record, overwrite):
         file.unlink()
+    content = {name: dict(getattr(record, name)) for name in ("settings", "inputs", "info")}
     with replacing(folder / SETTINGS) as stream:
-        content = {**record, "info": info, "versions": _versions()}
+        content = {"step": record.step, **content, "versions": _versions()}
         stream.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
 def _check_depth(folder: Path, files: list[Path]) -> None:
-    """If some of the files lie deeper in the folder, their origin is unknown: none is to be removed."""
+    """Raise ValueError if some of the files lie in subfolders, whose origin is unknown."""
     deeper = next((file for file in files if file.parent != folder), None)
     if deeper is not None:
         raise ValueError(
-            f"{folder} also holds {deeper.relative_to(folder)}, and --overwrite removes nothing from folders "
-            "within: move it away, or choose another folder"
+            f"{folder} also holds {deeper.relative_to(folder)}, and --overwrite removes nothing from "
+            "subfolders: move it away, or choose another folder"
         )
 
 
-def _compare(folder: Path, last: dict, now: dict) -> None:
-    last, now = ({**record.get("settings", {}), **record.get("inputs", {})} for record in (last, now))
-    now = json.loads(json.dumps(now))  # as the file has it: tuples become lists
-    differ = [key for key in sorted({*last, *now}) if last.get(key) != now.get(key)]
-    if differ:
-        told = ", ".join(f"{key} (was {last.get(key)!r}, now {now.get(key)!r})" for key in differ)
+def _compare(folder: Path, last: dict, record: Record) -> None:
+    before = {**last.get("settings", {}), **last.get("inputs", {})}
+    now = json.loads(json.dumps({**record.settings, **record.inputs}))  # as in the file: tuples become lists
+    differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if differing:
+        changes = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in differing)
         raise ValueError(
-            f"{folder} was filled with other settings: {told}; choose another folder, or --overwrite"
+            f"{folder} was filled with other settings: {changes}; choose another folder, or --overwrite"
         )
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
-def list_failures(file: Path, failures: Sequence[tuple[str, str]]) -> None:
-    """Write images and the sentences they failed with, a line each; without any, remove the last list."""
+def write_failures(file: Path, failures: Sequence[tuple[str, str]]) -> None:
+    """Write one line for each failed image, name and message; without any, remove the last list."""
     if not failures:
         file.unlink(missing_ok=True)
         return
     with replacing(file) as stream:
-        stream.write("".join(f"{name}\t{sentence}\n" for name, sentence in failures).encode())
+        stream.write("".join(f"{name}\t{message}\n" for name, message in failures).encode())

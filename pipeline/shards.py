@@ -1,26 +1,29 @@
-"""Images in tar shards, as WebDataset has them; results are written to shards of the same names.
+"""Images in tar shards, in WebDataset's format; results are written to shards of the same names.
 
-For image sets that no folder should hold. A shard has `<key>.jpg` (or png) and, if it knows its labels,
-`<key>.cls`, class indices as text: `3 17`. A result shard is written when all of it is there.
+For image sets too large for one folder. A shard has `<key>.jpg` (or png) and, for its labels, `<key>.cls`:
+class indices as text, `3 17`. A result shard is written when all of it is done.
 """
 
 import re
 import tarfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
-from typing import Any
 
 from common.files import replacing
+from pipeline.cams import CamStep
 from pipeline.decode import Sample
 from pipeline.flow import decoding, flow
+from pipeline.fused import FusedStep
 from pipeline.processes import Outcome, failed
-from pipeline.run import list_failures
+from pipeline.run import write_failures
+from pipeline.step import Step
 
 IMAGES = ("jpg", "jpeg", "png")
 LABELS = "cls"
 FAILED = ".failed.txt"  # of one shard's images
-RETRY = "remove a shard to try its images again"
+RETRY = {"retry": "remove a shard to try its images again"}  # for `pipeline.run.Run`
 
 
 class DamagedShard(ValueError):
@@ -63,53 +66,58 @@ def result_name(shard: str) -> str:
     return f"{found[1]}.tar"
 
 
-def generate(
-    shards: Sequence[str], position: int, output: str, make_step: Callable[..., Any]
-) -> Generator[Outcome, None, None]:
-    """Make the result shards that are not there yet; see `pipeline.processes`.
+@dataclass
+class ShardStep(Step):
+    """Makes one result shard of each shard of images, see `pipeline.step.Step`; its names are shards.
 
     Images that fail are left out of their result shard and listed in a file beside it; while the shard is
-    there they fail again, without another try.
+    there they count as failed, and are not tried again.
 
-    Args:
-        shards: see `shard_files`.
-        position: of this process.
+    Attributes:
+        images: the step that the images of a shard are taken through; it must write to its `store`.
         output: folder of the result shards.
-        make_step: called with `position` and `store`, makes a step of `pipeline.cams` or `pipeline.fused`.
     """
-    missing = []
-    for shard in shards:
-        file = Path(output) / result_name(shard)
-        if file.is_file():
-            yield from _listed(file.with_suffix(FAILED))
-        else:
-            missing.append((shard, file))
-    if not missing:  # and no model is needed
-        return
-    results: dict[str, dict[str, bytes]] = {}
-    step = make_step(position=position, store=results.__setitem__)
-    with decoding(step.flow) as decoder:
-        for shard, file in missing:
-            results.clear()
-            failures = []
-            try:
-                for outcome in flow(_samples(shard), step.decoder(), step, step.flow, decoder):
-                    if outcome.failure:
-                        failures.append((outcome.name, outcome.failure))
-                    yield outcome
-            except DamagedShard as error:
-                yield failed(shard, error)
-                continue
-            list_failures(file.with_suffix(FAILED), sorted(failures))
-            _write(file, results)
 
+    images: CamStep | FusedStep
+    output: str
 
-def _listed(file: Path) -> Iterator[Outcome]:
-    """The failures of a shard that was made before."""
-    if file.is_file():
-        for line in file.read_text().splitlines():
-            name, _, sentence = line.partition("\t")
-            yield Outcome(name, failure=sentence)
+    def __post_init__(self):
+        self.flow = replace(self.images.flow, prefetch=1)  # of whole shards
+
+    def is_done(self, name: str) -> bool:
+        return self._file(name).is_file()
+
+    def done_outcomes(self, name: str) -> Iterator[Outcome]:
+        """Yield the failures of a shard that was made before."""
+        failures = self._file(name).with_suffix(FAILED)
+        if failures.is_file():
+            for line in failures.read_text().splitlines():
+                image, _, message = line.partition("\t")
+                yield Outcome(image, failure=message)
+
+    def start(self, worker_index: int) -> None:
+        self.results: dict[str, dict[str, bytes]] = {}
+        getattr(self.images, "cams", self.images).store = self.results.__setitem__
+        self.images.start(worker_index)
+
+    def outcomes(self, names: Sequence[str]) -> Iterator[Outcome]:
+        with decoding(self.images.flow) as decode_pool:
+            for shard in names:
+                self.results.clear()
+                failures = []
+                try:
+                    for outcome in flow(_samples(shard), self.images, decode_pool):
+                        if outcome.failure:
+                            failures.append((outcome.name, outcome.failure))
+                        yield outcome
+                except DamagedShard as error:
+                    yield failed(shard, error)
+                    continue
+                write_failures(self._file(shard).with_suffix(FAILED), sorted(failures))
+                _write(self._file(shard), self.results)
+
+    def _file(self, shard: str) -> Path:
+        return Path(self.output) / result_name(shard)
 
 
 def _samples(shard: str) -> Iterator[Sample]:

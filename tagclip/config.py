@@ -1,81 +1,81 @@
-"""What TagCLIP lets one choose; the defaults are the published settings, written for any tower."""
+"""The settings of TagCLIP; the defaults are the published ones, stated for any tower."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from clip.positions import POSITION_ROUNDINGS
+from common.settings import Settings, setting
 
 
 @dataclass(frozen=True)
-class TagSettings:
-    """How images are tagged. For the 12 blocks of ViT-B/16 the defaults are those of the public code.
+class TagSettings(Settings):
+    """How images are tagged. For the 12 blocks of ViT-B/16 the defaults are those of the reference
+    implementation."""
 
-    Attributes:
-        averaged: blocks before the last whose attention is averaged (that of the last never is); None: all.
-        voting: last blocks that vote; None: all.
-        votes: how many must find two patches related; None: a third of those that vote, rounded up.
-        vote_threshold: a block finds them so where its attention exceeds this multiple of its mean.
-        box_threshold: what of a class's map is boxed: above this multiple of the map's mean.
-        ratio: scores count from min + ratio * (max - min) on: which classes are looked at again (over all
-            patches and names), and which become labels (over an image's scores). COCO-Stuff's is 0.1.
-        cell_threshold: patches of a class, within the range of its map, that its crop consists of.
-        crop_size: side of the crop as the tower sees it; None: what it was trained at.
-        local_weight: of the first score, where a crop gives a second.
-        diagonal_bias: 0 or less, added to what other patches say to a patch in the last block.
-        crop_bias: 0 or less, added to what patches outside the class say to the class token.
-        cover_edge: let boxes and crops reach the grid's last row and column. The public code cuts them off,
-            so that what lies there alone is not seen; published numbers have it so.
-        skip_empty_crops: pass over a class whose crop is empty. The public code then leaves the image at
-            once, classes that follow included; published numbers have it so.
-        position_rounding: see `clip.positions`; the public code rounds tables that it resamples.
-        max_patches: a larger image is shrunk to this many.
-
-    Raises:
-        ValueError: a setting out of range.
-    """
-
-    averaged: int | None = 3
-    voting: int | None = None
-    votes: int | None = None
-    vote_threshold: float = 1.0
-    box_threshold: float = 1.0
-    ratio: float = 0.5
-    cell_threshold: float = 0.5
-    crop_size: int | None = None
-    local_weight: float = 0.5
-    diagonal_bias: float = -100.0
-    crop_bias: float = -1000.0
-    cover_edge: bool = False
-    skip_empty_crops: bool = False
-    position_rounding: str = "resampled"
-    max_patches: int = 10_000
-
-    def __post_init__(self):
-        for name in ("averaged", "voting", "votes", "crop_size", "max_patches"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
-        for name in ("ratio", "cell_threshold", "local_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name):g}")
-        for name in ("diagonal_bias", "crop_bias"):
-            if not getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be 0 or less, got {getattr(self, name):g}")
-        for name in ("vote_threshold", "box_threshold"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name):g}")
-        if self.position_rounding not in POSITION_ROUNDINGS:
-            raise ValueError(f"position_rounding must be one of {', '.join(POSITION_ROUNDINGS)}")
+    affinity_layers: int | None = setting(
+        3,
+        "blocks before the last whose attention is averaged (that of the last never is); COCO-Stuff: all",
+        least=1,
+        none="all",
+        aliases=["--averaged_blocks"],
+    )
+    voting_layers: int | None = setting(
+        None, "last blocks that vote on related patches", least=1, none="all", aliases=["--voting_blocks"]
+    )
+    votes: int | None = setting(
+        None,
+        "blocks that must find two patches related (default: a third of those that vote, rounded up)",
+        least=1,
+    )
+    vote_threshold: float = setting(
+        1.0, "a block finds two patches related above this multiple of its mean attention", least=0
+    )
+    box_threshold: float = setting(
+        1.0, "class boxes surround patches above this multiple of the mean of a class", least=0
+    )
+    ratio: float = setting(
+        0.5,
+        "scores above min + ratio * (max - min) count, for cropping a class and for labels; COCO-Stuff: 0.1",
+        least=0,
+        most=1,
+    )
+    cell_threshold: float = setting(
+        0.5, "a class is cropped to the patches above this part of the range of its map", least=0, most=1
+    )
+    crop_size: int | None = setting(
+        None, "side of a crop in pixels (default: the resolution of the model's training)", least=1
+    )
+    local_weight: float = setting(
+        0.5, "weight of the first score, where a crop gives a second", least=0, most=1
+    )
+    diagonal_bias: float = setting(
+        -100.0, "added to attention between different patches in the last block", most=0
+    )
+    crop_bias: float = setting(
+        -1000.0, "added to the class token's attention to patches outside the class", most=0
+    )
+    include_edge: bool = setting(
+        False,
+        "let boxes and crops reach the grid's last row and column, which the reference cuts off",
+        aliases=["--cover_edge"],
+    )
+    skip_empty_crops: bool = setting(
+        False,
+        "skip a class whose crop is empty; the reference implementation then skips all following classes too",
+    )
+    position_rounding: str = setting(
+        "resampled", "when the positional table is rounded to float16", choices=POSITION_ROUNDINGS
+    )
+    round_weights: bool = setting(
+        False, "round matrix weights to float16, as the CAM steps do and published tags do not"
+    )
+    max_patches: int = setting(10_000, "larger images are shrunk to this many patches", least=1)
 
     def check(self, layers: int, patch_size: int) -> None:
-        """Do they fit a tower of so many blocks?
-
-        Raises:
-            ValueError: they do not.
-        """
+        """Raise ValueError if the settings do not fit a ViT of this depth and patch size."""
         if layers < 2:
             raise ValueError("tagging averages blocks before the last: the model's image tower has only one")
-        for name, most in (("voting", layers), ("votes", self.voting or layers)):
+        for name, most in (("voting_layers", layers), ("votes", self.voting_layers or layers)):
             value = getattr(self, name)
             if value is not None and value > most:
                 raise ValueError(f"{name} is {value}, with {most} blocks to choose from")
@@ -83,20 +83,25 @@ class TagSettings:
             raise ValueError(f"crop_size {self.crop_size} is not a multiple of the patch, {patch_size}")
 
     def voters(self, layers: int) -> range:
-        """The blocks that vote."""
-        return range(layers - (self.voting or layers), layers)
+        """Return the blocks that vote."""
+        return range(layers - (self.voting_layers or layers), layers)
 
-    def averaging(self, layers: int) -> range:
-        """The blocks whose attention is averaged; a tower of few blocks has fewer of them."""
+    def averaged(self, layers: int) -> range:
+        """Return the blocks whose attention is averaged; a tower of few blocks has fewer of them."""
         last = layers - 1
-        return range(0 if self.averaged is None else max(0, last - self.averaged), last)
+        return range(0 if self.affinity_layers is None else max(0, last - self.affinity_layers), last)
 
     def votes_needed(self, layers: int) -> int:
-        """Blocks that must agree."""
+        """Return the number of blocks that must agree."""
         return self.votes or math.ceil(len(self.voters(layers)) / 3)
+
+    def record(self) -> dict:
+        """Return what an output folder records."""
+        values = asdict(self)
+        return {"weights_rounded": values.pop("round_weights"), **values}
 
 
 PRESETS = {
     "tagclip": TagSettings(),
-    "cocostuff": TagSettings(averaged=None, ratio=0.1),
+    "cocostuff": TagSettings(affinity_layers=None, ratio=0.1),
 }

@@ -1,4 +1,4 @@
-"""Stage 3, class-wise reidentification: what a class seems to be on is cropped and looked at once more."""
+"""Stage 3, class-wise reidentification: the region of each candidate class is classified once more."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,25 +10,25 @@ from torch import Tensor
 
 from clip.model import VisionTransformer
 from tagclip.config import TagSettings
-from tagclip.patches import spread
+from tagclip.patches import min_max_normalize
 
 
 class Crop(NamedTuple):
-    """Where an image seems to show a class.
+    """The region of an image that seems to show a class.
 
     Attributes:
-        key: class index.
+        class_id: class index.
         box: (top, left, bottom, right) in patches, ends exclusive.
         cells: (bottom - top, right - left) bool, the patches of the class.
     """
 
-    key: int
+    class_id: int
     box: tuple[int, int, int, int]
     cells: np.ndarray
 
 
 def candidate_threshold(refined: Tensor, ratio: float) -> Tensor:
-    """What a class must score to be looked at again; in the range it is taken from backgrounds count, too.
+    """Return the score above which a class is cropped; the range it is relative to includes backgrounds.
 
     Args:
         refined: (n, C) of one image.
@@ -38,74 +38,76 @@ def candidate_threshold(refined: Tensor, ratio: float) -> Tensor:
     return low + ratio * (high - low)
 
 
-def candidates(refined: Tensor, classes: int, ratio: float) -> list[int]:
-    """The classes, ascending, that are looked at again: the first `classes` names are those."""
-    found = refined[:, :classes].amax(0) > candidate_threshold(refined, ratio)
-    return found.nonzero().flatten().tolist()
+def candidates(refined: Tensor, num_classes: int, ratio: float) -> list[int]:
+    """Return the classes that are cropped, ascending; the first `num_classes` names are classes."""
+    above = refined[:, :num_classes].amax(0) > candidate_threshold(refined, ratio)
+    return above.nonzero().flatten().tolist()
 
 
-def crops(refined: Tensor, grid: tuple[int, int], keys: Sequence[int], settings: TagSettings) -> list[Crop]:
-    """The crops of an image's candidates, in their order.
+def crops(
+    refined: Tensor, grid: tuple[int, int], class_ids: Sequence[int], settings: TagSettings
+) -> list[Crop]:
+    """Return the crops of an image's candidates, in their order.
 
     The first empty one ends the list, see `TagSettings.skip_empty_crops`.
 
     Args:
         refined: (n, C).
-        keys: the candidates.
+        class_ids: the candidates.
     """
-    cells = spread(refined[:, list(keys)]) > settings.cell_threshold  # (n, K)
+    cells = min_max_normalize(refined[:, list(class_ids)]) > settings.cell_threshold  # (n, K)
     height, width = grid
-    most = (height, width) if settings.cover_edge else (height - 1, width - 1)
-    found = []
-    for key, map_cells in zip(keys, cells.T.reshape(-1, height, width).cpu().numpy(), strict=True):
+    most = (height, width) if settings.include_edge else (height - 1, width - 1)
+    cropped = []
+    for class_id, map_cells in zip(class_ids, cells.T.reshape(-1, height, width).cpu().numpy(), strict=True):
         (top, bottom), (left, right) = (
             _extent(map_cells.any(axis), end) for axis, end in ((1, most[0]), (0, most[1]))
         )
         if top < bottom and left < right:
             box = top, left, bottom, right
-            found.append(Crop(key, box, map_cells[top:bottom, left:right]))
+            cropped.append(Crop(class_id, box, map_cells[top:bottom, left:right]))
         elif not settings.skip_empty_crops:
             break
-    return found
+    return cropped
 
 
 def _extent(line: np.ndarray, most: int) -> tuple[int, int]:
-    """First and, exclusive, last True of a line, no further than `most`."""
-    places = np.flatnonzero(line)
-    return (int(places[0]), min(int(places[-1]) + 1, most)) if len(places) else (0, 0)
+    """Return the first and, exclusive, last True of a line, at most `most`."""
+    indices = np.flatnonzero(line)
+    return (int(indices[0]), min(int(indices[-1]) + 1, most)) if len(indices) else (0, 0)
 
 
 def cut(image: Tensor, crop: Crop, patch: int, size: int) -> tuple[Tensor, Tensor]:
-    """A crop as the tower sees it.
+    """Return a crop as input of the tower.
 
     Args:
-        image: (3, H', W'), normalised.
+        image: (3, H', W'), normalized.
         patch: side of a patch.
         size: side of the crop, a multiple of `patch`.
 
     Returns:
-        (3, size, size), bilinear without antialiasing, and which of its patches are of the class,
+        (3, size, size), bilinear without antialiasing, and which of its patches belong to the class,
         (size / patch squared,) bool.
     """
     top, left, bottom, right = crop.box
     pixels = image[None, :, top * patch : bottom * patch, left * patch : right * patch]
     pixels = F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False)[0]
     grid = size // patch
-    # By whole numbers: F.interpolate's nearest multiplies by a rounded factor.
+    # In integers: F.interpolate's nearest mode multiplies by a rounded factor.
     rows, columns = (np.arange(grid) * side // grid for side in crop.cells.shape)
     return pixels, torch.from_numpy(crop.cells[np.ix_(rows, columns)].ravel())
 
 
 @torch.no_grad()
 def class_tokens(visual: VisionTransformer, pixels: Tensor, cells: Tensor, settings: TagSettings) -> Tensor:
-    """The class tokens of crops, which see nothing but the patches of the class.
+    """Return the class tokens of crops, which attend only to the patches of the class.
 
     Args:
         pixels: (M, 3, size, size), see `cut`.
         cells: (M, n) bool.
 
     Returns:
-        (M, E) float32, not normalised.
+        (M, E) float32, not normalized.
     """
     tokens, _ = visual.embed(pixels, settings.position_rounding)
     batch, length, _ = tokens.shape

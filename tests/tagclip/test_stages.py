@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tagclip.templates import TEMPLATES
 
 import clip
 from clip import CLIP, Config
@@ -20,7 +21,6 @@ from tagclip.patches import (
     refined_probabilities,
     spread,
 )
-from tagclip.templates import TEMPLATES
 from tests import weights
 from tests.tagclip.common import (
     IMAGES,

@@ -1,6 +1,6 @@
-"""The prompts TagCLIP reads class names in: CLIP's 80 for ImageNet and five of scenes."""
+"""Prompt templates: the 80 that CLIP publishes for ImageNet, and five of scenes that TagCLIP adds."""
 
-TEMPLATES = (
+IMAGENET_TEMPLATES = (
     "a bad photo of a {}.", "a photo of many {}.", "a sculpture of a {}.", "a photo of the hard to see {}.",
     "a low resolution photo of the {}.", "a rendering of a {}.", "graffiti of a {}.",
     "a bad photo of the {}.", "a cropped photo of the {}.", "a tattoo of a {}.", "the embroidered {}.",
@@ -22,7 +22,11 @@ TEMPLATES = (
     "a photo of the weird {}.", "the cartoon {}.", "art of the {}.", "a drawing of the {}.",
     "a photo of the large {}.", "a black and white photo of a {}.", "the plushie {}.",
     "a dark photo of a {}.", "itap of a {}.", "graffiti of the {}.", "a toy {}.", "itap of my {}.",
-    "a photo of a cool {}.", "a photo of a small {}.", "a tattoo of the {}.", "there is a {} in the scene.",
+    "a photo of a cool {}.", "a photo of a small {}.", "a tattoo of the {}.",
+)  # fmt: skip
+
+SCENE_TEMPLATES = (
+    "there is a {} in the scene.",
     "there is the {} in the scene.", "this is a {} in the scene.", "this is the {} in the scene.",
     "this is one {} in the scene.",
 )  # fmt: skip

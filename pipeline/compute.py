@@ -1,0 +1,138 @@
+"""On what a step computes: device, precision, processes and threads, and how much fits in GPU memory."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import clip
+from clip.model import CLIP, HEAD_WIDTH, VisionTransformer
+from common.settings import Settings, setting
+from pipeline.flow import FlowSettings
+from pipeline.processes import cores, device_of
+from pytorch_grad_cam.last_block import LABELS_AT_ONCE
+
+MAX_BATCH = 32  # images; a GPU is busy by then, and fewer images of rare shapes are left over
+PREFETCHED_BATCHES = 8  # decoded ahead, among which images of equal size are looked for
+WRITERS = 4  # threads that write a GPU's results: PNG and NumPy files at some thousand a second
+BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}  # flags in /proc/cpuinfo, of x86 and of ARM
+
+
+@dataclass(frozen=True)
+class ComputeSettings(Settings):
+    """On what a step computes. Results do not depend on it, except that `precision`, `compile` and
+    `batch_size` change rounding."""
+
+    device: str = setting("auto", "auto (a GPU if there is one), cpu, cuda or cuda:i", metavar="DEVICE")
+    precision: str = setting(
+        "fp32",
+        "of the image tower's matrix products; bf16 is faster on GPUs and on CPUs with bf16 units, tf32 and "
+        "fp16 on GPUs. Softmax, norms and sums stay float32",
+        choices=clip.PRECISIONS,
+    )
+    compile: bool = setting(
+        False, "compile the image tower's blocks; takes about a minute, and a C++ compiler on a CPU"
+    )
+    num_workers: int = setting(
+        1, "processes; with several GPUs they take turns, on a CPU one keeps all cores busy", least=1
+    )
+    threads: int | None = setting(
+        None,
+        "CPU threads of a process, each busy with its own images (default: one for each core); fewer need "
+        "less memory",
+        least=1,
+    )
+    batch_size: int | None = setting(
+        None,
+        "images computed at once; auto: what fits on a GPU, 1 on a CPU. A batch that does not fit is halved",
+        least=1,
+        none="auto",
+    )
+    prefetch: int | None = setting(
+        None,
+        "images decoded ahead and grouped by size into batches; bounds memory (default: "
+        f"{PREFETCHED_BATCHES} batches)",
+        least=1,
+        aliases=["--look_ahead"],
+    )
+    decode_workers: int | None = setting(
+        None, "processes that decode for a GPU (default: the other cores; on a CPU 0)", least=0
+    )
+
+    def flow(self) -> FlowSettings:
+        """Return how images flow; where the user says nothing, a GPU is fed by all other cores.
+
+        Raises:
+            ValueError: no such device.
+        """
+        gpu = clip.pick_device(self.device).type == "cuda"
+        batch = self.batch_size or (MAX_BATCH if gpu else 1)
+        decode_workers = self.decode_workers
+        if decode_workers is None:
+            decode_workers = max(1, cores() // self.num_workers - 1) if gpu else 0
+        return FlowSettings(
+            batch_size=self.batch_size,
+            prefetch=self.prefetch or (PREFETCHED_BATCHES * batch if batch > 1 else 1),
+            threads=self.threads,
+            decode_workers=decode_workers,
+            write_workers=WRITERS,
+        )
+
+    def load(self, model: str, round_weights: bool | None, worker_index: int = 0) -> CLIP:
+        """Load a CLIP for one process, see `clip.load`; `worker_index` selects the GPU."""
+        device = device_of(self.device, worker_index)
+        if worker_index == 0:
+            warn_of_slow_precision(device, self.precision)
+        return clip.load(model, device, self.precision, round_weights, self.compile)
+
+
+def warn_of_slow_precision(device: str, precision: str) -> None:
+    """Print a warning if bfloat16 is emulated: on such a CPU it took 2.3 times as long as float32."""
+    if precision == "bf16" and device == "cpu" and not has_bf16_units():
+        print(
+            "warning: this CPU has no bfloat16 units, so --precision bf16 is slower than fp32 (0.43 of its "
+            "speed was measured)",
+            file=sys.stderr,
+        )
+
+
+def has_bf16_units(cpuinfo: str | Path = "/proc/cpuinfo") -> bool:
+    """Return whether the CPU multiplies bfloat16 in hardware; True where that cannot be read."""
+    try:
+        text = Path(cpuinfo).read_text()
+    except OSError:  # not Linux
+        return True
+    lines = [line for line in text.splitlines() if line.lower().startswith(("flags", "features"))]
+    return not lines or bool(BF16_UNITS & set(lines[0].split()))
+
+
+def bytes_per_image(model: CLIP, patches: int) -> int:
+    """Return an upper estimate of the memory that a batch needs for each image.
+
+    Quadratic in the patches are the last block's attention of all heads, their sum, and what one head
+    needs; linear are the widest activations, which the gradient holds for several labels.
+    """
+    if not isinstance(model.visual, VisionTransformer):
+        return patches * 2**20  # early stages: 64 positions of each stride-32 cell at hundreds of channels
+    width = model.config.vision_width
+    heads = width // HEAD_WIDTH
+    return 4 * patches**2 * (heads + 6) + 4 * patches * width * (12 * LABELS_AT_ONCE + 40)
+
+
+def images_that_fit(model: CLIP, patches: int, threads: int, views: int = 1) -> int:
+    """Return the number of images of this size that fit in GPU memory, per thread; on a CPU 1.
+
+    A CPU's cores are busy with one image of usual size, and results are then equal to the last bit whatever a
+    resumed run has left to do.
+
+    Args:
+        patches: of an image.
+        threads: that share the GPU.
+        views: of each image, computed together.
+    """
+    if model.device.type == "cpu":
+        return 1
+    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    free = 0.8 * (torch.cuda.mem_get_info(model.device)[0] + unused)  # a fifth is left for others
+    return int(min(MAX_BATCH, max(1, free / threads // (views * bytes_per_image(model, patches)))))

@@ -1,0 +1,176 @@
+"""Labels from scores: files of scores, rules that choose labels, the label file, metrics."""
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common.files import replacing
+from pipeline.flags import beside_images
+from pipeline.run import first_few
+from segmentation import labels
+from segmentation.benchmark import Benchmark
+from segmentation.label_metrics import label_scores
+
+SUFFIX = ".npz"
+RULES = ("relative", "absolute", "top")
+
+
+def write_scores(folder: str | Path, scores: Mapping[str, np.ndarray]) -> Path:
+    """Write a file of scores; its name is a hash of its images, so that processes do not collide.
+
+    Args:
+        scores: image name -> (K,) float32.
+    """
+    names = sorted(scores)
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    file = Path(folder) / f"scores-{digest}{SUFFIX}"
+    with replacing(file) as stream:
+        np.savez(stream, names=np.array(names), scores=np.stack([scores[name] for name in names]))
+    return file
+
+
+def read_scores(folder: str | Path, num_classes: int) -> dict[str, np.ndarray]:
+    """Return all scores in a folder: image name -> (K,) float32.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    scores: dict[str, np.ndarray] = {}
+    for file in sorted(Path(folder).glob(f"scores-*{SUFFIX}")):
+        try:
+            with np.load(file) as content:  # refuses pickles
+                names, values = content["names"], content["scores"]
+            if values.shape != (len(names), num_classes):
+                raise ValueError(f"its scores have the shape {values.shape}")
+        except Exception as error:  # whatever zipfile and NumPy raise on damaged files
+            raise ValueError(f"{file} is damaged ({error}): remove it, and start again to go on") from None
+        scores.update(zip(names.tolist(), values, strict=True))
+    return scores
+
+
+class LabelRule(NamedTuple):
+    """How scores become labels, see `choose`."""
+
+    threshold: float
+    rule: str = "relative"
+
+
+def label_rule(rule: str, threshold: float | None, ratio: float) -> LabelRule:
+    """Return what --label_rule and --label_threshold ask for; `ratio` is the default of "relative".
+
+    Raises:
+        ValueError: the threshold does not fit the rule.
+    """
+    if rule == "relative":
+        threshold = ratio if threshold is None else threshold
+        expected, fits = "from 0 to 1", 0 <= threshold <= 1
+    elif threshold is None:
+        raise ValueError(f"--label_rule {rule} needs a --label_threshold")
+    elif rule == "top":
+        expected, fits = "that is whole, 1 or more", threshold >= 1 and threshold.is_integer()
+    else:
+        expected, fits = "that is finite", math.isfinite(threshold)
+    if not fits:
+        raise ValueError(f"--label_rule {rule} takes a --label_threshold {expected}, not {threshold:g}")
+    return LabelRule(threshold, rule)
+
+
+def choose(scores: np.ndarray, threshold: float, rule: str = "relative") -> np.ndarray:
+    """Return which classes are predicted, (n, K) bool.
+
+    Args:
+        scores: (n, K).
+        threshold: of the rule.
+        rule: "relative": above min + threshold * (max - min) of an image's scores, so none if all are equal;
+            "absolute": above the threshold; "top": the `threshold` highest, of equal ones the first.
+    """
+    if rule == "relative":
+        low, high = scores.min(1, keepdims=True), scores.max(1, keepdims=True)
+        return scores > low + threshold * (high - low)
+    if rule == "absolute":
+        return scores > threshold
+    highest = np.argsort(-scores, axis=1, kind="stable")[:, : int(threshold)]
+    chosen = np.zeros(scores.shape, bool)
+    np.put_along_axis(chosen, highest, True, axis=1)
+    return chosen
+
+
+def chosen_labels(scores: np.ndarray, threshold: float, rule: str = "relative") -> list[list[int]]:
+    """Return each image's labels, ascending: the chosen classes, or else the one of the highest score."""
+    chosen = choose(scores, threshold, rule)
+    return [
+        np.flatnonzero(row).tolist() or [int(values.argmax())]
+        for row, values in zip(chosen, scores, strict=True)
+    ]
+
+
+def write_labels(file: str | Path, scores: dict[str, np.ndarray], rule: LabelRule) -> None:
+    """Write lines `name index index ...`, which every script takes as --labels and as --split_file."""
+    chosen = chosen_labels(np.stack([*scores.values()]), *rule) if scores else []
+    lines = [" ".join([name, *map(str, row)]) + "\n" for name, row in zip(scores, chosen, strict=True)]
+    with replacing(file) as stream:
+        stream.write("".join(lines).encode())
+    mean = sum(map(len, chosen)) / max(1, len(chosen))
+    print(f"{file}: {len(lines)} images, {mean:.2f} labels each", file=sys.stderr)
+
+
+def report_metrics(
+    scores: dict[str, np.ndarray],
+    truth: labels.LabelReader | None,
+    classes: Sequence[str],
+    rule: LabelRule,
+    json_file: str | None,
+) -> None:
+    """Print the metrics of images with true labels, as the reference script does, and write them as JSON."""
+    true_labels, unlabeled = {}, []
+    for name in scores if truth else ():
+        try:
+            true_labels[name] = truth(name)
+        except (ValueError, OSError) as error:
+            unlabeled.append(f"{name}: {error}")
+    if unlabeled:
+        message = f"{len(unlabeled)} images without true labels are not scored: {first_few(unlabeled)}"
+        print(message, file=sys.stderr)
+    if not true_labels:
+        print("no true labels: nothing to score", file=sys.stderr)
+        return
+    values = np.stack([scores[name] for name in true_labels])  # (n, K)
+    labeled = np.zeros(values.shape, bool)
+    for row, class_ids in zip(labeled, true_labels.values(), strict=True):
+        row[class_ids] = True
+    result = label_scores(values, labeled, classes, choose(values, *rule))
+    print(f"mAP: {result['mAP']:.6f}")
+    absent = result["classes without positives"]
+    if absent:
+        rest = result["mAP of classes with positives"]
+        print(f"mAP of classes with positives: {rest:.6f} ({absent} of {len(classes)} have none)")
+    print(f"F1: {result['F1']:.6f}, Precision: {result['Precision']:.6f}, Recall: {result['Recall']:.6f}")
+    if json_file:
+        with replacing(json_file) as stream:
+            content = {key: None if value != value else value for key, value in result.items()}  # NaN
+            stream.write(json.dumps(content, indent=2).encode() + b"\n")
+
+
+def truth_reader(
+    benchmark: Benchmark, split: labels.Split, labels_file: str | None, image_root: str
+) -> labels.LabelReader | None:
+    """Return the true labels: of a file, of the split file, else the benchmark's; None if there are none.
+
+    Raises:
+        FileNotFoundError, ValueError: `labels_file` cannot be read, or a split names classes out of range.
+    """
+    if labels_file or any(split.values()):
+        return labels.reader(replace(benchmark, labels="file"), split, labels_file)
+    if benchmark.labels == "file":
+        return None
+    try:
+        return labels.reader(beside_images(benchmark, image_root), split)
+    except FileNotFoundError:  # the images come without annotation
+        return None

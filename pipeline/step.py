@@ -1,0 +1,99 @@
+"""The step runner: skip the images that are done, take the others through decode, compute and write."""
+
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pipeline.flow import FlowSettings, flow
+from pipeline.processes import Outcome
+
+
+@dataclass
+class Decoded:
+    """What decoding makes of a sample; the base of what steps decode to.
+
+    Attributes:
+        name: image id.
+        notes: remarks that are counted over all images, such as "images shrunk to ...".
+        shape: equal for images that may share a batch.
+        cost: batches are cut from images in descending order of this number, so that padding to the largest
+            of a batch (its number of labels, for example) wastes little.
+    """
+
+    name: str
+    notes: list[str] = field(default_factory=list, kw_only=True)
+    shape: ClassVar[Hashable] = None
+    cost: ClassVar[int] = 0
+
+
+class Step:
+    """What a numbered step does with its images, in one process.
+
+    A subclass says what counts as done, and how to decode, compute and write. It is pickled to worker
+    processes before `start`, so models are loaded there. Several threads may call `compute` and `write` at
+    once, except with `flow.threads` 0.
+    """
+
+    flow = FlowSettings(threads=0)
+
+    def is_done(self, name: str) -> bool:
+        """Whether an earlier run has finished this image."""
+        return False
+
+    def done_outcomes(self, name: str) -> Iterable[Outcome]:
+        """What is counted for a name that is done."""
+        return [Outcome(name)]
+
+    def start(self, worker_index: int) -> None:
+        """Load models; not called when everything is done. `worker_index`: see `pipeline.processes`."""
+
+    def decoder(self) -> Callable[[Any], Decoded | Outcome]:
+        """The function sample -> decoded image, or its outcome when nothing is left to compute. It may
+        raise; it is pickled when there are decoding processes."""
+        return self.decode
+
+    def decode(self, sample: Any) -> Decoded | Outcome:
+        raise NotImplementedError
+
+    def batch_size(self, decoded: Any) -> int:
+        """Images like this one that are computed at once when the user gives no number."""
+        return 1
+
+    def compute(self, batch: list) -> list:
+        """One result for each decoded image; all have one shape."""
+        raise NotImplementedError
+
+    def write(self, decoded: Any, result: Any) -> Sequence[str] | None:
+        """Write or count one result; return notes, see `Decoded`."""
+        raise NotImplementedError
+
+    def outcomes(self, names: Sequence[str]) -> Iterator[Outcome]:
+        """Take images that are not done through the step."""
+        yield from flow(names, self)
+
+    def finish(self) -> Any:
+        """End the step in this process, also after an error; what is returned reaches `Run.map`."""
+
+
+def run_step(names: Sequence[str], worker_index: int, step: Step) -> Generator[Outcome, None, Any]:
+    """Run a step over images; see `pipeline.processes`.
+
+    Yields:
+        One outcome for each image.
+
+    Returns:
+        What `step.finish` returns.
+    """
+    missing = []
+    for name in names:
+        if step.is_done(name):
+            yield from step.done_outcomes(name)
+        else:
+            missing.append(name)
+    try:
+        if missing:
+            step.start(worker_index)
+            yield from step.outcomes(missing)
+    finally:
+        result = step.finish()
+    return result

@@ -1,0 +1,75 @@
+"""Scores of image-level labels: average precision and F1 of multi-label classification."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+EPSILON = 1e-9  # added to the denominators of precision and recall, as in TagCLIP's code
+AVERAGES = ("overall", "category", "sample")
+
+
+def average_precisions(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Return the mean precision at the ranks of each class's positives, without interpolation.
+
+    Images of equal scores keep their order.
+
+    Args:
+        scores: (n, K).
+        truth: (n, K) of 0 and 1.
+
+    Returns:
+        (K,) float64, NaN for classes without positives.
+    """
+    order = np.argsort(-scores, axis=0, kind="stable")
+    hits = np.take_along_axis(truth, order, 0).astype(bool)  # (n, K)
+    precision = hits.cumsum(0) / np.arange(1, len(hits) + 1)[:, None]
+    positives = hits.sum(0)
+    with np.errstate(invalid="ignore"):
+        return (precision * hits).sum(0) / positives
+
+
+def f1(predicted: np.ndarray, truth: np.ndarray, average: str = "overall") -> tuple[float, float, float]:
+    """Return F1, precision and recall, fractions; F1 is NaN when the others are 0.
+
+    Args:
+        predicted, truth: (n, K) of 0 and 1.
+        average: "overall" counts all pairs of image and class together; "category" and "sample" take the
+            means of precision and recall over classes or images, where those without positives count 0.
+    """
+    axis = {"overall": None, "category": 0, "sample": 1}[average]
+    predicted, truth = predicted.astype(bool), truth.astype(bool)
+    hits = (predicted & truth).sum(axis)
+    precision = float(np.mean(hits / (predicted.sum(axis) + EPSILON)))
+    recall = float(np.mean(hits / (truth.sum(axis) + EPSILON)))
+    both = precision + recall
+    return (2 * precision * recall / both if both else float("nan")), precision, recall
+
+
+def label_scores(
+    scores: np.ndarray, truth: np.ndarray, classes: Sequence[str], predicted: np.ndarray
+) -> dict:
+    """Return all scores of predicted labels, fractions in [0, 1].
+
+    Args:
+        scores, truth, predicted: (n, K), see above.
+        classes: K names.
+
+    Returns:
+        "mAP" as TagCLIP publishes it, where classes without positives count 0, and "mAP of classes with
+        positives"; "F1", "Precision" and "Recall" overall, by category and by sample; "AP" by class, None for
+        classes without positives.
+    """
+    precisions = average_precisions(scores, truth)
+    occurring = precisions[~np.isnan(precisions)]
+    result = {
+        "images": len(scores),
+        "mAP": float(np.nan_to_num(precisions).mean()),
+        "mAP of classes with positives": float(occurring.mean()) if len(occurring) else float("nan"),
+        "classes without positives": int(np.isnan(precisions).sum()),
+    }
+    for average in AVERAGES:
+        suffix = "" if average == "overall" else f" by {average}"
+        names = [f"{name}{suffix}" for name in ("F1", "Precision", "Recall")]
+        result |= dict(zip(names, f1(predicted, truth, average), strict=True))
+    named = zip(classes, precisions.tolist(), strict=True)
+    return result | {"AP": {name: None if np.isnan(value) else value for name, value in named}}
