@@ -1,289 +1,296 @@
-"""Step 3b: a trained network and images -> masks, with and without CRF, their scores, submissions."""
+"""Test of a trained network: images -> masks, with and without CRF, their scores, submissions."""
 
 import tarfile
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from common.files import replacing
-from pipeline.evaluate import benchmark_scores, tell
+from common.settings import setting
+from pipeline.evaluate import benchmark_scores, report_scores
 from pipeline.processes import Outcome, attempt
-from pipeline.run import SETTINGS, Run, check_folder, read_settings
+from pipeline.run import SETTINGS, Record, Run, check_folder, read_settings
+from pipeline.step import Decoded, Step
 from refinement.densecrf import PRESETS
 from segmentation.dataset import check_values
 from segmentation.distributed import rank_and_world, together
 from segmentation.images import UNREADABLE, find_image, read_rgb
 from segmentation.masks import read_mask, write_mask
-from segmentation.metrics import confusion
+from segmentation.metrics import ABSENT, confusion
 from training.segmenter import Segmenter, Setup
 
 MASKS, CRF_MASKS, LOGITS = "masks", "masks_crf", "logits"  # folders of a test
 PATTERNS = {MASKS: "*.png", CRF_MASKS: "*.png", LOGITS: "*.npy"}
 SCORES = {MASKS: "scores.json", CRF_MASKS: "scores_crf.json"}
 LOGIT_TYPES = ("float32", "float16")
-SUBMISSIONS = {"comp5": "comp5_test_cls", "comp6": "comp6_test_cls"}  # VOC's names of what was trained on
+SUBMISSIONS = {"comp5": "comp5_test_cls", "comp6": "comp6_test_cls"}  # VOC's competitions, by training data
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What is tested, and what of it is kept; pickled when there are several processes.
+@dataclass
+class EvaluationInput(Decoded):
+    """A decoded image (H, W, 3) uint8 RGB; its ground truth (H, W) uint8 or None; the outputs by folder that
+    an earlier test finished."""
+
+    image: np.ndarray
+    truth: np.ndarray | None
+    finished: dict[str, np.ndarray]
+
+
+@dataclass
+class Evaluation(Step):
+    """Step 3b, see `pipeline.step.Step`.
 
     Attributes:
         setup: the network.
         image_root: folder of the images.
         gt_root: folder of the ground-truth masks; None gives no scores.
-        output: folder of everything that is written.
-        logits: keep the network's logits in this type; None keeps none.
-        absent: what happens to classes without ground truth, see `segmentation.metrics.scores`.
+        output: folder of all outputs.
     """
 
     setup: Setup
     image_root: str
     gt_root: str | None
     output: str
-    logits: str | None = None
-    absent: str = "drop"
+    save_logits: str | None = setting(None, "also write logits/<id>.npy, the network's logits before they "
+                                      "are resized to the image", choices=LOGIT_TYPES)  # fmt: skip
+    absent: str = setting("drop", "classes without ground truth are left out of the mean IoU (drop, as in "
+                          "deeplab-pytorch), or count as 0 (zero, SEAM), or as 0 if predicted (nan-mean)",
+                          choices=ABSENT)  # fmt: skip
 
     def __post_init__(self):
-        if self.logits and 1 not in self.setup.protocol.scales:
-            raise ValueError("saved logits are those of the unscaled image: add 1.0 to the scales")
+        if self.save_logits and 1 not in self.setup.protocol.scales:
+            raise ValueError("saved logits are those of scale 1: add 1.0 to the scales")
+        channels = self.setup.benchmark.channels
+        self.hists = np.zeros((len(self.scored), channels, channels), np.int64)
 
     @property
     def step(self) -> str:
-        """What the output folder records."""
+        """The step that the output folder records."""
         return f"{self.setup.recipe.name}.test"
 
     @property
     def scored(self) -> list[str]:
-        """The folders of masks."""
+        """Folders of masks."""
         return [MASKS, CRF_MASKS] if self.setup.crf else [MASKS]
 
     def files(self, name: str) -> dict[str, Path]:
-        """What there is to be of an image, by folder."""
+        """Return the output files of an image by folder."""
         files = {folder: Path(self.output) / folder / f"{name}.png" for folder in self.scored}
-        if self.logits:
+        if self.save_logits:
             files[LOGITS] = Path(self.output) / LOGITS / f"{name}.npy"
         return files
 
     def archive(self, submission: str) -> Path:
-        """The file of a submission, a key of `SUBMISSIONS`."""
+        """Return the file of a submission, a key of `SUBMISSIONS`."""
         return Path(self.output) / f"{SUBMISSIONS[submission]}.tgz"
 
+    def is_done(self, name: str) -> bool:
+        return len(self._finished(name)) == len(self.files(name))
 
-def evaluate_images(
-    names: Sequence[str], position: int, job: Evaluation
-) -> Generator[Outcome, None, np.ndarray]:
-    """Write what is not there yet of `names`, and count the pixels; see `pipeline.processes`.
+    def done_outcomes(self, name: str) -> list[Outcome]:
+        counted = attempt(name, lambda name: self._count(name, self._truth(name), self._finished(name)), name)
+        return [counted or Outcome(name)]
 
-    Returns:
-        (F, n, n) int64 [truth, prediction] of the F folders of masks; zero without ground truth.
-    """
-    channels = job.setup.benchmark.channels
-    hists = np.zeros((len(job.scored), channels, channels), np.int64)
-    segmenter = None
+    def start(self, worker_index: int) -> None:
+        self.segmenter = Segmenter(self.setup, worker_index)
 
-    def make(name: str, done: dict[str, np.ndarray]) -> None:
-        truth_file = truth = None
-        if job.gt_root is not None:
-            truth_file = Path(job.gt_root) / f"{name}.png"
-            if not truth_file.is_file():
-                raise FileNotFoundError(f"mask {truth_file} does not exist")
-            truth = read_mask(truth_file)
-            check_values(truth, channels, truth_file)
-        labels = done
-        missing = {folder: file for folder, file in job.files(name).items() if folder not in done}
-        if missing:
-            image = read_rgb(find_image(job.image_root, name))
-            if truth is not None:
-                _same_size(truth_file, truth.shape, image.shape[:2])
-            labels = done | segment(segmenter, image, missing, job.logits)
+    def decode(self, name: str) -> EvaluationInput:
+        truth, image = self._truth(name), read_rgb(find_image(self.image_root, name))
         if truth is not None:
-            for folder in job.scored:
-                _same_size(truth_file, truth.shape, labels[folder].shape)
-            # Only when all is computed may anything be added: a bad image must not be half counted.
-            hists[:] += [confusion(truth, labels[folder], channels) for folder in job.scored]
+            self._check_size(name, truth, image)
+        return EvaluationInput(name, image, truth, self._finished(name))
 
-    for name in names:
-        done = finished(job.files(name))
-        if segmenter is None and len(done) < len(job.files(name)):
-            segmenter = Segmenter(job.setup, position)
-        yield attempt(name, make, done)
-    return hists
+    def compute(self, batch: list[EvaluationInput]) -> list[dict[str, np.ndarray]]:
+        """Return the outputs by folder that are not finished: labels (H, W) uint8, logits (C, h, w)."""
+        return [self._segment(decoded) for decoded in batch]
 
+    def _segment(self, decoded: EvaluationInput) -> dict[str, np.ndarray]:
+        missing = self.files(decoded.name).keys() - decoded.finished.keys()
+        segmented, outputs = self.segmenter(decoded.image), {}
+        if LOGITS in missing:
+            outputs[LOGITS] = segmented.logits.cpu().numpy().astype(self.save_logits)
+        if MASKS in missing:
+            outputs[MASKS] = segmented.labels
+        if CRF_MASKS in missing:
+            outputs[CRF_MASKS] = self.segmenter.crf_labels(decoded.image, segmented.probabilities)
+        return outputs
 
-def finished(files: dict[str, Path]) -> dict[str, np.ndarray]:
-    """What is there, and whole, of the files of an image (by folder, see `Evaluation.files`).
+    def write(self, decoded: EvaluationInput, outputs: dict[str, np.ndarray]) -> None:
+        files = self.files(decoded.name)
+        for folder, output in outputs.items():
+            if folder == LOGITS:
+                with replacing(files[folder]) as stream:
+                    np.save(stream, output)
+            else:
+                write_mask(files[folder], output, self.setup.benchmark.palette)
+        self._count(decoded.name, decoded.truth, decoded.finished | outputs)
 
-    Returns:
-        By folder, (H, W) uint8 labels or logits that are not read yet.
-    """
-    found = {}
-    for folder, file in files.items():
-        with suppress(*UNREADABLE):  # a damaged file is made anew
-            found[folder] = np.load(file, mmap_mode="r") if folder == LOGITS else read_mask(file)
-    return found
+    def finish(self) -> np.ndarray:
+        """Return (F, n, n) int64 [truth, prediction] of the F folders of masks; zero without ground truth."""
+        return self.hists
 
+    def _truth(self, name: str) -> np.ndarray | None:
+        if self.gt_root is None:
+            return None
+        file = Path(self.gt_root) / f"{name}.png"
+        if not file.is_file():
+            raise FileNotFoundError(f"mask {file} does not exist")
+        truth = read_mask(file)
+        check_values(truth, self.setup.benchmark.channels, file)
+        return truth
 
-def segment(
-    segmenter: Segmenter, image: np.ndarray, files: dict[str, Path], logits: str | None
-) -> dict[str, np.ndarray]:
-    """Segment an image (H, W, 3) uint8 RGB and write `files` (by folder, see `Evaluation.files`).
+    def _finished(self, name: str) -> dict[str, np.ndarray]:
+        """Return the existing, undamaged outputs by folder: labels (H, W) uint8, or logits, which are not
+        read."""
+        outputs = {}
+        for folder, file in self.files(name).items():
+            with suppress(*UNREADABLE):  # a damaged file is written anew
+                outputs[folder] = np.load(file, mmap_mode="r") if folder == LOGITS else read_mask(file)
+        return outputs
 
-    Returns:
-        The (H, W) uint8 labels by folder, of the masks among the files.
-    """
-    segmented, labels = segmenter(image), {}
-    if LOGITS in files:
-        with replacing(files[LOGITS]) as stream:
-            np.save(stream, segmented.logits.cpu().numpy().astype(logits))  # (C, h, w)
-    if MASKS in files:
-        labels[MASKS] = segmented.labels
-    if CRF_MASKS in files:
-        labels[CRF_MASKS] = segmenter.crf_labels(image, segmented.probabilities)
-    for folder, mask in labels.items():
-        write_mask(files[folder], mask, segmenter.setup.benchmark.palette)
-    return labels
+    def _count(self, name: str, truth: np.ndarray | None, outputs: dict[str, np.ndarray]) -> None:
+        if truth is not None:
+            for folder in self.scored:
+                self._check_size(name, truth, outputs[folder])
+            # All or nothing: an image that fails must not be counted in one of the matrices.
+            channels = self.setup.benchmark.channels
+            self.hists += [confusion(truth, outputs[folder], channels) for folder in self.scored]
 
-
-def _same_size(file: Path, truth: tuple[int, int], image: tuple[int, int]) -> None:
-    if truth != image:
-        raise ValueError(f"mask {file} is {truth} but its image {image} (height, width)")
+    def _check_size(self, name: str, truth: np.ndarray, image: np.ndarray) -> None:
+        if truth.shape != image.shape[:2]:
+            file = Path(self.gt_root) / f"{name}.png"
+            raise ValueError(f"mask {file} is {truth.shape} but its image {image.shape[:2]} (height, width)")
 
 
 def evaluate(
-    job: Evaluation,
+    step: Evaluation,
     names: Sequence[str],
     submission: str | None = None,
     overwrite: bool = False,
     num_workers: int = 1,
 ) -> int:
-    """Make the masks, print and write their scores, pack a submission.
+    """Write the masks, print and write their scores, pack a submission.
 
     Args:
-        job: see there.
+        step: see there.
         names: image ids.
-        submission: a key of `SUBMISSIONS`; packs the masks, after the CRF if there is one, as VOC's server
-            takes them.
-        overwrite: remove all that a test has left there instead of going on with it.
+        submission: a key of `SUBMISSIONS`: packs the masks, those after the CRF if there is one, as VOC's
+            server needs them.
+        overwrite: remove everything that an earlier test left there instead of continuing it.
         num_workers: processes.
 
     Returns:
-        The exit code: 1 if an image failed. Nothing is packed then.
+        The exit code: 1 if an image failed; nothing is packed then.
 
     Raises:
-        ValueError: a folder holds what another network, or other settings, made.
+        ValueError: a folder holds the outputs of another network or of other settings.
         OSError: a folder is missing.
     """
     with together():
-        _check_inputs(job, names)
-    run = settled(job, overwrite)
+        _check_inputs(step, names)
+    run = start_run(step, overwrite)
     if submission and run.rank == 0:
-        job.archive(submission).unlink(missing_ok=True)  # lest one of before be taken for this one
-    parts = run.map(evaluate_images, names, job, num_workers=num_workers)
+        step.archive(submission).unlink(missing_ok=True)  # an old one must not be mistaken for this one
+    parts = run.map(step, names, num_workers=num_workers)
     code = run.finish()
     if run.rank == 0:
-        if job.gt_root is not None:
-            for folder, hist in zip(job.scored, sum(parts), strict=True):
-                tell_scores(job, folder, hist, len(names), run.failures)
+        if step.gt_root is not None:
+            for folder, hist in zip(step.scored, sum(parts), strict=True):
+                print_scores(step, folder, hist, len(names), [name for name, _ in run.failures])
         if submission and code == 0:
-            pack(job, names, submission)
+            pack(step, names, submission)
         elif submission:
-            print("no submission was packed, since images failed")
+            print("no submission was packed, because images failed")
     return code
 
 
-def _check_inputs(job: Evaluation, names: Sequence[str]) -> None:
-    for what, folder in (("image", job.image_root), ("ground-truth", job.gt_root)):
+def _check_inputs(step: Evaluation, names: Sequence[str]) -> None:
+    for kind, folder in (("image", step.image_root), ("ground-truth", step.gt_root)):
         if folder is not None and not Path(folder).is_dir():
-            raise FileNotFoundError(f"{what} folder {folder} does not exist")
-    if job.gt_root is not None and not any((Path(job.gt_root) / f"{name}.png").is_file() for name in names):
+            raise FileNotFoundError(f"{kind} folder {folder} does not exist")
+    if step.gt_root is not None and not any((Path(step.gt_root) / f"{name}.png").is_file() for name in names):
         raise FileNotFoundError(
-            f"{job.gt_root} holds the mask of none of the {len(names)} images: give another --gt_root, or "
-            "--no_scores where there is no ground truth"
+            f"{step.gt_root} holds the mask of none of the {len(names)} images: give another --gt_root, or "
+            "--no_scores if there is no ground truth"
         )
 
 
-def settled(job: Evaluation, overwrite: bool) -> Run:
-    """The run of a test, after each folder that it fills has been found empty or of the same settings.
+def start_run(step: Evaluation, overwrite: bool) -> Run:
+    """Return the run of a test, after a check that each folder it fills is empty or of the same settings.
 
-    To overwrite is to remove all that a test has left, also in folders that this one does not fill, whose
-    files would be taken for this network's. Nothing is removed if there is an error.
+    `overwrite` removes everything that a test left, also in folders that this one does not fill, because
+    their files would be taken for this network's. Nothing is removed if there is an error.
     """
-    root, crf = Path(job.output), job.setup.crf
+    root, crf = Path(step.output), step.setup.crf
+    filled = [*step.scored, *([LOGITS] if step.save_logits else [])]
     with together():
-        common = job.setup.record()
-        common["settings"]["images"] = str(Path(job.image_root).absolute())
-        more = {MASKS: {}, CRF_MASKS: {"crf": crf and asdict(PRESETS[crf])}, LOGITS: {"type": job.logits}}
+        record = Record(step.step, **step.setup.record())
+        record.settings["images"] = str(Path(step.image_root).absolute())
+        crf_settings = {"crf": crf and asdict(PRESETS[crf])}
+        more = {MASKS: {}, CRF_MASKS: crf_settings, LOGITS: {"type": step.save_logits}}
         records, stale = {}, []
-        if overwrite and read_settings(root).get("step") == job.step:
-            stale += [root / file for file in SCORES.values()] + [job.archive(key) for key in SUBMISSIONS]
-        filled = [*job.scored, *([LOGITS] if job.logits else [])]
+        if overwrite and read_settings(root).get("step") == step.step:
+            stale += [root / file for file in SCORES.values()] + [step.archive(key) for key in SUBMISSIONS]
         for folder, pattern in PATTERNS.items():
-            settings = common["settings"] | more[folder]
-            arguments = {**common, "settings": settings, "outputs": (pattern,), "overwrite": overwrite,
-                         "step": f"{job.step} {folder}"}  # fmt: skip
+            own = Record(f"{step.step} {folder}", record.settings | more[folder], record.inputs, (pattern,))
             if folder in filled:
-                check_folder(root / folder, **arguments)
-                records[folder] = arguments
-            elif overwrite and read_settings(root / folder).get("step") == arguments["step"]:
-                stale += [*check_folder(root / folder, **arguments), root / folder / SETTINGS]
-        common["settings"]["crf"] = crf
-        check_folder(root, **common, outputs=(), overwrite=overwrite, step=job.step)
+                check_folder(root / folder, own, overwrite)
+                records[folder] = own
+            elif overwrite and read_settings(root / folder).get("step") == own.step:
+                stale += [*check_folder(root / folder, own, overwrite), root / folder / SETTINGS]
+        record = replace(record, settings=record.settings | {"crf": crf})
+        check_folder(root, record, overwrite)
     if rank_and_world()[0] == 0:
         for file in stale:
             file.unlink(missing_ok=True)
         for folder in {file.parent for file in stale} - {root}:
-            with suppress(OSError):  # it also holds what others put there
+            with suppress(OSError):  # not empty: it also holds other files
                 folder.rmdir()
-    for folder, arguments in records.items():
-        Run(root / folder, **arguments)
-    return Run(root, **common, step=job.step)
+    for folder, own in records.items():
+        Run(root / folder, own, overwrite)
+    return Run(root, record)
 
 
-def tell_scores(
-    job: Evaluation, folder: str, hist: np.ndarray, images: int, failures: Sequence[tuple[str, str]]
+def print_scores(
+    step: Evaluation, folder: str, hist: np.ndarray, num_images: int, failed: Sequence[str]
 ) -> None:
     """Print the scores of a folder of masks, and write them beside it."""
-    setup, crf = job.setup, folder == CRF_MASKS
-    print(f"\nwith CRF ({setup.crf}):" if crf else "\nwithout CRF:")
+    setup, crf = step.setup, step.setup.crf if folder == CRF_MASKS else None
+    print(f"\nwith CRF ({crf}):" if crf else "\nwithout CRF:")
     report = {
         "benchmark": setup.benchmark.name,
         "checkpoint": setup.checkpoint,
         "protocol": asdict(setup.protocol),
         "precision": setup.precision,
-        "crf": setup.crf if crf else None,
-        "absent": job.absent,
-        "images": images - len(failures),
-        "failed": [name for name, _ in failures],
+        "crf": crf,
+        "absent": step.absent,
+        "images": num_images - len(failed),
+        "failed": list(failed),
     }
-    file = Path(job.output) / SCORES[folder]
+    file = Path(step.output) / SCORES[folder]
     pixels = np.array([0, hist.sum()])  # none is predicted 255
-    result = benchmark_scores(hist, setup.benchmark, job.absent)
-    tell(report, (None,), [result], pixels, setup.benchmark, file)
+    result = benchmark_scores(hist, setup.benchmark, step.absent)
+    report_scores(report, (None,), [result], pixels, setup.benchmark, file)
 
 
-def pack(job: Evaluation, names: Sequence[str], submission: str) -> Path:
-    """Pack the masks for VOC's evaluation server, and say where.
+def pack(step: Evaluation, names: Sequence[str], submission: str) -> None:
+    """Write the masks as a .tgz file for VOC's evaluation server, and print its name.
 
-    Returns:
-        A .tgz file that holds results/VOC2012/Segmentation/<competition>/<name>.png.
+    It holds results/VOC2012/Segmentation/<competition>/<name>.png.
     """
-    competition = SUBMISSIONS[submission]
-    target = job.archive(submission)
-    folder = job.scored[-1]
+    target, folder = step.archive(submission), step.scored[-1]
     with replacing(target) as stream, tarfile.open(fileobj=stream, mode="w:gz") as archive:
         for name in sorted(names):
-            inside = f"results/VOC2012/Segmentation/{competition}/{name}.png"
-            archive.add(job.files(name)[folder], inside, filter=_anonymous)
-    print(f"\n{target}: {len(names)} masks of {Path(job.output) / folder}, for the evaluation server of VOC")
-    return target
+            member = f"results/VOC2012/Segmentation/{SUBMISSIONS[submission]}/{name}.png"
+            archive.add(step.files(name)[folder], member, filter=_anonymous)
+    print(f"\n{target}: {len(names)} masks of {Path(step.output) / folder}, for VOC's evaluation server")
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Who packed it, and when, is nobody's business."""
+    """Remove user and time from an archive member."""
     member.uid = member.gid = member.mtime = 0
     member.uname = member.gname = ""
     return member

@@ -1,20 +1,20 @@
-"""Segment pictures of one's own: python -m deeplab.predict --help"""
+"""Command `predict` of a method: masks and overlays of a user's own images."""
 
 import argparse
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common.files import replacing
-from pipeline.flags import HelpFormatter, count, workers
-from pipeline.masks import at_size
-from pipeline.processes import Outcome, attempt
-from pipeline.run import Run, check_folder, read_settings
+from common.settings import add_flags, given, setting
+from pipeline.flags import HelpFormatter, count
+from pipeline.masks import resize_mask
+from pipeline.run import Record, Run, check_folder, read_settings
+from pipeline.step import Decoded, Step
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.distributed import together
 from segmentation.images import image_files, read_rgb
@@ -24,15 +24,22 @@ from training.recipe import Recipe
 from training.segmenter import Segmenter, Setup, add_network_flags, read_setup
 
 AGAIN = "the same command starts anew"
-SIZE = 513  # longer side that an image is brought to; deeplab-pytorch's demo
-OPACITY = 0.5  # of the classes over the picture; the same demo's
+SIZE = 513  # longer side that an image is resized to, as in deeplab-pytorch's demo
+OPACITY = 0.5  # of the classes over the image, as there
 MASKS, OVERLAYS = "masks", "overlays"  # folders of the output
 TEXT, SWATCH, MARGIN, ROW = 15, 14, 8, 24  # pixels of the legend
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What is predicted; pickled when there are several processes.
+@dataclass
+class DecodedFile(Decoded):
+    """An image file `name` and its pixels (H, W, 3) uint8 RGB."""
+
+    image: np.ndarray
+
+
+@dataclass
+class Prediction(Step):
+    """Step 3c, see `pipeline.step.Step`.
 
     Attributes:
         setup: the network.
@@ -42,18 +49,40 @@ class Prediction:
 
     setup: Setup
     output: str
-    size: int = SIZE
+    size: int = setting(SIZE, "longer side that images are resized to before the network reads them; 0 keeps "
+                        "their size", least=0)  # fmt: skip
+
+    def files(self, image_file: str) -> dict[str, Path]:
+        """Return the output files of an image file by folder."""
+        name = f"{Path(image_file).stem}.png"
+        return {folder: Path(self.output) / folder / name for folder in (MASKS, OVERLAYS)}
+
+    def start(self, worker_index: int) -> None:
+        self.segmenter = Segmenter(self.setup, worker_index)
+
+    def decode(self, file: str) -> DecodedFile:
+        return DecodedFile(file, read_rgb(file))
+
+    def compute(self, batch: list[DecodedFile]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return what `predict` returns."""
+        return [predict(self.segmenter, decoded.image, self.size) for decoded in batch]
+
+    def write(self, decoded: DecodedFile, result: tuple[np.ndarray, np.ndarray]) -> None:
+        (resized, labels), files, benchmark = result, self.files(decoded.name), self.setup.benchmark
+        write_mask(files[MASKS], resize_mask(labels, decoded.image.shape[:2]), benchmark.palette)
+        with replacing(files[OVERLAYS]) as stream:
+            Image.fromarray(labeled_overlay(resized, labels, benchmark)).save(stream, format="PNG")
 
 
 def predict(segmenter: Segmenter, image: np.ndarray, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
-    """Segment a picture, after the dense CRF if the setup has one.
+    """Segment an image, with the dense CRF if the setup has one.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        size: the longer side it is resized to; 0 leaves it as it is.
+        size: longer side that it is resized to; 0 keeps its size.
 
     Returns:
-        The picture (h, w, 3) uint8 that was segmented, and its labels (h, w) uint8.
+        The resized image (h, w, 3) uint8, and its labels (h, w) uint8.
     """
     if size:
         image = resize_by(image, size / max(image.shape[:2]))
@@ -63,45 +92,29 @@ def predict(segmenter: Segmenter, image: np.ndarray, size: int = SIZE) -> tuple[
     return image, segmented.labels
 
 
-def predict_images(files: Sequence[str], position: int, job: Prediction) -> Generator[Outcome, None, None]:
-    """Write mask and overlay of each image file; see `pipeline.processes`."""
-    segmenter, benchmark = Segmenter(job.setup, position), job.setup.benchmark
-
-    def make(file: str) -> None:
-        image, name = read_rgb(file), Path(file).stem
-        shown, labels = predict(segmenter, image, job.size)
-        mask = at_size(labels, image.shape[:2])
-        write_mask(Path(job.output) / MASKS / f"{name}.png", mask, benchmark.palette)
-        with replacing(Path(job.output) / OVERLAYS / f"{name}.png") as stream:
-            Image.fromarray(explained(shown, labels, benchmark)).save(stream, format="PNG")
-
-    for file in files:
-        yield attempt(file, make)
-
-
-def explained(image: np.ndarray, labels: np.ndarray, benchmark: Benchmark) -> np.ndarray:
-    """A picture with its classes painted over it, outlined in their colours, and their names below.
+def labeled_overlay(image: np.ndarray, labels: np.ndarray, benchmark: Benchmark) -> np.ndarray:
+    """Return an image with its classes painted over it, outlined in their colors, and a legend below.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         labels: (H, W) uint8.
 
     Returns:
-        (H + legend, W or what the longest name needs, 3) uint8 RGB.
+        (H + legend, W or the width of the longest name, 3) uint8 RGB.
     """
     clear = [0, IGNORE] if benchmark.has_background else [IGNORE]
     painted = overlay(image, labels, benchmark.palette, OPACITY, clear)
     square = np.ones((3, 3), np.uint8)
     edge = (cv2.dilate(labels, square) != cv2.erode(labels, square)) & ~np.isin(labels, clear)
-    painted[edge] = benchmark.palette[labels[edge]]  # the legend's colours, which paint over colours is not
+    painted[edge] = benchmark.palette[labels[edge]]  # the legend's colors; those of the overlay are mixed
     classes = ["background"] * benchmark.has_background + list(benchmark.classes)
-    found = [index for index in np.unique(labels) if index not in clear]
-    entries = [(classes[index], tuple(benchmark.palette[index].tolist())) for index in found]
+    present = [index for index in np.unique(labels) if index not in clear]
+    entries = [(classes[index], tuple(benchmark.palette[index].tolist())) for index in present]
     return with_legend(painted, entries or [("nothing but background", (255, 255, 255))])
 
 
 def with_legend(image: np.ndarray, entries: Sequence[tuple[str, tuple[int, int, int]]]) -> np.ndarray:
-    """A picture (H, W, 3) uint8 with rows of coloured squares and names below, on white."""
+    """Return an image (H, W, 3) uint8 with rows of colored squares and names below, on white."""
     font = ImageFont.load_default(TEXT)
     widths = [round(font.getlength(name)) + SWATCH + 3 * MARGIN for name, _ in entries]
     height, width = image.shape[0], max(image.shape[1], *(entry + MARGIN for entry in widths))
@@ -114,8 +127,8 @@ def with_legend(image: np.ndarray, entries: Sequence[tuple[str, tuple[int, int, 
     canvas = Image.new("RGB", (width, y + ROW), "white")
     canvas.paste(Image.fromarray(image))
     draw = ImageDraw.Draw(canvas)
-    for (name, colour), (x, y) in zip(entries, places, strict=True):
-        draw.rectangle((x, y, x + SWATCH, y + SWATCH), fill=colour, outline=(120, 120, 120))
+    for (name, color), (x, y) in zip(entries, places, strict=True):
+        draw.rectangle((x, y, x + SWATCH, y + SWATCH), fill=color, outline=(120, 120, 120))
         draw.text((x + SWATCH + MARGIN, y + SWATCH / 2), name, "black", font, anchor="lm")
     return np.asarray(canvas)
 
@@ -124,46 +137,46 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {recipe.name}.predict",
-        description="Segment pictures: an index mask of each, and the picture with its classes painted over.",
+        description="Segment your own images: an index mask of each, and an overlay that shows its classes.",
         formatter_class=HelpFormatter,
     )
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", help="an image, or a folder of images")
     add_network_flags(parser, recipe)
-    flag = parser.add_argument_group("what is made").add_argument
-    flag("--output", "--out", metavar="DIR", help="folder for masks/<name>.png, at the size of the "
-         "image, and overlays/<name>.png (without it: `predict` in the run's folder)")  # fmt: skip
-    flag("--size", type=workers, default=SIZE, help="longer side that images are resized to before the "
-         "network sees them; 0 leaves them as they are")  # fmt: skip
-    flag("--num_workers", type=count, default=1, help="processes; with several GPUs they take turns")
+    group = parser.add_argument_group("what is made")
+    add_flags(group, Prediction)
+    flag = group.add_argument
+    flag("--output", "--out", metavar="DIR", help="folder for masks/<name>.png, at the size of the image, "
+         "and overlays/<name>.png (without it: `predict` in the run's folder)")  # fmt: skip
+    flag("--num_workers", type=count, default=1, help="processes; several GPUs are divided among them")
     args = parser.parse_intermixed_args(arguments)
     if not (args.output or args.run):
-        parser.error("give --out DIR for the pictures")
+        parser.error("give --output DIR for the masks and overlays")
     with together():
         files = image_files(args.images)
-        job = Prediction(read_setup(recipe, args), args.output or str(Path(args.run) / "predict"), args.size)
-        arguments = _settings(job, files)
-    run = Run(job.output, **arguments)
-    run.map(predict_images, files, job, num_workers=args.num_workers)
+        output = args.output or str(Path(args.run) / "predict")
+        step = Prediction(read_setup(recipe, args), output, **given(Prediction, args))
+        record = check_output(step, files)
+    run = Run(step.output, record)
+    run.map(step, files, num_workers=args.num_workers)
     code = run.finish()
     if run.rank == 0:
-        print(f"{Path(job.output) / MASKS}, {Path(job.output) / OVERLAYS}")
+        print(f"{Path(step.output) / MASKS}, {Path(step.output) / OVERLAYS}")
     return code
 
 
-def _settings(job: Prediction, files: Sequence[str]) -> dict[str, Any]:
-    """What the run records of itself (arguments of `Run`), if its folder may be taken.
+def check_output(step: Prediction, image_files: Sequence[str]) -> Record:
+    """Return what the run records, if its folder may be used.
 
     Raises:
-        ValueError: the folder holds the images themselves, or what others made.
+        ValueError: the folder holds the images themselves, or files of unknown origin.
     """
-    own = {(Path(job.output) / folder / f"{Path(file).stem}.png").resolve()
-           for folder in (MASKS, OVERLAYS) for file in files}  # fmt: skip
-    if own & {Path(file).resolve() for file in files}:
-        raise ValueError(f"the images themselves would be replaced in {job.output}: give another --out")
-    found = job.setup.record()
-    found["settings"] |= {"crf": job.setup.crf, "size": job.size}
-    mine = read_settings(job.output)  # else what lies in such folders there is not to be replaced
-    outputs = () if mine else (f"{MASKS}/*.png", f"{OVERLAYS}/*.png")
-    arguments = {**found, "outputs": outputs, "overwrite": False, "step": f"{job.setup.recipe.name}.predict"}
-    check_folder(job.output, **arguments)
-    return arguments
+    outputs = {output.resolve() for file in image_files for output in step.files(file).values()}
+    if outputs & {Path(file).resolve() for file in image_files}:
+        raise ValueError(f"the images themselves would be replaced in {step.output}: give another --output")
+    record = Record(f"{step.setup.recipe.name}.predict", **step.setup.record())
+    record.settings.update(crf=step.setup.crf, size=step.size)
+    # Images are always predicted anew: earlier outputs of this command do not matter, those of others do.
+    patterns = () if read_settings(step.output) else (f"{MASKS}/*.png", f"{OVERLAYS}/*.png")
+    record = replace(record, outputs=patterns)
+    check_folder(step.output, record)
+    return record

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.files import sha256
 from common.settings import add_flags, given
-from pipeline.cams_cli import recorded
+from pipeline.flags import recorded_path
 from pipeline.processes import device_of
 from refinement.densecrf import PRESETS, densecrf_batch
 from segmentation.benchmark import Benchmark
@@ -61,7 +61,7 @@ class Setup:
         del model["init"]  # the weights that the training started from
         protocol = {key: value for key, value in asdict(self.protocol).items() if value is not None}
         settings = {
-            "benchmark": recorded(self.config.data.benchmark),
+            "benchmark": recorded_path(self.config.data.benchmark),
             "model": model,
             "protocol": protocol,
             "precision": self.precision,

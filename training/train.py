@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +14,8 @@ from torch import nn
 from common.files import replacing, sha256
 from pipeline.evaluate import benchmark_scores
 from pipeline.flags import HelpFormatter
-from pipeline.masks import fingerprint
 from pipeline.processes import device_of
-from pipeline.run import Run, check_folder, read_settings, some
+from pipeline.run import Record, Run, check_folder, fingerprint, first_few, read_settings
 from segmentation.benchmark import Benchmark
 from segmentation.checkpoints import FINAL, RESUME, checkpoints
 from segmentation.dataset import Batch, TrainingSet, check_files, check_values
@@ -64,7 +62,7 @@ def validation(
         hists, failures = zip(*gather((hist, failed)), strict=True)
         failures = [failure for part in failures for failure in part]
         if failures and rank == 0:
-            print(f"{len(failures)} images could not be validated on: {some(failures)}", file=sys.stderr)
+            print(f"{len(failures)} images could not be validated on: {first_few(failures)}", file=sys.stderr)
         scores = benchmark_scores(sum(hists), benchmark)
         return {name: scores[name] for name in ("Mean IoU", "Pixel Accuracy")}
 
@@ -141,7 +139,7 @@ def prepare(
             figures(network, benchmark),
         )
         resumed = resume and trainer.load_resume()
-        run = Run(config.run.output, overwrite=overwrite, **record)
+        run = Run(config.run.output, record, overwrite)
     if run.rank == 0:
         if report:
             print(report, file=sys.stderr)
@@ -157,8 +155,8 @@ def prepare(
 
 def check_run_folder(
     recipe: Recipe, config: Config, split: Split, overwrite: bool, resume: bool, started: bool
-) -> dict[str, Any]:
-    """Return what the run records (arguments of `Run`) if its folder may be used; changes nothing.
+) -> Record:
+    """Return what the run records if its folder may be used; changes nothing.
 
     Args:
         started: the run has a resume file; its recorded initial weights count, their file may be gone.
@@ -184,8 +182,8 @@ def check_run_folder(
     inputs = {"init": init} | {name: sha256(file) for name, file in recipe.frozen_files(config).items()}
     if split.label_dir is not None:
         inputs["labels"] = fingerprint(read_settings(split.label_dir))
-    record = {"settings": settings, "inputs": inputs, "outputs": OUTPUTS, "step": step}
-    check_folder(folder, **record, overwrite=overwrite)
+    record = Record(step, settings, inputs, OUTPUTS, info)
+    check_folder(folder, record, overwrite)
     trained = [folder / RESUME, *checkpoints(folder), folder / FINAL]
     first = next((file for file in trained if file.is_file()), None)
     if first and not resume and not overwrite:
@@ -193,7 +191,7 @@ def check_run_folder(
             f"{folder} holds {first.name}: --resume continues that run, --overwrite starts anew, or choose "
             "another run.output"
         )
-    return {**record, "info": info}
+    return record
 
 
 def _digest(file: str) -> str:

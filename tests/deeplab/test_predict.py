@@ -20,7 +20,7 @@ from segmentation.masks import read_mask
 from tests.deeplab.common import fill_a, golden
 from tests.weights import parity_image
 from training import config as configs
-from training.predict import explained, predict, with_legend
+from training.predict import labeled_overlay, predict, with_legend
 from training.segmenter import Segmenter, Setup
 
 TOY = Benchmark("toy", ["one", "two", "three", "four"])
@@ -132,10 +132,10 @@ def test_bad_pictures_are_left_out_and_listed(run, pictures):
 
 
 def test_only_classes_that_are_there_are_painted_and_named():
-    image = parity_image("explained", 60, 400)
+    image = parity_image("labeled_overlay", 60, 400)
     labels = np.zeros((60, 400), np.uint8)
     labels[10:30, 20:60], labels[40:50, 100:300] = 2, 4
-    picture = explained(image, labels, TOY)
+    picture = labeled_overlay(image, labels, TOY)
     painted, legend = picture[:60], picture[60:]
     np.testing.assert_array_equal(painted[labels == 0], image[labels == 0])
     for index in range(1, 5):
@@ -149,8 +149,8 @@ def test_only_classes_that_are_there_are_painted_and_named():
 def test_without_a_background_class_the_first_is_painted_too():
     image, labels = parity_image("floor", 40, 300), np.zeros((40, 300), np.uint8)
     benchmark = Benchmark("flat", ["wall", "floor"], has_background=False)
-    assert (explained(image, labels, benchmark)[:40] != image).any()
-    np.testing.assert_array_equal(explained(image, labels, TOY)[:40], image)
+    assert (labeled_overlay(image, labels, benchmark)[:40] != image).any()
+    np.testing.assert_array_equal(labeled_overlay(image, labels, TOY)[:40], image)
 
 
 def test_a_legend_has_as_many_rows_as_it_needs():

@@ -21,7 +21,8 @@ from deeplab.recipe import RECIPE
 from deeplab.test import main
 from pipeline import evaluate as step_2a
 from pipeline import run as runs
-from pipeline.processes import drain, shard
+from pipeline.processes import drain, part_of
+from pipeline.step import run_step
 from segmentation.benchmark import Benchmark, voc_palette
 from segmentation.masks import read_mask, write_mask
 from segmentation.metrics import confusion, scores
@@ -160,12 +161,12 @@ def test_processes_and_resuming_give_the_same_files(tiny, tree, monkeypatch):
     undisturbed = content(tree / "one")
     assert len(undisturbed) == 9
 
-    def in_parts(run, work, names, job, num_workers):
-        """What several processes do, one after the other: each gets its own copy of the job."""
+    def in_parts(run, step, names, num_workers):
+        """What several processes do, one after the other: each gets its own copy of the step."""
         assert num_workers == 2
-        parts = [shard(names, i, num_workers) for i in range(num_workers)]
-        copies = [pickle.loads(pickle.dumps((work, part, job))) for part in parts]
-        return [drain(work(part, i, job), run.take) for i, (work, part, job) in enumerate(copies)]
+        parts = [part_of(names, i, num_workers) for i in range(num_workers)]
+        copies = [pickle.loads(pickle.dumps((part, step))) for part in parts]
+        return [drain(run_step(part, i, step), run.take) for i, (part, step) in enumerate(copies)]
 
     with monkeypatch.context() as patch:
         patch.setattr(runs.Run, "map", in_parts)
