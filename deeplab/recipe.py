@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from deeplab import model, resnet38
-from deeplab.checkpoint import Report, family, load_full, load_init
+from deeplab.checkpoint import family, load_full, load_init
 from deeplab.config import Config, OptimConfig
 from deeplab.keymaps import STRIDE_IN
 from segmentation.benchmark import Benchmark
@@ -73,11 +73,6 @@ def resolve(config: Config, recorded: Mapping[str, Any] | None) -> None:
             config.model.stride_in = STRIDE_IN.get(family(config.model.init))
         else:
             config.model.stride_in = recorded.get("model.stride_in")
-
-
-def load_initial(network: nn.Module, config: Config) -> Report:
-    """Load `model.init`, see `deeplab.checkpoint.load_init`."""
-    return load_init(network, config.model.init)
 
 
 def _without_defaults(**arguments: Any) -> dict[str, Any]:
@@ -158,7 +153,7 @@ RECIPE = Recipe(
     config=Config,
     networks=NETWORKS,
     objective=objective,
-    load_initial=load_initial,
+    load_initial=load_init,
     load_trained=load_full,
     resolve=resolve,
 )

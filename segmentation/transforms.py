@@ -1,4 +1,9 @@
-"""Image and mask -> the input and target of a segmentation network."""
+"""Image and mask -> the input and target of a segmentation network.
+
+`ScaleCrop` and `JitterScaleCrop` draw training samples: functions of image (H, W, 3) uint8 RGB, label
+(H, W) uint8 and a random generator, which return (3, crop, crop) float32, normalized, and (crop, crop) int64.
+Padding is 0 (the mean) and 255. They raise ValueError if image and label differ in size.
+"""
 
 import math
 import random
@@ -39,13 +44,10 @@ def imagenet_normalize(image: np.ndarray) -> np.ndarray:
 
 
 def imagenet_denormalize(image: np.ndarray) -> np.ndarray:
-    """Return the image that SEAM's CRF reads: the inverse of `imagenet_normalize` in float32, truncated.
+    """Return the image (H, W, 3) uint8 RGB that SEAM's CRF reads, of a standardized (3, H, W) float32.
 
-    Args:
-        image: (3, H, W) float32, standardized.
-
-    Returns:
-        (H, W, 3) uint8 RGB; a third to half of the values are 1 below the original ones.
+    It is the inverse of `imagenet_normalize` in float32, truncated: a third to half of the values are 1 below
+    the original ones.
     """
     unit = image.transpose(1, 2, 0) * np.float32(IMAGENET_STD) + np.float32(IMAGENET_MEAN)
     return np.clip(unit * np.float32(255), 0, 255).astype(np.uint8)
@@ -74,21 +76,7 @@ class ScaleCrop:
     def __call__(
         self, image: np.ndarray, label: np.ndarray, draw: random.Random
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw a sample; scale, top, left and flip are drawn in this order.
-
-        The padding, on the right and below the image, is 0 (the mean) and 255.
-
-        Args:
-            image: (H, W, 3) uint8 RGB.
-            label: (H, W) uint8.
-            draw: random generator.
-
-        Returns:
-            (3, crop, crop) float32, see `caffe_normalize`, and (crop, crop) int64.
-
-        Raises:
-            ValueError: image and label differ in size.
-        """
+        """Draw scale, top, left and flip, in this order. The padding is on the right and below the image."""
         height, width = _common_size(image, label)
         if self.base is not None:
             longer = max(height, width)
@@ -133,21 +121,8 @@ class JitterScaleCrop:
     def __call__(
         self, image: np.ndarray, label: np.ndarray, draw: random.Random
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw a sample; jitter, flip, scale, then the horizontal and vertical place are drawn in this order.
-
-        An image side shorter than the crop is placed at random in it; the padding is 0 (the mean) and 255.
-
-        Args:
-            image: (H, W, 3) uint8 RGB.
-            label: (H, W) uint8.
-            draw: random generator.
-
-        Returns:
-            (3, crop, crop) float32, see `imagenet_normalize`, and (crop, crop) int64.
-
-        Raises:
-            ValueError: image and label differ in size.
-        """
+        """Draw jitter, flip, scale, horizontal and vertical place, in this order. A side shorter than the
+        crop is placed at random in it."""
         size = _common_size(image, label)
         image = jitter_hsv(image, draw, self.jitter)
         if self.flip and draw.random() < 0.5:

@@ -24,11 +24,7 @@ def benchmark_of(config: Config) -> Benchmark:
 
 
 def training_split(config: Config, benchmark: Benchmark, needs_masks: bool = True) -> Split:
-    """Return the images and masks to train on.
-
-    Raises:
-        FileNotFoundError, ValueError: see `segmentation.labels.split_of`.
-    """
+    """Return the images and masks to train on; raises as `segmentation.labels.split_of`."""
     data = config.data
     names = list(split_of(benchmark, data.train_split))
     image_dir = data.image_dir or benchmark.path(benchmark.image_dir)

@@ -3,7 +3,7 @@
 import tarfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -225,33 +225,32 @@ def start_run(step: Evaluation, overwrite: bool) -> Run:
     their files would be taken for this network's. Nothing is removed if there is an error.
     """
     root, crf = Path(step.output), step.setup.crf
-    filled = [*step.scored, *([LOGITS] if step.save_logits else [])]
     with together():
-        record = Record(step.step, **step.setup.record())
-        record.settings["images"] = str(Path(step.image_root).absolute())
+        base = step.setup.record()
+        settings = base["settings"] | {"images": str(Path(step.image_root).absolute())}
         crf_settings = {"crf": crf and asdict(PRESETS[crf])}
         more = {MASKS: {}, CRF_MASKS: crf_settings, LOGITS: {"type": step.save_logits}}
-        records, stale = {}, []
+        records = {
+            folder: Record(f"{step.step} {folder}", settings | more[folder], base["inputs"], (pattern,))
+            for folder, pattern in PATTERNS.items()
+        }
+        records[""] = Record(step.step, settings | {"crf": crf}, base["inputs"])  # of the root
+        filled = [*step.scored, *([LOGITS] if step.save_logits else []), ""]
+        stale = []
+        for folder, record in records.items():
+            if folder in filled:
+                check_folder(root / folder, record, overwrite)
+            elif overwrite and read_settings(root / folder).get("step") == record.step:
+                stale += [*check_folder(root / folder, record, overwrite), root / folder / SETTINGS]
         if overwrite and read_settings(root).get("step") == step.step:
             stale += [root / file for file in SCORES.values()] + [step.archive(key) for key in SUBMISSIONS]
-        for folder, pattern in PATTERNS.items():
-            own = Record(f"{step.step} {folder}", record.settings | more[folder], record.inputs, (pattern,))
-            if folder in filled:
-                check_folder(root / folder, own, overwrite)
-                records[folder] = own
-            elif overwrite and read_settings(root / folder).get("step") == own.step:
-                stale += [*check_folder(root / folder, own, overwrite), root / folder / SETTINGS]
-        record = replace(record, settings=record.settings | {"crf": crf})
-        check_folder(root, record, overwrite)
     if rank_and_world()[0] == 0:
         for file in stale:
             file.unlink(missing_ok=True)
         for folder in {file.parent for file in stale} - {root}:
             with suppress(OSError):  # not empty: it also holds other files
                 folder.rmdir()
-    for folder, own in records.items():
-        Run(root / folder, own, overwrite)
-    return Run(root, record)
+    return [Run(root / folder, records[folder], overwrite) for folder in filled][-1]
 
 
 def print_scores(

@@ -65,7 +65,7 @@ class Recipe:
         config: class of its configuration.
         networks: its networks by the value of `model.network`.
         objective: configuration -> what is minimized.
-        load_initial: (network, configuration) -> loads `model.init`; returns a report to print.
+        load_initial: (network, file) -> loads the weights to start from; returns a report to print.
         load_trained: (network, file) -> loads a checkpoint; raises ValueError if it does not fit.
         resolve: (configuration, recorded settings of the run that is resumed, else None) -> sets what the
             configuration leaves to the initial weights.
@@ -79,7 +79,7 @@ class Recipe:
     config: type[Config]
     networks: Mapping[str, Network]
     objective: Callable[[Config], Objective]
-    load_initial: Callable[[nn.Module, Config], object]
+    load_initial: Callable[[nn.Module, str], object]
     load_trained: Callable[[nn.Module, str], object]
     resolve: Callable[[Config, Mapping[str, Any] | None], object] = _nothing
     frozen_files: Callable[[Config], Mapping[str, str]] = _nothing

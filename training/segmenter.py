@@ -29,14 +29,13 @@ WINNERS_ONLY = ("r38_voc", "r38_coco")
 
 @dataclass(frozen=True)
 class Setup:
-    """A trained network and how it is used; pickled for several processes.
+    """A trained network and how it is used.
 
     Attributes:
-        recipe: its method.
-        config: configuration it was trained with.
+        recipe, config: its method, and the configuration it was trained with.
         benchmark: whose classes it predicts.
         checkpoint: file of its weights.
-        protocol: scales, flips and how they are averaged.
+        protocol: how it is tested.
         crf: a name in `refinement.densecrf.PRESETS`; None for no CRF.
         precision: a name in `segmentation.inference.PRECISIONS`.
         device: see `pipeline.processes.device_of`.
@@ -71,13 +70,8 @@ class Setup:
 
 
 class Segmented(NamedTuple):
-    """The network's result for one image.
-
-    Attributes:
-        probabilities: (C, H, W) float32 on the network's device.
-        logits: (C, h, w) float32, the network's output at scale 1; None if the protocol has no scale 1.
-            Those of DeepLab-v2 have an eighth of the image's size.
-    """
+    """Result for one image: probabilities (C, H, W) float32 on the network's device, and the network's output
+    at scale 1, (C, h, w) float32; None if the protocol has no scale 1."""
 
     probabilities: Tensor
     logits: Tensor | None
@@ -116,9 +110,8 @@ class Segmenter:
 
         def passes() -> Iterator[Tensor]:
             pixels = self.network.normalize(image)  # (3, H, W)
-            for scale, logits in scale_logits(
-                self.model, pixels, protocol, self.device, self.setup.precision
-            ):
+            scaled = scale_logits(self.model, pixels, protocol, self.device, self.setup.precision)
+            for scale, logits in scaled:
                 if scale == 1:
                     unscaled.append(logits[0])
                 yield logits

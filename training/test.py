@@ -18,8 +18,8 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {recipe.name}.test",
-        description="Test a trained network on a split: write its masks, with and, with --crf, after a dense CRF, "
-        "and the scores of both. The same command continues a stopped run.",
+        description="Test a trained network on a split: write its masks and their scores, with --crf also "
+        "after a dense CRF. The same command continues a stopped run.",
         formatter_class=HelpFormatter,
     )
     add_network_flags(parser, recipe)

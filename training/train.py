@@ -125,7 +125,7 @@ def prepare(
             validate = validation(val, network, benchmark, str(device), config.run.precision)
         torch.manual_seed(config.solver.seed)
         model = network.build(config, benchmark)
-        report = recipe.load_initial(model, config) if config.model.init and not started else None
+        report = recipe.load_initial(model, config.model.init) if config.model.init and not started else None
     with together():
         trainer = Trainer(
             model.to(device),

@@ -144,7 +144,7 @@ RECIPE = Recipe(
         )
     },
     objective=OnlineLabels,
-    load_initial=lambda model, config: None,
+    load_initial=load_trained,
     load_trained=load_trained,
     frozen_files=frozen_files,
     extras=extras,
