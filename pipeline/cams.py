@@ -1,5 +1,4 @@
 """Step 1: images and their labels -> class activation maps, one file per image."""
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -293,8 +292,8 @@ class CamStep(Step):
         )
 
     def batch_size(self, decoded: LabeledImage) -> int:
-        patches = max(math.prod(shape) for shape in decoded.shape) // self.clip.visual.patch_size**2
-        return images_that_fit(self.clip, patches, self.flow.threads, 1 + self.settings.flip)
+        views = 1 + self.settings.flip
+        return images_that_fit(self.clip, decoded.patches(self.clip), self.flow.threads, views)
 
     def compute(self, batch: list[LabeledImage]) -> list[dict[str, np.ndarray]]:
         features = [self.text_features[decoded.class_ids] for decoded in batch]

@@ -135,4 +135,4 @@ def images_that_fit(model: CLIP, patches: int, threads: int, views: int = 1) -> 
         return 1
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     free = 0.8 * (torch.cuda.mem_get_info(model.device)[0] + unused)  # a fifth is left for others
-    return int(min(MAX_BATCH, max(1, free / threads // (views * bytes_per_image(model, patches)))))
+    return int(min(MAX_BATCH, max(1, free / max(1, threads) // (views * bytes_per_image(model, patches)))))

@@ -1,6 +1,7 @@
 """From an image file, or its bytes, to what a network takes: labels and resized pixels."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -70,16 +71,22 @@ class LabeledImage(Decoded):
         size: (H, W).
         views: see `resized_views`.
         image: (H, W, 3) uint8 RGB, or shrunk; None if no stage needs it.
+        group: only images of equal groups share a batch.
     """
 
     class_ids: list[int]
     size: tuple[int, int]
     views: tuple[np.ndarray, ...]
     image: np.ndarray | None = None
+    group: Hashable = None
 
     @property
     def shape(self) -> tuple:
-        return tuple(view.shape[:2] for view in self.views)
+        return (*(view.shape[:2] for view in self.views), self.group)
+
+    def patches(self, model: CLIP) -> int:
+        """Return the number of patches of the largest view."""
+        return max(math.prod(view.shape[:2]) for view in self.views) // model.visual.patch_size**2
 
     @property
     def cost(self) -> int:

@@ -1,0 +1,18 @@
+"""Two packages of this project have names that other projects use as well."""
+
+import importlib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SHARED_NAMES = {"clip": "OpenAI's CLIP", "pytorch_grad_cam": "grad-cam"}
+
+
+def check_packages(root: Path = ROOT) -> None:
+    """Raise ImportError if another package named `clip` or `pytorch_grad_cam` is imported instead."""
+    for name, other in SHARED_NAMES.items():
+        file = importlib.import_module(name).__file__
+        if file is None or Path(file).resolve().parent != (root / name).resolve():
+            raise ImportError(
+                f"the package {name!r} is imported from {file}, which is not CLIP-WSSS's ({root / name}) but "
+                f"probably {other}'s: uninstall that, or put {root} first in PYTHONPATH"
+            )

@@ -1,0 +1,190 @@
+"""CLIP-ES: class activation maps and masks from an image and the names of what it contains."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import clip
+from clip.model import CLIP
+from clip_wsss.images import ImageLike, as_list, split_settings, to_pillow
+from clip_wsss.result import Result
+from pipeline.cams import ROUND_WEIGHTS, Affinity, CamSettings, batch_cams
+from pipeline.compute import ComputeSettings, images_that_fit
+from pipeline.decode import Grid, LabeledImage, resized_views
+from pipeline.flow import flow
+from pipeline.masks import MaskSettings, crf_posterior, posterior_labels, resize_mask
+from pipeline.step import Step
+from segmentation import benchmark as benchmarks
+from segmentation import camfile
+from segmentation.images import shrunk
+
+DEFAULT_BENCHMARK = "voc12"  # whose background prompts serve any classes
+
+
+class ClipES:
+    """CLIP-ES (Lin et al., CVPR 2023) with one model.
+
+        model = ClipES("ViT-B/16")
+        result = model("photo.jpg", ["cat", "sofa"])
+        results = model(["a.jpg", "b.jpg"], [["cat"], ["dog", "person"]])
+
+    Args:
+        model: checkpoint file, public name or open_clip model:tag, see `clip.load`; or a loaded CLIP.
+        benchmark: name or YAML file. Names among its classes are prompted as published ("person" as "person
+            with clothes,people,human" on voc12); its box threshold, templates and backgrounds are the
+            defaults.
+        backgrounds: prompts that compete with the labels; None: the benchmark's. A background that is also a
+            label is left out.
+        affinity: normalized images (B, 3, H', W') -> (B, n, n) over their n patches, in place of CLIP's
+            attention, to refine CAMs with.
+        settings: any field of `CamSettings`, `MaskSettings` and `ComputeSettings`, such as
+            affinity_layers=6, confidence=0.9, device="cuda".
+
+    Raises:
+        FileNotFoundError, ValueError: no such model, or a setting outside its range.
+        TypeError: no such setting.
+    """
+
+    def __init__(
+        self,
+        model: str | CLIP = "ViT-B/16",
+        *,
+        benchmark: str = DEFAULT_BENCHMARK,
+        backgrounds: Sequence[str] | None = None,
+        affinity: Affinity | None = None,
+        **settings: Any,
+    ):
+        self.benchmark = benchmarks.load(benchmark)
+        cam, mask, compute = split_settings("ClipES", settings, CamSettings, MaskSettings, ComputeSettings)
+        self.settings = CamSettings(**{"box_threshold": self.benchmark.box_threshold, **cam})
+        self.compute_settings = ComputeSettings(**compute)
+        rounding = ROUND_WEIGHTS[self.settings.round_weights]
+        self.clip = model if isinstance(model, CLIP) else self.compute_settings.load(model, rounding)
+        self.mask_settings = MaskSettings(**mask).on(str(self.clip.device))
+        self.backgrounds = list(self.benchmark.backgrounds if backgrounds is None else backgrounds)
+        self.affinity = affinity
+        self._features: dict[str, Tensor] = {}  # by prompt
+
+    def __call__(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        labels: Sequence[str] | Sequence[Sequence[str]],
+    ) -> Result | list[Result]:
+        """Segment one image, or several.
+
+        Args:
+            images: path, Pillow image or (H, W, 3) uint8 array; or a list of them.
+            labels: names of the classes in the image; for a list of images one list of names for all, or one
+                for each.
+
+        Returns:
+            A `Result`; a list of them for a list of images.
+
+        Raises:
+            FileNotFoundError, ValueError: an image that cannot be read or computed, or no labels.
+            TypeError: images or labels of another type.
+        """
+        image_list, single = as_list(images)
+        names = self._names(labels, len(image_list), single)
+        step = _InMemory(self, image_list, names)
+        for outcome in flow(range(len(image_list)), step):
+            if outcome.failure:
+                image = image_list[outcome.name]
+                name = image if isinstance(image, str) else outcome.name
+                raise ValueError(f"image {name}: {outcome.failure}")
+        return step.results[0] if single else [step.results[index] for index in range(len(image_list))]
+
+    def prompts(self, names: Sequence[str]) -> list[str]:
+        """Return the prompts of class names: as published for classes of the benchmark, else the names."""
+        published = dict(zip(self.benchmark.classes, self.benchmark.prompts, strict=True))
+        return [published.get(name, name) for name in names]
+
+    def features(self, prompts: Sequence[str]) -> Tensor:
+        """Return text features (K, E) of unit length; each prompt is encoded once."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._features]
+        if missing:
+            features = clip.encode_prompts(self.clip, missing, self.benchmark.templates)
+            self._features |= dict(zip(missing, features, strict=True))
+        if not prompts:
+            return torch.empty(0, self.clip.config.embed_dim, device=self.clip.device)
+        return torch.stack([self._features[prompt] for prompt in prompts])
+
+    @staticmethod
+    def _names(labels: Any, count: int, single: bool) -> list[list[str]]:
+        """Return one list of names for each image."""
+        if isinstance(labels, str):
+            raise TypeError(f"labels must be a list of class names, got the text {labels!r}")
+        labels = list(labels)
+        shared = all(isinstance(name, str) for name in labels)
+        if not shared and single:
+            raise TypeError("labels of one image must be a list of class names")
+        names = [labels] * count if shared else [list(item) for item in labels]
+        if len(names) != count:
+            raise ValueError(f"{len(names)} lists of labels for {count} images: give one for each, or for all")
+        if not all(names):
+            raise ValueError("an image has no labels: name at least one class that it contains")
+        return [list(dict.fromkeys(item)) for item in names]
+
+
+class _InMemory(Step):
+    """Step 1 and the dense CRF on images in memory; samples are indices into a list of images."""
+
+    def __init__(self, model: ClipES, images: Sequence[ImageLike], names: Sequence[Sequence[str]]):
+        self.model, self.images, self.names = model, images, names
+        self.results: dict[int, Result] = {}
+        self.flow = model.compute_settings.flow().on(model.clip.device)
+        if len(images) == 1:  # computed in the calling thread, by all of PyTorch's own threads
+            self.flow = replace(self.flow, threads=0, decode_workers=0, write_workers=0)
+        for prompts in names:  # encoded here, before several threads ask for them
+            model.features([*model.prompts(prompts), *model.backgrounds])
+
+    def decode(self, index: int) -> LabeledImage:
+        image, settings, names = to_pillow(self.images[index]), self.model.settings, self.names[index]
+        return LabeledImage(
+            index,
+            class_ids=list(range(len(names))),
+            size=(image.height, image.width),
+            views=resized_views(image, Grid.of(self.model.clip), settings.cam_scales, settings.max_patches),
+            image=np.asarray(image.convert("RGB")),
+            # Images whose labels exclude other backgrounds are computed apart.
+            group=tuple(name for name in self.model.backgrounds if name not in names),
+        )
+
+    def decoder(self) -> Callable:
+        return self.decode
+
+    def batch_size(self, decoded: LabeledImage) -> int:
+        clip, views = self.model.clip, 1 + self.model.settings.flip
+        return images_that_fit(clip, decoded.patches(clip), self.flow.threads, views)
+
+    def compute(self, batch: list[LabeledImage]) -> list[dict[str, np.ndarray]]:
+        model = self.model
+        return batch_cams(
+            model.clip,
+            [decoded.views for decoded in batch],
+            [model.features(model.prompts(self.names[decoded.name])) for decoded in batch],
+            model.features(batch[0].group),
+            model.settings,
+            model.affinity,
+        )
+
+    def write(self, decoded: LabeledImage, cams: dict[str, np.ndarray]) -> None:
+        settings, size = self.model.mask_settings, decoded.size
+        grid = cams[self.model.settings.cam_type]  # (K, h, w)
+        full = camfile.resize(grid, size).astype(np.float16)
+        image = shrunk(decoded.image, settings.crf_max_pixels)
+        sized = full
+        if image.shape != decoded.image.shape:
+            sized = camfile.resize(grid, image.shape[:2]).astype(np.float16)
+        device = str(self.model.clip.device)
+        posterior = crf_posterior(image, sized, settings, add_background=True, device=device)
+        values = np.arange(len(posterior), dtype=np.uint8)
+        mask = resize_mask(posterior_labels(posterior, values, settings.confidence), size)
+        if sized is not full:
+            posterior = camfile.resize(posterior, size)
+        names = self.names[decoded.name]
+        self.results[decoded.name] = Result(names, mask, posterior, decoded.image, full)

@@ -1,0 +1,78 @@
+"""TagCLIP: which classes an image contains, from a frozen CLIP and no annotation."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from clip.model import CLIP
+from clip_wsss.images import ImageLike, as_list, split_settings, to_pillow
+from pipeline.compute import ComputeSettings
+from segmentation import benchmark as benchmarks
+from tagclip import Tagger, Tags, TagSettings
+from tagclip.classify import default_settings
+from tagclip.model import TEMPLATES
+
+DEFAULT_BENCHMARK = "voc12"
+
+
+class TagCLIP:
+    """TagCLIP (Lin et al., AAAI 2024) with one model and one list of classes.
+
+        tagger = TagCLIP("ViT-B/16", ["cat", "dog", "sofa"])
+        tags = tagger("photo.jpg")
+        tagger.names(tags)  # ["cat", "sofa"]
+        tags.scores         # (3,) float32
+
+    Args:
+        model: checkpoint file, public name or open_clip model:tag, see `clip.load`; or a loaded CLIP.
+        classes: names that are scored; None: those of the benchmark.
+        benchmark: name or YAML file: its classes, backgrounds and templates are the defaults.
+        backgrounds: further names that compete with the classes; None: the benchmark's.
+        settings: any field of `TagSettings` and `ComputeSettings`, such as ratio=0.4, device="cuda".
+
+    Raises:
+        FileNotFoundError, ValueError: no such model, or a setting outside its range.
+        TypeError: no such setting.
+    """
+
+    def __init__(
+        self,
+        model: str | CLIP = "ViT-B/16",
+        classes: Sequence[str] | None = None,
+        *,
+        benchmark: str = DEFAULT_BENCHMARK,
+        backgrounds: Sequence[str] | None = None,
+        **settings: Any,
+    ):
+        data = benchmarks.load(benchmark)
+        tag, compute = split_settings("TagCLIP", settings, TagSettings, ComputeSettings)
+        self.settings = replace(default_settings(data), **tag)
+        compute_settings = ComputeSettings(**compute)
+        if not isinstance(model, CLIP):
+            model = compute_settings.load(model, self.settings.round_weights)
+        self.classes = list(data.classes if classes is None else classes)
+        others = data.tag_backgrounds if backgrounds is None else backgrounds
+        others = [name for name in others if name not in self.classes]
+        templates = data.tag_templates or TEMPLATES
+        self.tagger = Tagger(model, self.classes, others, templates, self.settings)
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Tags | list[Tags]:
+        """Tag one image, or several.
+
+        Args:
+            images: path, Pillow image or (H, W, 3) uint8 array; or a list of them.
+
+        Returns:
+            `Tags`; a list of them for a list of images.
+
+        Raises:
+            FileNotFoundError, ValueError: an image that cannot be read or computed.
+            TypeError: images of another type.
+        """
+        image_list, single = as_list(images)
+        tags = [self.tagger(to_pillow(image)) for image in image_list]
+        return tags[0] if single else tags
+
+    def names(self, tags: Tags) -> list[str]:
+        """Return the names of the predicted classes, at least one."""
+        return self.tagger.names(tags)
