@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from common.files import replacing
 from common.settings import add_flags, given, setting
@@ -15,19 +14,17 @@ from pipeline.flags import HelpFormatter, count
 from pipeline.masks import resize_mask
 from pipeline.run import Record, Run, check_folder, read_settings
 from pipeline.step import Decoded, Step
-from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.distributed import together
+from segmentation.figures import labeled_overlay
 from segmentation.images import image_files, read_rgb
 from segmentation.inference import resize_by
-from segmentation.masks import overlay, write_mask
+from segmentation.masks import write_mask
 from training.recipe import Recipe
 from training.segmenter import Segmenter, Setup, add_network_flags, read_setup
 
 AGAIN = "the same command starts anew"
 SIZE = 513  # longer side that an image is resized to, as in deeplab-pytorch's demo
-OPACITY = 0.5  # of the classes over the image, as there
 MASKS, OVERLAYS = "masks", "overlays"  # folders of the output
-TEXT, SWATCH, MARGIN, ROW = 15, 14, 8, 24  # pixels of the legend
 
 
 @dataclass
@@ -70,8 +67,10 @@ class Prediction(Step):
     def write(self, decoded: DecodedFile, result: tuple[np.ndarray, np.ndarray]) -> None:
         (resized, labels), files, benchmark = result, self.files(decoded.name), self.setup.benchmark
         write_mask(files[MASKS], resize_mask(labels, decoded.image.shape[:2]), benchmark.palette)
+        names = ["background"] * benchmark.has_background + list(benchmark.classes)
+        figure = labeled_overlay(resized, labels, names, benchmark.palette, benchmark.has_background)
         with replacing(files[OVERLAYS]) as stream:
-            Image.fromarray(labeled_overlay(resized, labels, benchmark)).save(stream, format="PNG")
+            Image.fromarray(figure).save(stream, format="PNG")
 
 
 def predict(segmenter: Segmenter, image: np.ndarray, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
@@ -90,47 +89,6 @@ def predict(segmenter: Segmenter, image: np.ndarray, size: int = SIZE) -> tuple[
     if segmenter.setup.crf:
         return image, segmenter.crf_labels(image, segmented.probabilities)
     return image, segmented.labels
-
-
-def labeled_overlay(image: np.ndarray, labels: np.ndarray, benchmark: Benchmark) -> np.ndarray:
-    """Return an image with its classes painted over it, outlined in their colors, and a legend below.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        labels: (H, W) uint8.
-
-    Returns:
-        (H + legend, W or the width of the longest name, 3) uint8 RGB.
-    """
-    clear = [0, IGNORE] if benchmark.has_background else [IGNORE]
-    painted = overlay(image, labels, benchmark.palette, OPACITY, clear)
-    square = np.ones((3, 3), np.uint8)
-    edge = (cv2.dilate(labels, square) != cv2.erode(labels, square)) & ~np.isin(labels, clear)
-    painted[edge] = benchmark.palette[labels[edge]]  # the legend's colors; those of the overlay are mixed
-    classes = ["background"] * benchmark.has_background + list(benchmark.classes)
-    present = [index for index in np.unique(labels) if index not in clear]
-    entries = [(classes[index], tuple(benchmark.palette[index].tolist())) for index in present]
-    return with_legend(painted, entries or [("nothing but background", (255, 255, 255))])
-
-
-def with_legend(image: np.ndarray, entries: Sequence[tuple[str, tuple[int, int, int]]]) -> np.ndarray:
-    """Return an image (H, W, 3) uint8 with rows of colored squares and names below, on white."""
-    font = ImageFont.load_default(TEXT)
-    widths = [round(font.getlength(name)) + SWATCH + 3 * MARGIN for name, _ in entries]
-    height, width = image.shape[0], max(image.shape[1], *(entry + MARGIN for entry in widths))
-    places, x, y = [], MARGIN, height + MARGIN
-    for entry in widths:
-        if x + entry > width and x > MARGIN:  # the next row
-            x, y = MARGIN, y + ROW
-        places.append((x, y))
-        x += entry
-    canvas = Image.new("RGB", (width, y + ROW), "white")
-    canvas.paste(Image.fromarray(image))
-    draw = ImageDraw.Draw(canvas)
-    for (name, color), (x, y) in zip(entries, places, strict=True):
-        draw.rectangle((x, y, x + SWATCH, y + SWATCH), fill=color, outline=(120, 120, 120))
-        draw.text((x + SWATCH + MARGIN, y + SWATCH / 2), name, "black", font, anchor="lm")
-    return np.asarray(canvas)
 
 
 def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:

@@ -14,13 +14,14 @@ from deeplab.predict import main
 from deeplab.recipe import RECIPE
 from segmentation import benchmark as benchmarks
 from segmentation.benchmark import Benchmark, voc_palette
+from segmentation.figures import labeled_overlay, with_legend
 from segmentation.images import image_files
 from segmentation.inference import Protocol, resize_by
 from segmentation.masks import read_mask
 from tests.deeplab.common import fill_a, golden
 from tests.weights import parity_image
 from training import config as configs
-from training.predict import labeled_overlay, predict, with_legend
+from training.predict import predict
 from training.segmenter import Segmenter, Setup
 
 TOY = Benchmark("toy", ["one", "two", "three", "four"])
@@ -131,11 +132,16 @@ def test_bad_pictures_are_left_out_and_listed(run, pictures):
     assert failed.count("\n") == 3 and failed.count("cannot be read") == 2 and "nothing is left" in failed
 
 
+def figure_of(image, labels, benchmark):
+    names = ["background"] * benchmark.has_background + benchmark.classes
+    return labeled_overlay(image, labels, names, benchmark.palette, benchmark.has_background)
+
+
 def test_only_classes_that_are_there_are_painted_and_named():
     image = parity_image("labeled_overlay", 60, 400)
     labels = np.zeros((60, 400), np.uint8)
     labels[10:30, 20:60], labels[40:50, 100:300] = 2, 4
-    picture = labeled_overlay(image, labels, TOY)
+    picture = figure_of(image, labels, TOY)
     painted, legend = picture[:60], picture[60:]
     np.testing.assert_array_equal(painted[labels == 0], image[labels == 0])
     for index in range(1, 5):
@@ -149,8 +155,8 @@ def test_only_classes_that_are_there_are_painted_and_named():
 def test_without_a_background_class_the_first_is_painted_too():
     image, labels = parity_image("floor", 40, 300), np.zeros((40, 300), np.uint8)
     benchmark = Benchmark("flat", ["wall", "floor"], has_background=False)
-    assert (labeled_overlay(image, labels, benchmark)[:40] != image).any()
-    np.testing.assert_array_equal(labeled_overlay(image, labels, TOY)[:40], image)
+    assert (figure_of(image, labels, benchmark)[:40] != image).any()
+    np.testing.assert_array_equal(figure_of(image, labels, TOY)[:40], image)
 
 
 def test_a_legend_has_as_many_rows_as_it_needs():
