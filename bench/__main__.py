@@ -7,7 +7,7 @@ from pathlib import Path
 import clip
 from bench import cams, crf, evaluation, fused, tags, train
 from bench.measure import Setting, table
-from deeplab.networks import NETWORKS
+from deeplab.recipe import NETWORKS
 from pipeline.flags import HelpFormatter, count
 from pipeline.run import command
 from segmentation.inference import PRECISIONS

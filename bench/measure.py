@@ -44,7 +44,7 @@ class Setting:
         rounds: how often ours and the reference take turns.
         labels: mean number of labels of an image.
         backend: of the dense CRF, see `refinement.densecrf`.
-        network: a name in `deeplab.networks.NETWORKS`.
+        network: a name in `deeplab.recipe.NETWORKS`.
         width: channels of its first convolution.
         crop: side of a training sample; None: as published.
         batch, accumulate: images of a batch, batches of an iteration; None: 1 and 1 on a CPU, as published

@@ -39,7 +39,7 @@ def reference_iteration(
 
     Args:
         model: a network in training mode, see `plain`.
-        sgd: see `segmentation.trainer.optimizer`.
+        sgd: see `deeplab.recipe.sgd`.
         batches: of one iteration.
         factor: of the schedule.
 
@@ -48,7 +48,7 @@ def reference_iteration(
     """
     device = next(model.parameters()).device
     for group in sgd.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
     sgd.zero_grad()
     total = 0.0
     for batch in batches:

@@ -15,18 +15,18 @@ import clip
 from bench import data, measure
 from bench.measure import Setting
 from bench.reference_training import plain, reference_iteration
-from deeplab.config import Augment, Model
-from deeplab.networks import NETWORKS
-from deeplab.train import objective
+from deeplab.config import AugmentConfig, Config, ModelConfig, OptimConfig
+from deeplab.recipe import NETWORKS, objective
 from pipeline.processes import Outcome
+from segmentation.benchmark import Benchmark
+from segmentation.config import RunConfig
 from segmentation.dataset import Batch, Order, TrainingSet
 from segmentation.inference import PRECISIONS
-from segmentation.schedules import poly
-from segmentation.trainer import Running, Solver, Trainer, optimizer
+from segmentation.trainer import Trainer
 
 CROPS = {"deeplab_v2": 321, "deeplab_v1_r38": 448}  # as published
 BATCHES = {"cpu": (1, 1), "cuda": (5, 2)}  # images of a batch, batches of an iteration: VOC12's recipe
-CHANNELS = 1 + data.CLASSES
+BENCHMARK = Benchmark("drawn", [f"class {index}" for index in range(data.CLASSES)])
 # A hundredth of the recipe's. With that one, random weights soon saturate the softmax; its gradients are then
 # denormal numbers, which slow a CPU down many times and say nothing of real weights.
 LEARNING_RATE = 2.5e-6
@@ -41,7 +41,7 @@ WORDS = {
 }
 
 
-def running(variant: str) -> Running:
+def running(variant: str) -> RunConfig:
     """What a variant stands for, such as "bf16", "fp32+contiguous", "bf16+channels_last+compile"; what it
     does not say is as the trainer has it.
 
@@ -55,7 +55,7 @@ def running(variant: str) -> Running:
             f"+{', +'.join(WORDS)}"
         )
     options = {key: value for word in words for key, value in WORDS[word].items()}
-    return Running(precision=precision, **options)
+    return RunConfig(precision=precision, **options)
 
 
 @dataclass(frozen=True)
@@ -64,49 +64,53 @@ class Task:
 
     Attributes:
         dataset: drawn images and masks.
-        solver: the recipe, but for the learning rate.
+        config: the recipe, but for the learning rate.
     """
 
     dataset: TrainingSet
-    solver: Solver
+    config: Config
 
     @classmethod
     def make(cls, folder: Path, setting: Setting) -> "Task":
         """Draw images and masks, as large as VOC's."""
         names = data.write_images(folder, DRAWN, setting.labels)
         data.write_cams(folder, DRAWN, setting.labels)  # and masks
-        transform = NETWORKS[setting.network].transform(Augment(crop=setting.crop or CROPS[setting.network]))
-        dataset = TrainingSet(names, str(folder / "images"), str(folder / "truth"), CHANNELS, transform)
         usual = BATCHES[setting.kind]
-        solver = Solver(
-            batch_size=setting.batch or usual[0],
-            accumulate=setting.accumulate or usual[1],
-            learning_rate=LEARNING_RATE,
+        config = Config(
+            model=ModelConfig(setting.network, width=setting.width),
+            augment=AugmentConfig(crop=setting.crop or CROPS[setting.network]),
+            solver=OptimConfig(
+                batch_size=setting.batch or usual[0],
+                accumulate=setting.accumulate or usual[1],
+                learning_rate=LEARNING_RATE,
+            ),
         )
-        return cls(dataset, solver)
+        folders = str(folder / "images"), str(folder / "truth")
+        transform = NETWORKS[setting.network].transform(config)
+        return cls(TrainingSet(names, *folders, BENCHMARK.channels, transform), config)
 
     def batches(self) -> list[Batch]:
         """Those of one iteration."""
-        order = Order(len(self.dataset.names), self.solver.batch_size, self.solver.seed, drop_last=True)
-        return list(self.dataset.batches(order, range(self.solver.accumulate)))
+        solver = self.config.solver
+        order = Order(len(self.dataset.names), solver.batch_size, solver.seed, drop_last=True)
+        return list(self.dataset.batches(order, range(solver.accumulate)))
 
     def network(self, setting: Setting) -> nn.Module:
         """Random weights, the same each time."""
         torch.manual_seed(0)
-        model = NETWORKS[setting.network].build(Model(setting.network, width=setting.width), CHANNELS)
+        model = NETWORKS[setting.network].build(self.config, BENCHMARK)
         return model.to(clip.pick_device(setting.device))
 
     def trainer(self, setting: Setting, variant: str) -> Trainer:
         """The trainer that users have; all of it but reading is one call of `iterate`."""
-        network, model = NETWORKS[setting.network], self.network(setting)
+        model = self.network(setting)
         return Trainer(
             model,
-            network.groups(model),
-            objective(self.solver.loss),
+            *NETWORKS[setting.network].optimizer(model, self.config),
+            objective(self.config),
             self.dataset,
-            self.solver,
+            self.config.solver,
             running(variant),
-            horizon=network.horizon(self.solver),
         )
 
 
@@ -114,16 +118,15 @@ class Reference:
     """The public way: float32, eager, contiguous memory, no TF32."""
 
     def __init__(self, setting: Setting, task: Task):
-        network, model = NETWORKS[setting.network], task.network(setting)
-        self.sgd = optimizer(network.groups(model), task.solver)
+        model = task.network(setting)
+        self.optimizer, self.schedule = NETWORKS[setting.network].optimizer(model, task.config)
         self.model = plain(model)
-        self.solver, self.horizon = task.solver, network.horizon(task.solver)
         self.losses: list[float] = []
 
     def iterate(self, batches: Sequence[Batch]) -> None:
-        solver = self.solver
-        factor = poly(len(self.losses), self.horizon, solver.power, solver.decay_every)
-        self.losses.append(reference_iteration(self.model, self.sgd, batches, factor))
+        self.losses.append(
+            reference_iteration(self.model, self.optimizer, batches, self.schedule(1, len(self.losses)))
+        )
 
 
 def watched(setting: Setting, task: Task, variant: str | None) -> Iterator[Outcome]:
@@ -253,7 +256,7 @@ def reading(setting: Setting, task: Task) -> list[dict]:
     """Time how threads read, decode and augment samples, from warm files."""
     dataset = task.dataset
     count, most = len(dataset.names), measure.jpeg_rate(Path(dataset.image_dir) / f"{dataset.names[0]}.jpg")
-    order = Order(count, 1, task.solver.seed)
+    order = Order(count, 1, task.config.solver.seed)
     rows = []
     for threads in READERS:
 

@@ -1,6 +1,6 @@
-"""Weight files -> the two DeepLab networks, with a report of what went where.
+"""Weight files -> the two DeepLab networks, with a report of the loaded and the ignored tensors.
 
-Which names a file may have is told in `deeplab.keymaps`. A file is data: pickles may hold tensors only.
+`deeplab.keymaps` has the names that a file may have. Files are never unpickled beyond tensors.
 """
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,17 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from clip.checkpoint import read_state
-from deeplab.keymaps import FAMILIES, STRIDE_IN, Family, own_key, recognise, unwrap
+from deeplab.keymaps import FAMILIES, STRIDE_IN, Family, family_of, own_key, unwrap
 
-#: Share of the backbone's tensors, of model and file together, that both must have.
-ENOUGH = 0.9
-#: Files that only the frameworks that wrote them read well.
-FOREIGN = {".caffemodel": "Caffe", ".params": "MXNet"}
-#: How the two networks are told apart by names, and what they are.
-NETWORKS = {"base.": "DeepLab-v2 on ResNet-101", "backbone.": "DeepLab-v1 on ResNet-38d"}
+ENOUGH = 0.9  # of the backbone's tensors, of model and file together, that both must have
+FOREIGN = {".caffemodel": "Caffe", ".params": "MXNet"}  # files that only these frameworks read
+NETWORKS = {"base.": "DeepLab-v2 on ResNet-101", "backbone.": "DeepLab-v1 on ResNet-38d"}  # by prefix
 BACKBONES = ("base.layer", "backbone.")
-#: Tensors whose first axis is the classes.
-CLASSIFIERS = ("base.aspp.c0.weight", "base.fc.weight", "cls_conv.weight")
+CLASSIFIERS = ("base.aspp.c0.weight", "base.fc.weight", "cls_conv.weight")  # first axis: the classes
 COUNTER = "num_batches_tracked"  # of training steps; no result depends on it
 MEAN, VARIANCE = "running_mean", "running_var"  # of batch norm
 
@@ -41,7 +37,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a file's tensors and of the model's; names are ours, of dropped keys the file's."""
+    """Which tensors were loaded, left at their initial values, and ignored; names are ours, of ignored keys
+    the file's."""
 
     source: str
     matched: tuple[str, ...]
@@ -59,50 +56,45 @@ class Report:
 
 
 def family(source: str | Path | Mapping[str, Tensor]) -> str:
-    """The name of the family (`keymaps.FAMILIES`) that a file's or a state dict's keys belong to.
+    """Return the name of the family (`keymaps.FAMILIES`) of a file's or a state dict's keys.
 
-    The network for its weights is built with `stride_in=STRIDE_IN.get(family, "reduce")`; checkpoints in
-    our own names do not show where the stride is, and want what they were trained with.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read`.
+    Build the network for its weights with `stride_in=STRIDE_IN.get(family, "reduce")`; checkpoints in our own
+    names do not show where the stride is, and need what they were trained with. Raises as `read`.
     """
-    if isinstance(source, Mapping):
-        return _family(source, "the state dict").name
-    return _family(_tensors(Path(source)), source).name
+    state = source if isinstance(source, Mapping) else _tensors(Path(source))
+    return _family(state, "the state dict" if state is source else source).name
 
 
 def read(file: str | Path) -> dict[str, Tensor]:
-    """The weights in a file of any known family, under the names of our networks, on the CPU.
+    """Return the weights in a file of any known family, under the names of our networks, on the CPU.
 
     Args:
         file: .pth or .pt (a state dict, also one under `state_dict`, `model_state_dict` or `model`),
             .safetensors or .npz.
 
     Returns:
-        A state dict `base....` or `backbone....`, in the file's precision; what has no place in our
-        networks is left out.
+        A state dict `base....` or `backbone....`, in the file's precision, without keys that have no
+        counterpart.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a readable file, or of no known family, with what to do in one sentence.
+        ValueError: the file is not readable, or of no known family.
     """
     return _weights(file).state
 
 
 def load_init(model: nn.Module, file: str | Path) -> Report:
-    """Load initial weights for training: the backbone, and what fits of the head.
+    """Load initial weights for training: the backbone, and the tensors of the head that fit.
 
     Args:
         model: either network, also wrapped for data parallelism; unchanged if there is an error.
 
     Raises:
         FileNotFoundError, ValueError: as `read`; or the file is of the other network, of another depth
-            (less than nine tenths of the backbone's tensors in common) or of other widths, lacks any of the
-            backbone's batch norm, or holds what no training leaves (NaN, say).
+            (less than `ENOUGH`) or of other widths, lacks batch norm of the backbone, or holds invalid
+            numbers such as NaN.
     """
-    weights, own = _weights(file), _own(model)
-    _check_network(weights, own)
+    weights, own = _read_for(model, file)
     theirs, ours = ({name for name in state if _backbone(name)} for state in (weights.state, own))
     if len(theirs & ours) < ENOUGH * len(theirs | ours):
         raise ValueError(
@@ -122,18 +114,11 @@ def load_init(model: nn.Module, file: str | Path) -> Report:
 
 
 def load_full(model: nn.Module, file: str | Path) -> Report:
-    """Load a trained network for prediction: every tensor must be there, and no other.
+    """Load a trained network: the file must have exactly the model's tensors.
 
-    Args:
-        model: either network, also wrapped for data parallelism; unchanged if there is an error.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read`; or the file is of the other network, of another number
-            of classes or of other widths, has more or less tensors than the model, or holds what no
-            training leaves (NaN, say).
+    Arguments and errors as of `load_init`; another number of classes or of tensors is one too.
     """
-    weights, own = _weights(file), _own(model)
-    _check_network(weights, own)
+    weights, own = _read_for(model, file)
     state = weights.state
     if not any(name in state for name in own if not name.startswith(BACKBONES)):
         raise ValueError(
@@ -157,7 +142,7 @@ def load_full(model: nn.Module, file: str | Path) -> Report:
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file under the file's own names; what else it holds is left out."""
+    """Return the tensors of a file under its own names."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there: give a file of weights")
     if framework := FOREIGN.get(file.suffix):
@@ -169,7 +154,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-        except Exception:  # damaged files fail in any way they like
+        except Exception:  # a damaged file may raise anything
             raise ValueError(
                 f"{file} is not a readable .npz: it is damaged, or holds more than arrays of numbers"
             ) from None
@@ -177,7 +162,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _family(state: Mapping[str, Tensor], source: object) -> Family:
-    found = recognise(state)
+    found = family_of(state)
     if found is None:
         raise ValueError(
             f"{source} holds no weights that are known here ({', '.join(known.name for known in FAMILIES)}): "
@@ -205,7 +190,7 @@ def _weights(file: str | Path) -> Weights:
 
 
 def _own(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model, in memory that they share with it, under their names in the whole network."""
+    """Return the model's own tensors under their names in the whole network."""
     return {own_key(key) or key: value for key, value in model.state_dict().items()}
 
 
@@ -217,13 +202,16 @@ def _network(names: Iterable[str]) -> str:
     return next(title for name in names for prefix, title in NETWORKS.items() if name.startswith(prefix))
 
 
-def _check_network(weights: Weights, own: Mapping[str, Tensor]) -> None:
+def _read_for(model: nn.Module, file: str | Path) -> tuple[Weights, dict[str, Tensor]]:
+    """Return the weights of a file and the model's own tensors, both of the same network."""
+    weights, own = _weights(file), _own(model)
     theirs, ours = _network(weights.state), _network(own)
     if theirs != ours:
         raise ValueError(
             f"{weights} holds weights of {theirs}, but the model is {ours}: take that network, or weights of "
             "this one"
         )
+    return weights, own
 
 
 def _check_shapes(weights: Weights, own: Mapping[str, Tensor], names: Iterable[str]) -> None:
@@ -236,7 +224,7 @@ def _check_shapes(weights: Weights, own: Mapping[str, Tensor], names: Iterable[s
 
 
 def _load(model: nn.Module, weights: Weights, matched: Collection[str]) -> Report:
-    """Copy the matched tensors, in the model's precision and to its device, and say what was done."""
+    """Copy the matched tensors, in the model's precision and to its device."""
     own = _own(model)
     values = {name: weights.state[name].to(own[name].dtype) for name in matched}
     for name, value in values.items():
@@ -257,7 +245,7 @@ def _load(model: nn.Module, weights: Weights, matched: Collection[str]) -> Repor
 
 
 def _stride_note(model: nn.Module, stride_in: str | None) -> str:
-    """What to tell of weights whose network has its strides elsewhere than the model, if anything."""
+    """Return a warning if the model's strides are not where the weights' network has them."""
     for name, part in model.named_modules():
         if stride_in and name.endswith(f"layer3.block1.{stride_in}.conv") and part.stride == (1, 1):
             return f"their network has its strides elsewhere: stride_in={stride_in} gives its features"

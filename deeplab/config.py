@@ -1,120 +1,59 @@
-"""The configuration of a run: a YAML file and `key=value` words on the command line, typed and checked."""
+"""DeepLab's sections of the configuration: `model`, `augment` and `solver`; others: `training.config`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from segmentation.trainer import Running, Solver
-
-# What OmegaConf raises on a configuration that is not as it should be; TypeError: a list for the whole.
-WRONG = (OmegaConfBaseException, YAMLError, TypeError)
-CONFIG = "config.yaml"  # of a run folder: the configuration it was trained with
+from common.settings import Settings, setting
+from segmentation.config import OptimConfig as BaseOptimConfig
+from segmentation.config import RunConfig
+from segmentation.losses import LOSSES
+from training import config as base
 
 
 @dataclass
-class Data:
-    """Which images, and whose masks. What is empty is the benchmark's own."""
+class ModelConfig(base.ModelConfig):
+    """Section `model`. The defaults are ResNet-101's; `blocks`, `width`, `rates` also give small networks."""
 
-    benchmark: str = "voc12"  # voc12, coco14, cocostuff, shapes or a .yaml file
-    root: str = ""  # folder of the data set
-    image_dir: str = ""
-    label_dir: str = ""  # masks to train on: pseudo masks, or the ground truth
-    train_split: str = ""  # image ids, one a line
-    val_image_dir: str = ""  # empty: image_dir
-    val_label_dir: str = ""  # ground truth to validate and test on; never that to train on
-    val_split: str = ""  # empty: no validation while training
-
-
-@dataclass
-class Model:
-    """Which network. The defaults are ResNet-101's; `blocks`, `width` and `rates` also make small ones."""
-
-    network: str = "deeplab_v2"  # a name in deeplab.networks.NETWORKS
-    blocks: list[int] = field(default_factory=list)  # of each stage; empty: as published
-    width: int = 64  # channels of the first convolution
-    rates: list[int] = field(default_factory=list)  # dilations of the head; empty: as published
-    scales: list[float] = field(default_factory=lambda: [0.5, 0.75])  # deeplab_v2: what MSC adds to 1
-    freeze_bn: bool | None = None  # null: as published
-    stride_in: str | None = None  # deeplab_v2: reduce, conv3x3; null: as the initial weights want it
-    init: str = ""  # checkpoint to start from; empty: random weights
-
-    def __post_init__(self):
-        for name, numbers in (("width", [self.width]), ("blocks", self.blocks), ("rates", self.rates)):
-            if min(numbers, default=1) < 1:
-                raise ValueError(f"model.{name} must be 1 or more, got {getattr(self, name)}")
+    network: str = setting("deeplab_v2", "`deeplab_v2` or `deeplab_v1_r38`")
+    blocks: list[int] = setting([], "residual blocks of each stage; empty: as published", least=1)
+    width: int = setting(64, "channels of the first convolution", least=1)
+    rates: list[int] = setting([], "dilations of the head; empty: as published", least=1)
+    scales: list[float] = setting([0.5, 0.75], "deeplab_v2: scales that MSC adds to 1; empty: one scale")
+    freeze_bn: bool | None = setting(None, "batch norm keeps its statistics; empty: true for deeplab_v2. For "
+                                     "deeplab_v1_r38, whose batch norm is live, true also freezes the first "
+                                     "convolution")  # fmt: skip
+    stride_in: str | None = setting(None, "deeplab_v2: layer with a stage's stride; empty: as the initial "
+                                    "weights need it: conv3x3 for torchvision's, else reduce")  # fmt: skip
 
 
 @dataclass
-class Augment:
-    """How samples are drawn."""
+class AugmentConfig(Settings):
+    """Section `augment`: how training samples are drawn."""
 
-    crop: int = 321
-    scales: list[float] = field(default_factory=lambda: [0.5, 0.75, 1.0, 1.25, 1.5])  # deeplab_v2 picks one
-    base: int | None = None  # deeplab_v2: the longer side that scale 1 stands for; null: the image's own
-    flip: bool = True
-    scale_range: list[float] = field(default_factory=lambda: [0.5, 1.5])  # deeplab_v1_r38 draws from it
-    jitter: int = 10  # deeplab_v1_r38: of hue, saturation and value
+    SECTION = "augment."
 
-
-@dataclass
-class Test:
-    """How the network is tested. What is null is the network's public protocol."""
-
-    scales: list[float] | None = None
-    flip: bool | None = None
-    crf: str | None = None  # a preset of refinement.densecrf
+    crop: int = setting(321, "side of a sample", least=1)
+    scales: list[float] = setting([0.5, 0.75, 1.0, 1.25, 1.5], "deeplab_v2: one of these is drawn", above=0)
+    base: int | None = setting(None, "deeplab_v2: longer side at scale 1; empty: the image's own", least=1)
+    flip: bool = setting(True, "half of the samples are mirrored")
+    scale_range: list[float] = setting([0.5, 1.5], "deeplab_v1_r38: the scale is drawn from it", above=0)
+    jitter: int = setting(10, "deeplab_v1_r38: largest shift of hue, saturation and value", least=0)
 
 
 @dataclass
-class Config:
+class OptimConfig(BaseOptimConfig):
+    """Section `solver`: SGD with the poly schedule."""
+
+    momentum: float = setting(0.9, "of SGD", least=0)
+    power: float = setting(0.9, "of the poly schedule", least=0)
+    decay_every: int = setting(10, "iterations between two updates of the learning rate", least=1)
+    loss: str = setting("ce", "cross-entropy, or balanced between background and foreground", choices=LOSSES)
+
+
+@dataclass
+class Config(base.Config):
     """Everything about a run."""
 
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    augment: Augment = field(default_factory=Augment)
-    solver: Solver = field(default_factory=Solver)
-    test: Test = field(default_factory=Test)
-    run: Running = field(default_factory=Running)
-
-
-def read(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The defaults, changed by a YAML file, changed by words such as `solver.learning_rate=2e-4`.
-
-    Raises:
-        ValueError: no such file, an unknown key, or a value of the wrong type; the sentence names it.
-    """
-    config = OmegaConf.structured(Config)
-    if file is not None:
-        if not Path(file).is_file():
-            raise ValueError(f"configuration {file} does not exist")
-        try:
-            config = OmegaConf.merge(config, OmegaConf.load(file))
-        except (*WRONG, UnicodeDecodeError, OSError) as error:
-            raise ValueError(f"configuration {file}: {_told(error)}") from None
-    for word in overrides:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise ValueError(f"expected key=value, such as solver.learning_rate=2e-4, got {word!r}")
-        try:  # nothing after the = is the empty string, not YAML's null
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([word if value else f"{word}''"]))
-        except WRONG as error:
-            raise ValueError(f"{word}: {_told(error)}") from None
-    try:
-        return OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:  # a reference to nothing
-        raise ValueError(f"the configuration: {_told(error)}") from None
-
-
-def _told(error: Exception) -> str:
-    """The first line of an error, and the key that OmegaConf tells in another."""
-    first, key = str(error).splitlines()[0], getattr(error, "full_key", None)
-    return f"{first} ({key})" if key and key not in first else first
-
-
-def text(config: Config) -> str:
-    """The whole configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    solver: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(output="output/deeplab"))

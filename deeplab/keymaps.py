@@ -1,8 +1,7 @@
-"""Names that public weight files give their tensors -> names of our networks. Pure functions, no files.
+"""Names of tensors in public weight files -> names of our networks. Pure functions, no files.
 
-Ours are those of the public deeplab-pytorch, `base.layer1.conv1.conv.weight`, and of SEAM's retraining
-code, `backbone.b2.conv_branch2a.weight`; so the files of both need no more than their prefixes sorted out.
-Numbers of blocks are free throughout.
+Ours are those of deeplab-pytorch, `base.layer1.conv1.conv.weight`, and of SEAM's retraining code,
+`backbone.b2.conv_branch2a.weight`; in files of both only prefixes differ. Numbers of blocks are free.
 """
 import re
 from collections.abc import Callable, Mapping
@@ -13,43 +12,32 @@ from torch import Tensor
 
 from segmentation.transforms import IMAGENET_STD
 
-#: A state dict in our names, and the keys of the file that have no place in it.
+# A state dict under our names, and the keys of the file that have no counterpart.
 Converted = tuple[dict[str, Tensor], list[str]]
 
-#: Attributes under which wrappers, and projects that hold one network in another, keep the network.
+# Attributes under which wrappers, and projects that hold one network in another, keep the network.
 WRAPPERS = re.compile(r"((module|_orig_mod|model|base|backbone)\.)+")
-#: Stages and heads of the two networks.
+# Stages and heads of the two networks.
 STAGES_A = re.compile(r"layer[1-5]\.")
 STAGES_B = re.compile(r"(conv1a|b\d(_\d+)?|bn7)\.")
 HEADS_A = re.compile(r"(aspp|fc)\.")
 HEADS_B = re.compile(r"(conv_fov2?|bn_fov2?|cls_conv)\.")
-
-#: The three convolutions of a residual block, by torchvision's number and by Caffe's branch.
+# The three convolutions of a residual block, by torchvision's number and by Caffe's branch.
 PARTS = {"1": "reduce", "2": "conv3x3", "3": "increase"}
 BRANCHES = {"1": "shortcut", "2a": "reduce", "2b": "conv3x3", "2c": "increase"}
-#: Branches of the multi-scale Caffe model that share the weights of the main one.
-SHARED = ("res075", "res05")
-
-MXNET_LEAVES = {
-    "weight": "weight",
-    "beta": "bias",
-    "gamma": "weight",
-    "moving_mean": "running_mean",
-    "moving_var": "running_var",
-}
+SHARED = ("res075", "res05")  # branches of the multi-scale Caffe model with the weights of the main one
+MXNET_LEAVES = {"weight": "weight", "beta": "bias", "gamma": "weight", "moving_mean": "running_mean",
+                "moving_var": "running_var"}  # fmt: skip
 
 
 def unwrap(key: str) -> str:
-    """The key without what wrappers put before it: "module.base.layer2..." -> "layer2..."."""
+    """Return a key without the prefixes of wrappers: "module.base.layer2..." -> "layer2..."."""
     return key[match.end() :] if (match := WRAPPERS.match(key)) else key
 
 
 def own_key(key: str) -> str | None:
-    """A key of one of our networks, behind any prefix or none -> the key in the whole network.
-
-    Returns:
-        `base....` (network A), `backbone....` or a key of the head (network B), None for any other.
-    """
+    """Return the key in the whole network, of a key of one of our networks with any prefix: `base....`
+    (network A), `backbone....` or a key of the head (network B); None for any other."""
     key = unwrap(key)
     if STAGES_A.match(key) or HEADS_A.match(key):
         return f"base.{key}"
@@ -59,7 +47,7 @@ def own_key(key: str) -> str | None:
 
 
 def torchvision_key(key: str) -> str | None:
-    """A key of torchvision's ResNets with bottlenecks -> network A's; None for the classifier."""
+    """Return network A's key of one of torchvision's ResNets with bottlenecks; None for the classifier."""
     if match := re.fullmatch(r"(conv|bn)1\.(\w+)", key):
         return "base.layer1.conv1.{}.{}".format(*match.groups())
     match = re.fullmatch(r"layer(\d)\.(\d+)\.(?:(conv|bn)([123])|downsample\.([01]))\.(\w+)", key)
@@ -74,13 +62,10 @@ def torchvision_key(key: str) -> str | None:
 
 
 def caffe_layer(layer: str) -> str | None:
-    """A layer of Caffe's ResNets or of the public DeepLab models -> network A's module.
+    """Return network A's module of a layer of Caffe's ResNets or of the public DeepLab models.
 
     Batch norm is two layers in Caffe, `bn...` and `scale...`, and one module here. Blocks count a, b, c
-    or a, b1, b2.
-
-    Returns:
-        None for layers without a counterpart, such as the classifier `fc1000`.
+    or a, b1, b2. Layers without a counterpart, such as the classifier `fc1000`, give None.
     """
     kinds = {"res": "conv", "bn": "bn", "scale": "bn"}
     if layer == "conv1":
@@ -99,7 +84,7 @@ def caffe_layer(layer: str) -> str | None:
 
 
 def mxnet_key(key: str) -> str | None:
-    """A name in the ImageNet file of MXNet's ResNet-38 -> network B's; None for the classifier."""
+    """Return network B's key of a name in MXNet's ImageNet file of ResNet-38; None for the classifier."""
     key = key.removeprefix("arg:").removeprefix("aux:")  # as mxnet.nd.load gives them
     match = re.fullmatch(r"(\w+?)_(weight|beta|gamma|moving_mean|moving_var)", key)
     if match is None:
@@ -116,22 +101,22 @@ def mxnet_key(key: str) -> str | None:
 
 
 def rename(state: Mapping[str, Any], key_of: Callable[[str], str | None]) -> Converted:
-    """Every tensor under the name that `key_of` gives it; those that it gives None are told, not kept."""
+    """Return the tensors under the names that `key_of` gives them, and the keys for which it gives None."""
     renamed = {key_of(key): torch.as_tensor(value) for key, value in state.items()}
     renamed.pop(None, None)
     return renamed, [key for key in state if key_of(key) is None]
 
 
 def own(state: Mapping[str, Any]) -> Converted:
-    """Checkpoints of our networks and of the public projects whose names they have."""
+    """Convert checkpoints of our networks and of the public projects with the same names."""
     return rename(state, own_key)
 
 
 def torchvision(state: Mapping[str, Any]) -> Converted:
-    """torchvision's ResNets -> network A, whose images are BGR of 0 to 255 minus the mean.
+    """Convert torchvision's ResNets to network A, whose images are BGR of 0 to 255 minus the mean.
 
-    The network gives torchvision's features if it is built with `stride_in="conv3x3"`, up to two things:
-    torchvision's first pool rounds down, and the means differ by up to one grey level.
+    Built with `stride_in="conv3x3"`, the network gives torchvision's features, except that torchvision's
+    first pool rounds down, and that the means differ by up to one gray level.
     """
     renamed, dropped = rename({unwrap(key): value for key, value in state.items()}, torchvision_key)
     first = "base.layer1.conv1.conv.weight"
@@ -141,10 +126,7 @@ def torchvision(state: Mapping[str, Any]) -> Converted:
 
 
 def bgr_stem(weight: Tensor) -> Tensor:
-    """First convolution for RGB / 255 over ImageNet's deviation -> the same for BGR of 0 to 255.
-
-    Args:
-        weight: (out, 3, k, k).
+    """Return the first convolution (out, 3, k, k) for BGR of 0 to 255, of one for standardized RGB.
 
     Raises:
         ValueError: not three input channels.
@@ -156,11 +138,11 @@ def bgr_stem(weight: Tensor) -> Tensor:
 
 
 def caffe(blobs: Mapping[str, Any]) -> Converted:
-    """Blobs `{"layer/0": array, ...}` of Caffe's ResNets -> network A.
+    """Convert blobs `{"layer/0": array, ...}` of Caffe's ResNets to network A.
 
-    Caffe's batch norm layer keeps sums of mean and variance and, in its third blob, the weight that they
-    add up to; scale and shift are those of the `scale...` layer. A bias that a convolution before batch
-    norm has (ResNet-50's first) moves into the mean.
+    Caffe's batch norm layer holds sums of mean and variance and, in its third blob, their total weight;
+    scale and shift are in the `scale...` layer. A bias of a convolution before batch norm (ResNet-50's
+    first) moves into the mean.
 
     Raises:
         ValueError: a layer lacks blobs, or batch norm its `scale...` layer.
@@ -180,9 +162,9 @@ def caffe(blobs: Mapping[str, Any]) -> Converted:
             mean, variance, total = (
                 _blob(layer, values, position, "batch norm").double() for position in "012"
             )
-            share = 1 / total.flatten()[0] if total.any() else 0  # as Caffe has it
-            state[f"{module}.running_mean"] = mean.flatten() * share
-            state[f"{module}.running_var"] = variance.flatten() * share
+            factor = 1 / total.flatten()[0] if total.any() else 0  # as in Caffe
+            state[f"{module}.running_mean"] = mean.flatten() * factor
+            state[f"{module}.running_var"] = variance.flatten() * factor
         elif layer.startswith("scale"):
             for position, leaf in enumerate(("weight", "bias")):
                 state[f"{module}.{leaf}"] = _blob(layer, values, str(position), "scale").flatten()
@@ -209,15 +191,15 @@ def _blob(layer: str, values: dict[str, Tensor], position: str, kind: str) -> Te
 
 
 def mxnet(state: Mapping[str, Any]) -> Converted:
-    """MXNet's ResNet-38 of ImageNet (Wu et al., "Wider or Deeper") -> the backbone of network B."""
+    """Convert MXNet's ResNet-38 of ImageNet (Wu et al., "Wider or Deeper") to network B's backbone."""
     return rename(state, mxnet_key)
 
 
 class Family(NamedTuple):
-    """One layout of names: files that have any key like `sign`, wrappers aside, are converted so."""
+    """One layout of names: it converts files with any key like `pattern`, wrappers aside."""
 
     name: str
-    sign: re.Pattern[str]
+    pattern: re.Pattern[str]
     convert: Callable[[Mapping[str, Any]], Converted]
 
 
@@ -228,12 +210,11 @@ FAMILIES = (
     Family("caffe", re.compile(r"res[2-5]([a-z]|b\d+)_branch(1|2[abc])/0"), caffe),
     Family("mxnet", re.compile(r"(arg:)?res\d(a|b\d+)_branch\w+_weight"), mxnet),
 )
-
-#: `stride_in` of the network that a family's weights were trained in, where the family shows it.
+# `stride_in` of the network that a family's weights were trained in, if the family shows it.
 STRIDE_IN = {"torchvision": "conv3x3", "caffe": "reduce"}
 
 
-def recognise(state: Mapping[str, Any]) -> Family | None:
-    """The family of a state dict, by its keys."""
+def family_of(state: Mapping[str, Any]) -> Family | None:
+    """Return the family of a state dict, by its keys; None for an unknown one."""
     keys = [unwrap(key) for key in state]
-    return next((family for family in FAMILIES if any(map(family.sign.fullmatch, keys))), None)
+    return next((family for family in FAMILIES if any(map(family.pattern.fullmatch, keys))), None)

@@ -1,7 +1,7 @@
 """DeepLab-v2 on ResNet-101 with the multi-scale wrapper (Chen et al., 2016), and DeepLab-v1's shell.
 
 Names, order and shapes of the state dict are those of the public deeplab-pytorch, so that its files load
-as they are. Images are BGR minus the mean, see `segmentation.transforms.caffe_normalise`; logits have an
+as they are. Images are BGR minus the mean, see `segmentation.transforms.caffe_normalize`; logits have an
 eighth of the image's size.
 """
 from collections import OrderedDict
@@ -18,9 +18,8 @@ STRIDES_IN = ("reduce", "conv3x3")
 class ConvBnReLU(nn.Module):
     """Convolution without bias, batch normalisation and, unless told otherwise, ReLU.
 
-    PyTorch's batch norm keeps its input for the backward pass even where it is frozen and needs none. So
-    a frozen one is computed as what it is, a factor and a term per channel, while gradients are recorded:
-    training then keeps half of the memory.
+    PyTorch's batch norm keeps its input for the backward pass even if it is frozen. A frozen one is therefore
+    computed as a factor and a term per channel while gradients are recorded, which halves training's memory.
     """
 
     def __init__(self, into: int, out: int, kernel: int, stride: int, padding: int, dilation: int,
@@ -95,7 +94,7 @@ class ASPP(nn.Module):
 
 
 def check_blocks(blocks: tuple[int, ...]) -> None:
-    """ValueError unless there are four stages, none of them empty."""
+    """Raise ValueError unless there are four stages, none of them empty."""
     if len(blocks) != 4 or min(blocks) < 1:
         raise ValueError(f"blocks must be four positive numbers, one of each stage, not {tuple(blocks)}")
 
@@ -142,9 +141,9 @@ class DeepLabV1(nn.Sequential):
 class MSC(nn.Module):
     """Runs `base` on the image and on rescaled copies of it, and fuses by the maximum.
 
-    In training mode it returns a list: the logits of the image, those of each copy at their own size, and
-    their maximum at the first one's size, which all get a loss. In evaluation mode it returns the maximum.
-    Without `scales` there is nothing to fuse: one output, as of `base` alone.
+    In training mode it returns a list, and all of it gets a loss: the logits of the image, those of each copy
+    at their own size, and their maximum at the first one's size. In evaluation mode it returns the maximum.
+    Without `scales` there is one output, that of `base`.
 
     Args:
         base: (B, 3, H, W) -> (B, channels, h, w).
@@ -183,8 +182,7 @@ class MSC(nn.Module):
 def rescale(x: Tensor, scale: float) -> Tensor:
     """(B, 3, H, W) -> (B, 3, floor(H * scale), floor(W * scale)), bilinear; at least one pixel.
 
-    Samples by the given scale, not by the ratio of the rounded sizes, as deeplab-pytorch does since
-    PyTorch 1.6.
+    Samples by the given scale, not by the ratio of the rounded sizes, as deeplab-pytorch since PyTorch 1.6.
     """
     size = [int(side * scale) for side in x.shape[-2:]]
     if min(size) < 1:  # an image one pixel wide; PyTorch refuses an empty result
@@ -193,14 +191,14 @@ def rescale(x: Tensor, scale: float) -> Tensor:
 
 
 def freeze_statistics(module: nn.Module) -> None:
-    """Batch norm anywhere in the module uses its running statistics and leaves them alone."""
+    """Let all batch norm of a module use its running statistics and keep them."""
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             part.eval()
 
 
 def freeze_affine(module: nn.Module) -> None:
-    """Scale and shift of batch norm get no gradient: no published recipe trains them."""
+    """Exclude scale and shift of batch norm from training, as all published recipes do."""
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             part.requires_grad_(False)
@@ -209,30 +207,25 @@ def freeze_affine(module: nn.Module) -> None:
 def build_v2(channels: int, blocks: tuple[int, ...] = (3, 4, 23, 3), rates: tuple[int, ...] = (6, 12, 18, 24),
              width: int = 64, scales: tuple[float, ...] = (0.5, 0.75), freeze_bn: bool = True,
              stride_in: str = "reduce") -> MSC:
-    """DeepLab-v2 with random weights, in training mode.
+    """Return DeepLab-v2 with random weights, in training mode.
 
     Args:
         channels: of the logits, background included.
         blocks: residual blocks of each of the four stages; (3, 4, 23, 3) is ResNet-101.
         rates: dilations of the head's branches.
         width: channels of the stem; the stages have 4, 8, 16 and 32 times that.
-        scales: further scales every image is seen at, see `MSC`.
-        freeze_bn: batch norm keeps its running statistics.
+        scales, freeze_bn: see `MSC`.
         stride_in: "reduce", or "conv3x3" for weights from torchvision.
 
     Raises:
-        ValueError: for blocks, rates, scales or stride_in that are none.
+        ValueError: invalid blocks, rates, scales or stride_in.
     """
     return MSC(DeepLabV2(channels, blocks, rates, width, stride_in), scales, freeze_bn)
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
-    """What the optimiser trains: convolutions of the backbone, and weights and biases of the head.
-
-    Returns:
-        [{params: list, rate: multiple of the base learning rate, weight_decay: whether the recipe's
-        applies}]; batch norm is in none.
-    """
+    """Return the trained parameters, see `deeplab.recipe.sgd`: convolutions of the backbone, weights and
+    biases of the head. Batch norm is not trained."""
     convolutions = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Conv2d)]
     body = [part for name, part in convolutions if "layer" in name]
     head = [part for name, part in convolutions if "layer" not in name]

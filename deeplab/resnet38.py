@@ -1,7 +1,7 @@
 """DeepLab-v1 (LargeFOV) on ResNet-38d, the wide pre-activation network of Wu, Shen and van den Hengel.
 
 Names, order and shapes of the state dict are those of SEAM's segmentation code base. Images are
-standardised RGB, see `segmentation.transforms.imagenet_normalise`; logits have the image's size.
+standardised RGB, see `segmentation.transforms.imagenet_normalize`; logits have the image's size.
 """
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -109,9 +109,8 @@ class LargeFOV(nn.Module):
         backbone: ResNet-38d of this `width`.
         channels: of the logits, background included.
         dilation: of the head's 3x3 convolution.
-        freeze_bn: the backbone's batch norm stays in evaluation mode always, and conv1a as it is; batch
-            norm of the head keeps learning statistics. The published training means to freeze and never
-            does.
+        freeze_bn: freeze conv1a and the backbone's batch norm; batch norm of the head keeps learning
+            statistics. The published code contains this option and never uses it.
     """
 
     def __init__(self, backbone: ResNet38, channels: int, width: int, dilation: int, freeze_bn: bool):
@@ -148,7 +147,7 @@ class LargeFOV(nn.Module):
 
 def build_r38(channels: int, blocks: tuple[int, ...] = (3, 3, 6, 3), width: int = 64, dilation: int = 12,
               freeze_bn: bool = False) -> LargeFOV:
-    """DeepLab-v1 on ResNet-38d with random weights, in training mode.
+    """Return DeepLab-v1 on ResNet-38d with random weights, in training mode.
 
     Args:
         channels: of the logits, background included.
@@ -158,18 +157,14 @@ def build_r38(channels: int, blocks: tuple[int, ...] = (3, 3, 6, 3), width: int 
         freeze_bn: see `LargeFOV`.
 
     Raises:
-        ValueError: for blocks that are none.
+        ValueError: invalid blocks.
     """
     return LargeFOV(ResNet38(blocks, width), channels, width, dilation, freeze_bn)
 
 
 def parameter_groups(model: LargeFOV) -> list[dict]:
-    """What the optimiser trains: convolutions of the backbone, but for a frozen conv1a, and of the head.
-
-    Returns:
-        [{params: list, rate: multiple of the base learning rate, weight_decay: whether the recipe's
-        applies}]; batch norm is in none. The second holds the backbone's biases, of which there are none.
-    """
+    """Return the trained parameters, see `deeplab.recipe.sgd`: convolutions of the backbone, except a frozen
+    conv1a, and of the head. Batch norm is not trained; the second group, the backbone's biases, is empty."""
     groups = [{"params": [], "rate": rate, "weight_decay": rate in (1, 10)} for rate in (1, 2, 10, 20)]
     for name, part in model.named_modules():
         if isinstance(part, nn.Conv2d) and part.weight.requires_grad:

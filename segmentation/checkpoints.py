@@ -1,12 +1,12 @@
 """Files of a training run: networks in the form that public projects read, and what resuming needs."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.files import replacing
 
@@ -14,16 +14,27 @@ RESUME = "resume.pt"
 FINAL = "checkpoint_final.pth"
 
 
-def write_checkpoint(model: nn.Module, file: Path) -> None:
-    """Write a network's state dict, and nothing else, as the public projects do; whole or not at all."""
-    write_tensors({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, file)
+def trained_state(model: nn.Module, frozen: Collection[str] = ()) -> dict[str, Tensor]:
+    """Return the state dict of a network without its frozen submodules.
+
+    Args:
+        frozen: names of submodules, such as "clip".
+    """
+    prefixes = tuple(f"{name}." for name in frozen)
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
+
+
+def write_checkpoint(model: nn.Module, file: Path, frozen: Collection[str] = ()) -> None:
+    """Write the state dict of a network and nothing else, as the public projects do; see `trained_state`."""
+    state = trained_state(model, frozen)
+    write_tensors({key: value.cpu().contiguous() for key, value in state.items()}, file)
 
 
 def write_tensors(content: Mapping[str, Any], file: Path) -> None:
-    """torch.save, whole or not at all.
+    """Write with `torch.save`; the file appears whole or not at all.
 
     Raises:
-        DiskFull: torch would hide behind a RuntimeError why a stream cannot be written, hence the buffer.
+        DiskFull: the disk is full. torch hides this behind a RuntimeError, so it writes into memory first.
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -32,6 +43,6 @@ def write_tensors(content: Mapping[str, Any], file: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """`checkpoint_<iteration>.pth` in a folder, oldest first."""
+    """Return the files `checkpoint_<iteration>.pth` of a folder, oldest first."""
     numbered = [file for file in folder.glob("checkpoint_*.pth") if file.stem.split("_")[1].isdecimal()]
     return sorted(numbered, key=lambda file: int(file.stem.split("_")[1]))

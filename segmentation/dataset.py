@@ -1,15 +1,16 @@
-"""Training samples: image and mask files -> what a network eats, in an order that depends on a seed alone."""
+"""Training samples: files -> what a network reads, in an order that depends on a seed alone."""
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from segmentation.benchmark import IGNORE
 from segmentation.images import find_image, read_rgb
@@ -17,11 +18,11 @@ from segmentation.masks import read_mask
 
 # (image (H, W, 3) uint8 RGB, mask (H, W) uint8, generator) -> image (3, h, w) float32, mask (h, w) int64
 Transform = Callable[[np.ndarray, np.ndarray, random.Random], tuple[np.ndarray, np.ndarray]]
-AHEAD = 2  # batches that are read while one is computed
+PREFETCH = 2  # batches that are read while one is computed
 
 
 class Draw(NamedTuple):
-    """One sample: image `index` of the split, which comes at `position` of an epoch."""
+    """One sample: image `index` of the split, at `position` of an epoch."""
 
     epoch: int
     position: int
@@ -29,21 +30,30 @@ class Draw(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images (B, 3, H, W) float32, masks (B, H, W) int64, and the images' names."""
+    """Samples; arrays where they are read, tensors on the training device where an objective gets them.
 
-    images: np.ndarray
-    labels: np.ndarray
+    Attributes:
+        images: (B, 3, H, W) float32.
+        labels: (B, H, W) int64 masks. Without masks (`TrainingSet.label_dir` None) they are 0 on the image
+            and 255 in the padding.
+        names: ids of the images.
+        extras: what `TrainingSet.extras` adds, by name: (B, ...) arrays, or lists of B objects.
+    """
+
+    images: np.ndarray | Tensor
+    labels: np.ndarray | Tensor
     names: list[str]
+    extras: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
 class Order:
-    """Which images a batch holds: a function of the seed and of the batch's number, of nothing else.
+    """Which images a batch holds: a function of the seed and the batch's number alone.
 
     Attributes:
-        images: of the split; each comes once an epoch.
+        images: number of images of the split; each comes once an epoch.
         batch_size: images of a batch, of all processes together.
-        drop_last: leave out the images of an epoch that fill no batch; else they make a smaller one.
+        drop_last: leave out the images of an epoch that do not fill a batch; else they form a smaller one.
     """
 
     images: int
@@ -61,7 +71,7 @@ class Order:
             )
 
     def batch(self, number: int) -> list[Draw]:
-        """The samples of batch `number` (from 0, running on over epochs)."""
+        """Return the samples of batch `number`, counted from 0 on over all epochs."""
         whole, rest = divmod(self.images, self.batch_size)
         epoch, place = divmod(number, whole + bool(rest and not self.drop_last))
         start = place * self.batch_size
@@ -78,95 +88,106 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Images with masks.
+    """Images, with masks or other labels.
 
     Attributes:
         names: image ids.
-        image_dir, label_dir: their folders; a mask is `<name>.png`.
-        channels: values a mask may hold besides 255.
+        image_dir: folder of the images.
+        label_dir: folder of the masks `<name>.png`; None without masks, see `Batch`.
+        channels: number of classes that a mask may hold besides 255.
         transform: see `Transform`.
-        seed: of the augmentation: each sample has a generator of its own, made of the seed, the epoch and
-            its position there, whichever process or thread draws it.
+        seed: of the augmentation. Each sample has its own generator, from the seed, the epoch and its
+            position there, so the process or thread that draws it does not matter.
+        extras: further entries of a batch (image-level labels, captions): name -> function of the image id.
     """
 
     names: Sequence[str]
     image_dir: str
-    label_dir: str
+    label_dir: str | None
     channels: int
     transform: Transform
     seed: int = 0
+    extras: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
 
     def sample(self, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
-        """Image (3, h, w) float32 and mask (h, w) int64 as `transform` gives them.
+        """Return image (3, h, w) float32 and mask (h, w) int64 as `transform` gives them.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file that is missing, unreadable or does not fit.
+            FileNotFoundError, ValueError: a file is missing or invalid; the message names it.
         """
         name = self.names[draw.index]
-        image_file, mask_file = find_image(self.image_dir, name), Path(self.label_dir) / f"{name}.png"
-        image, mask = read_rgb(image_file), read_mask(mask_file)
-        if image.shape[:2] != mask.shape:
-            raise ValueError(
-                f"mask {mask_file} is {mask.shape} but image {image_file} {image.shape[:2]} (height, width)"
-            )
-        check_values(mask, self.channels, mask_file)
+        image_file = find_image(self.image_dir, name)
+        image = read_rgb(image_file)
+        mask = np.zeros(image.shape[:2], np.uint8)
+        if self.label_dir is not None:
+            mask_file = Path(self.label_dir) / f"{name}.png"
+            mask = read_mask(mask_file)
+            if image.shape[:2] != mask.shape:
+                raise ValueError(
+                    f"mask {mask_file} is {mask.shape} but image {image_file} {image.shape[:2]} (height, "
+                    "width)"
+                )
+            check_values(mask, self.channels, mask_file)
         generator = random.Random(f"sample {self.seed} {draw.epoch} {draw.position}")
         return self.transform(image, mask, generator)
 
     def batches(
         self, order: Order, numbers: range, rank: int = 0, world: int = 1, threads: int = 1
     ) -> Iterator[Batch]:
-        """The part of rank `rank` in each of the batches `numbers`, read ahead by threads.
+        """Yield the part of rank `rank` in each of the batches `numbers`, read ahead by threads.
 
-        Decoding, resizing and most of what NumPy does let other threads run, so threads serve as well as
-        processes would, and hand over their arrays without a copy.
+        Decoding, resizing and most of NumPy release the interpreter lock, so threads are as fast as processes
+        and pass their arrays without a copy.
 
         Raises:
-            FileNotFoundError, ValueError: see `sample`, when the batch is due.
+            FileNotFoundError, ValueError: see `sample`; raised when the batch is due.
         """
 
-        def start(number: int) -> list[tuple[str, Future]]:
+        def start(number: int) -> tuple[list[str], list[Future]]:
             draws = order.batch(number)
-            # A rank for which nothing is left (of the last, smaller batch of an epoch) computes on a sample
-            # without labels, for it has to take part in every exchange of gradients.
-            read, mine = self.sample, draws[rank::world]
-            if not mine:
-                read, mine = self._unlabelled, draws[:1]
-            return [(self.names[draw.index], pool.submit(read, draw)) for draw in mine]
+            # A rank without a sample (of the last, smaller batch of an epoch) computes on an ignored one,
+            # because it has to take part in every exchange of gradients.
+            read, own = self.sample, draws[rank::world]
+            if not own:
+                read, own = self._ignored, draws[:1]
+            return [self.names[draw.index] for draw in own], [pool.submit(read, draw) for draw in own]
 
         pool = ThreadPoolExecutor(threads)
-        pending: deque[list[tuple[str, Future]]] = deque()
+        pending: deque[tuple[list[str], list[Future]]] = deque()
         try:
             for number in numbers:
                 pending.append(start(number))
-                if len(pending) > AHEAD:
-                    yield _collected(pending.popleft())
+                if len(pending) > PREFETCH:
+                    yield self._collate(*pending.popleft())
             while pending:
-                yield _collected(pending.popleft())
+                yield self._collate(*pending.popleft())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _unlabelled(self, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
+    def _ignored(self, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
         image, mask = self.sample(draw)
         return image, np.full_like(mask, IGNORE)
 
+    def _collate(self, names: list[str], samples: list[Future]) -> Batch:
+        images, labels = zip(*(sample.result() for sample in samples), strict=True)
+        extras = {key: [function(name) for name in names] for key, function in self.extras.items()}
+        extras = {
+            key: np.stack(values) if isinstance(values[0], np.ndarray) else values
+            for key, values in extras.items()
+        }
+        return Batch(np.stack(images), np.stack(labels), names, extras)
 
-def _collected(samples: list[tuple[str, Future]]) -> Batch:
-    images, labels = zip(*(future.result() for _, future in samples), strict=True)
-    return Batch(np.stack(images), np.stack(labels), [name for name, _ in samples])
 
-
-def check_files(names: Sequence[str], image_dir: str | Path, label_dir: str | Path) -> None:
-    """Raises FileNotFoundError for the first image or mask that is not there."""
+def check_files(names: Sequence[str], image_dir: str | Path, label_dir: str | Path | None) -> None:
+    """Raise FileNotFoundError for the first image or mask that does not exist."""
     for name in names:
         find_image(image_dir, name)
-        mask_file = Path(label_dir) / f"{name}.png"
-        if not mask_file.is_file():
+        if label_dir is not None and not (mask_file := Path(label_dir) / f"{name}.png").is_file():
             raise FileNotFoundError(f"mask {mask_file} of image {name} does not exist")
 
 
 def check_values(mask: np.ndarray, channels: int, file: str | Path) -> None:
-    """Raises ValueError if a mask (H, W) uint8 holds a value that is neither a class nor 255."""
+    """Raise ValueError if a mask (H, W) uint8 holds a value that is neither a class nor 255."""
     allowed = np.zeros(256, bool)
     allowed[:channels] = allowed[IGNORE] = True
     wrong = ~allowed[mask]

@@ -1,11 +1,13 @@
-"""Processes that work together: torchrun's ranks, and what they tell each other.
+"""Processes that work together: torchrun's ranks, what they exchange, and the signals that stop them.
 
 The default group is gloo's, for numbers and objects of the CPU; tensors on GPUs are summed by NCCL.
 """
 
 import atexit
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -20,11 +22,11 @@ LOST = "another of torchrun's processes died: start again to go on"
 
 
 class WorkFailed(OSError):
-    """Work that had begun cannot go on, through no mistake on the command line."""
+    """Work that had begun cannot go on; the command line was right."""
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process among those torchrun started; (0, 1) without torchrun."""
+    """Return this process's rank and the number of ranks under torchrun; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -33,11 +35,11 @@ def _start() -> None:
 
     if not distributed.is_initialized():
         distributed.init_process_group("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
-        atexit.register(distributed.destroy_process_group)  # or its threads may abort the exit
+        atexit.register(distributed.destroy_process_group)  # else its threads may abort the exit
 
 
 def gather(value: Any) -> list:
-    """`value` of every torchrun rank, in rank order; waits until all have come this far."""
+    """Return `value` of every torchrun rank, in rank order; waits until all ranks call it."""
     world = rank_and_world()[1]
     if world == 1:
         return [value]
@@ -54,7 +56,7 @@ def gather(value: Any) -> list:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A block that fails on all ranks if it fails on any, with a ValueError or OSError that rank 0 raises."""
+    """Context of a block that fails on all ranks if it fails on any; rank 0 raises ValueError or OSError."""
     failure = None
     try:
         yield
@@ -67,9 +69,9 @@ def together() -> Iterator[None]:
 
 
 def exit_after_rank_0() -> None:
-    """On other ranks than 0: wait until that one has told what is wrong and has left, then exit with 1.
+    """On other ranks than 0: wait until rank 0 has printed the error and exited, then exit with 1.
 
-    The first to leave makes torchrun end the others, of which rank 0 must not be one.
+    torchrun ends all others as soon as one exits, and rank 0 must get to print the error.
     """
     if rank_and_world()[0]:
         with suppress(ChildProcessError):
@@ -77,8 +79,35 @@ def exit_after_rank_0() -> None:
         sys.exit(1)
 
 
+@contextmanager
+def stopping(twice: bool = False) -> Iterator[threading.Event]:
+    """Context in which SIGTERM and SIGINT set an event; a second SIGINT interrupts at once.
+
+    Args:
+        twice: each signal may arrive twice, as under torchrun, which passes on a Ctrl-C that its processes
+            got from the terminal already; a second SIGINT then does nothing more.
+    """
+    event = threading.Event()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    previous = {number: signal.getsignal(number) for number in numbers} if in_main else {}
+
+    def stop(number, _):
+        event.set()
+        if number == signal.SIGINT and not twice:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in previous:
+        signal.signal(number, stop)
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class World:
-    """The ranks that train one network: who this one is, and sums over all of them."""
+    """The ranks that train one network: this rank's number, and sums over all ranks."""
 
     def __init__(self, device: "torch.device"):
         self.rank, self.size = rank_and_world()
@@ -91,12 +120,15 @@ class World:
                 self.group = distributed.new_group(backend="nccl")
 
     def total(self, values: "Tensor") -> "Tensor":
-        """The sum of `values` over the ranks, the same tensor on all of them; on the training device."""
+        """Return the sum of `values` over the ranks; tensors on the training device."""
         return self._reduced(values, "sum", self.group)
 
-    def share(self, counts: "Tensor") -> "Tensor":
-        """What a rank divides its sums by, so that the mean over the ranks (which is what gradients are
-        averaged to) is the sum of all over the count of all: `counts` (n,) summed, over the ranks."""
+    def global_count(self, counts: "Tensor") -> "Tensor":
+        """Return `counts` (n,) summed over the ranks, divided by the number of ranks.
+
+        If each rank divides its sums by it, the mean over the ranks, to which gradients are averaged, is the
+        sum of all ranks / the count of all ranks.
+        """
         return self.total(counts) / self.size
 
     def same(self, values: Iterable["Tensor"]) -> None:
@@ -108,11 +140,11 @@ class World:
                 distributed.broadcast(value, 0, self.group)
 
     def mean(self, values: "Tensor") -> "Tensor":
-        """The mean of CPU numbers over the ranks."""
+        """Return the mean over the ranks; CPU tensors."""
         return self._reduced(values, "sum") / self.size
 
     def any(self, *flags: bool) -> list[bool]:
-        """Whether each flag is set on any rank."""
+        """Return, for each flag, whether it is set on any rank."""
         import torch
 
         return self._reduced(torch.tensor(flags, dtype=torch.uint8), "max").bool().tolist()

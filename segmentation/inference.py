@@ -1,4 +1,4 @@
-"""From a trained network and an image to class probabilities at the image's size."""
+"""A trained network and an image -> class probabilities at the image's size."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -17,15 +17,16 @@ PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a network is tested. The defaults are deeplab-pytorch's: the image as it is, once.
+    """How a network is tested. The defaults are deeplab-pytorch's: the image once, at its own size.
 
     Attributes:
         scales: multiples of the image's size.
-        flip: take the mirrored image too, at every scale.
+        flip: also use the mirrored image, at every scale.
         average: what is averaged over scales and mirrored images, at the image's size: "probabilities",
-            or "logits" (SEAM's), of which the softmax is taken then.
-        align_corners: how logits are brought to the image's size.
-        resize: how the image is brought to a scale, "linear" or "cubic" (SEAM's); after normalisation.
+            or "logits" (SEAM), whose mean then goes through the softmax.
+        align_corners: of the bilinear resize of logits to the image's size.
+        resize: interpolation of the normalized image, "linear" or "cubic" (SEAM).
+        longer_side: pixels of the image's longer side at scale 1 (WeCLIP: 512); None is the image's own.
 
     Raises:
         ValueError: no scales, scales that are not above 0, or unknown names.
@@ -36,6 +37,7 @@ class Protocol:
     average: str = "probabilities"
     align_corners: bool = False
     resize: str = "linear"
+    longer_side: int | None = None
 
     def __post_init__(self):
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
@@ -53,14 +55,14 @@ def infer(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
 ) -> Tensor:
-    """Class probabilities of an image.
+    """Return the class probabilities of an image.
 
     Args:
         model: in eval mode, on `device`, in any memory format; see `scale_logits`.
-        image: (3, H, W) float32, normalised as the network was trained with.
+        image: (3, H, W) float32, normalized as in training.
         protocol: scales, flip and how they are averaged.
         device: where the model is.
-        precision: a name in `PRECISIONS`, of the network's products; the softmax is float32.
+        precision: a name in `PRECISIONS`: type of the network's products; the softmax is float32.
 
     Returns:
         (C, H, W) float32 on `device`, summing to 1 over C.
@@ -79,13 +81,13 @@ def scale_logits(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
 ) -> Iterator[tuple[float, Tensor]]:
-    """The network's logits at each scale, as they leave it, for `combine`.
+    """Yield the network's logits at each scale, as `combine` needs them.
 
     Args:
         model: (B, 3, h, w) -> logits (B, C, h', w'); see `infer` for the other arguments.
 
     Yields:
-        The scale, and (1, C, h', w') float32; (2, C, h', w') with flip, where the second is mirrored still.
+        The scale, and (1, C, h', w') float32; (2, C, h', w') with flip, the second still mirrored.
 
     Raises:
         ValueError: the model is in training mode, the precision is unknown, or nothing is left of the image
@@ -96,8 +98,10 @@ def scale_logits(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     device, dtype = torch.device(device), PRECISIONS[precision]
+    unit = 1 if protocol.longer_side is None else protocol.longer_side / max(image.shape[1:])
     for scale in protocol.scales:
-        batch = torch.from_numpy(rescale(image, scale, protocol.resize))[None].to(device)  # (1, 3, h, w)
+        pixels = rescale(image, scale * unit, protocol.resize)
+        batch = torch.from_numpy(pixels)[None].to(device)  # (1, 3, h, w)
         if protocol.flip:
             batch = torch.cat([batch, batch.flip(-1)])  # (2, 3, h, w)
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -107,10 +111,10 @@ def scale_logits(
 
 @torch.inference_mode()
 def combine(passes: Iterable[Tensor], size: tuple[int, int], protocol: Protocol) -> Tensor:
-    """Average what `scale_logits` yields.
+    """Return the average of what `scale_logits` yields.
 
     Args:
-        passes: (1 or, with flip, 2, C, h', w') logits of each scale.
+        passes: (1, C, h', w') logits of each scale; (2, C, h', w') with flip.
         size: (H, W) of the image.
 
     Returns:
@@ -129,16 +133,16 @@ def combine(passes: Iterable[Tensor], size: tuple[int, int], protocol: Protocol)
 
 
 def rescale(image: np.ndarray, scale: float, resize: str = "linear") -> np.ndarray:
-    """Resize a normalised image (3, H, W) float32 by a factor, see `resize_by`."""
+    """Resize a normalized image (3, H, W) float32 by a factor, see `resize_by`."""
     pixels = np.ascontiguousarray(image.transpose(1, 2, 0))  # (H, W, 3)
     return np.ascontiguousarray(resize_by(pixels, scale, resize).transpose(2, 0, 1))
 
 
 def resize_by(pixels: np.ndarray, scale: float, resize: str = "linear") -> np.ndarray:
-    """Resize an image (H, W, 3) of uint8 or float32 by a factor, by OpenCV.
+    """Resize an image (H, W, 3) of uint8 or float32 by a factor, with OpenCV.
 
-    Sides are rounded, halves to the even number; pixels lie where the factor says, by half-pixel centres;
-    nothing is smoothed before.
+    Sides are rounded, halves to the even number. Source positions follow from the factor, not from the
+    rounded sides, with half-pixel centers; there is no antialiasing.
 
     Args:
         resize: a name in `RESIZES`.

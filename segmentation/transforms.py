@@ -1,4 +1,9 @@
-"""From image and mask to what a segmentation network eats."""
+"""Image and mask -> the input and target of a segmentation network.
+
+`ScaleCrop` and `JitterScaleCrop` draw training samples: functions of image (H, W, 3) uint8 RGB, label
+(H, W) uint8 and a random generator, which return (3, crop, crop) float32, normalized, and (crop, crop) int64.
+Padding is 0 (the mean) and 255. They raise ValueError if image and label differ in size.
+"""
 
 import math
 import random
@@ -11,7 +16,7 @@ from torch import Tensor
 
 from segmentation.benchmark import IGNORE
 
-# Caffe's ImageNet means (B, G, R), as DeepLab-v2 has them.
+# Caffe's ImageNet means (B, G, R), as in DeepLab-v2.
 CAFFE_MEAN = np.array([104.008, 116.669, 122.675])
 
 # torchvision's ImageNet statistics (R, G, B).
@@ -19,27 +24,30 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def caffe_normalise(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) RGB, uint8 or float32 -> (3, H, W) float32 BGR minus mean, as Caffe's networks read it."""
+def caffe_normalize(image: np.ndarray) -> np.ndarray:
+    """Return (3, H, W) float32 BGR minus mean, as Caffe has it, of (H, W, 3) RGB, uint8 or float32."""
     bgr = np.float64(image[..., ::-1]) - CAFFE_MEAN  # in double precision, then rounded once
     return np.ascontiguousarray(bgr.transpose(2, 0, 1), np.float32)
 
 
-def imagenet_normalise(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 RGB -> (3, H, W) float32, standardised; float32 at every step, as published."""
+def caffe_denormalize(image: np.ndarray) -> np.ndarray:
+    """Return (H, W, 3) uint8 RGB: the inverse of `caffe_normalize`, rounded."""
+    bgr = np.rint(image.transpose(1, 2, 0) + CAFFE_MEAN)
+    return np.clip(bgr, 0, 255).astype(np.uint8)[..., ::-1]
+
+
+def imagenet_normalize(image: np.ndarray) -> np.ndarray:
+    """Return (3, H, W) float32, standardized, of (H, W, 3) uint8 RGB; float32 at every step, as published."""
     scaled = np.float32(image) / np.float32(255)
     standard = (scaled - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
     return np.ascontiguousarray(standard.transpose(2, 0, 1))
 
 
-def denormalised(image: np.ndarray) -> np.ndarray:
-    """The picture that SEAM's CRF sees: `imagenet_normalise` undone in float32, and truncated.
+def imagenet_denormalize(image: np.ndarray) -> np.ndarray:
+    """Return the image (H, W, 3) uint8 RGB that SEAM's CRF reads, of a standardized (3, H, W) float32.
 
-    Args:
-        image: (3, H, W) float32, standardised.
-
-    Returns:
-        (H, W, 3) uint8 RGB; a third to half of the values are one below what they were.
+    It is the inverse of `imagenet_normalize` in float32, truncated: a third to half of the values are 1 below
+    the original ones.
     """
     unit = image.transpose(1, 2, 0) * np.float32(IMAGENET_STD) + np.float32(IMAGENET_MEAN)
     return np.clip(unit * np.float32(255), 0, 255).astype(np.uint8)
@@ -47,12 +55,12 @@ def denormalised(image: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ScaleCrop:
-    """Training samples of DeepLab-v2 as deeplab-pytorch draws them: one of some scales, a crop, a flip.
+    """Training samples of DeepLab-v2 as deeplab-pytorch draws them: a scale, a crop, a flip.
 
     Attributes:
         crop: side of the sample.
-        scales: to choose from.
-        base: the longer side that a scale of 1 stands for; None is that of the image.
+        scales: one of these is drawn.
+        base: longer side at scale 1; None is that of the image.
         flip: half of the samples are mirrored.
     """
 
@@ -64,27 +72,11 @@ class ScaleCrop:
     def __post_init__(self):
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"scales must be numbers above 0, got {list(self.scales)}")
-        if min(self.crop, self.crop if self.base is None else self.base) < 1:
-            raise ValueError(f"crop and base must be 1 or more, got {self.crop} and {self.base}")
 
     def __call__(
         self, image: np.ndarray, label: np.ndarray, draw: random.Random
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw a sample; scale, top, left and flip are drawn in this order.
-
-        What lies beyond the image, on the right and below, is 0 (the mean) and 255.
-
-        Args:
-            image: (H, W, 3) uint8 RGB.
-            label: (H, W) uint8.
-            draw: where chance comes from.
-
-        Returns:
-            (3, crop, crop) float32, see `caffe_normalise`, and (crop, crop) int64.
-
-        Raises:
-            ValueError: image and label differ in size.
-        """
+        """Draw scale, top, left and flip, in this order. The padding is on the right and below the image."""
         height, width = _common_size(image, label)
         if self.base is not None:
             longer = max(height, width)
@@ -101,8 +93,8 @@ class ScaleCrop:
             nearest_index(out, side)[part]
             for out, side, part in zip((height, width), label.shape, seen, strict=True)
         )
-        return _framed(
-            caffe_normalise(resized[seen]), label[np.ix_(rows, columns)], self.crop, (0, 0), mirrored
+        return _padded(
+            caffe_normalize(resized[seen]), label[np.ix_(rows, columns)], self.crop, (0, 0), mirrored
         )
 
 
@@ -112,8 +104,8 @@ class JitterScaleCrop:
 
     Attributes:
         crop: side of the sample.
-        scale_range: the scale is drawn evenly from it.
-        jitter: of hue, saturation and value, see `jittered`.
+        scale_range: the scale is drawn uniformly from it.
+        jitter: of hue, saturation and value, see `jitter_hsv`.
         flip: half of the samples are mirrored.
     """
 
@@ -125,34 +117,19 @@ class JitterScaleCrop:
     def __post_init__(self):
         if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1] < math.inf:
             raise ValueError(f"scale_range must be two numbers above 0, got {list(self.scale_range)}")
-        if self.crop < 1 or self.jitter < 0:
-            raise ValueError(f"crop must be 1 or more and jitter 0 or more, got {self.crop}, {self.jitter}")
 
     def __call__(
         self, image: np.ndarray, label: np.ndarray, draw: random.Random
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw a sample; jitter, flip, scale, then the place across and down are drawn in this order.
-
-        A side shorter than the crop gets a place drawn within it; around it is 0 (the mean) and 255.
-
-        Args:
-            image: (H, W, 3) uint8 RGB.
-            label: (H, W) uint8.
-            draw: where chance comes from.
-
-        Returns:
-            (3, crop, crop) float32, see `imagenet_normalise`, and (crop, crop) int64.
-
-        Raises:
-            ValueError: image and label differ in size.
-        """
+        """Draw jitter, flip, scale, horizontal and vertical place, in this order. A side shorter than the
+        crop is placed at random in it."""
         size = _common_size(image, label)
-        image = jittered(image, draw, self.jitter)
+        image = jitter_hsv(image, draw, self.jitter)
         if self.flip and draw.random() < 0.5:
             image, label = cv2.flip(image, 1), cv2.flip(label, 1)
         least, most = self.scale_range
         scale = max(draw.random() * (most - least) + least, 1 / min(size))  # no side of 0 pixels
-        # Given as factors, not as a size, scales decide where pixels are sampled.
+        # With factors instead of a size, the scale itself decides where pixels are sampled.
         factors = {"dsize": None, "fx": scale, "fy": scale}
         image = cv2.resize(image, **factors, interpolation=cv2.INTER_CUBIC)
         label = cv2.resize(label, **factors, interpolation=cv2.INTER_NEAREST)
@@ -161,7 +138,7 @@ class JitterScaleCrop:
         left, x = self._place(width, draw)
         top, y = self._place(height, draw)
         seen = slice(top, top + self.crop), slice(left, left + self.crop)
-        return _framed(imagenet_normalise(image[seen]), label[seen], self.crop, (y, x))
+        return _padded(imagenet_normalize(image[seen]), label[seen], self.crop, (y, x))
 
     def _place(self, side: int, draw: random.Random) -> tuple[int, int]:
         """Offsets in the image and in the sample, one of which is 0."""
@@ -169,13 +146,13 @@ class JitterScaleCrop:
         return (offset, 0) if side > self.crop else (0, offset)
 
 
-def jittered(image: np.ndarray, draw: random.Random, most: int = 10) -> np.ndarray:
+def jitter_hsv(image: np.ndarray, draw: random.Random, most: int = 10) -> np.ndarray:
     """Shift hue (OpenCV's, 0 to 179, a circle), saturation and value by up to `most` steps each.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        draw: where chance comes from: three `randint`.
-        most: steps either way.
+        draw: random generator; three `randint`.
+        most: largest shift, in steps.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -194,10 +171,10 @@ def _common_size(image: np.ndarray, label: np.ndarray) -> tuple[int, int]:
     return label.shape
 
 
-def _framed(
+def _padded(
     image: np.ndarray, label: np.ndarray, crop: int, corner: tuple[int, int], mirrored: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put (3, h, w) and (h, w) into (3, crop, crop) of 0 and (crop, crop) of 255, at (y, x)."""
+    """Return image (3, h, w) and label (h, w) at (y, x) of (3, crop, crop) zeros and (crop, crop) of 255."""
     (y, x), (height, width) = corner, label.shape
     images = np.zeros((3, crop, crop), np.float32)
     labels = np.full((crop, crop), IGNORE, np.int64)
@@ -209,9 +186,9 @@ def _framed(
 
 
 def nearest_index(out: int, size: int) -> np.ndarray:
-    """Which of `size` pixels Pillow's NEAREST puts at each of `out`.
+    """Return which of `size` source pixels Pillow's NEAREST puts at each of `out` pixels.
 
-    Pillow adds up source positions step by step in double precision, from half a step on; the product
+    Pillow sums source positions step by step in double precision, starting at half a step; the product
     (i + 0.5) * step rounds to other pixels at common factors such as 0.75 and 1.25.
 
     Returns:
@@ -223,19 +200,19 @@ def nearest_index(out: int, size: int) -> np.ndarray:
 
 
 def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Labels at another size, by the rule of Pillow's NEAREST, on the device that they are on.
+    """Return labels at another size, resized as Pillow's NEAREST does, on their device.
 
     Args:
         labels: (B, H, W) of any type.
         size: (h, w).
 
     Returns:
-        (B, h, w); the labels themselves where they have that size.
+        (B, h, w); the labels themselves if they have that size.
     """
     if labels.shape[-2:] == size:
         return labels
     rows, columns = (
-        torch.from_numpy(nearest_index(out, side)).to(labels.device, non_blocking=True)  # no wait for a GPU
+        torch.from_numpy(nearest_index(out, side)).to(labels.device, non_blocking=True)
         for out, side in zip(size, labels.shape[-2:], strict=True)
     )
     return labels.index_select(1, rows).index_select(2, columns)  # (B, h, W), (B, h, w)

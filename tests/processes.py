@@ -33,7 +33,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 # The last is what PyTorch imports when the first optimizer is made.
 CONTEXT.set_forkserver_preload(
     ["deeplab.train", "deeplab.test", "deeplab.predict", "pipeline.cams_cli", "pipeline.fused",
-     "pipeline.evaluate", "refinement.densecrf_numba", "tests.training", "torch._inductor"]
+     "pipeline.evaluate", "refinement.densecrf_numba", "tests.training_world", "torch._inductor"]
 )  # fmt: skip
 
 

@@ -16,9 +16,10 @@ FLOORS = {
     "cocostuff": 2,
     "shapes": 2,
     "pipeline": 3,
-    "deeplab": 4,
-    "tagclip": 4,
-    "bench": 5,
+    "training": 4,
+    "deeplab": 5,
+    "tagclip": 5,
+    "bench": 6,
 }
 
 

@@ -17,14 +17,16 @@ from bench import cams, data, evaluation, measure, train
 from bench.measure import COMMON, Setting
 from bench.reference import read_cams, reference_cams, reference_evaluation, reference_mask, write_cams
 from bench.reference_training import plain, reference_iteration, shrunk
+from deeplab.config import OptimConfig
 from deeplab.model import ConvBnReLU, build_v2, parameter_groups
+from deeplab.recipe import sgd
 from pipeline.evaluate import Evaluation
 from pipeline.processes import Outcome, drain
 from pipeline.step import run_step
+from segmentation.config import RunConfig
 from segmentation.dataset import Batch
 from segmentation.masks import read_mask, write_mask
 from segmentation.schedules import poly
-from segmentation.trainer import Running, Solver, optimizer
 from segmentation.transforms import resize_labels
 from tests.conftest import CASES, golden, parity_image, relative
 from tests.deeplab.common import fill_a, input_a, labels
@@ -80,13 +82,13 @@ def test_reference_training_is_the_published_one():
     torch.set_num_threads(1)  # for so little, a second one costs more than it does
     stored = deeplab_golden("a_train")
     model = fill_a(build_v2(5, (1, 1, 1, 1))).train()
-    sgd = optimizer(parameter_groups(model), Solver(learning_rate=2e-5))
+    optimizer = sgd(parameter_groups(model), OptimConfig(learning_rate=2e-5))
     for step in range(3):
         batches = []
         for number in (2 * step, 2 * step + 1):
             images = torch.cat([input_a(f"dl:t{number}_{i}", 65, 65) for i in range(2)])
             batches.append(Batch(images.numpy(), labels(f"dl:tl{number}", (2, 65, 65), 5, block=8), []))
-        loss = reference_iteration(plain(model), sgd, batches, poly(step, 6, every=2))
+        loss = reference_iteration(plain(model), optimizer, batches, poly(step, 6, every=2))
         expected = stored["ce_losses"].reshape(3, 2, -1)[step].sum(axis=1).mean()
         assert loss == pytest.approx(expected, rel=1e-5)
 
@@ -199,9 +201,9 @@ def test_training_goes_as_the_reference_in_every_precision(tmp_path, monkeypatch
 
 
 def test_variants_of_training():
-    assert train.running("bf16") == Running(precision="bf16")
+    assert train.running("bf16") == RunConfig(precision="bf16")
     chosen = train.running("tf32+contiguous+compile")
-    assert chosen == Running(precision="tf32", channels_last=False, compile=True)
+    assert chosen == RunConfig(precision="tf32", channels_last=False, compile=True)
     for wrong in ("fp64", "fp32+fast", ""):
         with pytest.raises(ValueError, match="--variants"):
             train.running(wrong)

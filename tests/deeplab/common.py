@@ -4,7 +4,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from segmentation.transforms import caffe_normalise, imagenet_normalise
+from segmentation.transforms import caffe_normalize, imagenet_normalize
 from tests import conftest
 from tests.weights import parity_array, parity_image
 
@@ -13,12 +13,12 @@ golden = partial(conftest.golden, system="deeplab")
 
 def input_a(name: str, height: int, width: int) -> torch.Tensor:
     """(1, 3, H, W) float32, BGR minus mean."""
-    return torch.from_numpy(caffe_normalise(parity_image(name, height, width)))[None]
+    return torch.from_numpy(caffe_normalize(parity_image(name, height, width)))[None]
 
 
 def input_b(name: str, height: int, width: int) -> torch.Tensor:
     """(1, 3, H, W) float32, RGB standardised."""
-    return torch.from_numpy(imagenet_normalise(parity_image(name, height, width)))[None]
+    return torch.from_numpy(imagenet_normalize(parity_image(name, height, width)))[None]
 
 
 def labels(name: str, shape: tuple, classes: int, block: int = 4, p: float = 1.0) -> np.ndarray:

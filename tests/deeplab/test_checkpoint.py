@@ -15,7 +15,7 @@ from deeplab.keymaps import STRIDE_IN, bgr_stem
 from deeplab.model import DeepLabV1, build_v2
 from deeplab.resnet38 import build_r38
 from segmentation.checkpoints import write_checkpoint
-from segmentation.transforms import CAFFE_MEAN, IMAGENET_MEAN, caffe_normalise, imagenet_normalise
+from segmentation.transforms import CAFFE_MEAN, IMAGENET_MEAN, caffe_normalize, imagenet_normalize
 from tests.deeplab.common import golden
 from tests.weights import fill_module, parity_image
 
@@ -273,7 +273,7 @@ def test_torchvision_features(tmp_path):
 
     image = parity_image("dl:torchvision", 65, 97)
     layers = theirs.eval()
-    x = torch.from_numpy(imagenet_normalise(image))[None]
+    x = torch.from_numpy(imagenet_normalize(image))[None]
     with torch.no_grad():
         x = layers.maxpool(layers.relu(layers.bn1(layers.conv1(x))))
         expected = layers.layer2(layers.layer1(x))  # (1, 512, 9, 13)
@@ -283,7 +283,7 @@ def test_torchvision_features(tmp_path):
         offset = torch.tensor(CAFFE_MEAN - 255 * np.array(IMAGENET_MEAN[::-1])).float().view(3, 1, 1)
         assert offset.abs().max() <= 1  # what the two means differ by, in grey levels
         for name, shift in (("same mean", offset), ("own mean", 0)):
-            x = torch.from_numpy(caffe_normalise(image))[None] + shift
+            x = torch.from_numpy(caffe_normalize(image))[None] + shift
             for stage in stages:
                 x = stage(x)
             features[name] = x
@@ -297,7 +297,7 @@ def test_torchvision_features(tmp_path):
     with torch.no_grad():  # a control: without the change of channels it is another network
         stem = unflipped.base.layer1.conv1.conv.weight
         stem.copy_(stem.flip(1))
-        x = torch.from_numpy(caffe_normalise(image))[None]
+        x = torch.from_numpy(caffe_normalize(image))[None]
         for stage in list(unflipped.eval().base)[:3]:
             x = stage(x)
     assert (x - expected).abs().max() > 0.1 * scale

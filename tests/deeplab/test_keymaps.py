@@ -8,10 +8,10 @@ from deeplab.keymaps import (
     bgr_stem,
     caffe,
     caffe_layer,
+    family_of,
     mxnet,
     mxnet_key,
     own_key,
-    recognise,
     rename,
     torchvision_key,
 )
@@ -110,7 +110,7 @@ def test_mxnet_names():
     ],
 )
 def test_families_are_told_by_their_keys(keys, name):
-    found = recognise(dict.fromkeys(keys))
+    found = family_of(dict.fromkeys(keys))
     assert (found and found.name) == name
 
 

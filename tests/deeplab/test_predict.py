@@ -9,17 +9,20 @@ import torch
 from PIL import Image
 
 from common.files import sha256
-from deeplab import config as configs
-from deeplab.networks import network_of
-from deeplab.predict import explained, main, predict, with_legend
-from deeplab.trained import Segmenter, Setup
+from deeplab.config import Config
+from deeplab.predict import main
+from deeplab.recipe import RECIPE
 from segmentation import benchmark as benchmarks
 from segmentation.benchmark import Benchmark, voc_palette
+from segmentation.figures import labeled_overlay, with_legend
 from segmentation.images import image_files
 from segmentation.inference import Protocol, resize_by
 from segmentation.masks import read_mask
 from tests.deeplab.common import fill_a, golden
 from tests.weights import parity_image
+from training import config as configs
+from training.predict import predict
+from training.segmenter import Segmenter, Setup
 
 TOY = Benchmark("toy", ["one", "two", "three", "four"])
 
@@ -28,9 +31,9 @@ TOY = Benchmark("toy", ["one", "two", "three", "four"])
 def setup(tmp_path_factory):
     """Golden network A: 5 classes, full width, one block a stage."""
     folder = tmp_path_factory.mktemp("demo")
-    config = configs.read(None, ["model.blocks=[1,1,1,1]"])
-    torch.save(fill_a(network_of(config).build(config.model, 5)).state_dict(), folder / "weights.pth")
-    return Setup(config, TOY, str(folder / "weights.pth"), Protocol(), device="cpu")
+    config = configs.read(Config, None, ["model.blocks=[1,1,1,1]"])
+    torch.save(fill_a(RECIPE.network(config).build(config, TOY)).state_dict(), folder / "weights.pth")
+    return Setup(RECIPE, config, TOY, str(folder / "weights.pth"), Protocol(), device="cpu")
 
 
 @pytest.fixture
@@ -38,12 +41,12 @@ def run(tmp_path):
     """A trained run of a small network; returns its folder."""
     (tmp_path / "toy.yaml").write_text("{name: toy, classes: [one, two, three, four]}\n")
     words = ["model.width=4", "model.blocks=[1,1,1,1]", "model.rates=[1,2]"]
-    config = configs.read(None, [*words, f"data.benchmark={tmp_path}/toy.yaml"])
+    config = configs.read(Config, None, [*words, f"data.benchmark={tmp_path}/toy.yaml"])
     folder = tmp_path / "run"
     folder.mkdir()
-    model = fill_a(network_of(config).build(config.model, 5))
+    model = fill_a(RECIPE.network(config).build(config, TOY))
     torch.save(model.state_dict(), folder / "checkpoint_final.pth")
-    (folder / "config.yaml").write_text(configs.text(config))
+    (folder / "config.yaml").write_text(configs.to_yaml(config))
     return folder
 
 
@@ -64,7 +67,7 @@ def test_golden_demo(setup):
         shown, labels = predict(segmenter, image, 97)
         np.testing.assert_array_equal(shown[..., ::-1], expected["raw"])  # the demo's is BGR
         assert (labels != expected[key]).mean() <= 1e-3
-    network_input = segmenter.network.normalise(shown)[None]
+    network_input = segmenter.network.normalize(shown)[None]
     np.testing.assert_allclose(network_input[:, :, ::3, ::3], expected["input"], rtol=0, atol=1e-5)
 
 
@@ -109,7 +112,8 @@ def test_which_network_predicted_is_recorded(run, pictures, tmp_path):
     settings = found["settings"]
     assert settings["benchmark"] == f"{tmp_path}/toy.yaml" and settings["model"]["width"] == 4
     assert settings["protocol"]["scales"] == [1.0] and settings["crf"] is None and settings["size"] == 64
-    model = network_of(configs.read(run / "config.yaml")).build(configs.read(run / "config.yaml").model, 5)
+    config = configs.read(Config, run / "config.yaml")
+    model = RECIPE.network(config).build(config, TOY)
     torch.save(fill_a(model, 1).state_dict(), run / "checkpoint_final.pth")
     assert main(flags) == 0
     again = json.loads((out / "settings.json").read_text())
@@ -128,11 +132,16 @@ def test_bad_pictures_are_left_out_and_listed(run, pictures):
     assert failed.count("\n") == 3 and failed.count("cannot be read") == 2 and "nothing is left" in failed
 
 
+def figure_of(image, labels, benchmark):
+    names = ["background"] * benchmark.has_background + benchmark.classes
+    return labeled_overlay(image, labels, names, benchmark.palette, benchmark.has_background)
+
+
 def test_only_classes_that_are_there_are_painted_and_named():
-    image = parity_image("explained", 60, 400)
+    image = parity_image("labeled_overlay", 60, 400)
     labels = np.zeros((60, 400), np.uint8)
     labels[10:30, 20:60], labels[40:50, 100:300] = 2, 4
-    picture = explained(image, labels, TOY)
+    picture = figure_of(image, labels, TOY)
     painted, legend = picture[:60], picture[60:]
     np.testing.assert_array_equal(painted[labels == 0], image[labels == 0])
     for index in range(1, 5):
@@ -146,8 +155,8 @@ def test_only_classes_that_are_there_are_painted_and_named():
 def test_without_a_background_class_the_first_is_painted_too():
     image, labels = parity_image("floor", 40, 300), np.zeros((40, 300), np.uint8)
     benchmark = Benchmark("flat", ["wall", "floor"], has_background=False)
-    assert (explained(image, labels, benchmark)[:40] != image).any()
-    np.testing.assert_array_equal(explained(image, labels, TOY)[:40], image)
+    assert (figure_of(image, labels, benchmark)[:40] != image).any()
+    np.testing.assert_array_equal(figure_of(image, labels, TOY)[:40], image)
 
 
 def test_a_legend_has_as_many_rows_as_it_needs():

@@ -3,13 +3,15 @@ from pathlib import Path
 
 import pytest
 
-from deeplab import config as configs
-from deeplab.networks import network_of
+import deeplab
+from deeplab.config import Config
+from deeplab.recipe import RECIPE
 from refinement.densecrf import PRESETS
 from segmentation import benchmark as benchmarks
 from segmentation.losses import LOSSES
+from training import config as configs
 
-FOLDER = Path(configs.__file__).parent / "configs"
+FOLDER = Path(deeplab.__file__).parent / "configs"
 V2, R38 = "deeplab_v2", "deeplab_v1_r38"
 NARROW = [0.5, 0.75, 1.0, 1.25, 1.5]
 WIDE = [*NARROW, 1.75, 2.0]
@@ -35,7 +37,7 @@ def test_every_configuration_is_known():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe(name):
-    config = configs.read(FOLDER / f"{name}.yaml")
+    config = configs.read(Config, FOLDER / f"{name}.yaml")
     solver, augment = config.solver, config.augment
     init = next(kind for kind in ("coco", "imagenet", "res38") if kind in config.model.init)
     scales = augment.scales if config.model.network == V2 else augment.scale_range
@@ -54,8 +56,8 @@ def test_recipe(name):
 
 @pytest.mark.parametrize("name", [*RECIPES, "shapes"])
 def test_what_a_configuration_names_exists(name):
-    config = configs.read(FOLDER / f"{name}.yaml")
-    assert network_of(config).build
+    config = configs.read(Config, FOLDER / f"{name}.yaml")
+    assert RECIPE.network(config).build
     assert benchmarks.load(config.data.benchmark).channels
     assert config.solver.loss in LOSSES
     assert config.test.crf is None or config.test.crf in PRESETS

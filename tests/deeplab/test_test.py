@@ -15,22 +15,23 @@ import torch
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
-from deeplab import config as configs
-from deeplab import evaluation
 from deeplab.config import Config
-from deeplab.networks import network_of
 from deeplab.predict import main as predict
+from deeplab.recipe import RECIPE
 from deeplab.test import main
-from deeplab.trained import crf_labels, protocol_of
 from pipeline import evaluate as step_2a
 from pipeline import run as runs
-from pipeline.processes import drain, shard
-from segmentation.benchmark import voc_palette
+from pipeline.processes import drain, part_of
+from pipeline.step import run_step
+from segmentation.benchmark import Benchmark, voc_palette
 from segmentation.masks import read_mask, write_mask
 from segmentation.metrics import confusion, scores
 from tests import processes
 from tests.deeplab.common import fill_a, golden
 from tests.weights import fill_module, parity_image
+from training import config as configs
+from training import evaluation
+from training.segmenter import crf_labels, protocol_of
 
 SIZES = {"im0": (60, 80), "im1": (75, 50), "im2": (64, 64)}
 SUMMARY = ("Pixel Accuracy", "Mean Accuracy", "Mean IoU", "Frequency Weighted IoU")
@@ -64,18 +65,19 @@ def tree(arrays, tmp_path):
 def tiny(tree):
     """The same with a small network, trained in `run`; returns command(*flags) -> exit code."""
     words = [*TINY, f"data.benchmark={tree}/toy.yaml", f"data.val_split={tree}/split.txt"]
-    config = configs.read(None, words)
+    config = configs.read(Config, None, words)
     save_run(tree / "run", config, 5)
     return lambda *flags: main(["--run", str(tree / "run"), "--device", "cpu", *flags])
 
 
 def save_run(folder, config: Config, channels: int, seed: int = 0) -> None:
     """What a training leaves."""
-    model = network_of(config).build(config.model, channels)
+    benchmark = Benchmark("any", [f"class {index}" for index in range(channels - 1)])
+    model = RECIPE.network(config).build(config, benchmark)
     filled = fill_a(model, seed) if config.model.network == "deeplab_v2" else fill_module(model, seed)
     folder.mkdir(exist_ok=True)
     torch.save(filled.state_dict(), folder / "checkpoint_final.pth")
-    (folder / "config.yaml").write_text(configs.text(config))
+    (folder / "config.yaml").write_text(configs.to_yaml(config))
 
 
 def content(folder) -> dict:
@@ -88,7 +90,7 @@ def summary(file) -> list:
 
 
 def test_golden_logits_masks_and_scores(arrays, tree, capsys):
-    config = configs.read(tree / "config.yaml")
+    config = configs.read(Config, tree / "config.yaml")
     save_run(tree / "weights", config, 5)
     flags = ["--config", str(tree / "config.yaml"), "--device", "cpu", "--save_logits", "float32"]
     flags += ["--checkpoint", str(tree / "weights" / "checkpoint_final.pth")]
@@ -127,7 +129,7 @@ def test_the_published_protocol_is_the_default(tiny, tree):
 
 def test_network_b_is_tested_as_seam_tests_it(tree):
     words = ["model.network=deeplab_v1_r38", "model.width=2", "model.blocks=[1,1,1,1]", "test.crf=auto"]
-    config = configs.read(tree / "config.yaml", words)
+    config = configs.read(Config, tree / "config.yaml", words)
     save_run(tree / "b", config, 5)
     assert main(["--run", str(tree / "b"), "--device", "cpu"]) == 0
     report = json.loads((tree / "b" / "test" / "scores_crf.json").read_text())
@@ -159,12 +161,12 @@ def test_processes_and_resuming_give_the_same_files(tiny, tree, monkeypatch):
     undisturbed = content(tree / "one")
     assert len(undisturbed) == 9
 
-    def in_parts(run, work, names, job, num_workers):
-        """What several processes do, one after the other: each gets its own copy of the job."""
+    def in_parts(run, step, names, num_workers):
+        """What several processes do, one after the other: each gets its own copy of the step."""
         assert num_workers == 2
-        parts = [shard(names, i, num_workers) for i in range(num_workers)]
-        copies = [pickle.loads(pickle.dumps((work, part, job))) for part in parts]
-        return [drain(work(part, i, job), run.take) for i, (work, part, job) in enumerate(copies)]
+        parts = [part_of(names, i, num_workers) for i in range(num_workers)]
+        copies = [pickle.loads(pickle.dumps((part, step))) for part in parts]
+        return [drain(run_step(part, i, step), run.take) for i, (part, step) in enumerate(copies)]
 
     with monkeypatch.context() as patch:
         patch.setattr(runs.Run, "map", in_parts)
@@ -214,7 +216,7 @@ def test_other_settings_and_other_weights_are_not_mixed(tiny, tree):
     with pytest.raises(ValueError, match="crf"):
         tiny("--crf", "deeplab_published")
     assert tiny("--crf", "deeplab_published", "--overwrite") == 0
-    save_run(tree / "run", configs.read(tree / "run" / "config.yaml"), 5, seed=1)
+    save_run(tree / "run", configs.read(Config, tree / "run" / "config.yaml"), 5, seed=1)
     with pytest.raises(ValueError, match="checkpoint"):
         tiny("--crf", "deeplab_published")
 
@@ -381,7 +383,7 @@ def test_half_precision_logits_are_rounded(tiny, tree):
 @pytest.mark.parametrize(("flags", "told"), [
     (["--save_logits", "float32", "--scales", "0.5"], "add 1.0"),
     (["model.width=8"], "does not fit the model"),
-    (["test.crf=fancy"], "test.crf must be none, auto or one of"),
+    (["test.crf=fancy"], "test.crf must be one of none, auto, "),
     (["test.scales=[]"], r"scales must be numbers above 0, got \[\]"),
     (["model.network=v9"], "deeplab_v2, deeplab_v1_r38"),
     (["--checkpoint", "nowhere.pth"], "nowhere.pth does not exist"),
@@ -396,10 +398,10 @@ def test_mistakes_are_told(tiny, tree, flags, told):
 
 def test_what_the_configuration_says_of_testing():
     def found(*words):
-        return protocol_of(configs.read(None, words))
+        return protocol_of(RECIPE, configs.read(Config, None, words))
 
     protocol, crf = found("model.network=deeplab_v1_r38")
-    assert protocol == network_of(configs.read(None, ["model.network=deeplab_v1_r38"])).protocol
+    assert protocol == RECIPE.network(configs.read(Config, None, ["model.network=deeplab_v1_r38"])).protocol
     assert crf is None
     protocol, crf = found("test.scales=[0.5,1]", "test.flip=true", "test.crf=auto")
     assert (protocol.scales, protocol.flip, crf) == ((0.5, 1.0), True, "deeplab")
@@ -450,7 +452,7 @@ def test_torchrun_hands_every_flag_on(command, capsys):
     """It refuses what may begin several of its own, even behind the script; --run has a second name."""
     with pytest.raises(SystemExit):
         command(["--help"])
-    flags = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
+    flags = set(re.findall(r"--[a-z_-]+", capsys.readouterr().out))
     theirs = {flag for action in get_args_parser()._actions for flag in action.option_strings}
     caught = {flag for flag in flags if any(other.startswith(flag) for other in theirs)}
     assert "--run_dir" in flags and caught == {"--run", "--help"}

@@ -14,12 +14,15 @@ import torchvision
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from deeplab import config as configs
 from deeplab import model as network_a
 from deeplab import resnet38, train
+from deeplab.config import Config
+from deeplab.recipe import RECIPE
 from segmentation.checkpoints import FINAL, RESUME
-from tests import training
+from tests import training_world
 from tests.processes import Command, Process, ranks, torchrun
+from training import config as configs
+from training import train as loop
 
 CONFIG = """
 data: {{benchmark: shapes, root: {root}, train_split: {root}/train.txt, val_split: {root}/val.txt}}
@@ -36,7 +39,7 @@ R38 = ["model.network=deeplab_v1_r38", "model.rates=[2]", "model.width=2", "mode
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
-    training.write_world(root)
+    training_world.write_world(root)
     (root / "tiny.yaml").write_text(CONFIG.format(root=root))
     return root
 
@@ -49,9 +52,9 @@ def run(world: Path, output: Path, *more, count: int = 1) -> list[tuple[int, str
     """Exit code and what was printed but for the configuration, of each of `count` ranks."""
     arguments = words(world, output, *more)
     if count == 1:
-        started = [Process(training.trained, arguments)]
+        started = [Process(training_world.trained, arguments)]
     else:
-        started = ranks(training.trained, arguments, count=count)
+        started = ranks(training_world.trained, arguments, count=count)
     return [(code, without_config(told)) for code, told, _ in (process.end() for process in started)]
 
 
@@ -104,8 +107,8 @@ def test_the_folder(world, undisturbed):
         "checkpoint_10.pth", "checkpoint_20.pth", FINAL, "config.yaml", "settings.json", "logs",
     }  # fmt: skip
     network_a.build_v2(13, (1, 1, 1, 1), (1, 2), 4, (0.5,)).load_state_dict(state_of(undisturbed / FINAL))
-    config = configs.read(undisturbed / "config.yaml")
-    assert config == configs.read(world / "tiny.yaml", [f"run.output={undisturbed}"])
+    config = configs.read(Config, undisturbed / "config.yaml")
+    assert config == configs.read(Config, world / "tiny.yaml", [f"run.output={undisturbed}"])
     record = json.loads((undisturbed / "settings.json").read_text())
     assert record["step"] == "deeplab.train" and record["settings"]["solver.learning_rate"] == 1e-3
     logs = EventAccumulator(str(undisturbed / "logs"), {"images": 0}).Reload()
@@ -139,7 +142,7 @@ def test_killed_then_stopped_then_resumed(world, undisturbed, tmp_path):
     command.signal_group(signal.SIGKILL)
     assert command.end()[0] == -signal.SIGKILL
     killed_at = saved(tmp_path)
-    again = Process(training.trained, words(world, tmp_path, "--resume"))
+    again = Process(training_world.trained, words(world, tmp_path, "--resume"))
     again.until(lambda: saved(tmp_path) > killed_at)
     again.signal(signal.SIGTERM)
     code, told, _ = again.end()
@@ -170,7 +173,7 @@ def test_torchrun_passes_on_what_it_is_sent(world, undisturbed_on_two, tmp_path)
         (signal.SIGKILL, 1, (1, -signal.SIGKILL)), (signal.SIGTERM, 1, (0, 0)), (signal.SIGINT, 0, (0, 0))
     ):  # fmt: skip
         before = at
-        started = ranks(training.trained, words(world, tmp_path, "--resume"))
+        started = ranks(training_world.trained, words(world, tmp_path, "--resume"))
         started[0].until(lambda least=before: saved(tmp_path) > least)
         started[rank].signal(number)
         (code, told, _), (other, silent, _) = (process.end() for process in started)
@@ -184,7 +187,7 @@ def test_torchrun_passes_on_what_it_is_sent(world, undisturbed_on_two, tmp_path)
 def test_network_b_is_resumed(world, tmp_path, monkeypatch):
     """Live batch norm, dropout of three kinds; stopped in validation."""
     calls = []
-    infer = train.infer
+    infer = loop.infer
 
     def stopping_infer(*given):
         calls.append(None)
@@ -194,7 +197,7 @@ def test_network_b_is_resumed(world, tmp_path, monkeypatch):
 
     finals = []
     for name, seen in (("whole", infer), ("stopped", stopping_infer)):
-        monkeypatch.setattr(train, "infer", seen)
+        monkeypatch.setattr(loop, "infer", seen)
         given = words(world, tmp_path / name, *R38, "solver.iterations=8", "run.validate_every=6")
         assert train.main(given) == 0
         if name == "stopped":
@@ -209,7 +212,7 @@ def test_network_b_is_resumed(world, tmp_path, monkeypatch):
 def told_by(capsys, arguments) -> tuple[int, str]:
     """Exit code and stderr of the command, here."""
     with pytest.raises(SystemExit) as caught:
-        training.trained(arguments)
+        training_world.trained(arguments)
     return caught.value.code, capsys.readouterr().err
 
 
@@ -224,7 +227,7 @@ def test_folders_that_hold_a_run(world, undisturbed, tmp_path, capsys):
     code, told = told_by(capsys, words(world, undisturbed, "--overwrite", "model.init=absent.pth"))
     assert code == 2 and "absent.pth is not there" in told
     with pytest.raises(SystemExit) as caught:
-        training.trained(words(world, undisturbed, "--overwrite", "--resume"))
+        training_world.trained(words(world, undisturbed, "--overwrite", "--resume"))
     assert caught.value.code == 2 and content(undisturbed) == before
     capsys.readouterr()
     assert train.main(words(world, undisturbed, "--resume", "run.keep=7")) == 0
@@ -296,9 +299,9 @@ MISTAKES = {  # what is done to the files, further words, exit code, sentence
     "blocks": (None, ["model.blocks=[1]"], 2, "blocks must be four"),
     "crop": (None, ["augment.crop=0"], 2, "crop"),
     "scales": (None, ["augment.scales=[]"], 2, "scales"),
-    "base": (None, ["augment.base=0"], 2, "crop and base must be 1 or more, got 33 and 0"),
+    "base": (None, ["augment.base=0"], 2, "augment.base must be a whole number, 1 or more, got 0"),
     "scale range": (None, [*R38, "augment.scale_range=[1]"], 2, "scale_range must be two numbers"),
-    "jitter": (None, [*R38, "augment.jitter=-1"], 2, "jitter 0 or more"),
+    "jitter": (None, [*R38, "augment.jitter=-1"], 2, "jitter must be a whole number, 0 or more, got -1"),
     "learning rate": (None, ["solver.learning_rate=-1"], 2, "learning_rate must be .* 0 or more, got -1"),
     "init of too little": ("init", ["model.init={root}/init.pth"], 2, "init.pth.*in common.*same depth"),
 }  # fmt: skip
@@ -344,8 +347,8 @@ def test_the_initial_weights_say_where_strides_are(world, tmp_path):
     theirs = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1])
     torch.save(theirs.state_dict(), tmp_path / "resnet.pth")
     wide = [f"model.init={tmp_path}/resnet.pth", "model.width=64"]
-    config = configs.read(world / "tiny.yaml", [*wide, f"run.output={tmp_path}/run"])
-    trainer = train.prepare(config)
+    config = configs.read(Config, world / "tiny.yaml", [*wide, f"run.output={tmp_path}/run"])
+    trainer = loop.prepare(RECIPE, config)
     first = trainer.model.base.layer3.block1
     assert (first.reduce.conv.stride, first.conv3x3.conv.stride) == ((1, 1), (2, 2))
-    assert configs.read(tmp_path / "run" / "config.yaml").model.stride_in == "conv3x3"
+    assert configs.read(Config, tmp_path / "run" / "config.yaml").model.stride_in == "conv3x3"

@@ -9,33 +9,33 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from deeplab import model as network_a
 from deeplab import resnet38 as network_b
-from deeplab import train
-from deeplab.networks import NETWORKS
+from deeplab.config import Config, OptimConfig
+from deeplab.recipe import NETWORKS, objective
+from segmentation.config import RunConfig
 from segmentation.dataset import Batch, TrainingSet
 from segmentation.losses import LOSSES
-from segmentation.trainer import Running, Solver, Trainer
+from segmentation.trainer import Trainer
 from tests.conftest import relative
 from tests.deeplab.common import fill_a, golden, input_a, input_b, labels, summary
 from tests.weights import fill_module
 
 
-def trainer_of(name: str, model: nn.Module, solver: Solver, output: Path) -> tuple[Trainer, list]:
+def trainer_of(name: str, model: nn.Module, solver: OptimConfig, output: Path) -> tuple[Trainer, list]:
     """A trainer as `deeplab.train` makes it, to be handed its batches, and a list that grows by the losses of
     each and the summaries of the gradients that were there before it."""
-    network, losses, seen = NETWORKS[name], train.objective(solver.loss), []
+    config = Config(solver=solver)
+    network, losses, seen = NETWORKS[name], objective(config), []
 
-    def noting(whole, *given):
+    def noting(*arguments):
         before = gradients(model) if len(seen) == 1 else None
-        found = losses(whole, *given)
+        found = losses(*arguments)
         seen.append(([loss.item() for loss in found.values()], before))
         return found
 
-    unread = TrainingSet(["unread"] * solver.batch_size, "", "", 5, network.transform)
-    trainer = Trainer(
-        model, network.groups(model), noting, unread, solver, Running(str(output), "cpu"),
-        horizon=network.horizon(solver),
-    )  # fmt: skip
-    return trainer, seen
+    unread = TrainingSet(["unread"] * solver.batch_size, "", "", 5, network.transform(config))
+    optimizer, schedule = network.optimizer(model, config)
+    run = RunConfig(str(output), "cpu")
+    return Trainer(model, optimizer, schedule, noting, unread, solver, run), seen
 
 
 def rates(trainer: Trainer) -> list[float]:
@@ -84,7 +84,9 @@ def test_network_a(tmp_path, loss):
     model = fill_a(network_a.build_v2(5, (1, 1, 1, 1))).train()
     assert [name for name, _ in model.named_parameters()] == list(expected["names"])
     train_affine(model)
-    solver = Solver(iterations=6, batch_size=2, accumulate=2, learning_rate=2e-5, decay_every=2, loss=loss)
+    solver = OptimConfig(
+        iterations=6, batch_size=2, accumulate=2, learning_rate=2e-5, decay_every=2, loss=loss
+    )
     start, lrs = parameters(model), []
     trainer, seen = trainer_of("deeplab_v2", model, solver, tmp_path)
     for step in range(3):
@@ -122,7 +124,7 @@ def run_b(output, frozen, dtype):
             part.p = 0
     train_affine(nn.ModuleList([model.bn_fov, model.bn_fov2]) if frozen else model)
     start, lrs = parameters(model), []
-    solver = Solver(iterations=5, batch_size=3, accumulate=1, learning_rate=1e-3, decay_every=1)
+    solver = OptimConfig(iterations=5, batch_size=3, accumulate=1, learning_rate=1e-3, decay_every=1)
     trainer, seen = trainer_of("deeplab_v1_r38", model, solver, output)
     sizes = [len(group["params"]) for group in network_b.parameter_groups(model)]
     run = {"names": list(start), "group_sizes": sizes}

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from refinement.densecrf import BACKENDS, PRESETS, densecrf, seen, wrapped_bgr
-from segmentation.transforms import denormalised, imagenet_normalise
+from segmentation.transforms import imagenet_denormalize, imagenet_normalize
 from tests.deeplab.common import golden
 from tests.weights import parity_array, parity_image
 
@@ -56,7 +56,7 @@ def test_every_grey_level_wraps_as_in_double_precision():
 def test_golden_of_seam(index, size, backend):
     name = f"{size[0]}x{size[1]}_"
     arrays = {key.removeprefix(name): value for key, value in golden("b_test").items()}
-    image = denormalised(imagenet_normalise(parity_image(f"r38:ms{index}", *size)))
+    image = imagenet_denormalize(imagenet_normalize(parity_image(f"r38:ms{index}", *size)))
     posterior = densecrf(image, softmax(arrays["mean_logits"]), "seam", backend)
     np.testing.assert_allclose(posterior, arrays["Q_crf"], rtol=0, atol=1e-4)
     assert_labels(posterior, arrays["label_crf"])

@@ -14,13 +14,13 @@ from segmentation.benchmark import voc_palette
 from segmentation.dataset import Batch, Draw, Order, TrainingSet, check_files, check_values
 from segmentation.masks import write_mask
 from segmentation.transforms import JitterScaleCrop, ScaleCrop
-from tests import training
+from tests import training_world
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
-    training.write_world(root, train=7, val=0)
+    training_world.write_world(root, train=7, val=0)
     return root
 
 

@@ -9,13 +9,13 @@ from segmentation.dataset import Order
 from segmentation.distributed import World, together
 from segmentation.losses import LOSSES
 from segmentation.masks import read_mask
-from tests import processes, training
+from tests import processes, training_world
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
-    training.write_world(root)
+    training_world.write_world(root)
     return root
 
 
@@ -23,7 +23,7 @@ def world(tmp_path_factory):
 def on_two(world, tmp_path_factory):
     """What two ranks have trained: ((loss, whole), ...) -> what each rank returned."""
     cases = [*((loss, True) for loss in LOSSES), ("ce", False)]
-    started = processes.ranks(training.train_cases, world, tmp_path_factory.mktemp("two"), cases)
+    started = processes.ranks(training_world.train_cases, world, tmp_path_factory.mktemp("two"), cases)
     ended = [process.end() for process in started]
     assert all(code == 0 for code, *_ in ended), ended
     return [dict(zip(cases, returned, strict=True)) for _, _, returned in ended]
@@ -49,7 +49,7 @@ def test_the_world_has_what_ranks_may_stumble_over(world):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_two_ranks_train_as_one(world, on_two, tmp_path, loss):
-    expected, losses = training.train_a(world, tmp_path, loss, whole=True)
+    expected, losses = training_world.train_a(world, tmp_path, loss, whole=True)
     for parameters, told in (rank[loss, True] for rank in on_two):
         assert furthest(parameters, expected) < 1e-9
         assert np.abs(np.subtract(told, losses)).max() < 1e-9
@@ -60,14 +60,14 @@ def test_two_ranks_train_as_one(world, on_two, tmp_path, loss):
 
 
 def test_ranks_exchange():
-    ended = [process.end() for process in processes.ranks(training.exchange)]
+    ended = [process.end() for process in processes.ranks(training_world.exchange)]
     assert [code for code, *_ in ended] == [0, 0]
     for rank, (_, _, found) in enumerate(ended):
         assert found == {
             "any": [True, False],
             "mean": [0.5, 5.0],
             "total": [1.0, 10.0],
-            "share": [0.5, 5.0],
+            "global_count": [0.5, 5.0],
             "same": [0.0, 0.0],
             "given": [float(rank), 10.0 * rank],  # what is summed stays as it was
         }
@@ -77,20 +77,20 @@ def test_alone_nothing_is_exchanged():
     world = World(torch.device("cpu"))
     values = torch.tensor([1.0, 2.0])
     assert world.any(True, False) == [True, False]
-    assert all(torch.equal(f(values), values) for f in (world.mean, world.total, world.share))
+    assert all(torch.equal(f(values), values) for f in (world.mean, world.total, world.global_count))
     with pytest.raises(ValueError, match="wrong"), together():
         raise ValueError("wrong")
 
 
 def test_what_fails_on_one_rank_is_told_once():
-    ended = [process.end() for process in processes.ranks(training.fail_on_rank_1)]
+    ended = [process.end() for process in processes.ranks(training_world.fail_on_rank_1)]
     (code, told, _), (other, silent, _) = ended
     assert (code, other) == (2, 1)
     assert told == "error: rank 1 found nothing\n" and silent == ""
 
 
 def test_a_loss_that_is_no_number_on_one_rank_stops_all(world, tmp_path):
-    started = processes.ranks(training.nan_on_rank_1, world, tmp_path)
+    started = processes.ranks(training_world.nan_on_rank_1, world, tmp_path)
     (code, told, _), (other, silent, _) = [process.end() for process in started]
     assert (code, other, silent) == (1, 1, "")
     order, names = Order(5, 4, 0), (world / "train.txt").read_text().split()
@@ -107,7 +107,7 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all(world, tmp_path):
 
 def test_ranks_validate_the_network_that_is_saved(world, tmp_path):
     """Batch norm counts each rank's images alone; what is saved are the statistics of rank 0."""
-    started = processes.ranks(training.statistics_validated, world, tmp_path)
+    started = processes.ranks(training_world.statistics_validated, world, tmp_path)
     (before, found), (_, other) = [process.end()[2] for process in started]
     assert not np.array_equal(before, found) and np.array_equal(found, other)
     state = torch.load(tmp_path / "checkpoint_final.pth", weights_only=True)
@@ -116,6 +116,6 @@ def test_ranks_validate_the_network_that_is_saved(world, tmp_path):
 
 
 def test_a_lost_rank_is_noticed():
-    (code, told, _), (lost, *_) = [process.end() for process in processes.ranks(training.lose_rank_1)]
+    (code, told, _), (lost, *_) = [process.end() for process in processes.ranks(training_world.lose_rank_1)]
     assert (code, lost) == (1, 9)
     assert told == "error: another of torchrun's processes died: start again to go on\n"

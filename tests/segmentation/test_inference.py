@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from deeplab.resnet38 import build_r38
 from segmentation.inference import Protocol, combine, infer, rescale, scale_logits
-from segmentation.transforms import imagenet_normalise
+from segmentation.transforms import imagenet_normalize
 from tests.deeplab.common import golden, input_b
 from tests.weights import fill_module, parity_array, parity_image
 
@@ -30,7 +30,7 @@ class Small(nn.Module):
 
 
 def image(name: str, height: int, width: int) -> np.ndarray:
-    return imagenet_normalise(parity_image(name, height, width))
+    return imagenet_normalize(parity_image(name, height, width))
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

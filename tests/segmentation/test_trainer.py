@@ -13,16 +13,17 @@ from torch import nn
 
 from segmentation import trainer as training_loop
 from segmentation.checkpoints import FINAL, RESUME, checkpoints, write_checkpoint
+from segmentation.config import OptimConfig, RunConfig
 from segmentation.dataset import TrainingSet
-from segmentation.distributed import WorkFailed
+from segmentation.distributed import WorkFailed, stopping
 from segmentation.losses import cross_entropy
 from segmentation.schedules import poly
-from segmentation.trainer import Running, Solver, Trainer
+from segmentation.trainer import Trainer
 from segmentation.transforms import ScaleCrop
-from tests import training
+from tests import training_world
 
-SOLVER = Solver(iterations=12, batch_size=3, accumulate=2, learning_rate=0.01, decay_every=1, seed=5)
-RUNNING = Running(device="cpu", workers=2, log_every=1, picture_every=4, validate_every=4, save_every=5,
+OPTIM = OptimConfig(iterations=12, batch_size=3, accumulate=2, learning_rate=0.01, seed=5)
+RUN = RunConfig(device="cpu", workers=2, log_every=1, picture_every=4, validate_every=4, save_every=5,
                   resume_every=3, keep=0)  # fmt: skip
 CROP = ScaleCrop(33, (0.75, 1.0))
 
@@ -30,7 +31,7 @@ CROP = ScaleCrop(33, (0.75, 1.0))
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
-    training.write_world(root)
+    training_world.write_world(root)
     return root
 
 
@@ -41,38 +42,39 @@ def network() -> nn.Module:
     )
 
 
-def losses(model, images, labels, share):
-    logits = nn.functional.interpolate(model(images / 100), labels.shape[-2:])
-    return {"ce": cross_entropy(logits, labels, share), "small": 1e-3 * logits.float().square().mean()}
+def losses(model, batch, global_count):
+    logits = nn.functional.interpolate(model(batch.images / 100), batch.labels.shape[-2:])
+    ce = cross_entropy(logits, batch.labels, global_count)
+    return {"ce": ce, "small": 1e-3 * logits.float().square().mean()}
 
 
 def probe(model):
     return {"Mean IoU": float(model(torch.ones(1, 3, 33, 33)).mean())}
 
 
-def paint(model, images, labels):
+def draw(model, batch):
     assert not model.training
-    return {"input": np.uint8(labels.shape[1] * np.ones((4, 5, 3)))}
+    return {"input": np.uint8(batch.labels.shape[1] * np.ones((4, 5, 3)))}
 
 
 def start(
-    world: Path, output: Path, objective=losses, transform=CROP, validation=probe, solver=SOLVER, **running
+    world: Path, output: Path, objective=losses, transform=CROP, validation=probe, optim=OPTIM, **run
 ) -> Trainer:
     """A trainer of the tiny network."""
     names = (world / "train.txt").read_text().split()
     folders = str(world / "JPEGImages"), str(world / "SegmentationClass")
-    dataset = TrainingSet(names, *folders, 21, transform, solver.seed)
+    dataset = TrainingSet(names, *folders, 21, transform, optim.seed)
     model = network()
     groups = [
-        {"params": [model[0].weight, model[4].weight], "rate": 1, "weight_decay": True},
-        {"params": [], "rate": 2, "weight_decay": False},
-        {"params": [model[0].bias, model[4].bias], "rate": 20, "weight_decay": False},
+        {"params": [model[0].weight, model[4].weight], "weight_decay": 5e-4},
+        {"params": [model[0].bias, model[4].bias], "lr": 20 * optim.learning_rate},
     ]
-
-    running = replace(RUNNING, output=str(output), **running)
+    sgd = torch.optim.SGD(groups, optim.learning_rate, momentum=0.9)
+    run = replace(RUN, output=str(output), **run)
     return Trainer(
-        model, groups, objective, dataset, solver, running, validation=validation, pictures=paint
-    )
+        model, sgd, lambda rate, done: rate * poly(done, optim.iterations), objective, dataset, optim, run,
+        validation=validation, figures=draw,
+    )  # fmt: skip
 
 
 def resume(world: Path, output: Path, **arguments) -> Trainer:
@@ -155,7 +157,7 @@ def test_a_loss_is_the_mean_over_the_batches_of_an_iteration(world, tmp_path):
         seen.append(sum(float(loss.detach()) for loss in found.values()))
         return found
 
-    trainer = start(world, tmp_path, noting, solver=replace(SOLVER, iterations=3))
+    trainer = start(world, tmp_path, noting, optim=replace(OPTIM, iterations=3))
     trainer.run()
     assert np.allclose(trainer.recent, np.reshape(seen, (3, 2)).mean(1), rtol=1e-6)
 
@@ -261,7 +263,7 @@ def test_a_second_ctrl_c_interrupts_at_once(world, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         start(world, tmp_path, twice).run()
-    with training_loop.stopping(twice=True) as stop:  # but may come twice of one Ctrl-C
+    with stopping(twice=True) as stop:  # but may come twice of one Ctrl-C
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.is_set()
@@ -386,17 +388,17 @@ def test_half_precision_goes_the_same_way(world, undisturbed, tmp_path, precisio
 
 WRONG = {
     "precision": ({"precision": "fp8"}, {}, "precision must be one of fp32, tf32, bf16, fp16, got 'fp8'"),
-    "iterations": ({}, {"iterations": 0}, "solver.iterations must be 1 or more"),
-    "workers": ({"workers": 0}, {}, "run.workers must be 1 or more"),
-    "seed": ({}, {"seed": -1}, "solver.seed must be from 0"),
-    "batch_size": ({}, {"batch_size": 0}, "solver.batch_size must be 1 or more"),
+    "iterations": ({}, {"iterations": 0}, "solver.iterations must be a whole number, 1 or more, got 0"),
+    "workers": ({"workers": 0}, {}, "run.workers must be a whole number, 1 or more, got 0"),
+    "seed": ({}, {"seed": -1}, "solver.seed must be a whole number from 0"),
+    "batch_size": ({}, {"batch_size": 0}, "solver.batch_size must be a whole number, 1 or more, got 0"),
     "drop_last": ({}, {"batch_size": 6, "drop_last": True}, "5 images do not fill one batch of 6"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_settings_that_cannot_be(world, tmp_path, case):
-    running, solver, sentence = WRONG[case]
+    run, optim, sentence = WRONG[case]
     with pytest.raises(ValueError, match=sentence):
-        start(world, tmp_path, solver=replace(SOLVER, **solver), **running)
+        start(world, tmp_path, optim=replace(OPTIM, **optim), **run)
     assert not list(tmp_path.iterdir())

@@ -13,10 +13,10 @@ from PIL import Image
 from segmentation.transforms import (
     JitterScaleCrop,
     ScaleCrop,
-    caffe_normalise,
-    denormalised,
-    imagenet_normalise,
-    jittered,
+    caffe_normalize,
+    imagenet_denormalize,
+    imagenet_normalize,
+    jitter_hsv,
     nearest_index,
     resize_labels,
 )
@@ -71,7 +71,7 @@ def test_golden_scale_crop(name, seed):
 
 def test_golden_without_augmentation():
     image, label = sample("dl", "exact", (49, 49))
-    np.testing.assert_allclose(caffe_normalise(image), golden("a_augment")["noaug_image"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(caffe_normalize(image), golden("a_augment")["noaug_image"], rtol=0, atol=1e-5)
     np.testing.assert_array_equal(label, golden("a_augment")["noaug_label"])
 
 
@@ -108,16 +108,16 @@ def test_golden_jitter_scale_crop(name, seed, monkeypatch):
 
 def test_golden_jitter():
     image, _ = sample("r38", "big", JITTER_SIZES["big"])
-    np.testing.assert_array_equal(jittered(image, random.Random(0)), golden("b_augment")["big_hsv_only"])
+    np.testing.assert_array_equal(jitter_hsv(image, random.Random(0)), golden("b_augment")["big_hsv_only"])
     random_image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     converted = cv2.cvtColor(cv2.cvtColor(random_image, cv2.COLOR_RGB2HSV), cv2.COLOR_HSV2RGB)
-    np.testing.assert_array_equal(jittered(random_image, random.Random(0), most=0), converted)
+    np.testing.assert_array_equal(jitter_hsv(random_image, random.Random(0), most=0), converted)
 
 
 @pytest.mark.parametrize("index, size", [(0, (40, 56)), (1, (49, 33))])
 def test_golden_denormalised(index, size):
     image = parity_image(f"r38:ms{index}", *size)
-    difference = denormalised(imagenet_normalise(image)).astype(np.int16) - image
+    difference = imagenet_denormalize(imagenet_normalize(image)).astype(np.int16) - image
     expected = golden("b_test")[f"{size[0]}x{size[1]}_denorm_minus_original"]
     np.testing.assert_array_equal(difference, expected)
 

@@ -9,13 +9,15 @@ import torch
 from PIL import Image
 
 from deeplab import model as network_a
-from deeplab import train
+from deeplab import recipe, train
+from deeplab.config import Config, OptimConfig
 from pipeline.run import command
 from segmentation.benchmark import voc_palette
+from segmentation.config import RunConfig
 from segmentation.dataset import TrainingSet
 from segmentation.distributed import World, rank_and_world, together
 from segmentation.masks import write_mask
-from segmentation.trainer import Objective, Running, Solver, Trainer
+from segmentation.trainer import Objective, Trainer
 from segmentation.transforms import ScaleCrop
 from tests.deeplab.common import labels
 from tests.weights import parity_image
@@ -55,10 +57,10 @@ def train_a(root: Path, output: Path, loss: str, whole: bool) -> tuple[dict[str,
     Returns:
         The parameters, and the losses of the last iterations.
     """
-    objective = train.objective(loss)
+    objective = objective_of(loss)
 
-    def alone(network, images, masks, share):
-        return objective(network, images, masks, share if whole else lambda counts: counts)
+    def alone(network, batch, global_count):
+        return objective(network, batch, global_count if whole else lambda counts: counts)
 
     trainer = train_with(root, output, alone)
     assert trainer.run()
@@ -66,9 +68,11 @@ def train_a(root: Path, output: Path, loss: str, whole: bool) -> tuple[dict[str,
     return parameters, list(trainer.recent)
 
 
-def train_with(
-    root: Path, output: Path, objective: Objective, freeze_bn: bool = True, **running
-) -> Trainer:
+def objective_of(loss: str) -> Objective:
+    return recipe.objective(Config(solver=OptimConfig(loss=loss)))
+
+
+def train_with(root: Path, output: Path, objective: Objective, freeze_bn: bool = True, **run) -> Trainer:
     torch.manual_seed(0)
     model = network_a.build_v2(21, (1, 1, 1, 1), (1, 2), width=4, scales=(0.5,), freeze_bn=freeze_bn)
     model.double()
@@ -76,9 +80,11 @@ def train_with(
     dataset = TrainingSet(
         names, str(root / "JPEGImages"), str(root / "SegmentationClass"), 21, ScaleCrop(33, (0.75, 1.0))
     )
-    solver = Solver(iterations=20, batch_size=4, accumulate=2, learning_rate=1e-3, decay_every=1)
-    running = Running(str(output), "cpu", workers=1, **running)
-    return Trainer(model, network_a.parameter_groups(model), objective, dataset, solver, running)
+    solver = OptimConfig(iterations=20, batch_size=4, accumulate=2, learning_rate=1e-3, decay_every=1)
+    optimizer = recipe.sgd(network_a.parameter_groups(model), solver)
+    schedule = recipe.schedule(solver, solver.iterations)
+    run = RunConfig(str(output), "cpu", workers=1, **run)
+    return Trainer(model, optimizer, schedule, objective, dataset, solver, run)
 
 
 def train_cases(root: Path, output: Path, cases: Sequence[tuple[str, bool]]) -> list:
@@ -89,7 +95,7 @@ def exchange() -> dict[str, list]:
     """What each way of telling the other ranks gives."""
     world = World(torch.device("cpu"))
     given = torch.tensor([1.0, 10.0]) * world.rank
-    found = {name: getattr(world, name)(given).tolist() for name in ("mean", "total", "share")}
+    found = {name: getattr(world, name)(given).tolist() for name in ("mean", "total", "global_count")}
     same = given.clone()
     world.same([same])
     found |= {"any": world.any(world.rank == 1, False), "same": same.tolist(), "given": given.tolist()}
@@ -109,9 +115,9 @@ def nan_on_rank_1(root: Path, output: Path) -> None:
     """Training in which the loss of rank 1 is no number in the third iteration."""
     calls = []
 
-    def poisoned(whole, images, masks, share):
+    def poisoned(*arguments):
         calls.append(None)
-        found = train.objective("ce")(whole, images, masks, share)
+        found = objective_of("ce")(*arguments)
         bad = rank_and_world()[0] == 1 and len(calls) == 5
         return {name: loss * float("nan") if bad else loss for name, loss in found.items()}
 
@@ -120,14 +126,14 @@ def nan_on_rank_1(root: Path, output: Path) -> None:
 
 def statistics_validated(root: Path, output: Path) -> list[np.ndarray]:
     """Batch norm's statistics as a rank's validation finds them, before training and after two iterations."""
-    trainer = train_with(root, output, train.objective("ce"), freeze_bn=False, validate_every=2)
+    trainer = train_with(root, output, objective_of("ce"), freeze_bn=False, validate_every=2)
     found = [_statistics(trainer.model)]
 
     def validate(model):
         found.append(_statistics(model))
         return {}
 
-    trainer.validation, trainer.solver.iterations = validate, 2
+    trainer.validation, trainer.optim.iterations = validate, 2
     trainer.run()
     return found
 

@@ -1,53 +1,45 @@
-"""Where the images and masks of a configuration lie."""
+"""Folders and image ids that a configuration names."""
 
 from dataclasses import dataclass, replace
 
-from deeplab.config import Config
 from segmentation import benchmark as benchmarks
 from segmentation.benchmark import Benchmark
 from segmentation.labels import split_of
+from training.config import Config
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images and their masks.
-
-    Attributes:
-        names: image ids.
-        image_dir, label_dir: folders.
-    """
+    """Images and their masks: ids, and the two folders; no `label_dir` if masks are not needed."""
 
     names: list[str]
     image_dir: str
-    label_dir: str
+    label_dir: str | None
 
 
 def benchmark_of(config: Config) -> Benchmark:
-    """The benchmark, at the configuration's root."""
+    """Return the benchmark, at the configuration's root."""
     benchmark = benchmarks.load(config.data.benchmark)
     return replace(benchmark, root=config.data.root) if config.data.root else benchmark
 
 
-def training_split(config: Config, benchmark: Benchmark) -> Split:
-    """What to train on.
-
-    Raises:
-        FileNotFoundError, ValueError: see `segmentation.labels.split_of`.
-    """
+def training_split(config: Config, benchmark: Benchmark, needs_masks: bool = True) -> Split:
+    """Return the images and masks to train on; raises as `segmentation.labels.split_of`."""
     data = config.data
     names = list(split_of(benchmark, data.train_split))
     image_dir = data.image_dir or benchmark.path(benchmark.image_dir)
-    return Split(names, str(image_dir), str(data.label_dir or benchmark.path(benchmark.mask_dir)))
+    label_dir = str(data.label_dir or benchmark.path(benchmark.mask_dir)) if needs_masks else None
+    return Split(names, str(image_dir), label_dir)
 
 
 def validation_split(config: Config, benchmark: Benchmark) -> Split:
-    """What to validate and test on; the masks to train on are never it.
+    """Return the images and masks to validate and test on; never the masks to train on.
 
     Raises:
-        FileNotFoundError, ValueError: as `training_split`, or there is no such split.
+        FileNotFoundError, ValueError: as `training_split`, or `data.val_split` is empty.
     """
     data = config.data
-    if not data.val_split:  # the benchmark's own is that to train on
+    if not data.val_split:  # the benchmark's own split is the one to train on
         raise ValueError("the configuration names no data.val_split")
     names = list(split_of(benchmark, data.val_split))
     image_dir = data.val_image_dir or data.image_dir or benchmark.path(benchmark.image_dir)

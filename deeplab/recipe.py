@@ -1,0 +1,159 @@
+"""The two DeepLab networks: how each is built, fed, trained and tested as published."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from deeplab import model, resnet38
+from deeplab.checkpoint import family, load_full, load_init
+from deeplab.config import Config, OptimConfig
+from deeplab.keymaps import STRIDE_IN
+from segmentation.benchmark import Benchmark
+from segmentation.dataset import Batch
+from segmentation.inference import Protocol
+from segmentation.losses import LOSSES, GlobalCount, pyramid
+from segmentation.schedules import Schedule, poly
+from segmentation.trainer import Objective
+from segmentation.transforms import (
+    JitterScaleCrop,
+    ScaleCrop,
+    caffe_denormalize,
+    caffe_normalize,
+    imagenet_denormalize,
+    imagenet_normalize,
+)
+from training.recipe import Network, Recipe
+
+
+def sgd(groups: Sequence[Mapping[str, Any]], solver: OptimConfig) -> torch.optim.SGD:
+    """Return SGD over parameter groups.
+
+    Args:
+        groups: dicts of `params`, `rate` (factor of the learning rate) and `weight_decay` (whether there is
+            any); groups without parameters are left out.
+        solver: see there.
+    """
+    return torch.optim.SGD(
+        [
+            {
+                "params": group["params"],
+                "lr": group["rate"] * solver.learning_rate,
+                "weight_decay": solver.weight_decay * group["weight_decay"],
+            }
+            for group in groups
+            if group["params"]
+        ],
+        lr=solver.learning_rate,
+        momentum=solver.momentum,
+    )
+
+
+def schedule(solver: OptimConfig, max_iterations: int) -> Schedule:
+    """Return the poly schedule of a configuration; the rate is 0 at `max_iterations`."""
+    return lambda rate, done: rate * poly(done, max_iterations, solver.power, solver.decay_every)
+
+
+def objective(config: Config) -> Objective:
+    """Return the losses of all outputs of the network, each at its own size, against masks."""
+    loss = LOSSES[config.solver.loss]
+
+    def losses(network: nn.Module, batch: Batch, global_count: GlobalCount) -> dict[str, torch.Tensor]:
+        values = pyramid(network(batch.images), batch.labels, loss, global_count)
+        return {f"output_{index}": value for index, value in enumerate(values)}
+
+    return losses
+
+
+def resolve(config: Config, recorded: Mapping[str, Any] | None) -> None:
+    """Set `model.stride_in` as the initial weights, or the run that is resumed, need it."""
+    if config.model.init and config.model.stride_in is None:
+        if recorded is None:
+            config.model.stride_in = STRIDE_IN.get(family(config.model.init))
+        else:
+            config.model.stride_in = recorded.get("model.stride_in")
+
+
+def _without_defaults(**arguments: Any) -> dict[str, Any]:
+    """Return the arguments of a builder that the configuration sets."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in arguments.items()
+        if value is not None and value != []
+    }
+
+
+def _build_v2(config: Config, benchmark: Benchmark) -> nn.Module:
+    c = config.model
+    chosen = _without_defaults(blocks=c.blocks, rates=c.rates, freeze_bn=c.freeze_bn, stride_in=c.stride_in)
+    return model.build_v2(benchmark.channels, width=c.width, scales=tuple(c.scales), **chosen)
+
+
+def _optimizer_v2(network: nn.Module, config: Config) -> tuple[torch.optim.Optimizer, Schedule]:
+    solver = config.solver
+    return sgd(model.parameter_groups(network), solver), schedule(solver, solver.iterations)
+
+
+def _transform_v2(config: Config) -> ScaleCrop:
+    augment = config.augment
+    return ScaleCrop(augment.crop, tuple(augment.scales), augment.base, augment.flip)
+
+
+def _build_r38(config: Config, benchmark: Benchmark) -> nn.Module:
+    c = config.model
+    if len(c.rates) > 1:
+        raise ValueError(f"deeplab_v1_r38 has one dilation, but model.rates are {c.rates}")
+    chosen = _without_defaults(blocks=c.blocks, dilation=next(iter(c.rates), None), freeze_bn=c.freeze_bn)
+    return resnet38.build_r38(benchmark.channels, width=c.width, **chosen)
+
+
+def _optimizer_r38(network: nn.Module, config: Config) -> tuple[torch.optim.Optimizer, Schedule]:
+    solver = config.solver  # SEAM's rate never reaches 0
+    return sgd(resnet38.parameter_groups(network), solver), schedule(solver, solver.iterations + 1)
+
+
+def _transform_r38(config: Config) -> JitterScaleCrop:
+    augment = config.augment
+    return JitterScaleCrop(augment.crop, tuple(augment.scale_range), augment.jitter, augment.flip)
+
+
+NETWORKS = {
+    "deeplab_v2": Network(
+        build=_build_v2,
+        optimizer=_optimizer_v2,
+        transform=_transform_v2,
+        normalize=caffe_normalize,
+        denormalize=caffe_denormalize,
+        protocol=Protocol(),
+        crf="deeplab",
+        unused=("augment.scale_range", "augment.jitter"),
+    ),
+    "deeplab_v1_r38": Network(
+        build=_build_r38,
+        optimizer=_optimizer_r38,
+        transform=_transform_r38,
+        normalize=imagenet_normalize,
+        denormalize=imagenet_denormalize,
+        protocol=Protocol(
+            scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
+            flip=True,
+            average="logits",
+            align_corners=True,
+            resize="cubic",
+        ),
+        crf="seam",
+        unused=("model.scales", "model.stride_in", "augment.scales", "augment.base"),
+    ),
+}
+
+RECIPE = Recipe(
+    name="deeplab",
+    title="DeepLab",
+    config=Config,
+    networks=NETWORKS,
+    objective=objective,
+    load_initial=load_init,
+    load_trained=load_full,
+    resolve=resolve,
+)

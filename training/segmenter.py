@@ -1,0 +1,207 @@
+"""A trained network in use: the flags that name it, and how it segments an image."""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.files import sha256
+from common.settings import add_flags, given
+from pipeline.flags import recorded_path
+from pipeline.processes import device_of
+from refinement.densecrf import PRESETS, densecrf_batch
+from segmentation.benchmark import Benchmark
+from segmentation.checkpoints import FINAL
+from segmentation.inference import PRECISIONS, Protocol, combine, scale_logits
+from segmentation.transforms import imagenet_denormalize, imagenet_normalize
+from training.config import CONFIG, Config, TestConfig, read
+from training.data import benchmark_of
+from training.recipe import Recipe
+
+# In WeakCLIP's fork of deeplabv1-resnet38 only the classes that win somewhere in the image enter the CRF.
+WINNERS_ONLY = ("r38_voc", "r38_coco")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A trained network and how it is used.
+
+    Attributes:
+        recipe, config: its method, and the configuration it was trained with.
+        benchmark: whose classes it predicts.
+        checkpoint: file of its weights.
+        protocol: how it is tested.
+        crf: a name in `refinement.densecrf.PRESETS`; None for no CRF.
+        precision: a name in `segmentation.inference.PRECISIONS`.
+        device: see `pipeline.processes.device_of`.
+    """
+
+    recipe: Recipe
+    config: Config
+    benchmark: Benchmark
+    checkpoint: str
+    protocol: Protocol
+    crf: str | None = None
+    precision: str = "fp32"
+    device: str = "auto"
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """Return what outputs depend on, except images and CRF: `settings` and `inputs` of a run's record.
+
+        Raises:
+            OSError: a file of weights cannot be read.
+        """
+        model = asdict(self.config.model)
+        del model["init"]  # the weights that the training started from
+        protocol = {key: value for key, value in asdict(self.protocol).items() if value is not None}
+        settings = {
+            "benchmark": recorded_path(self.config.data.benchmark),
+            "model": model,
+            "protocol": protocol,
+            "precision": self.precision,
+        }
+        files = {"checkpoint": self.checkpoint, **self.recipe.frozen_files(self.config)}
+        return {"settings": settings, "inputs": {name: sha256(file) for name, file in files.items()}}
+
+
+class Segmented(NamedTuple):
+    """Result for one image: probabilities (C, H, W) float32 on the network's device, and the network's output
+    at scale 1, (C, h, w) float32; None if the protocol has no scale 1."""
+
+    probabilities: Tensor
+    logits: Tensor | None
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(H, W) uint8: the most probable class of each pixel."""
+        return on_cpu(self.probabilities.argmax(0))
+
+
+class Segmenter:
+    """The network of a setup, loaded.
+
+    Args:
+        setup: see there.
+        worker_index: of this process on its machine; chooses its GPU.
+
+    Raises:
+        ValueError, OSError: the checkpoint cannot be read or is of another network; or no such device.
+    """
+
+    def __init__(self, setup: Setup, worker_index: int = 0):
+        self.setup, self.network = setup, setup.recipe.network(setup.config)
+        self.device = torch.device(device_of(setup.device, worker_index))
+        if self.device.type == "cuda":  # PyTorch's convolutions use TF32 for float32 by default
+            tf32 = setup.precision == "tf32"
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+        self.model = self.network.build(setup.config, setup.benchmark)
+        setup.recipe.load_trained(self.model, setup.checkpoint)
+        layout = torch.channels_last if setup.config.run.channels_last else torch.contiguous_format
+        self.model.eval().to(self.device, memory_format=layout)
+
+    def __call__(self, image: np.ndarray) -> Segmented:
+        """Segment an image (H, W, 3) uint8 RGB."""
+        protocol, unscaled = self.setup.protocol, []
+
+        def passes() -> Iterator[Tensor]:
+            pixels = self.network.normalize(image)  # (3, H, W)
+            scaled = scale_logits(self.model, pixels, protocol, self.device, self.setup.precision)
+            for scale, logits in scaled:
+                if scale == 1:
+                    unscaled.append(logits[0])
+                yield logits
+
+        probabilities = combine(passes(), image.shape[:2], protocol)
+        return Segmented(probabilities, unscaled[0] if unscaled else None)
+
+    def crf_labels(self, image: np.ndarray, probabilities: Tensor) -> np.ndarray:
+        """Return the labels after the setup's dense CRF, see `crf_labels`."""
+        return crf_labels(image, probabilities, self.setup.crf)
+
+
+def crf_labels(image: np.ndarray, probabilities: Tensor, preset: str) -> np.ndarray:
+    """Return the labels of an image after a dense CRF.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        probabilities: (C, H, W) float32, on the device where the CRF runs.
+        preset: a name in `refinement.densecrf.PRESETS`.
+
+    Returns:
+        (H, W) uint8.
+    """
+    class_ids = torch.arange(len(probabilities), device=probabilities.device)
+    if preset in WINNERS_ONLY:
+        class_ids = probabilities.argmax(0).unique()  # (K,)
+        probabilities = probabilities[class_ids]
+        probabilities = probabilities / probabilities.sum(0)  # as the softmax of their logits alone
+    if preset == "seam":  # its CRF reads the network's input, converted back to 8 bits
+        image = imagenet_denormalize(imagenet_normalize(image))
+    (posterior,) = densecrf_batch([image], [probabilities], PRESETS[preset])
+    return on_cpu(class_ids[posterior.argmax(0)])
+
+
+def on_cpu(labels: Tensor) -> np.ndarray:
+    """Return class indices as (H, W) uint8 array."""
+    return labels.to(torch.uint8).cpu().numpy()
+
+
+def add_network_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
+    """Add the flags that name a network and say how it is used."""
+    flag = parser.add_argument_group("which network").add_argument
+    flag("--run", "--run_dir", metavar="DIR", help=f"folder that {recipe.name}.train filled, with {CONFIG} "
+         f"and {FINAL} (torchrun mistakes --run for one of its own flags: use --run_dir there)")  # fmt: skip
+    flag("--config", metavar="FILE", help="configuration, in place of the run's")
+    flag("--checkpoint", metavar="FILE", help=f"weights, in place of the run's {FINAL}")
+    flag("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
+    group = parser.add_argument_group(
+        "how it is used (without a flag: as the configuration's `test` section says, and what that leaves "
+        "open as published for the network)"
+    )
+    add_flags(group, TestConfig)
+    group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the network's products")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i")
+
+
+def protocol_of(recipe: Recipe, config: Config) -> tuple[Protocol, str | None]:
+    """Return how a network is tested: the configuration's `test`, and where that is null, as published.
+
+    Returns:
+        The protocol, and a name in `refinement.densecrf.PRESETS`; None for no CRF.
+
+    Raises:
+        ValueError: no such network, or no scales.
+    """
+    network, test = recipe.network(config), config.test
+    crf = {"none": None, "auto": network.crf}.get(test.crf or "none", test.crf)
+    scales = network.protocol.scales if test.scales is None else tuple(test.scales)
+    flip = network.protocol.flip if test.flip is None else test.flip
+    return replace(network.protocol, scales=scales, flip=flip), crf
+
+
+def read_setup(recipe: Recipe, args: argparse.Namespace) -> Setup:
+    """Return the network that the flags of `add_network_flags` name.
+
+    Raises:
+        ValueError, OSError: a file is missing or damaged, or a required flag is missing.
+    """
+    if not args.run and not (args.config and args.checkpoint):
+        raise ValueError("give --run DIR, or --config FILE and --checkpoint FILE")
+    if args.run and not Path(args.run).is_dir():
+        raise FileNotFoundError(f"run folder {args.run} does not exist: train first, or give another --run")
+    config = read(recipe.config, args.config or Path(args.run) / CONFIG, args.overrides)
+    checkpoint = Path(args.checkpoint or Path(args.run) / FINAL)
+    if not checkpoint.is_file():
+        raise FileNotFoundError(
+            f"checkpoint {checkpoint} does not exist: finish the training, or give --checkpoint FILE"
+        )
+    config.test = replace(config.test, **given(TestConfig, args))
+    protocol, crf = protocol_of(recipe, config)
+    return Setup(
+        recipe, config, benchmark_of(config), str(checkpoint), protocol, crf, args.precision, args.device
+    )

@@ -1,0 +1,234 @@
+"""Command `train` of a method: a trainer as the configuration says, in a run folder that can be resumed."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.files import replacing, sha256
+from pipeline.evaluate import benchmark_scores
+from pipeline.flags import HelpFormatter
+from pipeline.processes import device_of
+from pipeline.run import Record, Run, check_folder, fingerprint, first_few, read_settings
+from segmentation.benchmark import Benchmark
+from segmentation.checkpoints import FINAL, RESUME, checkpoints
+from segmentation.dataset import Batch, TrainingSet, check_files, check_values
+from segmentation.distributed import gather, rank_and_world, together
+from segmentation.images import find_image, read_rgb
+from segmentation.inference import infer
+from segmentation.masks import overlay, read_mask
+from segmentation.metrics import confusion
+from segmentation.trainer import LOGS, Figures, Trainer, Validation
+from training import config as configs
+from training.config import Config
+from training.data import Split, benchmark_of, training_split, validation_split
+from training.recipe import Network, Recipe
+from training.segmenter import protocol_of
+
+OUTPUTS = ("checkpoint_*.pth", RESUME)
+SHOWN = 3  # samples of an example figure
+AGAIN = "the same command with --resume continues from what was saved last"
+
+
+def validation(
+    split: Split, network: Network, benchmark: Benchmark, device: str, precision: str
+) -> Validation:
+    """Return a function that scores a network on a split, whose images are shared among the ranks.
+
+    Each image is used once, at its own size; the published protocol (command `test`) may use it many times.
+    """
+    protocol = replace(network.protocol, scales=(1.0,), flip=False)
+    rank, world = rank_and_world()
+    channels = benchmark.channels
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        hist, failed = np.zeros((channels, channels), np.int64), []
+        for name in split.names[rank::world]:
+            try:
+                image = read_rgb(find_image(split.image_dir, name))
+                mask_file = Path(split.label_dir) / f"{name}.png"
+                truth = read_mask(mask_file)
+                check_values(truth, channels, mask_file)
+                probabilities = infer(model, network.normalize(image), protocol, device, precision)
+                hist += confusion(truth, probabilities.argmax(0).cpu().numpy(), channels)
+            except (ValueError, OSError) as error:  # no reason to stop training
+                failed.append(f"{name} ({error})")
+        hists, failures = zip(*gather((hist, failed)), strict=True)
+        failures = [failure for part in failures for failure in part]
+        if failures and rank == 0:
+            print(f"{len(failures)} images could not be validated on: {first_few(failures)}", file=sys.stderr)
+        scores = benchmark_scores(sum(hists), benchmark)
+        return {name: scores[name] for name in ("Mean IoU", "Pixel Accuracy")}
+
+    return validate
+
+
+def figures(network: Network, benchmark: Benchmark) -> Figures:
+    """Return a function that draws one example figure: samples in rows; input, label and prediction."""
+
+    def draw(model: nn.Module, batch: Batch) -> dict[str, np.ndarray]:
+        images, labels = batch.images[:SHOWN], batch.labels[:SHOWN]
+        logits = nn.functional.interpolate(model(images).float(), labels.shape[-2:], mode="bilinear")
+        rows = []
+        for image, *masks in zip(images, labels, logits.argmax(1), strict=True):
+            pixels = network.denormalize(image.float().cpu().numpy())
+            masks = [mask.cpu().numpy().astype(np.uint8) for mask in masks]
+            overlays = [overlay(pixels, mask, benchmark.palette) for mask in masks]
+            rows.append(np.concatenate([pixels, *overlays], axis=1))  # (h, 3 w, 3)
+        return {"input_label_prediction": np.concatenate(rows)}
+
+    return draw
+
+
+def prepare(
+    recipe: Recipe, config: Config, overwrite: bool = False, resume: bool = False
+) -> Trainer | None:
+    """Return the trainer of a configuration, its network initialized or resumed, its folder checked.
+
+    Returns:
+        None if the run to be resumed is complete.
+
+    Raises:
+        FileNotFoundError, ValueError: something is missing or does not fit; no file was changed.
+    """
+    with together():
+        network, benchmark = recipe.network(config), benchmark_of(config)
+        # A resumed network has its weights, and does not need the file that it started from.
+        started = resume and (Path(config.run.output) / RESUME).is_file()
+        recipe.resolve(config, read_settings(config.run.output).get("settings", {}) if started else None)
+        split = training_split(config, benchmark, recipe.needs_masks)
+        protocol_of(recipe, config)  # raises now what testing would raise days later
+        record = check_run_folder(recipe, config, split, overwrite, resume, started)
+        if resume and (Path(config.run.output) / FINAL).is_file():
+            return None
+        check_files(split.names, split.image_dir, split.label_dir)
+        dataset = TrainingSet(
+            split.names,
+            split.image_dir,
+            split.label_dir,
+            benchmark.channels,
+            network.transform(config),
+            config.solver.seed,
+            recipe.extras(config, benchmark),
+        )
+        device = torch.device(device_of(config.run.device, int(os.environ.get("LOCAL_RANK", 0))))
+        validate = None
+        if config.data.val_split and config.run.validate_every:
+            val = validation_split(config, benchmark)
+            check_files(val.names, val.image_dir, val.label_dir)
+            validate = validation(val, network, benchmark, str(device), config.run.precision)
+        torch.manual_seed(config.solver.seed)
+        model = network.build(config, benchmark)
+        report = recipe.load_initial(model, config.model.init) if config.model.init and not started else None
+    with together():
+        trainer = Trainer(
+            model.to(device),
+            *network.optimizer(model, config),
+            recipe.objective(config),
+            dataset,
+            config.solver,
+            config.run,
+            network.frozen,
+            validate,
+            figures(network, benchmark),
+        )
+        resumed = resume and trainer.load_resume()
+        run = Run(config.run.output, record, overwrite)
+    if run.rank == 0:
+        if report:
+            print(report, file=sys.stderr)
+        if not resume:
+            for events in (run.folder / LOGS).glob("events.out.tfevents*"):
+                events.unlink()
+        elif not resumed:
+            print(f"nothing to resume in {run.folder}: starting at iteration 0", file=sys.stderr)
+        with replacing(run.folder / configs.CONFIG) as stream:
+            stream.write(configs.to_yaml(config).encode())
+    return trainer
+
+
+def check_run_folder(
+    recipe: Recipe, config: Config, split: Split, overwrite: bool, resume: bool, started: bool
+) -> Record:
+    """Return what the run records if its folder may be used; changes nothing.
+
+    Args:
+        started: the run has a resume file; its recorded initial weights count, their file may be gone.
+
+    Raises:
+        ValueError: the folder holds another run, or this one and neither `resume` nor `overwrite` is set; or
+            files that no run wrote.
+    """
+    folder, step = Path(config.run.output), f"{recipe.name}.train"
+    if folder.resolve() in (Path(path).resolve() for path in (split.image_dir, split.label_dir) if path):
+        raise ValueError(f"run.output {folder} is the folder of the images or masks: choose another")
+    last = read_settings(folder)
+    foreign = next((name for name in (configs.CONFIG, LOGS) if (folder / name).exists()), None)
+    if foreign and last.get("step") != step:
+        raise ValueError(f"{folder} holds {foreign}, which no training wrote: choose another run.output")
+    sections = asdict(config)
+    sections["data"] |= {key: str(Path(value)) for key, value in sections["data"].items() if value}
+    info = {name: sections.pop(name) for name in ("run", "test")}
+    settings = {f"{name}.{key}": value for name, part in sections.items() for key, value in part.items()}
+    settings = {"benchmark": settings.pop("data.benchmark"), **settings}
+    settings |= {f"run.{key}": info["run"][key] for key in ("precision", "sync_batchnorm")}
+    init = last.get("inputs", {}).get("init", "") if started else _digest(config.model.init)
+    inputs = {"init": init} | {name: sha256(file) for name, file in recipe.frozen_files(config).items()}
+    if split.label_dir is not None:
+        inputs["labels"] = fingerprint(read_settings(split.label_dir))
+    record = Record(step, settings, inputs, OUTPUTS, info)
+    check_folder(folder, record, overwrite)
+    trained = [folder / RESUME, *checkpoints(folder), folder / FINAL]
+    first = next((file for file in trained if file.is_file()), None)
+    if first and not resume and not overwrite:
+        raise ValueError(
+            f"{folder} holds {first.name}: --resume continues that run, --overwrite starts anew, or choose "
+            "another run.output"
+        )
+    return record
+
+
+def _digest(file: str) -> str:
+    return sha256(file) if Path(file).is_file() else ""
+
+
+def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {recipe.name}.train",
+        description=f"Train {recipe.title}; under torchrun in several processes. SIGTERM and Ctrl-C save, "
+        "and --resume continues with the same result as without a stop. run.output/logs is for TensorBoard.",
+        epilog=f"docs/{recipe.name}.md lists all keys of the configuration.",
+        formatter_class=HelpFormatter,
+    )
+    flag = parser.add_argument
+    flag("--config", metavar="FILE.yaml", help=f"configuration; published ones are in {recipe.name}/configs")
+    flag("--resume", action="store_true", help="continue the run in run.output; start it if nothing is saved")
+    flag("--overwrite", action="store_true", help="remove what another run left in run.output")
+    flag("overrides", nargs="*", metavar="key=value", help="changes to the configuration, such as "
+         "data.label_dir=output/voc12/pseudo_masks solver.learning_rate=2e-4")  # fmt: skip
+    args = parser.parse_intermixed_args(arguments)
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite contradict each other")
+    first = rank_and_world()[0] == 0
+    with together():
+        config = configs.read(recipe.config, args.config, args.overrides)
+    if first:
+        print(configs.to_yaml(config))
+    trainer = prepare(recipe, config, args.overwrite, args.resume)
+    final = Path(config.run.output) / FINAL
+    if trainer is None:
+        message = f"training is complete: {final}"
+    elif trainer.run():
+        message = f"trained {trainer.done} iterations: {final}"
+    else:
+        message = f"stopped after iteration {trainer.done}: the same command with --resume continues"
+    if first:
+        print(message)
+    return 0
