@@ -1,5 +1,4 @@
 """Model names -> checkpoint files, downloaded once into the cache that CLIP's users already have."""
-import hashlib
 import json
 import os
 import urllib.request
@@ -9,6 +8,8 @@ from typing import Any
 from urllib.error import URLError
 
 from tqdm import tqdm
+
+from common.files import sha256
 
 # The released files; the folder in each address is the sha256 of the file.
 OPENAI = "https://openaipublic.azureedge.net/clip/models"
@@ -169,14 +170,3 @@ def fetch(url: str, folder: Path) -> Path:
 
 def _is_checksum(text: str) -> bool:
     return len(text) in (8, 64) and all(c in "0123456789abcdef" for c in text)
-
-
-def sha256(file: Path | str) -> str:
-    """Hexadecimal sha256 of a file."""
-    with open(file, "rb") as stream:
-        if hasattr(hashlib, "file_digest"):  # Python 3.11
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()

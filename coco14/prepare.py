@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from coco14 import BENCHMARK, CATEGORY_IDS, CLASS_INDEX, CLASSES
 from coco14.masks import OVERLAPS, Overlap, paint
-from segmentation.files import replacing
+from common.files import replacing
 from segmentation.images import IMAGE_SUFFIXES, find_image
 from segmentation.labels import (
     CocoImage,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.files import replacing
 from deeplab.trained import Segmenter, Setup, record
 from pipeline.evaluate import benchmark_scores, tell
 from pipeline.processes import Outcome, attempt
@@ -15,7 +16,6 @@ from pipeline.run import SETTINGS, Run, check_folder, read_settings
 from refinement.densecrf import PRESETS
 from segmentation.dataset import check_values
 from segmentation.distributed import rank_and_world, together
-from segmentation.files import replacing
 from segmentation.images import UNREADABLE, find_image, read_rgb
 from segmentation.masks import read_mask, write_mask
 from segmentation.metrics import confusion

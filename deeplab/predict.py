@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from common.files import replacing
 from deeplab.trained import Segmenter, Setup, add_flags, read_setup, record
 from pipeline.flags import HelpFormatter, count, workers
 from pipeline.masks import at_size
@@ -17,7 +18,6 @@ from pipeline.processes import Outcome, attempt
 from pipeline.run import Run, check_folder, command, read_settings
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.distributed import together
-from segmentation.files import replacing
 from segmentation.images import image_files, read_rgb
 from segmentation.inference import resize_by
 from segmentation.masks import overlay, write_mask

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clip.download import sha256
+from common.files import replacing, sha256
 from deeplab import config as configs
 from deeplab.checkpoint import family, load_init
 from deeplab.config import Config
@@ -29,7 +29,6 @@ from segmentation.benchmark import Benchmark
 from segmentation.checkpoints import FINAL, RESUME, checkpoints
 from segmentation.dataset import TrainingSet, check_files, check_values
 from segmentation.distributed import gather, rank_and_world, together
-from segmentation.files import replacing
 from segmentation.images import find_image, read_rgb
 from segmentation.inference import infer
 from segmentation.losses import LOSSES, pyramid

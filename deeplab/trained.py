@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip.download import sha256
+from common.files import sha256
 from deeplab.checkpoint import load_full
 from deeplab.config import CONFIG, Config, Test, read
 from deeplab.data import benchmark_of

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import clip
 from clip.model import CLIP, HEAD_WIDTH, VisionTransformer
+from common.files import replacing
 from pipeline.decode import Decoder, Grid, Labelled, resized_views
 from pipeline.flow import FlowSettings, flow
 from pipeline.processes import Outcome, cores, device_of
@@ -23,7 +24,6 @@ from pytorch_grad_cam.last_block import LABELS_AT_ONCE
 from pytorch_grad_cam.methods import scale
 from segmentation import camfile, labels
 from segmentation.benchmark import Benchmark
-from segmentation.files import replacing
 
 REFINEMENTS = ("caa", "mhsa", "none")
 INITIAL, REFINED = "highres", "attn_highres"  # CAM types, as the public files name them

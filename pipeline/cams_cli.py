@@ -7,8 +7,9 @@ from pathlib import Path
 
 import clip
 from clip.checkpoint import rounds
-from clip.download import resolve, sha256
+from clip.download import resolve
 from clip.positions import POSITION_ROUNDINGS
+from common.files import sha256
 from pipeline import shards
 from pipeline.cams import (
     AHEAD,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from common.files import replacing
 from pipeline.processes import Outcome, attempt
 from pipeline.run import Run, read_settings, some
 from segmentation import benchmark as benchmarks
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
-from segmentation.files import replacing
 from segmentation.masks import read_mask
 from segmentation.metrics import joint_counts, scores
 

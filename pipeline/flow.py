@@ -111,7 +111,7 @@ def flow(
 
     Raises:
         ChildProcessError: a decoding process died.
-        DiskFull: see `segmentation.files`.
+        DiskFull: see `common.files`.
     """
     limits: dict[Hashable, int] = {}  # of shapes that have run out of memory: half the batch that did
     running: deque[Future] = deque()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from queue import Empty
 from typing import Any, NamedTuple
 
-from segmentation.files import FULL, DiskFull
+from common.files import FULL, DiskFull
 
 PATIENCE = 1.0  # seconds between looks at whether the processes still live
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
+from common.files import replacing
 from pipeline import pictures, records
 from pipeline.evaluate import benchmark_scores, scored_names
 from pipeline.masks import MaskJob, refine_labels
@@ -20,7 +21,6 @@ from refinement.densecrf import Preset
 from segmentation import benchmark as benchmarks
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
-from segmentation.files import replacing
 from segmentation.images import find_image, read_rgb
 from segmentation.labels import Split, read_split
 from segmentation.masks import mask_keys, read_mask

@@ -12,10 +12,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common.files import DiskFull, replacing, sweep
 from pipeline import processes
 from pipeline.processes import Outcome, Work
 from segmentation.distributed import WorkFailed, gather, rank_and_world
-from segmentation.files import DiskFull, replacing, sweep
 
 PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "pydensecrf2", "numba")
 SETTINGS = "settings.json"

@@ -11,11 +11,11 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from common.files import replacing
 from pipeline.decode import Sample
 from pipeline.flow import decoding, flow
 from pipeline.processes import Outcome, failed
 from pipeline.run import list_failures
-from segmentation.files import replacing
 
 IMAGES = ("jpg", "jpeg", "png")
 LABELS = "cls"

@@ -17,7 +17,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from segmentation.files import replacing
+from common.files import replacing
 from segmentation.images import size_within
 
 FORMATS = {"full": ".npy", "compact": ".npz"}

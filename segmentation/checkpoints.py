@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from segmentation.files import replacing
+from common.files import replacing
 
 RESUME = "resume.pt"
 FINAL = "checkpoint_final.pth"

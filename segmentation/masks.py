@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from common.files import replacing
 from segmentation.benchmark import IGNORE
-from segmentation.files import replacing
 from segmentation.images import UNREADABLE, decode
 
 KEYS = "keys"  # name of the text in a PNG

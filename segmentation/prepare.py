@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from segmentation.files import replacing
+from common.files import replacing
 from segmentation.images import read_image, read_size
 from segmentation.labels import Split
 

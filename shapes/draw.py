@@ -15,8 +15,8 @@ from lxml import etree
 from PIL import Image
 from tqdm import tqdm
 
+from common.files import replacing
 from segmentation.benchmark import voc_palette
-from segmentation.files import replacing
 from segmentation.masks import write_mask
 from shapes.world import CLASSES, DIFFICULT_BELOW, Scene, draw, generator
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from clip.model import CLIP, Config
 from clip.prompts import encode_prompts
 from clip.tokenizer import tokenize
-from segmentation.files import replacing
+from common.files import replacing
 from shapes.world import BACKGROUNDS, CAPTION_TEMPLATES, CLASSES, draw
 
 CONFIG = Config(

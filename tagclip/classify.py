@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip.download import resolve, sha256
+from clip.download import resolve
 from clip.positions import POSITION_ROUNDINGS
+from common.files import replacing, sha256
 from pipeline.cams_cli import add_run_flags, beside, flow_of, recorded
 from pipeline.flags import HelpFormatter, count, share
 from pipeline.run import FAILED, Run, check_folder, some
@@ -20,7 +21,6 @@ from segmentation import benchmark as benchmarks
 from segmentation import labels
 from segmentation.benchmark import Benchmark
 from segmentation.distributed import WorkFailed, gather, together
-from segmentation.files import replacing
 from tagclip import scores as scoring
 from tagclip.config import PRESETS, TagSettings
 from tagclip.step import TagJob, generate

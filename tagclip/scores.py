@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segmentation.files import replacing
+from common.files import replacing
 
 SUFFIX = ".npz"
 EPSILON = 1e-9  # the public code's, under precision and recall

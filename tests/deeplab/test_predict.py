@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clip.download import sha256
+from common.files import sha256
 from deeplab import config as configs
 from deeplab.networks import network_of
 from deeplab.predict import explained, main, predict, with_legend

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.files import DiskFull
 from pipeline.flow import FlowSettings, _is_out_of_memory, decoding, flow
 from pipeline.processes import Outcome, failed
-from segmentation.files import DiskFull
 
 OUT_OF_MEMORY = [
     torch.cuda.OutOfMemoryError("CUDA out of memory"),

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.files import replacing
 from pipeline import pictures, records, report
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark, voc_palette
-from segmentation.files import replacing
 from segmentation.masks import read_mask, write_mask
 
 CLASSES = ["<cat> & dog", "bird"]

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.files import replacing
 from pipeline.processes import attempt, device_of, shard
 from pipeline.run import Run, command, read_settings
-from segmentation.files import replacing
 
 ROOT = Path(__file__).parents[2]
 NAMES = [str(number) for number in range(11)]

@@ -1,6 +1,7 @@
-"""Files that are whole or not there: what is written under a temporary name and renamed."""
+"""Files that appear whole or not at all, written under a temporary name and renamed; and their sha256."""
 
 import errno
+import hashlib
 import os
 import platform
 import re
@@ -13,15 +14,15 @@ FULL = (errno.ENOSPC, errno.EDQUOT)  # no space, or no quota, is left
 
 
 class DiskFull(OSError):
-    """There is no room for a file: no later one will fare better, so the whole run stops."""
+    """The disk is full. Later files would fail too, so the whole run stops."""
 
 
 @contextmanager
 def replacing(file: str | Path) -> Iterator[BinaryIO]:
-    """Open `file` for writing so that it appears, complete, only when the block ends without an error.
+    """Open `file` for writing; it appears, complete, only when the block ends without an error.
 
-    The temporary name is this process's own, so processes that write the same file do not mix; `sweep`
-    removes what a killed one left. Folders of `file` are made.
+    Each process has its own temporary name, so processes that write the same file do not mix. `sweep` removes
+    the temporary files of killed processes. Missing folders are made.
 
     Raises:
         DiskFull: no space, or no quota, is left.
@@ -44,26 +45,37 @@ def replacing(file: str | Path) -> Iterator[BinaryIO]:
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove the temporary files in and below `folder` whose processes, of this machine, are gone."""
+    """Remove temporary files in and below `folder` whose processes ran on this machine and have ended."""
     name = re.compile(rf".+\.{re.escape(_machine())}-(\d+)\.tmp")
     for file in Path(folder).rglob("*.tmp"):
         match = name.fullmatch(file.name)
-        if match and not _lives(int(match[1])):
+        if match and not _is_alive(int(match[1])):
             file.unlink(missing_ok=True)
 
 
+def sha256(file: Path | str) -> str:
+    """Return the hexadecimal sha256 of a file."""
+    with open(file, "rb") as stream:
+        if hasattr(hashlib, "file_digest"):  # Python 3.11
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
 def _machine() -> str:
-    """Folders may be shared among machines, whose process ids say nothing here."""
+    """Return this machine's name; process ids of other machines that share the folder mean nothing here."""
     return platform.node().split(".")[0] or "local"
 
 
-def _lives(process: int) -> bool:
-    if os.name != "posix":  # elsewhere signal 0 is not a question
+def _is_alive(process: int) -> bool:
+    if os.name != "posix":  # signal 0 only tests on POSIX
         return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # another user's, or no id at all
+    except (OSError, OverflowError):  # another user's process, or not a process id
         return True
     return True

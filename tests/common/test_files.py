@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from segmentation.files import replacing, sweep
+from common.files import replacing, sweep
 
 ROOT = Path(__file__).parents[2]
 WRITER = """
 import sys, time
-from segmentation.files import replacing
+from common.files import replacing
 with replacing(sys.argv[1]) as stream:
     stream.write(b"theirs")
     stream.flush()

@@ -1,0 +1,41 @@
+"""Write the option tables of docs/: python -m common.docs
+
+A page holds `<!-- settings MODULE:CLASS PREFIX -->`, the table, and `<!-- end settings -->`. The table is
+derived from the dataclass; PREFIX is `--` for flags, and nothing for the keys of a YAML file.
+"""
+
+import re
+from importlib import import_module
+from pathlib import Path
+
+from common.files import replacing
+from common.settings import rows
+
+BLOCK = re.compile(r"(<!-- settings (\S+):(\S+) ?(\S*) -->\n).*?(<!-- end settings -->)", re.DOTALL)
+
+
+def page(text: str) -> str:
+    """Return a page with its option tables written anew."""
+
+    def table(match: re.Match) -> str:
+        opening, module, name, prefix, closing = match.groups()
+        lines = ["| option | default | what it does |", "| --- | --- | --- |"]
+        for option, default, help in rows(getattr(import_module(module), name), prefix):
+            shown = f"`{default}`" if default else ""
+            lines.append(f"| `{option}` | {shown} | {help.replace('|', chr(92) + '|')} |")
+        return opening + "\n".join(lines) + "\n" + closing
+
+    return BLOCK.sub(table, text)
+
+
+def main() -> None:
+    for file in sorted((Path(__file__).parents[1] / "docs").glob("*.md")):
+        text = file.read_text()
+        if text != page(text):
+            with replacing(file) as stream:
+                stream.write(page(text).encode())
+            print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""A setting is declared once: flags, checks and docs tables derive from its field."""
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from common.docs import page
+from common.settings import Settings, add_flags, from_args, rows, setting
+
+DOCS = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
+
+
+@dataclass(frozen=True)
+class Example(Settings):
+    SECTION = "example."
+
+    count: int = setting(3, "images", least=1)
+    limit: int | None = setting(None, "images at once", least=1, none="auto", aliases=["--old_limit"])
+    share: float = setting(0.5, "100 % is 1", least=0, most=1)
+    scales: tuple[float, ...] = setting((1.0, 1.5), "image sizes", least=0.1, most=10)
+    method: str = setting("a", "how", choices={"a": 1, "b": 2})
+    flip: bool = setting(False, "mirrored images too")
+
+
+def parsed(*words, base=None):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Example)
+    return from_args(base or Example(), parser.parse_args(words))
+
+
+def test_flags_that_are_not_given_keep_the_base():
+    base = Example(count=7, flip=True)
+    assert parsed(base=base) == base
+    assert parsed("--count", "2", base=base) == Example(count=2, flip=True)
+
+
+def test_flags_parse_every_type():
+    words = "--count 2 --old_limit 4 --share 1 --scales 0.5,2 --method b --flip"
+    assert parsed(*words.split()) == Example(2, 4, 1.0, (0.5, 2.0), "b", True)
+    assert parsed("--limit", "4", "--limit", "auto").limit is None
+    for off in ("--no_flip", "--no-flip"):
+        assert not parsed(off, base=Example(flip=True)).flip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--count 0", "argument --count: expected a whole number, 1 or more"),
+        ("--count 1.5", "argument --count: expected a whole number, 1 or more"),
+        ("--limit no", "argument --limit/--old_limit: expected a whole number, 1 or more, or auto"),
+        ("--share nan", "argument --share: expected a number from 0 to 1"),
+        ("--scales 1,20", "argument --scales: expected numbers from 0.1 to 10, separated by commas"),
+        ("--method c", "argument --method: invalid choice: 'c'"),
+    ],
+)
+def test_bad_flags_say_what_is_expected(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsed(*words.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": 0}, "example.count must be a whole number, 1 or more, got 0"),
+        ({"share": float("inf")}, "example.share must be a number from 0 to 1, got inf"),
+        ({"scales": (1.0, 0.0)}, "example.scales must be numbers from 0.1 to 10, got (1.0, 0.0)"),
+        ({"method": "c"}, "example.method must be one of a, b, got 'c'"),
+    ],
+)
+def test_values_outside_their_range_are_refused(values, message):
+    with pytest.raises(ValueError) as error:
+        Example(**values)
+    assert str(error.value) == message
+
+
+def test_help_shows_defaults():
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Example, show={"count": "the benchmark's"})
+    text = " ".join(parser.format_help().split())
+    assert "images (default: the benchmark's)" in text
+    assert "images at once (default: auto)" in text
+    assert "100 % is 1 (default: 0.5)" in text
+    assert "image sizes (default: 1,1.5)" in text
+    assert "--flip, --no_flip, --no-flip mirrored images too" in text
+
+
+def test_rows_of_a_docs_table():
+    assert rows(Example)[4] == ("--method", "a", "how: `a`, `b`")
+    assert rows(Example)[5] == ("--flip", "off", "mirrored images too")
+    assert rows(Example, prefix="")[0] == ("count", "3", "images")
+
+
+def test_a_settings_dataclass_is_a_yaml_schema():
+    merged = OmegaConf.merge(OmegaConf.structured(Example), OmegaConf.create("count: 5\nscales: [2.0]"))
+    assert OmegaConf.to_object(merged) == Example(count=5, scales=(2.0,))
+
+
+@pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
+def test_option_tables_of_the_docs_are_current(file):
+    assert page(file.read_text()) == file.read_text(), "run `make docs`"
