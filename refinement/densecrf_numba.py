@@ -100,7 +100,7 @@ def madd(typing, total, weight, vector):
 
 @njit(**JIT)
 def _slot(table, keys, key):
-    """Return the slot of `key`, or a free one; table is (2^k,) int32 of indices into `keys`, -1 where free."""
+    """Return the slot of `key`, or a free one; table is (2^k,) int32 of indices into `keys`, -1 if free."""
     mask = len(table) - 1
     slot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(24)) & mask
     while True:
