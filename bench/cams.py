@@ -19,9 +19,9 @@ from bench.reference import read_cams, reference_cams, write_cams
 from clip.model import CLIP, Config
 from pipeline.cams import AHEAD, MOST_AT_ONCE, REFINED, CamJob, CamSettings, flow_settings, generate
 from pipeline.processes import Outcome
-from pytorch_grad_cam.affinity import SINKHORN_ROUNDS, box_masks, refine
+from pytorch_grad_cam.affinity import SINKHORN_ITERATIONS, box_masks, refine
 from pytorch_grad_cam.grad_cam import encode, mean_gradients
-from pytorch_grad_cam.methods import activation_map, scale
+from pytorch_grad_cam.methods import activation_map, min_max_normalize
 from segmentation import camfile
 from segmentation.images import read_image
 from segmentation.labels import LabelReader, from_file
@@ -239,13 +239,14 @@ def stages(
         ceiling / 1e9,
     )
     cams = activation_map((weights @ activations.mT).unflatten(-1, grid))  # (B, K, h, w)
-    attention = (encoded.attention + last)[:, 1:, 1:] / (encoded.maps + 1)  # (B, n, n)
+    attention = (encoded.attention + last)[:, 1:, 1:] / (encoded.num_maps + 1)  # (B, n, n)
 
     def affinity() -> np.ndarray:
-        return scale(refine(cams, attention, box_masks(cams, BENCHMARK.box_threshold))).cpu().numpy()
+        masks = box_masks(cams, BENCHMARK.box_threshold)
+        return min_max_normalize(refine(cams, attention, masks)).cpu().numpy()
 
     # Over the n x n matrix: a sum and a division, by columns and by rows; the symmetric mean; two products.
-    passes = SINKHORN_ROUNDS * 6 + 5 + 2
+    passes = SINKHORN_ITERATIONS * 6 + 5 + 2
     moved = passes * 4 * attention.shape[-1] ** 2
     copied = measure.copy_rate(kind) / 1e9
     maps = timed("affinity", affinity, moved / 1e9, "GB/s", copied)

@@ -20,7 +20,7 @@ from torch import Tensor
 import clip
 from clip.model import CLIP, Block
 from pytorch_grad_cam.affinity import box_mask
-from pytorch_grad_cam.methods import activation_map, scale
+from pytorch_grad_cam.methods import activation_map, min_max_normalize
 from refinement.densecrf import densecrf
 
 CONFIDENCE, IGNORE = 0.95, 255
@@ -56,15 +56,15 @@ def reference_cams(
     candidates = torch.cat([text, backgrounds])
     results = []
     for label in range(len(text)):
-        normed = last.ln_1(tokens)
-        normed.retain_grad()
-        output, attention = _block(last, tokens, normed)
+        ln1_output = last.ln_1(tokens)
+        ln1_output.retain_grad()
+        output, attention = _block(last, tokens, ln1_output)
         feature = visual.ln_post(output[0, 1:]).mean(0) @ visual.proj
         feature = feature / feature.norm()
         probabilities = (model.logit_scale.exp() * candidates @ feature).softmax(-1)
         probabilities[label].backward()
-        weights = normed.grad[0, 1:].mean(0)  # (C,)
-        raw = (normed.detach()[0, 1:] @ weights).reshape(rows, columns)
+        weights = ln1_output.grad[0, 1:].mean(0)  # (C,)
+        raw = (ln1_output.detach()[0, 1:] @ weights).reshape(rows, columns)
         cam = activation_map(raw)
         on_cpu = cam.cpu().numpy()
         cv2.resize(on_cpu, (image.width, image.height))  # made for each label, and thrown away
@@ -76,7 +76,7 @@ def reference_cams(
         matrix = matrix @ matrix
         mask = torch.from_numpy(box_mask(on_cpu, threshold)).flatten().to(matrix.device)
         refined = (matrix * mask) @ cam.flatten()
-        refined = scale(refined.reshape(rows, columns)).cpu().numpy()
+        refined = min_max_normalize(refined.reshape(rows, columns)).cpu().numpy()
         results.append(cv2.resize(refined, (image.width, image.height)))
     for parameter in trained:
         parameter.requires_grad_(False).grad = None
@@ -137,9 +137,9 @@ def _mean_iou(hist: np.ndarray) -> float:
     return float(np.mean(hit[true > 0] / (true + hist.sum(0) - hit)[true > 0]))
 
 
-def _block(block: Block, tokens: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+def _block(block: Block, tokens: Tensor, ln1_output: Tensor) -> tuple[Tensor, Tensor]:
     """One block by torch's own attention, all heads at once and with their map: (B, L, C), (B, L, L)."""
-    attn, sequence = block.attn, normed.transpose(0, 1)  # (L, B, C)
+    attn, sequence = block.attn, ln1_output.transpose(0, 1)  # (L, B, C)
     mixed, attention = F.multi_head_attention_forward(
         sequence,
         sequence,

@@ -159,7 +159,7 @@ def refine(
     model: CLIP, pixels: Tensor, text: Tensor, settings: TagSettings
 ) -> tuple[Tensor, tuple[int, int]]:
     """(B, H', W', 3) -> refined scores (B, n, C), and the grid."""
-    images = clip.normalise(pixels, model.config.mean, model.config.std)
+    images = clip.normalize(pixels, model.config.mean, model.config.std)
     tokens, attention, grid = patch_level(model.visual, images, settings)
     coarse = class_probabilities(tokens[:, 1:], text, model.logit_scale)
     return refined_probabilities(coarse, attention, grid, settings), grid
@@ -234,7 +234,7 @@ def stages(
 
     one_jpeg = measure.jpeg_rate(material.image(names[0]))
     pixels = timed("decode and resize", decode, 1, "images/s", one_jpeg).to(model.device)
-    images = clip.normalise(pixels, model.config.mean, model.config.std)  # (B, 3, H', W')
+    images = clip.normalize(pixels, model.config.mean, model.config.std)  # (B, 3, H', W')
     amount = patch_flop(model) / 1e9
     coarse, attention, grid = timed("patch pass", patches, amount, "GFLOP/s", ceiling / 1e9)
     products = 2 * 2 * coarse.shape[1] ** 2 * len(text) / 1e9  # in float32 always

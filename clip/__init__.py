@@ -1,6 +1,6 @@
 """The frozen CLIP that everything stands on."""
 from clip.checkpoint import PRECISIONS, load, pick_device
-from clip.images import normalise, preprocess, resize_rgb, target_size
+from clip.images import normalize, preprocess, resize_rgb, target_size
 from clip.model import CLIP, Config
 from clip.prompts import encode_prompts, text_features
 from clip.tokenizer import tokenize
@@ -11,7 +11,7 @@ __all__ = [
     "Config",
     "encode_prompts",
     "load",
-    "normalise",
+    "normalize",
     "pick_device",
     "preprocess",
     "resize_rgb",

@@ -44,6 +44,7 @@ def load(
     device: str = "auto",
     precision: str = "fp32",
     round_weights: bool | None = None,
+    compile: bool = False,
 ) -> CLIP:
     """Load a frozen CLIP, in eval mode, without gradients.
 
@@ -57,6 +58,8 @@ def load(
         round_weights: round matrix weights to float16 and back. The public CLIP-ES does so with
             every file, also on CPU; a float32 checkpoint gives CAMs that differ by about 1e-2
             without it. None: round OpenAI-layout files, leave open_clip's as they are.
+        compile: compile the image tower's blocks by torch.compile at their first call, which takes up to a
+            minute and needs a C++ compiler on a CPU.
 
     Raises:
         FileNotFoundError: no such file, or an unknown name.
@@ -72,6 +75,8 @@ def load(
     model.visual_precision(PRECISIONS[precision])
     if target.type == "cuda":  # torch lets convolutions use TF32 unless told otherwise
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    if compile:
+        model.compile_blocks()
     return model.eval().requires_grad_(False).to(target)
 
 

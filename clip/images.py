@@ -47,7 +47,7 @@ def resize_rgb(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC).convert("RGB"))
 
 
-def normalise(
+def normalize(
     pixels: Tensor,
     mean: tuple[float, float, float] = Config.mean,
     std: tuple[float, float, float] = Config.std,
@@ -71,5 +71,5 @@ def preprocess(
     mean: tuple[float, float, float] = Config.mean,
     std: tuple[float, float, float] = Config.std,
 ) -> Tensor:
-    """Resize and normalise one image: (3, H', W') float32; see `resize_rgb` and `normalise`."""
-    return normalise(torch.from_numpy(resize_rgb(image, size).copy()), mean, std)
+    """Resize and normalize one image: (3, H', W') float32; see `resize_rgb` and `normalize`."""
+    return normalize(torch.from_numpy(resize_rgb(image, size).copy()), mean, std)

@@ -1,10 +1,10 @@
 """CLIP as plain modules: attention blocks, the ViT image tower, the text tower.
 
 Parameter names are those of OpenAI's checkpoints (Radford et al., ICML 2021), so that a state dict
-loads without a key map. Nothing here reads files; see `clip.checkpoint`.
+loads without a key map. `clip.checkpoint` reads the files.
 
 The vision tower is stepped through by explicit calls - `embed`, `block` or `blocks`, `project` -
-because every method built on a frozen CLIP wants something between two of its blocks. No hooks.
+because every method built on a frozen CLIP needs values between two of its blocks. No hooks.
 """
 import math
 from collections import OrderedDict
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip.positions import resample_positions
-from clip.resnet import ModifiedResNet, normal
+from clip.resnet import Bottleneck, ModifiedResNet, normal
 
-NEGLIGIBLE = 1e-30  # an attention weight that no float32 sum shows; denormal ones cost a CPU tenfold time
 HEAD_WIDTH = 64  # every published CLIP tower has width // 64 heads
+NEGLIGIBLE = 1e-30  # smaller attention weights change no float32 sum, and denormal ones are ten times slower
+CHUNK_BYTES = 2**28  # scores and weights of a chunk of heads on CUDA: some 2^25 values, enough for any GPU
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Config:
 
     `vision_layers` is the number of blocks of a ViT, or the blocks of the four stages of a ResNet
     (`patch_size` is then None). The last three are conventions that weights do not show, with
-    OpenAI's as default: `activation` is "quick_gelu" or "gelu", `mean` and `std` normalise RGB.
+    OpenAI's as default: `activation` is "quick_gelu" or "gelu", `mean` and `std` normalize RGB.
     """
 
     embed_dim: int
@@ -46,7 +47,7 @@ class Config:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm computed in float32 whatever the activations are."""
+    """Layer norm computed in float32, returned in the type of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).to(x.dtype)
@@ -62,8 +63,77 @@ class QuickGELU(nn.Module):
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
+def attend_with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    keep_heads: bool = False,
+    heads_at_once: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return attention's output and its weights.
+
+    Heads are computed in chunks that reuse the same memory. Without gradients, masked weights below
+    NEGLIGIBLE are set to 0.
+
+    Args:
+        query, key, value: (B, heads, L, 64).
+        mask: additive, broadcastable to (B, heads, L, L).
+        keep_heads: also return the weights of each head.
+        heads_at_once: heads per chunk; None chooses by the device, see `heads_per_chunk`. All heads are
+            computed at once where gradients are needed.
+
+    Returns:
+        mixed values (B, heads, L, 64); softmax over keys averaged over heads, *without* the mask,
+        (B, L, L) float32, rows = queries; with `keep_heads` the weights that mixed the values, with the
+        mask, (heads, B, L, L) in the type of `value`, else None.
+    """
+    batch, heads, length, width = query.shape
+    query = query * width**-0.5
+    if mask is not None:
+        mask = mask.expand(batch, heads, length, length)
+    if torch.is_grad_enabled() and query.requires_grad:  # memory that autograd saved must not be overwritten
+        scores = query @ key.mT  # (B, heads, L, L)
+        attention = scores.softmax(-1, dtype=torch.float32)
+        weights = attention if mask is None else (scores + mask).softmax(-1, dtype=torch.float32)
+        weights = weights.to(value.dtype)
+        return weights @ value, attention.mean(1), weights.transpose(0, 1) if keep_heads else None
+    chunk = heads_at_once or heads_per_chunk(query)
+    score_buffer = query.new_empty(chunk, batch, length, length)
+    weight_buffer = torch.empty_like(score_buffer, dtype=torch.float32)
+    attention = weight_buffer.new_zeros(batch, length, length)
+    mixed = value.new_empty(heads, batch, length, width)
+    kept = value.new_empty(heads, batch, length, length) if keep_heads else None
+    for start in range(0, heads, chunk):
+        q, k, v = (x[:, start : start + chunk].transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+        scores, weights = score_buffer[: len(q) // batch], weight_buffer[: len(q) // batch]
+        torch.bmm(q, k.mT, out=scores.flatten(0, 1))
+        torch.softmax(scores, -1, dtype=torch.float32, out=weights)
+        attention.add_(weights[0] if len(weights) == 1 else weights.sum(0))
+        if mask is not None:
+            scores.add_(mask[:, start : start + chunk].transpose(0, 1))
+            torch.softmax(scores, -1, dtype=torch.float32, out=weights)
+            F.threshold_(weights, NEGLIGIBLE, 0.0)
+        if kept is not None:
+            weights = kept[start : start + chunk].copy_(weights)
+        torch.bmm(weights.to(v.dtype).flatten(0, 1), v, out=mixed[start : start + chunk].flatten(0, 1))
+    return mixed.transpose(0, 1), attention.div_(heads), kept
+
+
+def heads_per_chunk(query: Tensor) -> int:
+    """Return the heads that `attend_with_weights` computes at once for `query` (B, heads, L, 64).
+
+    On a CPU it is 1: the scores of one head stay in the cache, which halves the time.
+    """
+    batch, heads, length, _ = query.shape
+    bytes_per_head = batch * length**2 * (query.element_size() + 4)  # scores, and weights in float32
+    return 1 if query.device.type == "cpu" else min(heads, max(1, CHUNK_BYTES // bytes_per_head))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with packed query, key and value projections."""
+
+    attend = staticmethod(attend_with_weights)
 
     def __init__(self, width: int):
         super().__init__()
@@ -80,64 +150,27 @@ class Attention(nn.Module):
         packed = packed.view(batch, length, 3, self.heads, width // self.heads)
         return packed.permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, maps: bool = False):
-        """Attend, and on request return the attention map.
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, need_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the attended tokens and, if requested, the attention weights.
 
         Args:
             x: (B, L, C).
             mask: additive, broadcastable to (B, heads, L, L).
-            maps: also return the map; without it fused attention is used.
+            need_weights: also return the weights; without them fused attention is used.
 
         Returns:
-            (B, L, C), and (B, L, L) float32 or None: the softmax over keys averaged over heads,
-            *without* the mask, rows = queries.
+            (B, L, C), and (B, L, L) float32 or None, see `attend_with_weights`.
         """
         query, key, value = self.qkv(x)
-        if maps:
-            mixed, attention = attend_with_map(query, key, value, mask)
+        if need_weights:
+            mixed, attention, _ = self.attend(query, key, value, mask)
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             attention = None
         mixed = mixed.transpose(1, 2).flatten(2)  # (B, L, C)
         return self.out_proj(mixed), attention
-
-
-def attend_with_map(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention that also gives its map, head by head and always in the same memory: one head's scores
-    stay in the processor's cache where those of all heads do not, which halves the time on a CPU.
-
-    Without gradients, weights under a mask that are below NEGLIGIBLE count as 0.
-
-    Args:
-        query, key, value: (B, heads, L, 64).
-        mask: additive, broadcastable to (B, heads, L, L).
-
-    Returns:
-        mixed values (B, heads, L, 64); the map (B, L, L) float32, see `Attention.forward`.
-    """
-    batch, heads, length, width = query.shape
-    if mask is not None:
-        mask = mask.expand(batch, heads, length, length)
-    if torch.is_grad_enabled() and query.requires_grad:  # which memory that is used again would spoil
-        scores = (query * width**-0.5) @ key.mT  # (B, heads, L, L)
-        attention = scores.softmax(-1, dtype=torch.float32)
-        weights = attention if mask is None else (scores + mask).softmax(-1, dtype=torch.float32)
-        return weights.to(value.dtype) @ value, attention.mean(1)
-    scores = query.new_empty(batch, length, length)
-    weights = torch.empty_like(scores, dtype=torch.float32)
-    attention = torch.zeros_like(weights)
-    mixed = value.new_empty(heads, batch, length, width)
-    for head in range(heads):
-        torch.bmm(query[:, head] * width**-0.5, key[:, head].mT, out=scores)
-        torch.softmax(scores, -1, dtype=torch.float32, out=weights)
-        attention.add_(weights)
-        if mask is not None:
-            torch.softmax(scores.add_(mask[:, head]), -1, dtype=torch.float32, out=weights)
-            F.threshold_(weights, NEGLIGIBLE, 0.0)
-        torch.bmm(weights.to(value.dtype), value[:, head], out=mixed[head])
-    return mixed.transpose(0, 1), attention.div_(heads)
 
 
 class Block(nn.Module):
@@ -160,11 +193,11 @@ class Block(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        maps: bool = False,
-        normed: Tensor | None = None,
+        need_weights: bool = False,
+        ln1_output: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `VisionTransformer.block`."""
-        mixed, attention = self.attn(self.ln_1(x) if normed is None else normed, mask, maps)
+        mixed, attention = self.attn(self.ln_1(x) if ln1_output is None else ln1_output, mask, need_weights)
         x = mixed.add_(x)
         return self.mlp(self.ln_2(x)).add_(x), attention
 
@@ -209,7 +242,7 @@ class VisionTransformer(nn.Module):
         """Images -> tokens before the first block.
 
         Args:
-            images: (B, 3, H', W'), normalised; sides are multiples of the patch.
+            images: (B, 3, H', W'), normalized; sides are multiples of the patch.
             position_rounding: see `resample_positions`.
 
         Returns:
@@ -232,8 +265,8 @@ class VisionTransformer(nn.Module):
         index: int,
         tokens: Tensor,
         mask: Tensor | None = None,
-        maps: bool = False,
-        normed: Tensor | None = None,
+        need_weights: bool = False,
+        ln1_output: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run one block.
 
@@ -241,14 +274,14 @@ class VisionTransformer(nn.Module):
             index: 0-based; negative counts from the end.
             tokens: (B, L, C).
             mask: additive, broadcastable to (B, heads, L, L).
-            maps: return the attention map; without it the block uses fused attention.
-            normed: (B, L, C) to use in place of ln_1(tokens); what Grad-CAM differentiates.
+            need_weights: also return the attention weights; without them the block uses fused attention.
+            ln1_output: (B, L, C) that replaces ln_1(tokens); Grad-CAM differentiates with respect to it.
 
         Returns:
-            tokens (B, L, C); attention (B, L, L) float32 averaged over heads, taken without the
+            tokens (B, L, C); attention (B, L, L) float32 averaged over heads, computed without the
             mask, or None.
         """
-        return self.transformer.resblocks[index](tokens, mask, maps, normed)
+        return self.transformer.resblocks[index](tokens, mask, need_weights, ln1_output)
 
     def blocks(
         self,
@@ -256,14 +289,14 @@ class VisionTransformer(nn.Module):
         start: int = 0,
         stop: int | None = None,
         mask: Tensor | None = None,
-        maps: bool = False,
+        need_weights: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Run blocks start, ..., stop - 1, yielding what each gives, see `block`.
+        """Run blocks start, ..., stop - 1 and yield the result of each, see `block`.
 
-        Indices are those of a slice: None runs to the end, -1 leaves out the last block.
+        Indices are those of a slice: None runs to the end, -1 excludes the last block.
         """
         for index in range(*slice(start, stop).indices(self.layers)):
-            tokens, attention = self.block(index, tokens, mask, maps)
+            tokens, attention = self.block(index, tokens, mask, need_weights)
             yield tokens, attention
 
     def project(self, tokens: Tensor) -> Tensor:
@@ -271,7 +304,7 @@ class VisionTransformer(nn.Module):
         return self.ln_post(tokens) @ self.proj
 
     def forward(self, images: Tensor, position_rounding: str = "always") -> Tensor:
-        """(B, 3, H', W') -> the class token's feature (B, E), not normalised, as CLIP classifies."""
+        """(B, 3, H', W') -> the class token's feature (B, E), not normalized, as CLIP classifies."""
         tokens, _ = self.embed(images, position_rounding)
         *_, (tokens, _) = self.blocks(tokens)
         return self.project(tokens[:, 0])
@@ -308,23 +341,32 @@ class CLIP(nn.Module):
         for parameter in _matrices(self.visual):
             parameter.data = parameter.data.to(dtype)
 
+    def compile_blocks(self) -> None:
+        """Compile each block of the image tower by torch.compile. Attention with weights stays uncompiled:
+        its memory is bounded by reuse."""
+        for module in self.visual.modules():
+            if isinstance(module, Attention):
+                module.attend = torch.compiler.disable(attend_with_weights)
+            elif isinstance(module, Block | Bottleneck):
+                module.compile()
+
     def forget_text_tower(self) -> None:
         """Free the text tower, two fifths of ViT-B/16's weights, once the features of all names are known."""
         del self.transformer, self.token_embedding
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Token ids (N, context) -> text features (N, E), not normalised.
+        """Token ids (N, context) -> text features (N, E), not normalized.
 
         The feature is read at the end-of-text token, which has the largest id.
 
         Raises:
-            ValueError: when the ids are not `context_length` wide.
+            ValueError: the ids are not `context_length` wide.
         """
         context = len(self.positional_embedding)
         if tokens.shape[-1] != context:
             raise ValueError(f"text must be {context} tokens long, got {tokens.shape[-1]}")
         ends = tokens.argmax(-1)  # (N,)
-        length = max(ends.tolist(), default=0) + 1  # attention looks back only: what follows the ends is idle
+        length = max(ends.tolist(), default=0) + 1  # attention is causal: later tokens have no effect
         x = self.token_embedding(tokens[:, :length]) + self.positional_embedding[:length]  # (N, length, C)
         x = x.to(self.text_projection.dtype)
         causal = torch.full((length, length), float("-inf"), device=x.device, dtype=x.dtype).triu(1)

@@ -19,9 +19,9 @@ from pipeline.flow import FlowSettings, flow
 from pipeline.processes import Outcome, cores, device_of
 from pytorch_grad_cam import text_cams
 from pytorch_grad_cam.affinity import box_masks, refine
-from pytorch_grad_cam.grad_cam import AVERAGED_BLOCKS
+from pytorch_grad_cam.grad_cam import AFFINITY_LAYERS
 from pytorch_grad_cam.last_block import LABELS_AT_ONCE
-from pytorch_grad_cam.methods import scale
+from pytorch_grad_cam.methods import min_max_normalize
 from segmentation import camfile, labels
 from segmentation.benchmark import Benchmark
 
@@ -52,7 +52,7 @@ class CamSettings:
 
     refine: str = "caa"
     method: str = "gradcam"
-    averaged: int = AVERAGED_BLOCKS
+    averaged: int = AFFINITY_LAYERS
     leave_out_last: bool = False
     box_threshold: float = 0.4
     cover_edge: bool = False
@@ -134,7 +134,7 @@ def _view_cams(
     settings: CamSettings,
 ) -> dict[str, Tensor]:
     """Images (B, H', W', 3) -> CAM type -> (1 or, with the flipped view turned back, 2, B, K, h, w)."""
-    images = clip.normalise(_on(model.device, pixels), model.config.mean, model.config.std)  # (B, 3, H', W')
+    images = clip.normalize(_on(model.device, pixels), model.config.mean, model.config.std)  # (B, 3, H', W')
     if settings.flip:
         images, text = torch.cat([images, images.flip(-1)]), text.repeat(2, 1, 1)
         present = None if present is None else present.repeat(2, 1)
@@ -145,8 +145,8 @@ def _view_cams(
         backgrounds,
         present,
         method=settings.method,
-        averaged=settings.averaged,
-        leave_out_last=settings.leave_out_last,
+        affinity_layers=settings.averaged,
+        exclude_last_layer=settings.leave_out_last,
         position_rounding=settings.position_rounding,
     )
     maps = {}
@@ -155,7 +155,7 @@ def _view_cams(
     if settings.refine != "none":
         caa = settings.refine == "caa"
         masks = box_masks(result.cams, settings.box_threshold, settings.cover_edge) if caa else None
-        maps[REFINED] = scale(refine(result.cams, result.attention, masks))
+        maps[REFINED] = min_max_normalize(refine(result.cams, result.affinity, masks))
     views = {name: cams.unflatten(0, (-1, len(pixels))) for name, cams in maps.items()}
     return {name: torch.cat([cams[:1], cams[1:].flip(-1)]) for name, cams in views.items()}
 
@@ -175,7 +175,7 @@ def _fuse(views: list[np.ndarray]) -> np.ndarray:
         return views[0]
     grid = max((view.shape[1:] for view in views), key=np.prod)
     mean = np.mean([camfile.resize(view, grid) for view in views], axis=0)
-    return scale(torch.from_numpy(mean)).numpy()
+    return min_max_normalize(torch.from_numpy(mean)).numpy()
 
 
 @dataclass(frozen=True)

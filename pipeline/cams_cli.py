@@ -25,7 +25,7 @@ from pipeline.flags import HelpFormatter, add_preset_flag, count, factors, leave
 from pipeline.flow import FlowSettings
 from pipeline.run import Run
 from pytorch_grad_cam import METHODS
-from pytorch_grad_cam.grad_cam import AVERAGED_BLOCKS
+from pytorch_grad_cam.grad_cam import AFFINITY_LAYERS
 from segmentation import benchmark as benchmarks
 from segmentation import camfile, labels
 from segmentation.benchmark import Benchmark
@@ -116,7 +116,7 @@ def add_cam_flags(parser: argparse.ArgumentParser) -> None:
     flag("--cam_method", choices=METHODS, default="gradcam", help="how gradients weigh activations")
     flag("--cam_scales", type=factors, default="1.0", help="scales to average, e.g. 0.5,1.0,1.5")
     flag("--flip", action="store_true", help="average with the CAMs of the mirrored image")
-    flag("--averaged_blocks", type=count, default=AVERAGED_BLOCKS, help="last blocks that make the affinity")
+    flag("--averaged_blocks", type=count, default=AFFINITY_LAYERS, help="last blocks that make the affinity")
     flag("--leave_out_last", action=argparse.BooleanOptionalAction, help="average without the very last of "
          "these blocks (without it: as --preset says)")  # fmt: skip
     flag("--box_threshold", type=share, help="lambda of the class boxes (without it: the benchmark's)")

@@ -1,93 +1,99 @@
-"""Attention affinity: how far a class activation at one patch speaks for another patch.
+"""Attention affinity: refine a class activation map (CAM) along the self-attention of a frozen ViT.
 
-CLIP-ES refines a CAM by letting it flow along the self-attention of the frozen vision tower
-(Lin et al., CVPR 2023, section 3.3). One affinity serves all labels of an image; each label brings
-its own box mask, which says where its activation may flow *from*.
+CLIP-ES (Lin et al., CVPR 2023, section 3.3) propagates each CAM with a transition matrix built from the
+attention of the vision tower. One matrix serves all labels of an image. Each label has its own box mask,
+which restricts the patches that its activation may come from.
 """
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-SINKHORN_ROUNDS = 3  # column then row normalisation; the public code does one round, then two more
+SINKHORN_ITERATIONS = 3  # the reference implementation normalizes once, then twice more
 
 
-def transition(attention: Tensor, rounds: int = SINKHORN_ROUNDS) -> Tensor:
-    """Turn mean attention into a symmetric, nearly doubly stochastic transition matrix.
+def transition_matrix(attention: Tensor, iterations: int = SINKHORN_ITERATIONS) -> Tensor:
+    """Return a symmetric, nearly doubly stochastic matrix made from attention.
+
+    Each iteration divides by the column sums, then by the row sums: T <- T / colsum(T); T <- T / rowsum(T).
+    Finally T <- (T + T^T) / 2.
 
     Args:
-        attention: (..., n, n) non-negative, patch rows and columns only (no class token); usually
-            the mean over heads and the last 8 blocks. Any other affinity between patches will do.
-        rounds: Sinkhorn rounds; 3 reproduces the public code.
+        attention: (..., n, n) non-negative, over patches only (no class token), usually the mean over
+            heads and the last 8 blocks; any other affinity between patches is possible.
+        iterations: Sinkhorn iterations; 3 reproduces CLIP-ES.
 
     Returns:
         (..., n, n) float32, symmetric.
+
+    Raises:
+        ValueError: `attention` is not square.
     """
     if attention.shape[-1] != attention.shape[-2]:
-        raise ValueError(f"attention must be square over patches, got {tuple(attention.shape)}")
+        raise ValueError(f"attention must be square over patches, got shape {tuple(attention.shape)}")
     matrix = attention.float()
-    for _ in range(rounds):
+    for _ in range(iterations):
         matrix = matrix / matrix.sum(dim=-2, keepdim=True)
         matrix = matrix / matrix.sum(dim=-1, keepdim=True)
     return (matrix + matrix.mT) / 2
 
 
-def refine(cams: Tensor, attention: Tensor, masks: Tensor | None = None, steps: int = 2) -> Tensor:
-    """Propagate CAMs along the affinity: T @ ... @ T @ (mask * cam), `steps` times.
+def refine(cams: Tensor, affinity: Tensor, box_masks: Tensor | None = None, power: int = 2) -> Tensor:
+    """Return CAMs propagated by the transition matrix T: T^power (box_mask * cam).
 
-    The paper squares T and multiplies once; two matrix-vector products give the same numbers
-    without the n^3 product.
+    The paper computes T^2 and multiplies once. Repeated matrix-vector products give the same values in
+    O(n^2) instead of O(n^3).
 
     Args:
         cams: (..., K, h, w) in [0, 1].
-        attention: (..., n, n) with n = h * w, see `transition`.
-        masks: (..., K, h, w) 0/1, which patches may send; None lets all of them (the paper's "MHSA"
-            ablation).
+        affinity: (..., n, n) with n = h * w, see `transition_matrix`.
+        box_masks: (..., K, h, w) of 0 and 1; None uses all patches (the paper's "MHSA" row).
+        power: exponent of T.
 
     Returns:
-        (..., K, h, w) float32, not yet rescaled to [0, 1].
+        (..., K, h, w) float32, not normalized to [0, 1].
     """
-    sources = cams if masks is None else cams * masks
-    flow = sources.flatten(-2).mT  # (..., n, K)
-    step = transition(attention)  # (..., n, n)
-    for _ in range(steps):
-        flow = step @ flow
-    return flow.mT.reshape(cams.shape)
+    sources = cams if box_masks is None else cams * box_masks
+    columns = sources.flatten(-2).mT  # (..., n, K)
+    matrix = transition_matrix(affinity)  # (..., n, n)
+    for _ in range(power):
+        columns = matrix @ columns
+    return columns.mT.reshape(cams.shape)
 
 
-def box_mask(cam: np.ndarray, threshold: float, cover_edge: bool = False) -> np.ndarray:
-    """Union of the bounding boxes of a CAM's activated regions.
+def box_mask(cam: np.ndarray, threshold: float, include_edge: bool = False) -> np.ndarray:
+    """Return the union of the bounding boxes of a CAM's activated regions.
 
-    The public code takes contours, holes and nested regions included; their boxes lie inside those
-    of the 8-connected regions, so the union is the same.
+    The reference implementation uses contours, including holes and nested regions. Their boxes lie inside
+    those of the 8-connected regions, so the union is the same.
 
     Args:
         cam: (h, w) float in [0, 1].
         threshold: relative to the maximum of the 8-bit map (the paper's lambda).
-        cover_edge: the public code never lets a box reach the last row and column of the grid
-            (it clips an exclusive end to size - 1). Published numbers need that; True mends it.
+        include_edge: let boxes reach the last row and column. The reference implementation clips an
+            exclusive end to size - 1 and never covers them; published numbers depend on that.
 
     Returns:
-        (h, w) uint8 0/1; all zero when nothing is activated.
+        (h, w) uint8 of 0 and 1; all 0 if nothing is activated.
     """
     height, width = cam.shape
     levels = (cam * 255).astype(np.uint8)
     active = (levels > int(threshold * levels.max())).astype(np.uint8)
     _, _, boxes, _ = cv2.connectedComponentsWithStats(active, connectivity=8)
-    bottom, right = (height, width) if cover_edge else (height - 1, width - 1)
+    bottom, right = (height, width) if include_edge else (height - 1, width - 1)
     mask = np.zeros_like(active)
-    for x, y, box_width, box_height, _ in boxes[1:]:  # the first box is the inactive rest
+    for x, y, box_width, box_height, _ in boxes[1:]:  # boxes[0] is the inactive background
         mask[y : min(y + box_height, bottom), x : min(x + box_width, right)] = 1
     return mask
 
 
-def box_masks(cams: Tensor, threshold: float | Tensor, cover_edge: bool = False) -> Tensor:
-    """`box_mask` of every map of (..., h, w); made on the CPU, returned where `cams` is.
+def box_masks(cams: Tensor, threshold: float | Tensor, include_edge: bool = False) -> Tensor:
+    """Return `box_mask` of every map of `cams` (..., h, w), computed on the CPU, on the device of `cams`.
 
-    `threshold` is one for all, or one for each: (...).
+    `threshold` is one number, or one for each map: (...).
     """
     thresholds = torch.as_tensor(threshold, dtype=torch.float64).expand(cams.shape[:-2])
     maps = cams.float().cpu().flatten(0, -3).numpy()
     pairs = zip(maps, thresholds.flatten().tolist(), strict=True)
-    masks = np.stack([box_mask(cam, threshold, cover_edge) for cam, threshold in pairs])
+    masks = np.stack([box_mask(cam, threshold, include_edge) for cam, threshold in pairs])
     return torch.from_numpy(masks).to(cams.device).reshape(cams.shape)

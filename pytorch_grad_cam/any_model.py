@@ -1,11 +1,12 @@
-"""Grad-CAM and its kin for any torch model, in the interface of the pytorch-grad-cam package.
+"""Grad-CAM and its variants for any torch model, with the interface of the pytorch-grad-cam package.
 
     with GradCAM(model, target_layers=[model.layer4[-1]]) as cam:
-        maps = cam(images, targets=[ClassifierOutputTarget(281)])  # (B, H, W) in [0, 1]
+        cams = cam(images, targets=[ClassifierOutputTarget(281)])  # (B, H, W) in [0, 1]
 
-CLIP itself does not need this: see `pytorch_grad_cam.grad_cam.text_cams`.
+For CLIP itself use `pytorch_grad_cam.grad_cam.text_cams`.
 """
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import cv2
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 import ttach
 from torch import Tensor, nn
 
-from pytorch_grad_cam.methods import METHODS, scale
+from pytorch_grad_cam.methods import METHODS, min_max_normalize
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 BRIGHTNESS = (0.9, 1, 1.1)  # factors of aug_smooth, those of the package
@@ -24,22 +25,23 @@ class GradCAM:
 
     Args:
         model: any module that maps a batch of images (B, 3, H, W) to outputs (B, ...).
-        target_layers: modules whose output is looked at; the maps of several are averaged.
+        target_layers: modules whose outputs are the activations; the CAMs of several are averaged.
         reshape_transform: turns a layer's output into (B, C, h, w), for example tokens of a ViT.
+        method: see `pytorch_grad_cam.methods.METHODS`.
 
-    Hooks live only while a call runs, so nothing is left behind in the model.
+    Hooks exist only during a call.
     """
-
-    method = "gradcam"
 
     def __init__(
         self,
         model: nn.Module,
         target_layers: Sequence[nn.Module],
         reshape_transform: Callable[[Tensor], Tensor] | None = None,
+        method: str = "gradcam",
     ):
         self.model = model
         self.target_layers = list(target_layers)
+        self.weighting = METHODS[method]
         self.reshape_transform = reshape_transform or (lambda output: output)
 
     def __enter__(self):
@@ -54,44 +56,44 @@ class GradCAM:
         targets: Sequence[Callable[[Tensor], Tensor]] | None = None,
         aug_smooth: bool = False,
     ) -> np.ndarray:
-        """CAMs of one target per image.
+        """Return the CAM of one target per image.
 
         Args:
             input_tensor: (B, 3, H, W).
-            targets: per image a function of its output; None takes the class of the largest score.
-            aug_smooth: average over the image and its mirror image in three brightnesses each.
+            targets: per image a function of its output; None uses the class with the largest score.
+            aug_smooth: average over the image and its mirror image, each at three brightnesses.
 
         Returns:
             (B, H, W) float32 in [0, 1].
 
         Raises:
-            ValueError: not one target per image.
+            ValueError: the numbers of targets and images differ.
         """
         if targets is not None and len(targets) != len(input_tensor):
             raise ValueError(f"{len(targets)} targets for {len(input_tensor)} images: give one for each")
         if not aug_smooth:
-            return self._maps(input_tensor, targets).numpy()
+            return self._cams(input_tensor, targets).numpy()
         views = ttach.Compose([ttach.HorizontalFlip(), ttach.Multiply(BRIGHTNESS)])
-        maps = [
-            view.deaugment_mask(self._maps(view.augment_image(input_tensor), targets)[:, None])[:, 0]
+        cams = [
+            view.deaugment_mask(self._cams(view.augment_image(input_tensor), targets)[:, None])[:, 0]
             for view in views
         ]
-        return torch.stack(maps).mean(0).numpy()
+        return torch.stack(cams).mean(0).numpy()
 
-    def _maps(self, input_tensor: Tensor, targets: Sequence[Callable[[Tensor], Tensor]] | None) -> Tensor:
-        """(B, H, W) in [0, 1], mean over the layers."""
+    def _cams(self, input_tensor: Tensor, targets: Sequence[Callable[[Tensor], Tensor]] | None) -> Tensor:
+        """Return (B, H, W) in [0, 1], the mean over the layers."""
         outputs: dict[int, Tensor] = {}
 
         def keep(index: int):
             def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
                 outputs[index] = output
-                return output.clone()  # what follows may work in place
+                return output.clone()  # later modules may work in place
 
             return hook
 
         handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(self.target_layers)]
         try:
-            with torch.enable_grad():  # the input asks for a gradient so that frozen models have one
+            with torch.enable_grad():  # so that frozen models have gradients, too
                 result = self.model(input_tensor.detach().requires_grad_())
         finally:
             for handle in handles:
@@ -105,19 +107,12 @@ class GradCAM:
         layers = []
         for activation, gradient in zip(activations, gradients, strict=True):
             activation = self.reshape_transform(activation.detach()).float()  # (B, C, h, w)
-            raw = METHODS[self.method](activation, self.reshape_transform(gradient).float())
-            maps = scale(raw.relu()).cpu().numpy()  # (B, h, w)
-            layers.append(np.stack([cv2.resize(cam, (width, height)) for cam in maps]))
-        return scale(torch.from_numpy(np.mean(layers, axis=0)).relu())
+            raw = self.weighting(activation, self.reshape_transform(gradient).float())
+            cams = min_max_normalize(raw.relu()).cpu().numpy()  # (B, h, w)
+            layers.append(np.stack([cv2.resize(cam, (width, height)) for cam in cams]))
+        return min_max_normalize(torch.from_numpy(np.mean(layers, axis=0)).relu())
 
 
-class GradCAMPlusPlus(GradCAM):
-    method = "gradcam++"
-
-
-class XGradCAM(GradCAM):
-    method = "xgradcam"
-
-
-class LayerCAM(GradCAM):
-    method = "layercam"
+GradCAMPlusPlus = partial(GradCAM, method="gradcam++")
+XGradCAM = partial(GradCAM, method="xgradcam")
+LayerCAM = partial(GradCAM, method="layercam")

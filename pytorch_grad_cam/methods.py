@@ -1,4 +1,4 @@
-"""From activations and their gradients to a raw CAM, four ways.
+"""CAM weightings: activations and their gradients -> a raw CAM.
 
 Each function takes activations and gradients (..., C, h, w) and returns the weighted sum over
 channels (..., h, w), before the ReLU. `gradients` may have more leading axes than `activations`.
@@ -8,37 +8,39 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: Against division by zero, as in the widely used pytorch-grad-cam package.
+# Against division by zero, as in the pytorch-grad-cam package.
 PLUS_PLUS_EPSILON, X_EPSILON = 1e-6, 1e-7
 
 
 def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Weights are mean gradients (Selvaraju et al., ICCV 2017)."""
+    """Weigh channels by the mean gradient (Selvaraju et al., ICCV 2017)."""
     weights = gradients.mean((-2, -1), keepdim=True)  # (..., C, 1, 1)
     return (weights * activations).sum(-3)
 
 
 def grad_cam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Positive gradients, weighted by their share at each place (Chattopadhyay et al., WACV 2018)."""
+    """Weigh channels by the sum over positions of alpha relu(g), with gradients g, activations a and
+    alpha = g^2 / (2 g^2 + sum(a) g^3), where g is not 0 (Chattopadhyay et al., WACV 2018)."""
     square = gradients**2
     total = activations.sum((-2, -1), keepdim=True)  # (..., C, 1, 1)
-    share = square / (2 * square + total * square * gradients + PLUS_PLUS_EPSILON)
-    weights = (gradients.relu() * torch.where(gradients != 0, share, 0)).sum((-2, -1), keepdim=True)
+    alpha = square / (2 * square + total * square * gradients + PLUS_PLUS_EPSILON)
+    weights = (gradients.relu() * torch.where(gradients != 0, alpha, 0)).sum((-2, -1), keepdim=True)
     return (weights * activations).sum(-3)
 
 
 def x_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Gradients weighted by activation, per channel (Fu et al., BMVC 2020)."""
+    """Weigh channels by the mean gradient, itself weighted by activation (Fu et al., BMVC 2020)."""
     total = activations.sum((-2, -1), keepdim=True) + X_EPSILON
     weights = (gradients * activations / total).sum((-2, -1), keepdim=True)
     return (weights * activations).sum(-3)
 
 
 def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Every place is weighted by its own positive gradient (Jiang et al., TIP 2021)."""
+    """Weigh each position by its own positive gradient (Jiang et al., TIP 2021)."""
     return (gradients.relu() * activations).sum(-3)
 
 
+# The only registry: flags, checks and `any_model` read it.
 METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gradcam": grad_cam,
     "gradcam++": grad_cam_plus_plus,
@@ -47,18 +49,20 @@ METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def scale(maps: Tensor) -> Tensor:
-    """Min-max scaling of each (h, w) map: (x - min) / (1e-7 + max(x - min)), float32.
+def min_max_normalize(cams: Tensor) -> Tensor:
+    """Return (x - min) / (1e-7 + max(x - min)) of each map x of `cams` (..., h, w), float32.
 
-    The epsilon is the public code's and matters: where a map's range is near or below 1e-7 (raw
-    CAMs of improbable labels) the result stays well below 1; a constant map gives zeros.
+    The epsilon is that of the reference implementation. Where the range of a map is near or below 1e-7 (raw
+    CAMs of improbable labels), the result stays well below 1; a constant map becomes 0.
     """
-    maps = maps.float()
-    maps = maps - maps.amin((-2, -1), keepdim=True)
-    return maps / (1e-7 + maps.amax((-2, -1), keepdim=True))
+    cams = cams.float()
+    cams = cams - cams.amin((-2, -1), keepdim=True)
+    return cams / (1e-7 + cams.amax((-2, -1), keepdim=True))
 
 
 def activation_map(raw: Tensor) -> Tensor:
-    """Raw CAM (..., h, w) -> [0, 1]: ReLU, then scaled twice, once for the layer and once for the
-    (single-layer) aggregate, as the public code does; the second epsilon shows on faint maps."""
-    return scale(scale(raw.float().relu()).relu())
+    """Return raw CAMs (..., h, w) in [0, 1]: ReLU, then normalized twice.
+
+    The reference implementation normalizes for the layer and again for the mean over its single layer; on
+    faint maps the second epsilon changes the result."""
+    return min_max_normalize(min_max_normalize(raw.relu()))

@@ -132,8 +132,8 @@ def encode_text(model: CLIP, texts: list[str]) -> Tensor:
     x = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]
     causal = torch.full((length, length), float("-inf")).triu(1)
     for block in model.transformer.resblocks:
-        # With maps a block mixes in plain products, faster than fused attention at these sizes.
-        x, _ = block(x, mask=causal, maps=True)
+        # With weights a block mixes in plain products, faster than fused attention at these sizes.
+        x, _ = block(x, mask=causal, need_weights=True)
     ends = model.ln_final(x)[torch.arange(len(x)), tokens.argmax(-1)]
     return F.normalize((ends @ model.text_projection).float(), dim=-1)
 
@@ -149,7 +149,7 @@ def encode_images(model: CLIP, images: Tensor, apart: bool) -> tuple[Tensor, Ten
     last = visual.layers - 1
     attention = 0
     for index in range(visual.layers):
-        tokens, weights = visual.block(index, tokens, mask if index < last else None, maps=True)
+        tokens, weights = visual.block(index, tokens, mask if index < last else None, need_weights=True)
         if index > last - AVERAGED_BLOCKS:
             attention = attention + weights[:, 1:, 1:]
     return F.normalize(visual.project(tokens).float(), dim=-1), attention

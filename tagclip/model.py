@@ -112,7 +112,7 @@ def tag_images(
     views: list[tuple[Tensor, Tensor]] = []
     for indices in by_size.values():
         pixels = torch.from_numpy(np.stack([images[index] for index in indices])).to(model.device)
-        batch = clip.normalise(pixels, model.config.mean, model.config.std)  # (B, 3, H', W')
+        batch = clip.normalize(pixels, model.config.mean, model.config.std)  # (B, 3, H', W')
         tokens, attention, grid = patch_level(visual, batch, settings)
         coarse = _finite(class_probabilities(tokens[:, 1:], text, model.logit_scale))  # (B, n, C)
         refined = refined_probabilities(coarse, attention, grid, settings)  # (B, n, C)

@@ -48,7 +48,8 @@ def patch_level(visual: VisionTransformer, images: Tensor, settings: TagSettings
         if index == layers - 1:
             bias = max(settings.diagonal_bias, torch.finfo(tokens.dtype).min)
             mask = tokens.new_full((length, length), bias).fill_diagonal_(0)
-        tokens, attention = visual.block(index, tokens, mask, maps=index in averaging or index in voters)
+        need_weights = index in averaging or index in voters
+        tokens, attention = visual.block(index, tokens, mask, need_weights)
         if attention is None:
             continue
         related = attention[:, 1:, 1:]  # (B, n, n), its rows sum to less than 1

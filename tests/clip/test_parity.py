@@ -103,7 +103,7 @@ def test_vision_tower(parity_clip, case):
             if index == visual.layers - 1:
                 assert relative(tokens[0], reference["tokens"]) <= 1e-4
             fused, _ = visual.block(index, tokens)
-            tokens, attention = visual.block(index, tokens, maps=True)
+            tokens, attention = visual.block(index, tokens, need_weights=True)
             torch.testing.assert_close(fused, tokens, rtol=1e-4, atol=1e-4)
             maps.append(attention[0])
     assert relative(torch.stack(maps), reference["attn"]) <= 1e-4

@@ -5,9 +5,9 @@ import torch
 
 import clip
 from pytorch_grad_cam import text_cams
-from pytorch_grad_cam.affinity import box_mask, box_masks, refine, transition
+from pytorch_grad_cam.affinity import box_mask, box_masks, refine, transition_matrix
 from pytorch_grad_cam.grad_cam import encode, full_gradients, mean_gradients
-from pytorch_grad_cam.methods import activation_map, scale
+from pytorch_grad_cam.methods import activation_map, min_max_normalize
 from segmentation import benchmark as benchmarks
 from segmentation.camfile import resize
 from tests.conftest import CASES, golden, parity_image, relative
@@ -54,13 +54,13 @@ def test_cams(case):
     result = text_cams(model, images, text, backgrounds)
     each_label(result.raw[0], reference["raw"], 1e-3)
     assert np.abs(result.cams[0].numpy() - reference["cam"]).max() <= 5e-4
-    assert relative(result.attention[0], reference["attn_mean"]) <= 1e-4
+    assert relative(result.affinity[0], reference["attn_mean"]) <= 1e-4
 
 
 def test_affinity_matrices(case):
     reference = case[0]
     attention = torch.as_tensor(reference["attn_mean"])
-    symmetric = transition(attention)
+    symmetric = transition_matrix(attention)
     assert relative(symmetric, reference["sym"]) <= 1e-4
     assert relative(symmetric @ symmetric, reference["affinity"]) <= 1e-4
 
@@ -70,9 +70,9 @@ def test_refinement(case):
     result = text_cams(model, images, text, backgrounds)
     masks = box_masks(result.cams, float(reference["threshold"]))
     np.testing.assert_array_equal(masks[0], reference["mask"])
-    refined = refine(result.cams, result.attention, masks)
+    refined = refine(result.cams, result.affinity, masks)
     assert relative(refined[0], reference["refined"]) <= 2e-4
-    maps = resize(scale(refined)[0].numpy(), reference["attn_highres"].shape[1:])
+    maps = resize(min_max_normalize(refined)[0].numpy(), reference["attn_highres"].shape[1:])
     assert np.abs(maps - reference["attn_highres"].astype(np.float32)).max() <= 1.5e-3
 
 
@@ -86,7 +86,7 @@ def test_degenerate_labels_of_case_z(parity_clip):
 def test_scaling_and_resizing():
     reference = golden("scaling")
     for key in ("plain", "tiny", "const", "zero", "row", "same", "down"):
-        scaled = scale(torch.as_tensor(reference[f"in_{key}"])).numpy()
+        scaled = min_max_normalize(torch.as_tensor(reference[f"in_{key}"])).numpy()
         np.testing.assert_allclose(scaled, reference[f"scaled_{key}"], atol=1e-7)
         width, height = reference[f"size_wh_{key}"]
         resized = resize(scaled[None], (int(height), int(width)))[0]
@@ -108,4 +108,4 @@ def test_boxes_that_cover_the_edge():
     public = np.zeros((4, 5))
     public[0, 0] = 1
     np.testing.assert_array_equal(box_mask(cam, 0.4), public)
-    np.testing.assert_array_equal(box_mask(cam, 0.4, cover_edge=True), cam)
+    np.testing.assert_array_equal(box_mask(cam, 0.4, include_edge=True), cam)

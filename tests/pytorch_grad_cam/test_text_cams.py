@@ -33,19 +33,19 @@ def test_batches_and_padding_change_nothing(config, method):
     images, text, backgrounds = torch.randn(3, 3, 64, 96), features(9, 32), features(4, 32, 1)
     rows = [[0, 1, 2], [3], [4, 5]]
     padded = torch.zeros(3, 3, 32)
-    present = torch.zeros(3, 3, dtype=torch.bool)
+    valid = torch.zeros(3, 3, dtype=torch.bool)
     for image, labels in enumerate(rows):
         padded[image, : len(labels)] = text[labels]
-        present[image, : len(labels)] = True
-    batch = text_cams(model, images, padded, backgrounds, present, method)
+        valid[image, : len(labels)] = True
+    batch = text_cams(model, images, padded, backgrounds, valid, method)
     for image, labels in enumerate(rows):
         single = text_cams(model, images[image : image + 1], text[labels][None], backgrounds, method=method)
         torch.testing.assert_close(batch.cams[image, : len(labels)], single.cams[0], rtol=0, atol=2e-4)
         assert not batch.cams[image, len(labels) :].any()
-        if single.attention is not None:
-            torch.testing.assert_close(batch.attention[image], single.attention[0])
-        chances = batch.probabilities[image][torch.cat([present[image], torch.ones(4, dtype=torch.bool)])]
-        torch.testing.assert_close(chances, single.probabilities[0])
+        if single.affinity is not None:
+            torch.testing.assert_close(batch.affinity[image], single.affinity[0])
+        probabilities = batch.probabilities[image][torch.cat([valid[image], torch.ones(4, dtype=torch.bool)])]
+        torch.testing.assert_close(probabilities, single.probabilities[0])
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
@@ -87,32 +87,32 @@ def test_closed_form_of_an_almost_certain_label():
 
 
 @pytest.mark.parametrize("method", ["gradcam", "layercam"])
-@pytest.mark.parametrize(("averaged", "without"), [(1, False), (2, False), (8, False), (2, True), (8, True)])
-def test_attention_is_the_mean_of_the_last_blocks(averaged, without, method):
+@pytest.mark.parametrize(("layers", "without"), [(1, False), (2, False), (8, False), (2, True), (8, True)])
+def test_attention_is_the_mean_of_the_last_blocks(layers, without, method):
     model = network(SMALL_VIT)
     images = torch.randn(1, 3, 24, 16)
     text, backgrounds = features(1, 32)[None], features(2, 32, 1)
     result = text_cams(
-        model, images, text, backgrounds, method=method, averaged=averaged, leave_out_last=without
+        model, images, text, backgrounds, method=method, affinity_layers=layers, exclude_last_layer=without
     )
     tokens, _ = model.visual.embed(images)
     maps = []
     for index in range(model.visual.layers):
-        tokens, attention = model.visual.block(index, tokens, maps=True)
+        tokens, attention = model.visual.block(index, tokens, need_weights=True)
         maps.append(attention)
-    chosen = maps[-averaged:-1] if without else maps[-averaged:]
+    chosen = maps[-layers:-1] if without else maps[-layers:]
     expected = torch.stack(chosen).mean(0)[:, 1:, 1:]
-    torch.testing.assert_close(result.attention, expected)
+    torch.testing.assert_close(result.affinity, expected)
 
 
 def test_leaving_out_the_only_block_is_refused():
-    with pytest.raises(ValueError, match="2 blocks or more"):
+    with pytest.raises(ValueError, match="give 2 affinity_layers or more"):
         text_cams(
             network(SMALL_VIT),
             torch.randn(1, 3, 24, 16),
             *(features(1, 32)[None], features(2, 32, 1)),
-            averaged=1,
-            leave_out_last=True,
+            affinity_layers=1,
+            exclude_last_layer=True,
         )
 
 

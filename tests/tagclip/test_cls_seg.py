@@ -61,11 +61,11 @@ def test_text_features(data, model):
 def test_stages(case, model):
     reference, image, text, backgrounds, settings = case
     images = clip.preprocess(image, clip.target_size(*image.size[::-1], model.visual.patch_size))[None]
-    result = text_cams(model, images, text[None], backgrounds, leave_out_last=settings.leave_out_last)
+    result = text_cams(model, images, text[None], backgrounds, exclude_last_layer=settings.leave_out_last)
     assert difference(result.cams[0], reference["cam"]) <= 1e-4
     masks = box_masks(result.cams, settings.box_threshold)
     np.testing.assert_array_equal(masks[0], reference["boxes"])
-    refined = refine(result.cams, result.attention, masks)
+    refined = refine(result.cams, result.affinity, masks)
     assert difference(refined[0], reference["refined"]) <= 1e-4
 
 

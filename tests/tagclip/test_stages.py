@@ -54,7 +54,7 @@ def text_of(name: str) -> torch.Tensor:
 
 
 def network_input(pixels: np.ndarray) -> torch.Tensor:
-    return clip.normalise(torch.tensor(pixels))[None]
+    return clip.normalize(torch.tensor(pixels))[None]
 
 
 def unpacked(boxes: np.ndarray, patches: int) -> np.ndarray:
@@ -88,7 +88,7 @@ def test_attention_maps(tiny, name):
     expected = golden("stages_voc")
     tokens, _ = tiny.visual.embed(network_input(resized(image(name))), "resampled")
     with torch.no_grad():
-        maps = torch.cat([attention for _, attention in tiny.visual.blocks(tokens, maps=True)])
+        maps = torch.cat([attention for _, attention in tiny.visual.blocks(tokens, need_weights=True)])
     if f"{name}/attention" in expected:
         np.testing.assert_allclose(maps, expected[f"{name}/attention"], atol=2e-3)
     else:
