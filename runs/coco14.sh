@@ -6,7 +6,7 @@
 #   OUTPUT_FOLDER   defaults to output/coco14
 # Environment: MODEL, INIT (initial weights of DeepLab, see docs/deeplab_weights.md), WORKERS (processes of step 1)
 set -euo pipefail
-[ $# -ge 1 ] || { sed -n 's/^# \?//p' "$0" | tail -n +2 | sed -n '1,/^Environment/p' >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,7s/^# //p' "$0" >&2; exit 2; }
 
 COCO=$(realpath "$1")
 OUTPUT=$(realpath -m "${2:-$(dirname "$0")/../output/coco14}")

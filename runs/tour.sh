@@ -15,7 +15,8 @@ TRUTH=$WORLD/SegmentationClass
 TRAIN=$WORLD/ImageSets/Segmentation/train.txt
 VAL=$WORLD/ImageSets/Segmentation/val.txt
 
-trap 'kill $(jobs -p) 2> /dev/null || true' EXIT # a failure ends the steps in the background too
+set -m # a process group for each step in the background, which ends with this script
+trap 'kill -- $(jobs -p | sed s/^/-/) 2> /dev/null || true' EXIT
 
 rm -rf $OUTPUT
 python -m shapes.draw --root $WORLD --train $TRAIN_IMAGES --val $VAL_IMAGES
@@ -82,4 +83,5 @@ python -m pipeline.report --benchmark shapes --image_root $IMAGES --split_file $
     --network "DeepLab + CRF, image labels" $(tested deeplab_pseudo) \
     --network "DeepLab + CRF, pixel labels" $(tested deeplab_truth) \
     --val_split_file $VAL --val_scores $OUTPUT/val_refined.json $OUTPUT/val_crf.json \
-    --output $OUTPUT/report.html
+    --output $OUTPUT/report.html --note "The three networks differ only in the masks they learn from. Each is narrow, \
+has random initial weights and is trained for $ITERATIONS iterations of 4 crops."

@@ -5,7 +5,7 @@
 #   OUTPUT_FOLDER   defaults to output/voc12
 # Environment: MODEL, INIT (initial weights of DeepLab, see docs/deeplab_weights.md), WORKERS (processes of steps 0 and 1)
 set -euo pipefail
-[ $# -ge 1 ] || { sed -n 's/^# \?//p' "$0" | tail -n +2 | sed -n '1,/^Environment/p' >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
 
 VOC=$(realpath "$1")
 OUTPUT=$(realpath -m "${2:-$(dirname "$0")/../output/voc12}")
