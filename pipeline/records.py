@@ -25,7 +25,7 @@ def read_stage(title: str, file: str | Path, classes: Sequence[str]) -> dict[str
     def stage(content: dict) -> dict[str, Any]:
         best, ignored, note = content["best"], content.get("ignored"), ""
         if ignored:
-            note = f"{100 * ignored:.1f} % ignored pixels left out"
+            note = f"{100 * ignored:.1f} % ignored"
         elif (background := best.get("background")) is not None:  # see `pipeline.evaluate`
             note = f"background {'exponent' if background >= 1 else 'score'} {background:g}"
         ious = {name: best["Class IoU"][name] for name in classes}

@@ -29,7 +29,7 @@ from segmentation.metrics import confusion
 
 STAGES = ("Initial CAM", "Refined CAM", "Dense CRF")  # in the order of --scores
 MASKS = ("Pseudo mask", "Mask from tags")  # in the order of --auto_scores
-NEEDS_LABELS, NEEDS_IMAGE = "from image and labels", "from the image alone"
+NEEDS_LABELS, NEEDS_IMAGE = "with true labels", "without labels"
 
 
 @dataclass(frozen=True)

@@ -81,4 +81,4 @@ python -m pipeline.report --benchmark shapes --image_root $IMAGES --split_file $
     --network "DeepLab + CRF" $OUTPUT/deeplab/test/masks_crf $OUTPUT/deeplab/test/scores_crf.json \
     --val_split_file $VAL --output $OUTPUT/report.html --note "DeepLab is a small network with random initial weights, \
 trained on the pseudo masks of $TRAIN_IMAGES images for $ITERATIONS iterations of 4 crops, about a minute. Longer training \
-scores higher: see make tour and docs/shapes.md."
+scores higher."
