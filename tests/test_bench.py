@@ -28,7 +28,7 @@ from segmentation.dataset import Batch
 from segmentation.masks import read_mask, write_mask
 from segmentation.schedules import poly
 from segmentation.transforms import resize_labels
-from tests.conftest import CASES, golden, parity_image, relative
+from tests.conftest import CASES, golden, needs_pydensecrf, parity_image, relative
 from tests.deeplab.common import fill_a, input_a, labels
 from tests.deeplab.common import golden as deeplab_golden
 
@@ -67,6 +67,7 @@ def test_reference_evaluation_is_the_published_one(tmp_path):
         assert (hist == stored[f"voc_thr{exponent}_hist"]).all()
 
 
+@needs_pydensecrf
 def test_reference_masks_are_the_published_ones(tmp_path):
     arrays = golden("e2e")
     for case in "abcez":
@@ -148,11 +149,13 @@ def test_cams(quick, parity_file, tmp_path, monkeypatch, capsys):
     assert result["ceiling_share"] == pytest.approx(share)
 
 
+@needs_pydensecrf
 def test_crf(quick, tmp_path, monkeypatch, capsys):
     result = bench(monkeypatch, capsys, tmp_path, "crf", "--images", 1, "--rounds", 1)
     assert result["label_agreement"] >= 0.999 and result["largest_difference"] <= 1e-3
 
 
+@needs_pydensecrf
 def test_pipeline(quick, parity_file, tmp_path, monkeypatch, capsys):
     few = ("--images", 1, "--rounds", 1, "--model", parity_file("tiny", 0))
     result = bench(monkeypatch, capsys, tmp_path, "pipeline", *few)
