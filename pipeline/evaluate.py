@@ -403,7 +403,7 @@ def files_present(
         raise FileNotFoundError(f"folder {folder}, which should hold the {what}, does not exist")
     found, missing = [], []
     for name in names:
-        exists = camfile.exists(folder, name) if what == "CAMs" else (Path(folder) / f"{name}.png").is_file()
+        exists = camfile.find(folder, name) if what == "CAMs" else (Path(folder) / f"{name}.png").is_file()
         (found if exists else missing).append(name)
     if missing and (not allow_missing or not found):
         none = " (images without labels have none)" if what == "CAMs" else ""

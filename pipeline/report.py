@@ -23,7 +23,7 @@ from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.images import find_image, read_rgb
 from segmentation.labels import Split, read_split
-from segmentation.masks import mask_keys, read_mask
+from segmentation.masks import mask_class_ids, read_mask
 from segmentation.metrics import confusion
 
 STAGES = ("Initial CAM", "Refined CAM", "Dense CRF")  # in the order of --scores
@@ -198,7 +198,7 @@ def sample(sources: Sources, name: str, job: MaskJob, tags: Split | None = None)
         mask = read_mask(Path(folder) / f"{name}.png")
         if name not in tags:
             raise ValueError(f"{sources.from_tags.label_file} has no line of image {name}")
-        if mask_keys(Path(folder) / f"{name}.png") not in (None, tags[name]):
+        if mask_class_ids(Path(folder) / f"{name}.png") not in (None, tags[name]):
             raise ValueError(
                 f"the mask of {name} in {folder} was made of other labels than those in "
                 f"{sources.from_tags.label_file}: make the masks again, or restore the labels"
