@@ -33,12 +33,14 @@ from segmentation.images import IMAGE_SUFFIXES
 from segmentation.labels import CocoImage, CocoInstances, coco_labels, mask_labels, read_coco_json
 from segmentation.masks import read_mask, write_mask
 
+SPLITS = ("train", "val")
 # Lines and sha256 of the lists that CLIP-ES distributes (github.com/linyq2117/CLIP-ES, coco14/*.txt).
 PUBLISHED = {
     "train": (82081, "6e2c180d260cf870c3802ddca1bf32a2b5c6f1356a7498eca04fca4c7a484320"),
     "val": (40137, "a8877a8b90baea45e7d9cb59654532644e1f8f765c7fd0380c4507d7e78393bb"),
+    "train2017": (117266,),  # images with an annotation
+    "val2017": (4952,),
 }
-IMAGES_2017 = {"train": 117266, "val": 4952}  # in the published lists: images with an annotation
 
 
 class Part(NamedTuple):
@@ -70,8 +72,9 @@ class Task(NamedTuple):
     """One image to inspect."""
 
     name: str
-    size: tuple[int, int] | None  # (height, width) in the JSON; None without JSON
-    annotated: bool  # objects are annotated in the JSON, so a mask must exist
+    size: tuple[int, int] | None = None  # (height, width) in the JSON; None without JSON
+    annotated: bool = False  # objects are annotated in the JSON, so a mask must exist
+    to_paint: CocoImage | None = None  # annotations to make the mask of; None makes none
 
 
 def names_in(folder: Path, part: Part, suffixes: tuple[str, ...]) -> set[str]:
@@ -91,47 +94,27 @@ def read_instances(file: Path, year: str) -> tuple[Part, CocoInstances]:
         FileNotFoundError, ValueError: as `read_coco_json`, or it is of no split of this year.
     """
     instances = read_coco_json(file, len(CLASSES), CATEGORY_IDS)
-    for part in (Part(split, year) for split in PUBLISHED):
+    for part in (Part(split, year) for split in SPLITS):
         matches = year == "2014" or file.stem.endswith(part.folder)
         if matches and instances.images and all(map(part.may_hold, instances.images)):
             return part, instances
     if year == "2014":
-        names = " or all ".join(f"COCO_{split}2014_..." for split in PUBLISHED)
+        names = " or all ".join(f"COCO_{split}2014_..." for split in SPLITS)
         reason = f"its images are not all named {names} (--year 2017 takes those of 2017)"
     else:
         reason = "its name must end in train2017 or val2017, and the names of its images be numbers"
     raise ValueError(f"annotation file {file} is not of COCO {year}: {reason}")
 
 
-# --- masks ------------------------------------------------------------------------------------------
+def may_paint(folder: Path, part: Part, overlap: Overlap, existing: bool) -> bool:
+    """Return whether missing masks of a split are made: not if the user has masks of his own.
 
+    `folder/painted_<split><year>.json` records the `overlap` of masks made here.
 
-def paint_file(folder: Path, overlap: Overlap, item: tuple[str, CocoImage]) -> list[shared.Problem]:
-    """Write the mask of one image; return the problems."""
-    name, image = item
-    problems: list[shared.Problem] = []
-    with shared.collecting(problems, "annotation"):
-        try:
-            mask = paint(image, CLASS_INDEX, overlap)
-        except ValueError as error:
-            raise ValueError(f"image {name}: {error}") from None
-        write_mask(folder / f"{name}.png", mask, BENCHMARK.palette)
-    return problems
-
-
-def paint_split(
-    folder: Path, part: Part, instances: CocoInstances, overlap: Overlap, workers: int
-) -> list[shared.Problem]:
-    """Write the masks of a split that do not exist yet; return the problems.
-
-    `folder/painted_<split><year>.json` records the `overlap` of masks written here. Masks without it are
-    the user's: none is added.
+    Raises:
+        ValueError: the existing masks have another `overlap`.
     """
     record = folder / f"painted_{part.folder}.json"
-    existing = names_in(folder, part, (".png",))
-    if existing and not record.is_file():
-        print(f"{part}: {folder} holds {len(existing)} masks that were not made here: left as they are")
-        return []
     if record.is_file():
         recorded = json.loads(record.read_text()).get("overlap")
         if recorded != overlap:
@@ -139,25 +122,25 @@ def paint_split(
                 f"the {part} masks in {folder} were painted with --overlap {recorded}: "
                 f"give that again, or delete them and {record.name}"
             )
-    else:
+    elif not existing:
         with replacing(record) as stream:
             stream.write(json.dumps({"overlap": overlap}).encode())
-    missing = [(name, image) for name, image in instances.images.items() if name not in existing]
-    results = shared.parallel_map(partial(paint_file, folder, overlap), missing, workers, f"painting {part}")
-    problems = [problem for found in results for problem in found]
-    print(f"{part}: {len(missing)} masks made in {folder}, {len(existing)} were there")
-    return problems
+    return record.is_file()
 
 
-# --- splits -----------------------------------------------------------------------------------------
-
-
-def inspect(root: Path, part: Part, decode: bool, task: Task) -> shared.Inspection:
-    """Return what an image and its mask hold; the labels are those of the mask, None without one."""
+def inspect(root: Path, part: Part, overlap: Overlap, decode: bool, task: Task) -> shared.Inspection:
+    """Return what an image and its mask hold, after making the mask if asked; labels are the mask's."""
     inspection = shared.inspect_image(root / "JPEGImages" / part.folder, task.name, decode)
     if task.size:
         inspection.sizes = {"annotation": task.size, **inspection.sizes}
     file = part.masks(root) / f"{task.name}.png"
+    if task.to_paint:
+        with shared.collecting(inspection.problems, "annotation"):
+            try:
+                mask = paint(task.to_paint, CLASS_INDEX, overlap)
+            except ValueError as error:
+                raise ValueError(f"image {task.name}: {error}") from None
+            write_mask(file, mask, BENCHMARK.palette)
     if task.annotated or file.is_file():
         with shared.collecting(inspection.problems, "mask"):
             mask = read_mask(file)
@@ -169,38 +152,46 @@ def inspect(root: Path, part: Part, decode: bool, task: Task) -> shared.Inspecti
 def prepare_split(
     part: Part, args: argparse.Namespace, instances: CocoInstances | None
 ) -> list[shared.Problem]:
-    """Paint if there are annotations, check, and write `out/<split>.txt`; return the problems.
+    """Make masks if there are annotations, check, and write `out/<split>.txt`; return the problems.
 
     Args:
         args: see `main`.
         instances: the split's annotations, if they were given.
     """
     folder = part.masks(args.root)
-    problems: list[shared.Problem] = []
-    if instances:
-        problems += paint_split(folder, part, instances, args.overlap, args.num_workers)
-    masks = names_in(folder, part, (".png",))
-    source = args.labels or ("masks" if masks and not (instances and part.year == "2017") else "json")
-    if not (masks if source == "masks" else instances):
-        print(f"{part}: not made, as there are no {'masks' if source == 'masks' else 'annotations'} of it")
-        return problems
+    existing = names_in(folder, part, (".png",))
+    if args.labels:
+        from_masks = args.labels == "masks"
+    else:
+        from_masks = part.year == "2014" if instances else bool(existing)
+    if not instances and not (from_masks and existing):
+        print(f"{part}: not made, as there are no {'masks' if from_masks else 'annotations'} of it")
+        return []
 
     if instances:
-        images = instances.images.items()
-        tasks = [Task(name, image.size, bool(image.annotations and masks)) for name, image in images]
+        painting = may_paint(folder, part, args.overlap, bool(existing))
+        missing = instances.images.keys() - existing if painting else set()
+        tasks = [
+            Task(name, image.size, bool(image.annotations), image if name in missing else None)
+            for name, image in instances.images.items()
+        ]
     else:
-        tasks = [Task(name, None, False) for name in images_of(args.root, part) | masks]
+        tasks = [Task(name) for name in images_of(args.root, part) | existing]
     tasks.sort()  # by name, that is by image id
-    look = partial(inspect, args.root, part, args.check_images)
+    problems: list[shared.Problem] = []
+    look = partial(inspect, args.root, part, args.overlap, args.check_images)
     labels = shared.inspect_all(look, tasks, args.num_workers, f"checking {part}", problems)
-    if source == "json":
+    if instances and painting:
+        print(f"{part}: {len(missing)} masks made in {folder}, {len(existing)} were there")
+    elif instances:
+        print(f"{part}: {folder} holds {len(existing)} masks that were not made here: left as they are")
+    if not from_masks:
         labels = {task.name: coco_labels(instances.images[task.name], CLASS_INDEX) for task in tasks}
-    elif without_mask := sum(label is None for label in labels.values()):
+    elif without_mask := sum(class_ids is None for class_ids in labels.values()):
         print(f"{part}: {without_mask} images have no readable mask and are left out")
-    print(f"{part}: labels from {'the values of the masks' if source == 'masks' else 'the instances JSON'}")
-    published = PUBLISHED[part.split] if part.year == "2014" else (IMAGES_2017[part.split],)
+    print(f"{part}: labels from {'the values of the masks' if from_masks else 'the instances JSON'}")
     labeled = {name: class_ids for name, class_ids in labels.items() if class_ids}
-    shared.write_split(args.out / f"{part}.txt", labeled, *published)
+    shared.write_split(args.out / f"{part}.txt", labeled, *PUBLISHED[str(part)])
     return problems
 
 
@@ -218,7 +209,7 @@ def prepare(args: argparse.Namespace) -> int:
         problems += prepare_split(part, args, instances)
         done.add(part)
         del instances
-    for split in PUBLISHED:
+    for split in SPLITS:
         if Part(split, args.year) not in done:
             problems += prepare_split(Part(split, args.year), args, None)
     name = "problems.txt" if args.year == "2014" else f"problems{args.year}.txt"
@@ -246,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--root {args.root} is no copy of COCO {args.year}: it has no JPEGImages folder")
     if args.labels == "json" and not args.annotations:
         parser.error("--labels json needs --annotations")
-    folders = dict.fromkeys(Part(split, args.year).masks(args.root) for split in PUBLISHED)
+    folders = dict.fromkeys(Part(split, args.year).masks(args.root) for split in SPLITS)
     if not args.annotations and not any(folder.is_dir() for folder in folders):
         names = " or ".join(str(folder.relative_to(args.root)) for folder in folders)
         parser.error(f"--root {args.root} has no {names} folder: give --annotations to make it")

@@ -84,7 +84,7 @@ def inspect(images: Path, source: Path | None, target: Path, decode: bool, name:
         if converted.is_file() and not np.array_equal(read_mask(converted), mask):
             raise ValueError(f"mask {converted} is not what {file} gives: delete it to have it made anew")
     if inspection.labels is not None and not converted.is_file():
-        write_mask(converted, mask, BENCHMARK.palette)  # outside: a full disk ends the run
+        write_mask(converted, mask, BENCHMARK.palette)  # outside: a file that cannot be written ends the run
     return inspection
 
 

@@ -39,11 +39,16 @@ def reader(benchmark: Benchmark, split: Split, labels_file: str | Path | None = 
     if labels_file:
         return from_file(labels_file, num_classes)
     if benchmark.labels == "voc_xml":
-        return from_voc_xml(benchmark.path(benchmark.annotation_dir), benchmark.classes)
+        folder = _existing(benchmark.path(benchmark.annotation_dir), "annotation")
+        return partial(_voc_xml_labels, folder, benchmark.classes)
     if benchmark.labels == "masks":
-        return from_masks(benchmark.path(benchmark.mask_dir), benchmark.has_background, num_classes)
+        folder = _existing(benchmark.path(benchmark.mask_dir), "mask")
+        return partial(_painted_labels, folder, benchmark.has_background, num_classes)
     if benchmark.labels == "coco_json":
-        return from_coco_json(benchmark.path(benchmark.annotation_file), num_classes, benchmark.category_ids)
+        file = benchmark.path(benchmark.annotation_file)
+        images, class_index = read_coco_json(file, num_classes, benchmark.category_ids)
+        table = {name: coco_labels(image, class_index) for name, image in images.items()}
+        return partial(_look_up, table, str(file))
     if not any(split.values()):
         raise ValueError(
             f"the split file gives no labels, and benchmark {benchmark.name} has no other source of them: "
@@ -148,9 +153,10 @@ def _check_range(labels: list[int], num_classes: int | None, where: str) -> None
             raise ValueError(f"{where}: class index {label} is out of range, expected {allowed}")
 
 
-def _check_folder(folder: str | Path, kind: str) -> None:
-    if not Path(folder).is_dir():
+def _existing(folder: Path, kind: str) -> Path:
+    if not folder.is_dir():
         raise FileNotFoundError(f"{kind} folder {folder} does not exist")
+    return folder
 
 
 # --- PASCAL VOC annotations -------------------------------------------------------------------------
@@ -200,12 +206,6 @@ def class_indices(names: Sequence[str], classes: Sequence[str], file: str | Path
     return [classes.index(name) for name in names]
 
 
-def from_voc_xml(folder: str | Path, classes: Sequence[str]) -> LabelReader:
-    """Return a reader of `folder/<name>.xml`; FileNotFoundError without the folder."""
-    _check_folder(folder, "annotation")
-    return partial(_voc_xml_labels, Path(folder), list(classes))
-
-
 def _voc_xml_labels(folder: Path, classes: list[str], name: str) -> list[int]:
     file = folder / f"{name}.xml"
     return class_indices(read_voc_xml(file).names, classes, file)
@@ -233,12 +233,6 @@ def mask_labels(mask: np.ndarray, has_background: bool, num_classes: int, file: 
             f"expected 0 to {num_classes - 1 + has_background}, or {IGNORE}"
         )
     return [label for label in labels if label >= 0]
-
-
-def from_masks(folder: str | Path, has_background: bool, num_classes: int) -> LabelReader:
-    """Return a reader of the values of `folder/<name>.png`; FileNotFoundError without the folder."""
-    _check_folder(folder, "mask")
-    return partial(_painted_labels, Path(folder), has_background, num_classes)
 
 
 def _painted_labels(folder: Path, has_background: bool, num_classes: int, name: str) -> list[int]:
@@ -303,10 +297,3 @@ def read_coco_json(path: str | Path, num_classes: int, category_ids: Sequence[in
 def coco_labels(image: CocoImage, class_index: dict[int, int]) -> list[int]:
     """Return the classes annotated in an image, crowds included, ascending."""
     return sorted({class_index[annotation["category_id"]] for annotation in image.annotations})
-
-
-def from_coco_json(path: str | Path, num_classes: int, category_ids: Sequence[int] = ()) -> LabelReader:
-    """Return a reader of a COCO instances file, read at once; arguments and errors: `read_coco_json`."""
-    images, class_index = read_coco_json(path, num_classes, category_ids)
-    table = {name: coco_labels(image, class_index) for name, image in images.items()}
-    return partial(_look_up, table, str(path))

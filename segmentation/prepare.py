@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from common.files import replacing
+from common.files import DiskFull, replacing
 from segmentation.images import find_image, read_image, read_size
 
 PRINTED = 3  # problems of a kind that are printed; the file lists all
@@ -48,6 +48,8 @@ def collecting(problems: list[Problem], kind: str) -> Iterator[None]:
     """Add a missing or unreadable file to `problems` instead of raising; `kind` is "image", "mask", ..."""
     try:
         yield
+    except DiskFull:  # later files would fail too
+        raise
     except FileNotFoundError as error:
         problems.append(Problem(f"missing {kind}", str(error)))
     except (OSError, ValueError) as error:

@@ -347,7 +347,7 @@ def copy_2017(tmp_path):
 
 
 def test_2017_from_annotations(copy_2017, capsys, monkeypatch):
-    monkeypatch.setitem(prepare.IMAGES_2017, "val", 1)
+    monkeypatch.setitem(prepare.PUBLISHED, "val2017", (1,))
     assert run(copy_2017, "--year", "2017", "--annotations", copy_2017.train, copy_2017.val) == 0
     written = {file.name: file.read_text() for file in copy_2017.out.iterdir()}
     assert written == {

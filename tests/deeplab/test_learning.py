@@ -20,7 +20,7 @@ from pipeline.masks import CONFIDENCE, MaskJob, refine_labels
 from segmentation import camfile
 from segmentation.benchmark import IGNORE
 from segmentation.images import find_image, read_image, read_rgb
-from segmentation.labels import from_voc_xml, read_split
+from segmentation.labels import read_split, reader
 from segmentation.masks import read_mask, write_mask
 from shapes import BENCHMARK
 from shapes.draw import write
@@ -45,7 +45,7 @@ def world(tmp_path_factory):
     backgrounds = clip.encode_prompts(model, BENCHMARK.backgrounds, BENCHMARK.templates)
     settings = CamSettings(box_threshold=BENCHMARK.box_threshold)
     job = MaskJob(BENCHMARK, cam_dir="", image_root="", output=None)
-    labels_of = from_voc_xml(data.path(data.annotation_dir), data.classes)
+    labels_of = reader(data, {})
     names = list(read_split(root / "ImageSets/Segmentation/train.txt"))
     for name in names:
         file = find_image(root / "JPEGImages", name)

@@ -13,7 +13,7 @@ import torch
 
 import clip
 from segmentation.images import find_image, read_image
-from segmentation.labels import from_voc_xml, read_split
+from segmentation.labels import read_split, reader
 from segmentation.masks import read_mask
 from shapes import BENCHMARK
 from shapes.draw import write
@@ -33,7 +33,7 @@ def world(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(f"world{request.param}")
     write(root, train=0, val=IMAGES, seed=request.param)
     data = replace(BENCHMARK, root=str(root))
-    known = from_voc_xml(data.path(data.annotation_dir), data.classes)
+    known = reader(data, {})
     found = []
     for name in read_split(data.path("ImageSets/Segmentation/val.txt")):
         mask = read_mask(data.path(data.mask_dir) / f"{name}.png")
