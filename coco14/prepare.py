@@ -219,19 +219,14 @@ def prepare(args: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Parse flags, prepare; return the exit code (wrong usage exits with 2 at once)."""
     parser = shared.make_parser("coco14", __doc__)
-    parser.add_argument("--year", choices=("2014", "2017"), default="2014", help="which COCO (%(default)s)")
-    parser.add_argument(
-        "--annotations", type=Path, nargs="+", default=[], metavar="JSON",
-        help="instances_train2014.json and/or instances_val2014.json: make masks, check against them",
-    )  # fmt: skip
-    parser.add_argument(
-        "--labels", choices=("masks", "json"),
-        help="where labels come from (2014: masks if there are any; 2017: the JSON if it is given)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--overlap", choices=OVERLAPS, default=OVERLAPS[0],
-        help="which of several objects gets a pixel, when masks are made (%(default)s)",
-    )  # fmt: skip
+    flag = parser.add_argument
+    flag("--year", choices=("2014", "2017"), default="2014", help="which COCO (%(default)s)")
+    flag("--annotations", type=Path, nargs="+", default=[], metavar="JSON",
+         help="instances_train2014.json and/or instances_val2014.json: make masks, check against them")
+    flag("--labels", choices=("masks", "json"),
+         help="where labels come from (2014: masks if there are any; 2017: the JSON if it is given)")
+    flag("--overlap", choices=OVERLAPS, default=OVERLAPS[0],
+         help="which of several objects gets a pixel, when masks are made (%(default)s)")
     args = parser.parse_args(arguments)
     if not (args.root / "JPEGImages").is_dir():
         parser.error(f"--root {args.root} is no copy of COCO {args.year}: it has no JPEGImages folder")

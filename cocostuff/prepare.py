@@ -124,14 +124,11 @@ def prepare(
 def main(arguments: list[str] | None = None) -> int:
     """Parse flags, prepare; return the exit code (wrong usage exits with 2 at once)."""
     parser = shared.make_parser("cocostuff", __doc__)
-    parser.add_argument(
-        "--stuffthingmaps", type=Path, metavar="DIR",
-        help="folder of the published masks, <image>.png (ROOT/stuffthingmaps/val2017)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--split_182", type=Path, metavar="FILE",
-        help="a public split file: its images and, after conversion, its labels are taken",
-    )  # fmt: skip
+    flag = parser.add_argument
+    flag("--stuffthingmaps", type=Path, metavar="DIR",
+         help="folder of the published masks, <image>.png (ROOT/stuffthingmaps/val2017)")
+    flag("--split_182", type=Path, metavar="FILE",
+         help="a public split file: its images and, after conversion, its labels are taken")
     args = parser.parse_args(arguments)
     if not (args.root / BENCHMARK.image_dir).is_dir():
         parser.error(f"--root {args.root} is no copy of COCO 2017: it has no {BENCHMARK.image_dir} folder")

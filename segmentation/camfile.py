@@ -80,7 +80,7 @@ def write(
     Other arguments: `encode`.
     """
     content = encode(class_ids, cams, size, format)
-    file = _path(folder, name, format)
+    file = Path(folder) / f"{name}{FORMATS[format]}"
     with replacing(file) as stream:
         stream.write(content)
     return file
@@ -118,7 +118,7 @@ def encode(
 
 def find(folder: str | Path, name: str) -> Path | None:
     """Return the CAM file of image `name`, of either format; None without one."""
-    files = (_path(folder, name, format) for format in FORMATS)
+    files = (Path(folder) / f"{name}{suffix}" for suffix in FORMATS.values())
     return next((file for file in files if file.is_file()), None)
 
 
@@ -178,10 +178,6 @@ def read(
     if maps.ndim != 3 or len(maps) != expected:
         raise ValueError(f"{file}: {cam_type} of shape {maps.shape} does not hold {expected} maps")
     return class_ids, maps
-
-
-def _path(folder: str | Path, name: str, format: str) -> Path:
-    return Path(folder) / f"{name}{FORMATS[format]}"
 
 
 def _class_ids(content: dict, file: Path) -> np.ndarray:

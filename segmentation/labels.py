@@ -96,35 +96,28 @@ def read_split(path: str | Path, num_classes: int | None = None) -> Split:
     return split
 
 
-def split_of(benchmark: Benchmark, path: str | Path | None = None) -> Split:
-    """Return the split file at `path`, or else the benchmark's own.
+def split_of(
+    benchmark: Benchmark, path: str | Path | None = None, image_root: str | Path | None = None
+) -> Split:
+    """Return the split file at `path`, or else the benchmark's own, or else all images in `image_root`.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_split`, or the benchmark has none.
+        FileNotFoundError, ValueError: as `read_split`; or there is no split file, and no image in
+            `image_root` or one whose name has a blank.
     """
+    if image_root is not None and not Path(image_root).is_dir():
+        raise FileNotFoundError(f"image folder {image_root} does not exist: give --img_root")
     if path:
         return read_split(path)
-    if not benchmark.split_file:
-        raise ValueError(f"benchmark {benchmark.name} has no split file of its own: give --split_file")
-    if not Path(benchmark.split_file).is_file():
+    if benchmark.split_file and not Path(benchmark.split_file).is_file():
         raise FileNotFoundError(
             f"{benchmark.split_file}, the split file of benchmark {benchmark.name}, does not exist: prepare "
             "the data (docs/data.md), or give --split_file"
         )
-    return read_split(benchmark.split_file)
-
-
-def split_or_folder(benchmark: Benchmark, path: str | Path | None, image_root: str | Path) -> Split:
-    """Return `split_of`, or all images of a folder if neither `path` nor the benchmark names a split file.
-
-    Raises:
-        FileNotFoundError, ValueError: also if the folder does not exist, has no images, or one whose name has
-            a blank.
-    """
-    if not Path(image_root).is_dir():
-        raise FileNotFoundError(f"image folder {image_root} does not exist: give --img_root")
-    if path or benchmark.split_file:
-        return split_of(benchmark, path)
+    if benchmark.split_file:
+        return read_split(benchmark.split_file)
+    if image_root is None:
+        raise ValueError(f"benchmark {benchmark.name} has no split file of its own: give --split_file")
     names = [Path(file).stem for file in image_files(str(image_root))]
     for name in names:
         if len(name.split()) != 1:

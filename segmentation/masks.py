@@ -33,14 +33,10 @@ def read_mask(file: str | Path) -> np.ndarray:
         raise ValueError(f"mask {file} has mode {image.mode}: expected 8-bit class indices, palette or grey")
     labels = np.array(image)
     if image.mode == "L" and image.format == "PNG":
-        labels //= 255 // (2 ** _bit_depth(file) - 1)  # Pillow maps gray of 2 or 4 bits to 0..255
+        with open(file, "rb") as stream:
+            bits = stream.read(25)[24]  # after the signature (8), the header chunk's length, name and size
+        labels //= 255 // (2**bits - 1)  # Pillow maps gray of 2 or 4 bits to 0..255
     return labels
-
-
-def _bit_depth(file: str | Path) -> int:
-    """Return the bits per sample in the header of a PNG."""
-    with open(file, "rb") as stream:
-        return stream.read(25)[24]  # after the signature (8), the header chunk's length, name, width, height
 
 
 def write_mask(

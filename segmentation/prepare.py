@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 from tqdm import tqdm
 
 from common.files import DiskFull, replacing
+from common.settings import Spec, parser_of
 from segmentation.images import find_image, read_image, read_size
 
 PRINTED = 3  # problems of a kind that are printed; the file lists all
@@ -144,14 +145,11 @@ def make_parser(package: str, description: str) -> argparse.ArgumentParser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--root", type=Path, required=True, help="your copy of the data set")
-    parser.add_argument("--out", type=Path, default=Path(package), help="folder for the lists (%(default)s)")
-    parser.add_argument(
-        "--check_images", action="store_true", help="decode every image, not only its header (minutes)"
-    )
-    parser.add_argument(
-        "--num_workers", type=_positive, default=os.cpu_count() or 1, help="processes (one for each core)"
-    )
+    flag, positive = parser.add_argument, parser_of(int, Spec("", least=1))
+    flag("--root", type=Path, required=True, help="your copy of the data set")
+    flag("--out", type=Path, default=Path(package), help="folder for the lists (%(default)s)")
+    flag("--check_images", action="store_true", help="decode every image, not only its header (minutes)")
+    flag("--num_workers", type=positive, default=os.cpu_count() or 1, help="processes (one for each core)")
     return parser
 
 
@@ -161,9 +159,3 @@ def run(parser: argparse.ArgumentParser, prepare: Callable[..., int], *arguments
         return prepare(*arguments)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text!r}")
-    return int(text)

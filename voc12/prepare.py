@@ -27,16 +27,16 @@ PUBLISHED = {
     "val": (1449, "cdc1326d12f69ce5153aa5da04a4d8783e146868d42d19f82f44e74b97ac907d"),
     "trainval": (2913, "f8dae64f9e08d8b06ef41286dcd4c516e7d98c8e6ec6d965bc6d29cb11a4de51"),
     "train_aug": (10582, "d1326bd532648d73bc4b1bd275434eba81930982dc7401a65a8cecb26c028e24"),
+    "2007_train": (2501,),  # of the lists of 2007, the lines alone
+    "2007_val": (2510,),
+    "2007_test": (4952,),
 }
-IMAGES_2007 = {"train": 2501, "val": 2510, "test": 4952}  # in the published lists
 
 
 def read_splits(root: Path, problems: list[shared.Problem]) -> dict[str, list[str]]:
     """Return split -> image names of VOC2012; print whether train_aug can be made."""
-    splits = {}
-    for split in ("train", "val", "trainval"):
-        with shared.collecting(problems, "split"):
-            splits[split] = list(read_split(root / "ImageSets" / "Segmentation" / f"{split}.txt"))
+    lists = root / "ImageSets" / "Segmentation"
+    splits = read_lists({split: lists / f"{split}.txt" for split in ("train", "val", "trainval")}, problems)
     folder = root / "SegmentationClassAug"
     names = sorted(file.stem for file in folder.glob("*.png") if not file.name.startswith("."))
     if not names:
@@ -55,18 +55,22 @@ def read_splits_2007(root: Path, problems: list[shared.Problem]) -> dict[str, li
     Raises:
         FileNotFoundError: none exists.
     """
+    lists = root / "ImageSets" / "Main"
+    files = {f"2007_{split}": lists / f"{split}.txt" for split in ("train", "val", "test")}
+    missing = {split: file for split, file in files.items() if not file.is_file()}
+    if missing == files:
+        raise FileNotFoundError(f"{lists} has none of the lists train.txt, val.txt, test.txt")
+    for split, file in missing.items():
+        print(f"{split} is not made: there is no {file}")
+    return read_lists({split: file for split, file in files.items() if split not in missing}, problems)
+
+
+def read_lists(files: dict[str, Path], problems: list[shared.Problem]) -> dict[str, list[str]]:
+    """Return split -> image names of the files that can be read, and add to `problems`."""
     splits = {}
-    folder = root / "ImageSets" / "Main"
-    files = {split: folder / f"{split}.txt" for split in IMAGES_2007}
-    if not any(file.is_file() for file in files.values()):
-        missing = ", ".join(file.name for file in files.values())
-        raise FileNotFoundError(f"{folder} has none of the lists {missing}")
     for split, file in files.items():
-        if file.is_file():
-            with shared.collecting(problems, "split"):
-                splits[split] = list(read_split(file))
-        else:
-            print(f"2007_{split} is not made: there is no {file}")
+        with shared.collecting(problems, "split"):
+            splits[split] = list(read_split(file))
     return splits
 
 
@@ -124,11 +128,10 @@ def prepare(root: Path, out: Path, year: str, decode: bool = False, workers: int
     labels = shared.inspect_all(look, sorted(folders.items()), workers, "checking", problems)
     for split, names in splits.items():
         labeled = {name: labels[name] for name in names if labels[name] is not None}
+        listed = dict.fromkeys(names, ()) if year == "2012" else labeled
+        shared.write_split(out / f"{split}.txt", listed, *PUBLISHED[split])
         if year == "2012":
-            shared.write_split(out / f"{split}.txt", dict.fromkeys(names, ()), *PUBLISHED[split])
             shared.write_split(out / f"{split}_labels.txt", labeled)
-        else:
-            shared.write_split(out / f"2007_{split}.txt", labeled, IMAGES_2007[split])
     return shared.report(problems, out / ("problems.txt" if year == "2012" else "2007_problems.txt"))
 
 

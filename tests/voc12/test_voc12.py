@@ -195,7 +195,7 @@ def test_many_problems_of_a_kind_are_counted(copy, capsys):
     [
         (["--root", "{root}/none"], "has no JPEGImages folder"),
         (["--root", "{root}/.."], "has no JPEGImages folder; is it .*VOC2012"),
-        (["--root", "{root}", "--num_workers", "0"], "expected a number of 1 or more, got '0'"),
+        (["--root", "{root}", "--num_workers", "0"], "--num_workers: expected a whole number, 1 or more"),
         ([], "--root"),
         (["--root", "{root}", "--out", "{root}/Annotations/2007_000032.xml/x"], "2007_000032.xml"),
     ],
@@ -243,7 +243,7 @@ def test_2007_lists_hold_the_labels(copy_2007, capsys):
 
 
 def test_2007_archives_may_be_had_one_without_the_other(copy_2007, capsys, monkeypatch):
-    monkeypatch.setitem(prepare.IMAGES_2007, "test", 2)
+    monkeypatch.setitem(prepare.PUBLISHED, "2007_test", (2,))
     for split in ("train", "val"):
         (copy_2007.root / "ImageSets/Main" / f"{split}.txt").unlink()
     assert run(copy_2007, "--year", "2007") == 0
