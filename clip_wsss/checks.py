@@ -8,7 +8,7 @@ SHARED_NAMES = {"clip": "OpenAI's CLIP", "pytorch_grad_cam": "grad-cam"}
 
 
 def check_packages(root: Path = ROOT) -> None:
-    """Raise ImportError if another package named `clip` or `pytorch_grad_cam` is imported in place of ours."""
+    """Raise ImportError if another package named `clip` or `pytorch_grad_cam` is imported instead."""
     for name, other in SHARED_NAMES.items():
         file = importlib.import_module(name).__file__
         if file is None or Path(file).resolve().parent != (root / name).resolve():

@@ -35,7 +35,8 @@ class ClipES:
     Args:
         model: checkpoint file, public name or open_clip model:tag, see `clip.load`; or a loaded CLIP.
         benchmark: name or YAML file. Names among its classes are prompted as published ("person" as "person
-            with clothes,people,human" on voc12); its box threshold, templates and backgrounds are the defaults.
+            with clothes,people,human" on voc12); its box threshold, templates and backgrounds are the
+            defaults.
         backgrounds: prompts that compete with the labels; None: the benchmark's. A background that is also a
             label is left out.
         affinity: normalized images (B, 3, H', W') -> (B, n, n) over their n patches, in place of CLIP's
@@ -93,7 +94,8 @@ class ClipES:
         for outcome in flow(range(len(image_list)), step):
             if outcome.failure:
                 image = image_list[outcome.name]
-                raise ValueError(f"image {image if isinstance(image, str) else outcome.name}: {outcome.failure}")
+                name = image if isinstance(image, str) else outcome.name
+                raise ValueError(f"image {name}: {outcome.failure}")
         return step.results[0] if single else [step.results[index] for index in range(len(image_list))]
 
     def prompts(self, names: Sequence[str]) -> list[str]:
@@ -122,7 +124,7 @@ class ClipES:
             raise TypeError("labels of one image must be a list of class names")
         names = [labels] * count if shared else [list(item) for item in labels]
         if len(names) != count:
-            raise ValueError(f"{len(names)} lists of labels for {count} images: give one for each, or one for all")
+            raise ValueError(f"{len(names)} lists of labels for {count} images: give one for each or all")
         if not all(names):
             raise ValueError("an image has no labels: name at least one class that it contains")
         return [list(dict.fromkeys(item)) for item in names]

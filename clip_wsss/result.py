@@ -1,13 +1,15 @@
-"""What segmenting an image gives."""
+"""The segmentation of one image."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from segmentation.benchmark import voc_palette
-from segmentation.figures import explained
+from segmentation.figures import labeled_overlay
+from segmentation.masks import write_mask
 
 
 @dataclass
@@ -16,10 +18,12 @@ class Result:
 
     Attributes:
         names: K class names.
-        mask: (H, W) uint8: 0 background, k + 1 for names[k], 255 ignored (posterior below `confidence`).
-        posterior: (K + 1, H, W) float32, background first, summing to 1.
+        mask: (H, W) uint8: 0 background, k + 1 for names[k], 255 ignored. Without a background class k
+            stands for names[k].
+        posterior: (K + 1, H, W) float32, background first, summing to 1; (K, H, W) without background.
         image: (H, W, 3) uint8 RGB.
         cams: (K, H, W) float16 in [0, 1]; None for a trained network.
+        has_background: whether there is a background class.
         palette: (256, 3) uint8, colors of the mask's values.
     """
 
@@ -28,15 +32,16 @@ class Result:
     posterior: np.ndarray
     image: np.ndarray
     cams: np.ndarray | None = None
-    palette: np.ndarray | None = None
+    has_background: bool = True
+    palette: np.ndarray = field(default_factory=voc_palette)
 
     def overlay(self) -> Image.Image:
         """Return the image with the classes painted over it, and a legend below."""
-        palette = voc_palette() if self.palette is None else self.palette
-        return Image.fromarray(explained(self.image, self.mask, ["background", *self.names], palette))
+        names = ["background"] * self.has_background + list(self.names)
+        return Image.fromarray(
+            labeled_overlay(self.image, self.mask, names, self.palette, self.has_background)
+        )
 
-    def save(self, file: str) -> None:
+    def save(self, file: str | Path) -> None:
         """Write the mask as palette PNG, as the scripts do."""
-        from segmentation.masks import write_mask
-
-        write_mask(file, self.mask, voc_palette() if self.palette is None else self.palette)
+        write_mask(file, self.mask, self.palette)

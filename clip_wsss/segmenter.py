@@ -1,0 +1,88 @@
+"""A trained network: masks of images that nobody labeled."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from deeplab.recipe import RECIPE as DEEPLAB
+from training import segmenter as trained
+from training.config import CONFIG, TestConfig, read
+from training.data import benchmark_of
+from training.segmenter import Setup, protocol_of
+
+from clip_wsss.images import ImageLike, as_list, split_settings, to_pillow
+from clip_wsss.result import Result
+from pipeline.run import read_settings
+from segmentation.checkpoints import FINAL
+
+RECIPES = {"deeplab.train": DEEPLAB}  # by the step that a run folder records
+
+
+class Segmenter:
+    """A network that a training run left in its folder.
+
+        result = Segmenter("output/voc12/deeplab")("photo.jpg")
+
+    Args:
+        run: run folder of `python -m deeplab.train`.
+        checkpoint: weights, in place of the run's final ones.
+        precision: of the network's products, see `segmentation.inference.PRECISIONS`.
+        device: "auto", "cpu", "cuda" or "cuda:i".
+        settings: any field of `TestConfig`: scales, flip, crf; defaults are those of the run.
+
+    Raises:
+        FileNotFoundError, ValueError: no such run, or a setting outside its range.
+        TypeError: no such setting.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        *,
+        checkpoint: str | Path | None = None,
+        precision: str = "fp32",
+        device: str = "auto",
+        **settings: Any,
+    ):
+        recipe = RECIPES.get(read_settings(run).get("step", ""))
+        if recipe is None:
+            raise ValueError(f"{run} is not the folder of a finished training run: give its run.output")
+        (test,) = split_settings("Segmenter", settings, TestConfig)
+        config = read(recipe.config, Path(run) / CONFIG)
+        config.test = replace(config.test, **test)
+        weights = Path(checkpoint or Path(run) / FINAL)
+        if not weights.is_file():
+            raise FileNotFoundError(f"checkpoint {weights} does not exist: finish the training first")
+        self.benchmark = benchmark_of(config)
+        protocol, crf = protocol_of(recipe, config)
+        setup = Setup(recipe, config, self.benchmark, str(weights), protocol, crf, precision, device)
+        self.network = trained.Segmenter(setup)
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Result | list[Result]:
+        """Segment one image, or several.
+
+        Args:
+            images: path, Pillow image or (H, W, 3) uint8 array; or a list of them.
+
+        Returns:
+            A `Result`; a list of them for a list of images.
+
+        Raises:
+            FileNotFoundError, ValueError: an image that cannot be read.
+            TypeError: images of another type.
+        """
+        image_list, single = as_list(images)
+        results = [self._segment(np.asarray(to_pillow(image).convert("RGB"))) for image in image_list]
+        return results[0] if single else results
+
+    def _segment(self, image: np.ndarray) -> Result:
+        segmented = self.network(image)
+        mask = segmented.labels
+        if self.network.setup.crf:
+            mask = self.network.crf_labels(image, segmented.probabilities)
+        benchmark, posterior = self.benchmark, segmented.probabilities.cpu().numpy()
+        return Result(
+            benchmark.classes, mask, posterior, image, None, benchmark.has_background, benchmark.palette
+        )
