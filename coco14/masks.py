@@ -14,7 +14,7 @@ Overlap = Literal["smallest", "first", "last"]
 OVERLAPS = get_args(Overlap)
 
 
-def rasterise(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+def rasterize(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     """Return the pixels of an annotation (polygons, or run lengths of a crowd) as COCO's compressed RLE.
 
     Raises:
@@ -37,7 +37,7 @@ def rasterise(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, An
             return rle_codec.frPyObjects(shape, height, width)
         return shape
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"annotation {annotation.get('id')} cannot be rasterised: {error}") from None
+        raise ValueError(f"annotation {annotation.get('id')} cannot be rasterized: {error}") from None
 
 
 def paint(image: CocoImage, class_index: dict[int, int], overlap: Overlap = "smallest") -> np.ndarray:
@@ -55,7 +55,7 @@ def paint(image: CocoImage, class_index: dict[int, int], overlap: Overlap = "sma
     Raises:
         ValueError: an annotation that cannot be rasterized.
     """
-    objects = [(rasterise(annotation, image.size), annotation) for annotation in image.annotations]
+    objects = [(rasterize(annotation, image.size), annotation) for annotation in image.annotations]
     if overlap == "smallest":
         objects.sort(key=lambda item: -int(rle_codec.area(item[0])))
     elif overlap == "first":

@@ -107,7 +107,7 @@ def read_instances(file: Path, year: str) -> tuple[Part, CocoInstances]:
 
 
 def may_paint(folder: Path, part: Part, overlap: Overlap, existing: bool) -> bool:
-    """Return whether missing masks of a split are made: not if the user has masks of his own.
+    """Return whether missing masks of a split are made: not if the user brought masks.
 
     `folder/painted_<split><year>.json` records the `overlap` of masks made here.
 
