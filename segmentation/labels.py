@@ -106,7 +106,7 @@ def split_of(
             `image_root` or one whose name has a blank.
     """
     if image_root is not None and not Path(image_root).is_dir():
-        raise FileNotFoundError(f"image folder {image_root} does not exist: give --img_root")
+        raise FileNotFoundError(f"image folder {image_root} does not exist: give --image_root")
     if path:
         return read_split(path)
     if benchmark.split_file and not Path(benchmark.split_file).is_file():

@@ -273,7 +273,7 @@ def test_images_without_truth_are_left_out_of_the_scores(world, tmp_path, capsys
 
 
 def test_mistakes_are_told(world, tmp_path):
-    with pytest.raises(FileNotFoundError, match="image folder nowhere does not exist: give --img_root"):
+    with pytest.raises(FileNotFoundError, match="image folder nowhere does not exist: give --image_root"):
         classify.main(flags(world, tmp_path / "o", "--img_root", "nowhere"))
     with pytest.raises(ValueError, match="voting is 30, with 12 blocks to choose from"):
         classify.main(flags(world, tmp_path / "o", "--voting_blocks", 30))
