@@ -82,7 +82,7 @@ def test_keys_alone(tmp_path, format):
 
 
 @pytest.mark.parametrize("keys", [["cat"], [-1], None])
-def test_keys_that_are_no_class_indices_are_told(tmp_path, keys):
+def test_keys_that_are_no_class_indices_are_reported(tmp_path, keys):
     content = {"attn_highres": np.zeros((1, 2, 2))} if keys is None else {"keys": keys}
     np.save(tmp_path / "a.npy", content, allow_pickle=True)
     for read in (camfile.class_ids_of, camfile.read):
@@ -147,7 +147,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, function, argument):
     assert not trace.exists()
 
 
-def test_damaged_and_wrong_files_are_told(tmp_path):
+def test_damaged_and_wrong_files_are_reported(tmp_path):
     maps = {"attn_highres": np.ones((1, 2, 2), np.float32)}
     for format, suffix in camfile.FORMATS.items():
         file = camfile.write(tmp_path, format, [0], maps, (4, 4), format)

@@ -278,7 +278,7 @@ def test_one_thing_wrong_in_2007(copy_2007, capsys, file, damage, said):
     assert ("000002" in listed) == ("Annotations" not in file) and "000001" in listed
 
 
-def test_2007_is_told_from_2012(copy_2007, capsys):
+def test_2007_is_distinguished_from_2012(copy_2007, capsys):
     with pytest.raises(SystemExit):
         prepare.main(["--root", str(copy_2007.root.parent), "--year", "2007"])
     assert re.search("is no copy of VOC2007: .*; is it .*VOC2007", capsys.readouterr().err)
