@@ -1,11 +1,9 @@
 """Index masks from COCO instance annotations.
 
-COCO annotates objects, which overlap; an index mask gives every pixel one class. `Overlap` says whose
-a pixel is. Published masks do not document their convention, so ours is chosen: the smallest object keeps
-the pixel, so that none vanishes under a larger one.
+COCO annotates objects, which overlap; an index mask has one class per pixel. Published masks do not document
+their convention. Here, by default, the smallest object gets the pixel, so that no larger one hides it.
 """
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from pycocotools import mask as rle_codec
@@ -13,21 +11,14 @@ from pycocotools import mask as rle_codec
 from segmentation.labels import CocoImage
 
 Overlap = Literal["smallest", "first", "last"]
-
-# How to order (annotation position, pixel area) for painting, what is painted later covering the rest.
-_ORDER: dict[Overlap, Callable[[tuple[int, int]], int]] = {
-    "smallest": lambda item: -item[1],
-    "first": lambda item: -item[0],
-    "last": lambda item: item[0],
-}
-OVERLAPS = tuple(_ORDER)
+OVERLAPS = get_args(Overlap)
 
 
-def rasterise(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """The pixels of one annotation (polygons, or the run lengths of a crowd) as COCO's compressed RLE.
+def rasterize(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """Return the pixels of an annotation (polygons, or run lengths of a crowd) as COCO's compressed RLE.
 
     Raises:
-        ValueError: no segmentation that COCO's rasteriser reads, or one of another size.
+        ValueError: no segmentation that pycocotools can rasterize, or one of another size.
     """
     height, width = size
     shape = annotation.get("segmentation")
@@ -46,28 +37,30 @@ def rasterise(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, An
             return rle_codec.frPyObjects(shape, height, width)
         return shape
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"annotation {annotation.get('id')} cannot be rasterised: {error}") from None
+        raise ValueError(f"annotation {annotation.get('id')} cannot be rasterized: {error}") from None
 
 
-def paint(image: CocoImage, indices: dict[int, int], overlap: Overlap = "smallest") -> np.ndarray:
-    """Paint the objects of an image, crowds included.
+def paint(image: CocoImage, class_index: dict[int, int], overlap: Overlap = "smallest") -> np.ndarray:
+    """Return the index mask of the objects of an image, crowds included.
 
     Args:
         image: size and annotations.
-        indices: official category id -> class index.
-        overlap: whose a pixel is that several objects cover: the "smallest" object's (by rasterised area;
-            of equals, the later annotated), or that of the "first" or "last" annotated.
+        class_index: official category id -> class index.
+        overlap: which of several objects gets a pixel: the "smallest" (by rasterized area; of equals, the
+            later annotated), or the "first" or "last" annotated.
 
     Returns:
         (H, W) uint8: 0 = no object, class index + 1 elsewhere.
 
     Raises:
-        ValueError: an annotation that cannot be rasterised.
+        ValueError: an annotation that cannot be rasterized.
     """
-    shapes = [rasterise(annotation, image.size) for annotation in image.annotations]
-    areas = [(position, int(rle_codec.area(shape))) for position, shape in enumerate(shapes)]
+    objects = [(rasterize(annotation, image.size), annotation) for annotation in image.annotations]
+    if overlap == "smallest":
+        objects.sort(key=lambda item: -int(rle_codec.area(item[0])))
+    elif overlap == "first":
+        objects.reverse()
     mask = np.zeros(image.size, np.uint8)
-    for position, _ in sorted(areas, key=_ORDER[overlap]):
-        index = indices[image.annotations[position]["category_id"]]
-        mask[rle_codec.decode(shapes[position]).astype(bool)] = index + 1
+    for rle, annotation in objects:  # later ones cover earlier ones
+        mask[rle_codec.decode(rle).astype(bool)] = class_index[annotation["category_id"]] + 1
     return mask

@@ -3,7 +3,7 @@
 Expects ROOT/JPEGImages/val2017 and the published masks of things and stuff, ROOT/stuffthingmaps/val2017,
 which number the classes 0..181 and void 255. ROOT/SegmentationClassStuff/val2017 receives masks that number
 them 0..170, which every other command reads. Making them can be interrupted and goes on where it stopped;
-what is there already is compared, and never changed.
+existing masks are compared, and never changed.
 
 Writes to --out: val.txt, lines `name index index ...` with class indices 0..170, for the 4,172 images that
 COCO-Stuff is evaluated on. The labels are the values of the masks, or those of a public split file
@@ -19,35 +19,24 @@ from pathlib import Path
 import numpy as np
 
 from cocostuff import BENCHMARK, CATEGORY_IDS, CLASS_INDEX, CLASSES
+from segmentation import prepare as shared
 from segmentation.benchmark import IGNORE
-from segmentation.images import find_image
 from segmentation.labels import Split, mask_labels, read_split
 from segmentation.masks import read_mask, write_mask
-from segmentation.prepare import (
-    Inspection,
-    Problem,
-    differing_sizes,
-    each,
-    image_size,
-    make_parser,
-    noting,
-    report,
-    write_split,
-)
 
-PUBLISHED = Path(__file__).with_name("val_ids.txt")  # which images is data: no rule for them is documented
+PUBLISHED = Path(__file__).with_name("val_ids.txt")  # the rule that selects these images is not documented
 VALUES = 182  # of public masks and split files: official id - 1
 TO_CLASS = np.full(256, IGNORE, np.uint8)
 TO_CLASS[np.array(CATEGORY_IDS) - 1] = np.arange(len(CATEGORY_IDS))
 
 
 def published_names() -> list[str]:
-    """The 4,172 images of val2017 that COCO-Stuff is evaluated on, by ascending id."""
+    """Return the 4,172 images of val2017 that COCO-Stuff is evaluated on, by ascending id."""
     return [f"{int(line):012d}" for line in PUBLISHED.read_text().split()]
 
 
 def convert(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """From the public numbering of classes to ours.
+    """Return a public mask with the class indices of this project.
 
     Args:
         mask: (H, W) uint8, official id - 1, that is 0..181; 255 is void.
@@ -60,53 +49,49 @@ def convert(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
     return TO_CLASS[mask], [value for value in values if value != IGNORE and TO_CLASS[value] == IGNORE]
 
 
-def convert_split(split: Split, file: Path) -> tuple[Split, list[Problem]]:
-    """The labels of a public split file in our numbering, and those that no class has."""
+def convert_split(split: Split, file: Path) -> tuple[Split, list[shared.Problem]]:
+    """Return a public split with the class indices of this project, and its labels that are no class."""
     problems = []
     converted: Split = {}
     for name, labels in split.items():
+        converted[name] = [CLASS_INDEX[label + 1] for label in labels if label + 1 in CLASS_INDEX]
         for label in labels:
             if label + 1 not in CLASS_INDEX:
-                problems.append(
-                    Problem("unknown class", f"{file}: image {name} has the label {label}, which is left out")
-                )
-        converted[name] = [CLASS_INDEX[label + 1] for label in labels if label + 1 in CLASS_INDEX]
+                sentence = f"{file}: image {name} has the label {label}, which is left out"
+                problems.append(shared.Problem("unknown class", sentence))
     return converted, problems
 
 
-def inspect(images: Path, source: Path | None, target: Path, decode: bool, name: str) -> Inspection:
-    """Look at an image and its public mask, and make our mask if it is not there.
+def inspect(images: Path, source: Path | None, target: Path, decode: bool, name: str) -> shared.Inspection:
+    """Return what an image and its public mask hold, and write the converted mask if it does not exist.
 
     Args:
-        images, source, target: folders of the images, the public masks (None: not to be had) and ours.
+        images: folder of the images.
+        source: folder of the public masks; None: there is none.
+        target: folder of the converted masks.
     """
-    problems: list[Problem] = []
-    sizes: dict[str, tuple[int, int]] = {}
-    labels = None
-    with noting(problems, "image"):
-        sizes["image"] = image_size(find_image(images, name), decode)
+    inspection = shared.inspect_image(images, name, decode)
     if source is None:
-        return Inspection(None, problems)
-    with noting(problems, "mask"):
-        file = source / f"{name}.png"
+        return inspection
+    with shared.collecting(inspection.problems, "mask"):
+        file, converted = source / f"{name}.png", target / f"{name}.png"
         mask, unknown = convert(read_mask(file))
-        sizes["mask"] = mask.shape
+        inspection.sizes["mask"] = mask.shape
         for value in unknown:
-            told = f"mask {file} holds the value {value}, which stands for no class: {IGNORE} takes its place"
-            problems.append(Problem("unknown class", told))
-        labels = mask_labels(mask, False, len(CLASSES), file)
-        made = target / file.name
-        if made.is_file() and not np.array_equal(read_mask(made), mask):
-            raise ValueError(f"mask {made} is not what {file} gives: delete it to have it made anew")
-    if labels is not None and not made.is_file():
-        write_mask(made, mask, BENCHMARK.palette)  # a full disk is no problem of this image: it ends the run
-    return Inspection(labels, problems + differing_sizes(name, sizes))
+            sentence = f"mask {file} holds the value {value}, which stands for no class: it becomes {IGNORE}"
+            inspection.problems.append(shared.Problem("unknown class", sentence))
+        inspection.labels = mask_labels(mask, False, len(CLASSES), file)
+        if converted.is_file() and not np.array_equal(read_mask(converted), mask):
+            raise ValueError(f"mask {converted} is not what {file} gives: delete it to have it made anew")
+    if inspection.labels is not None and not converted.is_file():
+        write_mask(converted, mask, BENCHMARK.palette)  # outside: a file that cannot be written ends the run
+    return inspection
 
 
 def prepare(
     root: Path, out: Path, source: Path | None, split_182: Path | None, decode: bool = False, workers: int = 1
 ) -> int:
-    """Check the copy of COCO-Stuff in `root`, make its masks and write `out/val.txt`; returns the exit code.
+    """Check the copy of COCO-Stuff in `root`, make its masks and write `out/val.txt`; return the exit code.
 
     Args:
         source: folder of the public masks; None makes none, and needs `split_182`.
@@ -115,40 +100,35 @@ def prepare(
     Raises:
         OSError, ValueError: the split file cannot be read, or nothing can be written.
     """
-    problems: list[Problem] = []
-    labels: Split = {}
+    problems: list[shared.Problem] = []
+    split: Split = {}
     names = published_names()
     if split_182:
-        labels, problems = convert_split(read_split(split_182, VALUES), split_182)
-        if labels.keys() != set(names):
+        split, problems = convert_split(read_split(split_182, VALUES), split_182)
+        if split.keys() != set(names):
             print(f"{split_182} lists other images than the {len(names)} published ones")
-        names = list(labels)
+        names = list(split)
     target = root / BENCHMARK.mask_dir
     look = partial(inspect, root / BENCHMARK.image_dir, source, target, decode)
-    for name, found in each(look, names, workers, "checking val"):
-        problems += found.problems
-        if not split_182 and found.labels:
-            labels[name] = found.labels
+    labels = shared.inspect_all(look, names, workers, "checking val", problems)
+    if not split_182:
+        split = {name: class_ids for name, class_ids in labels.items() if class_ids}
     if source:
         print(f"masks of {len(CLASSES)} classes are in {target}")
-    if len(labels) < len(names):
-        without = len(names) - len(labels)
-        print(f"{without} images have no readable mask, or no class in it, and are left out of the list")
-    write_split(out / "val.txt", labels)
-    return report(problems, out / "problems.txt")
+    if missing := len(names) - len(split):
+        print(f"{missing} images have no readable mask, or no class in it, and are left out of the list")
+    shared.write_split(out / "val.txt", split)
+    return shared.report(problems, out / "problems.txt")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse flags, prepare; returns the exit code (wrong usage exits with 2 at once)."""
-    parser = make_parser("cocostuff", __doc__)
-    parser.add_argument(
-        "--stuffthingmaps", type=Path, metavar="DIR",
-        help="folder of the published masks, <image>.png (ROOT/stuffthingmaps/val2017)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--split_182", type=Path, metavar="FILE",
-        help="a public split file: its images and, after conversion, its labels are taken",
-    )  # fmt: skip
+    """Parse flags, prepare; return the exit code (wrong usage exits with 2 at once)."""
+    parser = shared.make_parser("cocostuff", __doc__)
+    flag = parser.add_argument
+    flag("--stuffthingmaps", type=Path, metavar="DIR",
+         help="folder of the published masks, <image>.png (ROOT/stuffthingmaps/val2017)")
+    flag("--split_182", type=Path, metavar="FILE",
+         help="a public split file: its images and, after conversion, its labels are taken")
     args = parser.parse_args(arguments)
     if not (args.root / BENCHMARK.image_dir).is_dir():
         parser.error(f"--root {args.root} is no copy of COCO 2017: it has no {BENCHMARK.image_dir} folder")
@@ -162,10 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
         source = None
     elif source.resolve() == (args.root / BENCHMARK.mask_dir).resolve():
         parser.error(f"--stuffthingmaps {source} is the folder of converted masks: give the published ones")
-    try:
-        return prepare(args.root, args.out, source, args.split_182, args.check_images, args.num_workers)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    options = (source, args.split_182, args.check_images, args.num_workers)
+    return shared.run(parser, prepare, args.root, args.out, *options)
 
 
 if __name__ == "__main__":

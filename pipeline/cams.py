@@ -257,7 +257,7 @@ class CamStep(Step):
     def is_done(self, name: str) -> bool:
         """Whether there is a whole CAM file of the labels that the image has now."""
         try:
-            class_ids = camfile.keys(self.output, name)
+            class_ids = camfile.class_ids_of(self.output, name)
             return class_ids is not None and class_ids == self.labels(name)
         except (ValueError, OSError):
             return False  # a damaged file is made anew; labels that cannot be read fail when they are needed

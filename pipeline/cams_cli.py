@@ -118,7 +118,7 @@ def cam_step(
         if args.image_root:
             benchmark = beside_images(benchmark, image_root)
         if tagged:
-            names = list(labels.split_or_folder(benchmark, args.split_file, image_root))
+            names = list(labels.split_of(benchmark, args.split_file, image_root))
         else:
             split = labels.split_of(benchmark, args.split_file)
             names, reader = list(split), labels.reader(benchmark, split, args.labels)

@@ -405,7 +405,7 @@ def files_present(
         raise FileNotFoundError(f"folder {folder}, which should hold the {what}, does not exist")
     present, missing = [], []
     for name in names:
-        exists = camfile.exists(folder, name) if what == "CAMs" else (Path(folder) / f"{name}.png").is_file()
+        exists = camfile.find(folder, name) if what == "CAMs" else (Path(folder) / f"{name}.png").is_file()
         (present if exists else missing).append(name)
     if missing and (not allow_missing or not present):
         none = " (images without labels have none)" if what == "CAMs" else ""

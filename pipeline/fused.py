@@ -25,7 +25,7 @@ from pipeline.step import Step
 from refinement.densecrf import densecrf_batch
 from segmentation import camfile
 from segmentation.benchmark import IGNORE
-from segmentation.masks import encode_mask, mask_keys
+from segmentation.masks import encode_mask, mask_class_ids
 
 
 @dataclass
@@ -55,7 +55,7 @@ class FusedStep(Step):
         if not file.is_file():
             return False
         try:
-            if mask_keys(file) not in (None, self.cams.labels(name)):
+            if mask_class_ids(file) not in (None, self.cams.labels(name)):
                 return False
         except (ValueError, OSError):
             return False  # labels that cannot be read fail when they are needed

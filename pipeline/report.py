@@ -23,7 +23,7 @@ from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.images import find_image, read_rgb
 from segmentation.labels import Split, read_split
-from segmentation.masks import mask_keys, read_mask
+from segmentation.masks import mask_class_ids, read_mask
 from segmentation.metrics import confusion
 
 STAGES = ("Initial CAM", "Refined CAM", "Dense CRF")  # in the order of --scores
@@ -171,7 +171,7 @@ def sample(
         mask_dir, label_file = results.auto_masks
         if name not in tags:
             raise ValueError(f"{label_file} has no line of image {name}")
-        if mask_keys(Path(mask_dir) / f"{name}.png") not in (None, tags[name]):
+        if mask_class_ids(Path(mask_dir) / f"{name}.png") not in (None, tags[name]):
             raise ValueError(
                 f"the mask of {name} in {mask_dir} was made of other labels than those in {label_file}: make "
                 "the masks again, or restore the labels"

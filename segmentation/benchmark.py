@@ -1,9 +1,10 @@
-"""A benchmark: the classes of a data set, how they are prompted, and how its files are laid out.
+"""A benchmark: the classes of a data set, their prompts, and the layout of its files.
 
-Class indices are 0-based without background (`keys` in CAM files). Index masks hold 0 for
-background, k + 1 for class k and 255 for "unsure"; without a background class they hold k.
+Class indices are 0-based without background (`keys` in CAM files). Index masks hold 0 for background, k + 1
+for class k and 255 for ignored pixels; without a background class they hold k.
 """
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -14,37 +15,33 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-IGNORE = 255  # index-mask value of pixels that no loss and no score may count
+IGNORE = 255  # index-mask value of ignored pixels: no loss and no score counts them
 LABEL_SOURCES = ("voc_xml", "file", "masks", "coco_json")
 
 
 @cache
-def voc_palette(colours: int = 256) -> np.ndarray:
-    """The colours PASCAL VOC paints index masks with: the bits of an index, spread over R, G and B.
-
-    Returns:
-        (colours, 3) uint8, read-only.
-    """
-    index = np.arange(colours)
-    palette = np.zeros((colours, 3), np.uint8)
+def voc_palette() -> np.ndarray:
+    """Return PASCAL VOC's palette, (256, 3) uint8, read-only: the bits of an index spread over R, G and B."""
+    index = np.arange(256)
+    palette = np.zeros((256, 3), np.uint8)
     for bit in range(8):
         for channel in range(3):
             palette[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    palette.flags.writeable = False  # one array for all who ask
+    palette.flags.writeable = False  # the cache returns the same array to all callers
     return palette
 
 
 @dataclass
 class Benchmark:
-    """Everything the pipeline needs to know of a data set; one YAML file describes a new one.
+    """Everything the pipeline needs to know about a data set; one YAML file describes a new one.
 
     Folders are relative to `root` unless absolute. `prompts` are the class names as the text tower
-    reads them (empty: `classes` serve). `labels` says where image-level labels come from:
+    reads them (empty: `classes`). `labels` says where image-level labels come from:
     "voc_xml" (`annotation_dir`), "file" (the split lines, `id idx idx ...`), "masks" (the values of
     `mask_dir`) or "coco_json" (`annotation_file`).
 
-    Tagging, which finds the labels, reads the plain `classes`, not `prompts`. `tag_backgrounds` are its
-    background names (None: `backgrounds`), `tag_templates` its templates (empty: those TagCLIP publishes).
+    Tagging, which predicts the labels, reads the plain `classes`, not `prompts`. `tag_backgrounds` are its
+    background names (None: `backgrounds`), `tag_templates` its templates (empty: TagCLIP's).
 
     `groups` are classes that are scored as one: an index into `group_names` for each class.
     """
@@ -68,68 +65,59 @@ class Benchmark:
     annotation_file: str = ""
     category_ids: list[int] = field(default_factory=list)  # of each class in annotation_file; empty: rank
     split_file: str = ""  # the default of --split_file
-    model: str = ""  # the default of --model; empty: the user says which
+    model: str = ""  # the default of --model; empty: none
 
     def __post_init__(self):
         self.prompts = list(self.prompts) or list(self.classes)
         if self.tag_backgrounds is None:
             self.tag_backgrounds = list(self.backgrounds)
-        if len(self.prompts) != len(self.classes):
-            raise ValueError(
-                f"benchmark {self.name}: {len(self.classes)} classes but {len(self.prompts)} prompts"
-            )
-        if not self.classes:
-            raise ValueError(f"benchmark {self.name} names no classes")
-        twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
-        if twice:
-            raise ValueError(f"benchmark {self.name} names these classes twice: {', '.join(twice)}")
-        if self.channels > IGNORE:
-            raise ValueError(
-                f"benchmark {self.name}: an index mask holds {IGNORE} values, {self.channels} needed"
-            )
-        if len(set(self.group_names)) < len(self.group_names) or bool(self.groups) != bool(self.group_names):
-            raise ValueError(
-                f"benchmark {self.name}: groups and group_names go together, and no name is there twice"
-            )
-        if self.groups and (
-            len(self.groups) != len(self.classes)
-            or not all(0 <= group < len(self.group_names) for group in self.groups)
-            or self.has_background
-        ):
-            raise ValueError(
-                f"benchmark {self.name}: groups must hold an index into group_names for each class, and go "
-                "without a background"
-            )
-        for template in [*(self.templates or [""]), *self.tag_templates]:
-            if not _takes_name(template):
-                raise ValueError(
-                    f"benchmark {self.name}: template {template!r} needs one {{}}, "
-                    "where the class name goes, and no other braces"
-                )
-        if self.category_ids and len(set(self.category_ids)) != len(self.classes):
-            raise ValueError(f"benchmark {self.name}: category_ids must hold one id for each class")
-        if self.labels not in LABEL_SOURCES:
-            known = ", ".join(LABEL_SOURCES)
-            raise ValueError(f"benchmark {self.name}: labels must be one of {known}, got {self.labels!r}")
+        for fault in _faults(self):
+            raise ValueError(f"benchmark {self.name}: {fault}")
 
     @property
     def channels(self) -> int:
-        """Values a clean index mask can hold: the classes, and background where there is one."""
+        """Number of values of an index mask, 255 aside: the classes, and background if there is one."""
         return len(self.classes) + self.has_background
 
     @property
     def tag_names(self) -> list[str]:
-        """The names that tagging tells apart: the classes, then the backgrounds."""
+        """Names that tagging distinguishes: the classes, then the backgrounds."""
         return [*self.classes, *self.tag_backgrounds]
 
     @property
     def palette(self) -> np.ndarray:
-        """(256, 3) uint8; index 255 is the near-white of VOC's void."""
+        """Colors of its masks, see `voc_palette`."""
         return voc_palette()
 
     def path(self, name: str) -> Path:
-        """A file or folder of the data set, `root / name` unless `name` is absolute."""
+        """Return a file or folder of the data set, `root / name` unless `name` is absolute."""
         return Path(self.root) / name
+
+
+def _faults(benchmark: Benchmark) -> Iterator[str]:
+    """Yield what is wrong with the fields of a benchmark, in the words of an error."""
+    classes, prompts = benchmark.classes, benchmark.prompts
+    groups, group_names = benchmark.groups, benchmark.group_names
+    if len(prompts) != len(classes):
+        yield f"{len(classes)} classes but {len(prompts)} prompts"
+    if not classes:
+        yield "it names no classes"
+    if twice := sorted({name for name in classes if classes.count(name) > 1}):
+        yield f"it names these classes twice: {', '.join(twice)}"
+    if benchmark.channels > IGNORE:
+        yield f"an index mask holds {IGNORE} values, {benchmark.channels} needed"
+    if len(set(group_names)) < len(group_names) or bool(groups) != bool(group_names):
+        yield "groups and group_names go together, and no name is there twice"
+    indices_fit = len(groups) == len(classes) and all(0 <= group < len(group_names) for group in groups)
+    if groups and (benchmark.has_background or not indices_fit):
+        yield "groups must hold an index into group_names for each class, and go without a background"
+    for template in [*(benchmark.templates or [""]), *benchmark.tag_templates]:
+        if not _takes_name(template):
+            yield f"template {template!r} needs one {{}}, where the class name goes, and no other braces"
+    if benchmark.category_ids and len(set(benchmark.category_ids)) != len(classes):
+        yield "category_ids must hold one id for each class"
+    if benchmark.labels not in LABEL_SOURCES:
+        yield f"labels must be one of {', '.join(LABEL_SOURCES)}, got {benchmark.labels!r}"
 
 
 def _takes_name(template: str) -> bool:
@@ -140,24 +128,22 @@ def _takes_name(template: str) -> bool:
 
 
 def load(name: str) -> Benchmark:
-    """A benchmark by name or by file.
+    """Return a benchmark by name or from a file.
 
     Args:
-        name: a `.yaml` file with the fields of `Benchmark` (a relative `root` or `split_file` counts
-            from the file's folder), or a package of this project that defines BENCHMARK: voc12,
-            coco14, cocostuff, shapes.
+        name: a `.yaml` file with the fields of `Benchmark` (a relative `root` or `split_file` is relative to
+            the file's folder), or a package of this project that defines BENCHMARK: voc12, coco14, cocostuff,
+            shapes.
 
     Raises:
-        ValueError: unknown name, unreadable file, unknown or wrongly typed field.
+        ValueError: unnames name, unreadable file, unnames or wrongly typed field.
     """
     if name.endswith((".yaml", ".yml")):
         return _read_yaml(Path(name))
     module = importlib.import_module(name) if name.isidentifier() and find_spec(name) else None
     if not isinstance(getattr(module, "BENCHMARK", None), Benchmark):
-        raise ValueError(
-            f"no benchmark {name!r}: give voc12, coco14, cocostuff, shapes or a .yaml file that "
-            "describes yours"
-        )
+        names = "voc12, coco14, cocostuff, shapes"
+        raise ValueError(f"no benchmark {name!r}: give {names} or a .yaml file that describes yours")
     return module.BENCHMARK
 
 

@@ -1,12 +1,10 @@
-"""The CAM file: the class activation maps of one image, one map per label.
-
-Two formats, read alike:
+"""The CAM file: the class activation maps of one image, one map per label, in one of two formats.
 
 * full, `<name>.npy`: the public CLIP-ES format, a pickled dict {"keys": (K,) int64,
   "attn_highres": (K, H, W) float16}, maps at image size. Other projects read it.
 * compact, `<name>.npz`: the float32 maps on the patch grid and the image size, about 120 times smaller.
 
-Full holds exactly what reading compact gives, so nothing downstream depends on the choice.
+Both read to the same maps, so the choice affects no result.
 """
 
 import pickle
@@ -29,8 +27,8 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-# All that a pickled dict of arrays needs. NumPy 1 and 2 name the modules of their functions differently;
-# asking an array for its own recipe finds them in both.
+# All that a pickled dict of arrays needs. The modules of these functions differ between NumPy 1 and 2;
+# __reduce__ of an array returns them in both.
 _ALLOWED = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -44,7 +42,7 @@ for _core in ("numpy.core", "numpy._core"):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Rebuilds containers and NumPy arrays; anything else a pickle asks for is refused."""
+    """Loads containers and NumPy arrays; raises UnpicklingError for anything else."""
 
     def find_class(self, module: str, name: str):
         if (module, name) in _ALLOWED:
@@ -53,7 +51,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear resize of each map (half-pixel centres, edges replicated, no antialiasing).
+    """Return maps resized bilinearly (half-pixel centers, edges replicated, no antialiasing).
 
     Args:
         maps: (K, h, w) float32.
@@ -72,73 +70,66 @@ def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def write(
     folder: str | Path,
     name: str,
-    keys: Sequence[int] | np.ndarray,
-    maps: Mapping[str, np.ndarray],
+    class_ids: Sequence[int] | np.ndarray,
+    cams: Mapping[str, np.ndarray],
     size: tuple[int, int],
     format: str = "full",
 ) -> Path:
-    """Write the CAMs of one image; the file appears whole or not at all.
+    """Write the CAMs of one image to `folder`; return the file, which appears whole or not at all.
 
-    Args:
-        folder: where; made if missing.
-        name: image id.
-        keys: (K,) class indices, 0-based without background.
-        maps: CAM type -> (K, h, w) float32 in [0, 1] on the patch grid, e.g. {"attn_highres": ...}.
-        size: (H, W) of the image.
-        format: "full" or "compact".
-
-    Returns:
-        The file written.
+    Other arguments: `encode`.
     """
-    content = encode(keys, maps, size, format)
-    file = _path(folder, name, format)
+    content = encode(class_ids, cams, size, format)
+    file = Path(folder) / f"{name}{FORMATS[format]}"
     with replacing(file) as stream:
         stream.write(content)
     return file
 
 
 def encode(
-    keys: Sequence[int] | np.ndarray,
-    maps: Mapping[str, np.ndarray],
+    class_ids: Sequence[int] | np.ndarray,
+    cams: Mapping[str, np.ndarray],
     size: tuple[int, int],
     format: str = "full",
 ) -> bytes:
-    """What `write` writes."""
+    """Return the content of a CAM file.
+
+    Args:
+        class_ids: (K,), 0-based without background.
+        cams: CAM type -> (K, h, w) float32 in [0, 1] on the patch grid, e.g. {"attn_highres": ...}.
+        size: (H, W) of the image.
+        format: "full" or "compact".
+    """
     if format not in FORMATS:
         raise ValueError(f"CAM format must be full or compact, got {format!r}")
-    keys = np.asarray(keys, np.int64).reshape(-1)
-    maps = {cam_type: np.ascontiguousarray(grid, np.float32) for cam_type, grid in maps.items()}
-    for cam_type, grid in maps.items():
+    keys = np.asarray(class_ids, np.int64).reshape(-1)
+    cams = {cam_type: np.ascontiguousarray(grid, np.float32) for cam_type, grid in cams.items()}
+    for cam_type, grid in cams.items():
         if grid.ndim != 3 or len(grid) != len(keys):
             raise ValueError(f"{cam_type} of shape {grid.shape} does not hold {len(keys)} maps")
     stream = BytesIO()
     if format == "full":
-        full = {cam_type: resize(grid, size).astype(np.float16) for cam_type, grid in maps.items()}
+        full = {cam_type: resize(grid, size).astype(np.float16) for cam_type, grid in cams.items()}
         np.save(stream, {"keys": keys, **full}, allow_pickle=True)
     else:
-        np.savez(stream, keys=keys, size=np.array(size, np.int64), **maps)
+        np.savez(stream, keys=keys, size=np.array(size, np.int64), **cams)
     return stream.getvalue()
 
 
 def find(folder: str | Path, name: str) -> Path | None:
-    """The CAM file of image `name`, in whichever format it exists."""
-    files = (_path(folder, name, format) for format in FORMATS)
+    """Return the CAM file of image `name`, of either format; None without one."""
+    files = (Path(folder) / f"{name}{suffix}" for suffix in FORMATS.values())
     return next((file for file in files if file.is_file()), None)
 
 
-def exists(folder: str | Path, name: str) -> bool:
-    """Is there a CAM file of image `name`?"""
-    return find(folder, name) is not None
-
-
-def keys(folder: str | Path, name: str) -> list[int] | None:
-    """The class indices of the maps that image `name` has; None without a CAM file.
+def class_ids_of(folder: str | Path, name: str) -> list[int] | None:
+    """Return the class indices of the maps of image `name`; None without a CAM file.
 
     Raises:
         ValueError: as `read`.
     """
     file = find(folder, name)
-    return None if file is None else _keys_of(_content(file, only="keys"), file).tolist()
+    return None if file is None else _class_ids(_content(file, only="keys"), file).tolist()
 
 
 def read(
@@ -148,18 +139,18 @@ def read(
     most: int | None = None,
     rounded: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read the CAMs of one image, full or compact.
+    """Return the CAMs of one image, full or compact.
 
     Args:
         folder: of the CAM files.
         name: image id.
-        cam_type: which maps. Types with "bg" in their name carry a background channel in front of the K.
+        cam_type: type of the maps. Types with "bg" in their name have a background channel before the K.
         most: pixels; maps of a larger image are shrunk, see `segmentation.images.size_within`.
-        rounded: False leaves the maps of a compact file float32, for callers that need not have all of them
-            rounded; that takes longer than all the rest.
+        rounded: False leaves the maps of a compact file float32: rounding all of them takes longer than the
+            rest, and some callers need few.
 
     Returns:
-        keys (K,) int64 and maps (K, H, W) float16; (K + 1, H, W) where the type has a background channel.
+        class_ids (K,) int64 and maps (K, H, W) float16; (K + 1, H, W) if the type has a background channel.
 
     Raises:
         FileNotFoundError: no CAM file of this image.
@@ -169,7 +160,7 @@ def read(
     if file is None:
         raise FileNotFoundError(f"no CAM file of {name} ({' or '.join(FORMATS.values())}) in {folder}")
     content = _content(file)
-    keys = _keys_of(content, file)
+    class_ids = _class_ids(content, file)
     if cam_type not in content:
         types = ", ".join(key for key in content if key not in ("keys", "size"))
         raise ValueError(f"{file} holds no {cam_type}, but {types or 'nothing else'}: give --cam_type")
@@ -183,52 +174,39 @@ def read(
             maps = maps.astype(np.float16, copy=False)
     except (TypeError, ValueError, cv2.error) as error:
         raise ValueError(f"{file} is damaged: {str(error).strip().splitlines()[-1]}") from None
-    expected = len(keys) + ("bg" in cam_type)
+    expected = len(class_ids) + ("bg" in cam_type)
     if maps.ndim != 3 or len(maps) != expected:
         raise ValueError(f"{file}: {cam_type} of shape {maps.shape} does not hold {expected} maps")
-    return keys, maps
+    return class_ids, maps
 
 
-def _path(folder: str | Path, name: str, format: str) -> Path:
-    return Path(folder) / f"{name}{FORMATS[format]}"
-
-
-def _content(file: Path, only: str | None = None) -> dict:
-    """What a CAM file holds; `only` that entry, where the format can be read in parts."""
-    return _read_full(file) if file.suffix == FORMATS["full"] else _read_compact(file, only)
-
-
-def _keys_of(content: dict, file: Path) -> np.ndarray:
-    """(K,) int64."""
+def _class_ids(content: dict, file: Path) -> np.ndarray:
+    """Return the class indices of a CAM file, (K,) int64."""
     if "keys" not in content:
         raise ValueError(f"{file} is no CAM file: it holds no keys")
     try:
-        keys = np.asarray(content["keys"]).astype(np.int64).reshape(-1)
+        class_ids = np.asarray(content["keys"]).astype(np.int64).reshape(-1)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
-    if (keys < 0).any():
-        raise ValueError(f"{file} is damaged: it holds the class index {keys.min()}")
-    return keys
+    if (class_ids < 0).any():
+        raise ValueError(f"{file} is damaged: it holds the class index {class_ids.min()}")
+    return class_ids
 
 
-def _read_full(file: Path) -> dict:
+def _content(file: Path, only: str | None = None) -> dict:
+    """Return the entries of a CAM file; `only` this one, if the format can be read in parts."""
     try:
+        if file.suffix == FORMATS["compact"]:
+            with np.load(file, allow_pickle=False) as arrays:
+                return {entry: arrays[entry] for entry in arrays.files if only in (None, entry)}
         with open(file, "rb") as stream:
             np.lib.format.read_magic(stream)  # always version 1.0: the header of a 0-d array is short
             shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
             if shape != () or not dtype.hasobject:
                 raise ValueError(f"it holds an array of {dtype}, not a dict of CAMs")
             content = _Unpickler(stream).load()[()]
-    except Exception as error:  # damaged pickles fail in any way they like
-        raise ValueError(f"{file} cannot be read as CAM file: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} cannot be read as CAM file: it holds no dict")
-    return content
-
-
-def _read_compact(file: Path, only: str | None) -> dict:
-    try:
-        with np.load(file, allow_pickle=False) as content:
-            return {entry: content[entry] for entry in content.files if only in (None, entry)}
-    except Exception as error:  # zipfile, zlib and NumPy each have their own
+        if not isinstance(content, dict):
+            raise ValueError("it holds no dict")
+        return content
+    except Exception as error:  # damaged pickles and archives raise exceptions of any type
         raise ValueError(f"{file} cannot be read as CAM file: {error}") from None

@@ -1,4 +1,4 @@
-"""The one image reader: every step of the pipeline sees the same pixels.
+"""The image reader of all steps, so that all get the same pixels.
 
 Pillow decodes everything. EXIF orientation is ignored, because annotations are drawn in stored order.
 """
@@ -24,31 +24,30 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.De
 
 
 def find_image(folder: str | Path, name: str) -> Path:
-    """The file of image `name` in `folder`, whichever of `IMAGE_SUFFIXES` it carries.
+    """Return the file of image `name` in `folder`, with the first of `IMAGE_SUFFIXES` that exists.
 
     Raises:
-        FileNotFoundError: when there is none.
+        FileNotFoundError: there is none.
     """
     for suffix in IMAGE_SUFFIXES:
-        file = Path(folder) / f"{name}{suffix}"
-        if file.is_file():
+        if (file := Path(folder) / f"{name}{suffix}").is_file():
             return file
     raise FileNotFoundError(f"no image {name} ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
 
 
 def image_files(path: str) -> list[str]:
-    """The image file, or those of a folder by name.
+    """Return the image file, or those of a folder by name.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: the folder holds no images, or two that differ by their suffix alone.
+        ValueError: the folder holds no images, or two that differ only in their suffix.
     """
     if Path(path).is_file():
         return [path]
     if not Path(path).is_dir():
         raise FileNotFoundError(f"image or folder {path} does not exist")
-    files = [file for file in Path(path).iterdir() if file.suffix in IMAGE_SUFFIXES]
-    files = sorted(file for file in files if not file.name.startswith("."))  # which are somebody's notes
+    files = sorted(file for file in Path(path).iterdir() if file.suffix in IMAGE_SUFFIXES)
+    files = [file for file in files if not file.name.startswith(".")]  # metadata of file managers
     if not files:
         raise ValueError(f"folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     by_stem: dict[str, Path] = {}
@@ -59,37 +58,37 @@ def image_files(path: str) -> list[str]:
 
 
 def read_image(file: str | Path | BinaryIO) -> Image.Image:
-    """Decode an image in its own mode (grey and palette images stay what they are).
+    """Return a decoded image in its own mode: gray and palette images are not converted.
 
     Args:
-        file: a path, or the open file, whose `name` then serves in errors.
+        file: a path, or an open file, whose `name` is used in errors.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not an image, is cut short, or has more than 8 bits of grey.
+        ValueError: the file is not an image, is cut short, or has more than 8 bits of gray.
     """
     image = decode(file)
-    if image.mode.startswith(("I", "F")):  # Pillow would clip their values to 255 without a word
+    if image.mode.startswith(("I", "F")):  # Pillow would clip their values to 255 without a warning
         mode = f"more than 8 bits (mode {image.mode})"
-        raise ValueError(f"image {_told(file)} has {mode}: convert it to 8 bits")
+        raise ValueError(f"image {_label(file)} has {mode}: convert it to 8 bits")
     return image
 
 
 def decode(file: str | Path | BinaryIO) -> Image.Image:
-    """Decode any picture, also one that is no image to look at; raises as `read_image`, whatever its mode."""
+    """Return an image or mask of any mode, decoded; raises as `read_image`, except for the mode."""
     with _opened(file) as image:
         image.load()
         return image
 
 
 def read_size(file: str | Path) -> tuple[int, int]:
-    """The (height, width) that an image file's header declares; decodes nothing, raises as `decode`."""
+    """Return the (height, width) in an image file's header; decodes nothing, raises as `decode`."""
     with _opened(file) as image:
         return image.height, image.width
 
 
 def read_rgb(file: str | Path) -> np.ndarray:
-    """Decode an image to (H, W, 3) uint8 RGB; raises as `read_image`."""
+    """Return an image as (H, W, 3) uint8 RGB; raises as `read_image`."""
     return np.asarray(read_image(file).convert("RGB"))
 
 
@@ -100,18 +99,18 @@ def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
     try:
         with Image.open(file) as image:
             yield image
-    except UnidentifiedImageError:  # whose own sentence gives the address of a file in memory
-        raise ValueError(f"image {_told(file)} cannot be read: it is no image") from None
+    except UnidentifiedImageError:  # its message has the address of a file in memory
+        raise ValueError(f"image {_label(file)} cannot be read: it is no image") from None
     except UNREADABLE as error:
-        raise ValueError(f"image {_told(file)} cannot be read: {error}") from None
+        raise ValueError(f"image {_label(file)} cannot be read: {error}") from None
 
 
-def _told(file: str | Path | BinaryIO) -> str:
+def _label(file: str | Path | BinaryIO) -> str:
     return str(file if isinstance(file, str | Path) else getattr(file, "name", "in memory"))
 
 
 def shrunk(image: np.ndarray, most: int) -> np.ndarray:
-    """An image (H, W, 3) uint8 of at most `most` pixels, by the mean of what falls together."""
+    """Return an image (H, W, 3) uint8 shrunk to at most `most` pixels, by area averaging."""
     height, width = size_within(image.shape[:2], most)
     if (height, width) == image.shape[:2]:
         return image
@@ -119,7 +118,7 @@ def shrunk(image: np.ndarray, most: int) -> np.ndarray:
 
 
 def size_within(size: tuple[int, int], most: int) -> tuple[int, int]:
-    """The size (H, W) shrunk, in proportion, to at most `most` pixels; itself if it has no more."""
+    """Return the size (H, W) shrunk, in proportion, to at most `most` pixels; itself if it fits."""
     height, width = size
     if height * width <= most:
         return size

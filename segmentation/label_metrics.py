@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 EPSILON = 1e-9  # added to the denominators of precision and recall, as in TagCLIP's code
-AVERAGES = ("overall", "category", "sample")
+AVERAGES = {"overall": None, "category": 0, "sample": 1}  # -> axis of (n, K) arrays that is summed
 
 
 def average_precisions(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -36,7 +36,7 @@ def f1(predicted: np.ndarray, truth: np.ndarray, average: str = "overall") -> tu
         average: "overall" counts all pairs of image and class together; "category" and "sample" take the
             means of precision and recall over classes or images, where those without positives count 0.
     """
-    axis = {"overall": None, "category": 0, "sample": 1}[average]
+    axis = AVERAGES[average]
     predicted, truth = predicted.astype(bool), truth.astype(bool)
     hits = (predicted & truth).sum(axis)
     precision = float(np.mean(hits / (predicted.sum(axis) + EPSILON)))

@@ -1,7 +1,7 @@
-"""Image-level labels: which classes an image contains, whatever file says so.
+"""Image-level labels: which classes an image contains, whatever their source.
 
-Every source becomes one thing, a `LabelReader`: image name -> class indices (0-based, without
-background). Readers can be pickled, so that worker processes may hold them.
+Every source is read as a `LabelReader`: image name -> class indices (0-based, without background). Readers
+can be pickled for worker processes.
 """
 import json
 from collections.abc import Callable, Sequence
@@ -16,57 +16,62 @@ from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.images import image_files
 from segmentation.masks import read_mask
 
-# Image name -> distinct class indices, in order of first appearance; ValueError or OSError with a
-# sentence for the user when they cannot be read.
+# Image name -> distinct class indices, in order of first appearance; raises ValueError or OSError with a
+# sentence for the user if they cannot be read.
 LabelReader = Callable[[str], list[int]]
 
 Split = dict[str, list[int]]  # image name -> labels on its line (often none), in the order of the file
 
 
 def reader(benchmark: Benchmark, split: Split, labels_file: str | Path | None = None) -> LabelReader:
-    """The labels of a benchmark's images from where the benchmark says they are.
+    """Return a reader of a benchmark's image-level labels.
 
     Args:
-        benchmark: its `labels` picks the source.
-        split: read by `read_split`; it is the source itself when `benchmark.labels` is "file".
-        labels_file: lines `name index index ...` that take precedence over the benchmark's source.
+        benchmark: its `labels` names the source.
+        split: read by `read_split`; it is the source itself if `benchmark.labels` is "file".
+        labels_file: lines `name index index ...` that replace the benchmark's source.
 
     Raises:
         FileNotFoundError: the label file or annotation folder does not exist.
         ValueError: it holds no labels, or labels that the benchmark does not have.
     """
-    count = len(benchmark.classes)
+    num_classes = len(benchmark.classes)
     if labels_file:
-        return from_file(labels_file, count)
+        return from_file(labels_file, num_classes)
     if benchmark.labels == "voc_xml":
-        return from_voc_xml(benchmark.path(benchmark.annotation_dir), benchmark.classes)
+        folder = _existing(benchmark.path(benchmark.annotation_dir), "annotation")
+        return partial(_voc_xml_labels, folder, benchmark.classes)
     if benchmark.labels == "masks":
-        return from_masks(benchmark.path(benchmark.mask_dir), benchmark.has_background, count)
+        folder = _existing(benchmark.path(benchmark.mask_dir), "mask")
+        return partial(_painted_labels, folder, benchmark.has_background, num_classes)
     if benchmark.labels == "coco_json":
-        return from_coco_json(benchmark.path(benchmark.annotation_file), count, benchmark.category_ids)
+        file = benchmark.path(benchmark.annotation_file)
+        images, class_index = read_coco_json(file, num_classes, benchmark.category_ids)
+        table = {name: coco_labels(image, class_index) for name, image in images.items()}
+        return partial(_look_up, table, str(file))
     if not any(split.values()):
         raise ValueError(
             f"the split file gives no labels, and benchmark {benchmark.name} has no other source of them: "
-            "write lines like `name 3 17`, or give a file of such lines with --labels"
+            "write lines like `name 3 17`, or name a file of such lines with --labels"
         )
     for name, labels in split.items():
-        _check_range(labels, count, f"image {name} of the split file")
+        _check_range(labels, num_classes, f"image {name} of the split file")
     return partial(_look_up, split, "the split file")
 
 
-def read_split(path: str | Path, classes_count: int | None = None) -> Split:
-    """Read a split or label file: a line for each image, `name` or `name index index ...`.
+def read_split(path: str | Path, num_classes: int | None = None) -> Split:
+    """Return the content of a split or label file, with lines `name` or `name index index ...`.
 
-    Blank lines, trailing blanks, CRLF line ends and a byte order mark are let pass; a class named
-    twice on a line counts once.
+    Blank lines, trailing blanks, CRLF line ends and a byte order mark are ignored; a class that is twice on a
+    line counts once.
 
     Args:
         path: the text file, UTF-8; image names hold no blanks and no file suffix.
-        classes_count: when given, indices must lie in [0, classes_count).
+        num_classes: indices must lie in [0, num_classes); None: they must not be negative.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: naming the line: an image for the second time, or labels that are no class indices.
+        ValueError: an image that is listed twice, or labels that are no class indices, with the line.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"split or label file {path} does not exist")
@@ -84,43 +89,35 @@ def read_split(path: str | Path, classes_count: int | None = None) -> Split:
             raise ValueError(f"{where}: image {name} was listed before")
         if not all(field.isascii() and field.removeprefix("-").isdigit() for field in fields):
             raise ValueError(f"{where}: expected `name index index ...`, got {line.strip()[:80]!r}")
-        labels = list(dict.fromkeys(int(field) for field in fields))
-        _check_range(labels, classes_count, where)
-        split[name] = labels
+        split[name] = list(dict.fromkeys(int(field) for field in fields))
+        _check_range(split[name], num_classes, where)
     if not split:
         raise ValueError(f"{path} lists no images")
     return split
 
 
-def split_of(benchmark: Benchmark, path: str | Path | None = None) -> Split:
-    """The split file at `path`, else the benchmark's own.
+def split_of(
+    benchmark: Benchmark, path: str | Path | None = None, image_root: str | Path | None = None
+) -> Split:
+    """Return the split file at `path`, or else the benchmark's own, or else all images in `image_root`.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_split`, or the benchmark has none.
+        FileNotFoundError, ValueError: as `read_split`; or there is no split file, and no image in
+            `image_root` or one whose name has a blank.
     """
+    if image_root is not None and not Path(image_root).is_dir():
+        raise FileNotFoundError(f"image folder {image_root} does not exist: give --image_root")
     if path:
         return read_split(path)
-    if not benchmark.split_file:
-        raise ValueError(f"benchmark {benchmark.name} has no split file of its own: give --split_file")
-    if not Path(benchmark.split_file).is_file():
+    if benchmark.split_file and not Path(benchmark.split_file).is_file():
         raise FileNotFoundError(
             f"{benchmark.split_file}, the split file of benchmark {benchmark.name}, does not exist: prepare "
             "the data (docs/data.md), or give --split_file"
         )
-    return read_split(benchmark.split_file)
-
-
-def split_or_folder(benchmark: Benchmark, path: str | Path | None, image_root: str | Path) -> Split:
-    """As `split_of`; but where neither `path` nor the benchmark names a split file, all images of a folder.
-
-    Raises:
-        FileNotFoundError, ValueError: also where there is no such folder, it holds no images, or one whose
-            name no split file could hold.
-    """
-    if not Path(image_root).is_dir():
-        raise FileNotFoundError(f"image folder {image_root} does not exist: give --image_root")
-    if path or benchmark.split_file:
-        return split_of(benchmark, path)
+    if benchmark.split_file:
+        return read_split(benchmark.split_file)
+    if image_root is None:
+        raise ValueError(f"benchmark {benchmark.name} has no split file of its own: give --split_file")
     names = [Path(file).stem for file in image_files(str(image_root))]
     for name in names:
         if len(name.split()) != 1:
@@ -128,12 +125,12 @@ def split_or_folder(benchmark: Benchmark, path: str | Path | None, image_root: s
     return {name: [] for name in names}
 
 
-def from_file(path: str | Path, classes_count: int) -> LabelReader:
-    """Labels from lines `name index index ...`; raises as `read_split`, at once.
+def from_file(path: str | Path, num_classes: int) -> LabelReader:
+    """Return a reader of lines `name index index ...`; errors: `read_split`, at once.
 
-    An image that is not listed is a ValueError when asked for; one listed without labels has none.
+    It raises ValueError for an image that is not listed; one that is listed without labels has none.
     """
-    return partial(_look_up, read_split(path, classes_count), str(path))
+    return partial(_look_up, read_split(path, num_classes), str(path))
 
 
 def _look_up(table: Split, source: str, name: str) -> list[int]:
@@ -142,11 +139,17 @@ def _look_up(table: Split, source: str, name: str) -> list[int]:
     return table[name]
 
 
-def _check_range(labels: list[int], classes_count: int | None, where: str) -> None:
+def _check_range(labels: list[int], num_classes: int | None, where: str) -> None:
     for label in labels:
-        if label < 0 or (classes_count is not None and label >= classes_count):
-            allowed = "0 or more" if classes_count is None else f"0 to {classes_count - 1}"
+        if label < 0 or (num_classes is not None and label >= num_classes):
+            allowed = "0 or more" if num_classes is None else f"0 to {num_classes - 1}"
             raise ValueError(f"{where}: class index {label} is out of range, expected {allowed}")
+
+
+def _existing(folder: Path, kind: str) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{kind} folder {folder} does not exist")
+    return folder
 
 
 # --- PASCAL VOC annotations -------------------------------------------------------------------------
@@ -156,11 +159,11 @@ class VocAnnotation(NamedTuple):
     """What this project reads of a VOC XML file."""
 
     names: list[str]  # distinct class names of its objects, in order of first appearance
-    size: tuple[int, int] | None  # (height, width) as written there, which need not be the image's
+    size: tuple[int, int] | None  # declared (height, width), which need not be the image's
 
 
 def read_voc_xml(file: str | Path) -> VocAnnotation:
-    """Read a VOC annotation. Every object counts, also difficult and truncated ones.
+    """Return the objects of a VOC annotation, also difficult and truncated ones.
 
     Entities are not resolved and nothing is fetched: annotations may come from strangers.
 
@@ -177,7 +180,7 @@ def read_voc_xml(file: str | Path) -> VocAnnotation:
         raise ValueError(f"annotation {file} cannot be read: {error}") from None
     if root.tag != "annotation":
         raise ValueError(f"annotation {file} is not a VOC annotation: its root is <{root.tag}>")
-    # Direct children only: the <part>s of a person carry names of their own ("head", "hand").
+    # Direct children only: the <part>s of a person have names of their own ("head", "hand").
     names = [(item.findtext("name") or "").strip() for item in root.findall("object")]
     if "" in names:
         raise ValueError(f"annotation {file} has an object without a name")
@@ -189,20 +192,11 @@ def read_voc_xml(file: str | Path) -> VocAnnotation:
 
 
 def class_indices(names: Sequence[str], classes: Sequence[str], file: str | Path) -> list[int]:
-    """The indices of `names` in `classes`; ValueError naming `file` for a name that is not there."""
+    """Return the indices of `names` in `classes`; raise ValueError with `file` for another name."""
     for name in names:
         if name not in classes:
             raise ValueError(f"annotation {file} names the class {name!r}, which the benchmark does not have")
     return [classes.index(name) for name in names]
-
-
-def from_voc_xml(folder: str | Path, classes: Sequence[str]) -> LabelReader:
-    """Labels from `folder/<name>.xml`, see `read_voc_xml`.
-
-    Raises:
-        FileNotFoundError: no such folder.
-    """
-    return partial(_voc_xml_labels, _existing_folder(folder, "annotation"), list(classes))
 
 
 def _voc_xml_labels(folder: Path, classes: list[str], name: str) -> list[int]:
@@ -210,51 +204,33 @@ def _voc_xml_labels(folder: Path, classes: list[str], name: str) -> list[int]:
     return class_indices(read_voc_xml(file).names, classes, file)
 
 
-def _existing_folder(folder: str | Path, what: str) -> Path:
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{what} folder {folder} does not exist")
-    return Path(folder)
-
-
 # --- index masks ------------------------------------------------------------------------------------
 
 
-def mask_labels(mask: np.ndarray, has_background: bool, classes_count: int, file: str | Path) -> list[int]:
-    """The classes painted in an index mask.
+def mask_labels(mask: np.ndarray, has_background: bool, num_classes: int, file: str | Path) -> list[int]:
+    """Return the class indices in an index mask, ascending.
 
     Args:
         mask: (H, W) uint8. With a background class 0 is background and k + 1 is class k, without
             one k is class k; 255 is neither.
-        file: where it came from, for the error.
-
-    Returns:
-        Class indices, ascending.
+        file: the mask's file, for the error.
 
     Raises:
         ValueError: a value that stands for no class.
     """
     values = np.flatnonzero(np.bincount(mask.ravel(), minlength=IGNORE + 1))
     labels = [int(value) - has_background for value in values if value != IGNORE]
-    if labels and labels[-1] >= classes_count:
+    if labels and labels[-1] >= num_classes:
         raise ValueError(
             f"mask {file} holds the value {labels[-1] + has_background}, which stands for no class: "
-            f"expected 0 to {classes_count - 1 + has_background}, or {IGNORE}"
+            f"expected 0 to {num_classes - 1 + has_background}, or {IGNORE}"
         )
     return [label for label in labels if label >= 0]
 
 
-def from_masks(folder: str | Path, has_background: bool, classes_count: int) -> LabelReader:
-    """Labels from the values of `folder/<name>.png`, see `mask_labels`.
-
-    Raises:
-        FileNotFoundError: no such folder.
-    """
-    return partial(_painted_labels, _existing_folder(folder, "mask"), has_background, classes_count)
-
-
-def _painted_labels(folder: Path, has_background: bool, classes_count: int, name: str) -> list[int]:
+def _painted_labels(folder: Path, has_background: bool, num_classes: int, name: str) -> list[int]:
     file = folder / f"{name}.png"
-    return mask_labels(read_mask(file), has_background, classes_count, file)
+    return mask_labels(read_mask(file), has_background, num_classes, file)
 
 
 # --- COCO instances ---------------------------------------------------------------------------------
@@ -268,18 +244,22 @@ class CocoImage(NamedTuple):
 
 
 class CocoInstances(NamedTuple):
-    """An instances file; every annotation is of a category that it declares."""
+    """An instances file; every annotation is of a category in `class_index`."""
 
     images: dict[str, CocoImage]  # by image name: the file name without folder and suffix
-    category_ids: list[int]  # all the file declares, ascending
+    class_index: dict[int, int]  # official category id -> class index
 
 
-def read_coco_json(path: str | Path) -> CocoInstances:
-    """Read a COCO instances file.
+def read_coco_json(path: str | Path, num_classes: int, category_ids: Sequence[int] = ()) -> CocoInstances:
+    """Return the images and annotations of a COCO instances file.
+
+    Args:
+        category_ids: the official id of each class; empty: the classes are the categories of the file in
+            ascending order of their ids.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an instances file, or cut short.
+        ValueError: not an instances file, cut short, or of other categories than the benchmark has classes.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"annotation file {path} does not exist")
@@ -289,55 +269,24 @@ def read_coco_json(path: str | Path) -> CocoInstances:
         for item in content["images"]:
             size = int(item["height"]), int(item["width"])
             images[item["id"]] = (Path(item["file_name"]).stem, CocoImage(size, []))
-        category_ids = sorted(int(item["id"]) for item in content["categories"])
+        declared = sorted(int(item["id"]) for item in content["categories"])
         for item in content["annotations"]:
-            if item["category_id"] not in category_ids:
+            if item["category_id"] not in declared:
                 raise ValueError(f"annotation {item['id']} is of the unknown category {item['category_id']}")
             images[item["image_id"]][1].annotations.append(item)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"annotation file {path} is not a COCO instances file ({type(error).__name__}: {error})"
         ) from None
-    return CocoInstances(dict(images.values()), category_ids)
-
-
-def coco_indices(
-    instances: CocoInstances, classes_count: int, category_ids: Sequence[int], path: str | Path
-) -> dict[int, int]:
-    """The table official category id -> class index.
-
-    Args:
-        category_ids: the official id of each class; empty: the classes are the categories of the
-            file in ascending order of their ids.
-
-    Raises:
-        ValueError: the file declares other categories than the benchmark has classes.
-    """
-    ids = list(category_ids) or instances.category_ids
-    if len(ids) != classes_count or not set(instances.category_ids) <= set(ids):
+    ids = list(category_ids) or declared
+    if len(ids) != num_classes or not set(declared) <= set(ids):
         raise ValueError(
-            f"annotation file {path} declares {len(instances.category_ids)} categories that do not match "
-            f"the {classes_count} classes of the benchmark"
+            f"annotation file {path} declares {len(declared)} categories that do not match the {num_classes} "
+            "classes of the benchmark"
         )
-    return {category: index for index, category in enumerate(ids)}
+    return CocoInstances(dict(images.values()), {category: index for index, category in enumerate(ids)})
 
 
-def coco_labels(image: CocoImage, indices: dict[int, int]) -> list[int]:
-    """The classes annotated in an image, crowds included, ascending; `indices` from `coco_indices`."""
-    return sorted({indices[annotation["category_id"]] for annotation in image.annotations})
-
-
-def from_coco_json(path: str | Path, classes_count: int, category_ids: Sequence[int] = ()) -> LabelReader:
-    """Labels from a COCO instances file, which is read once, here.
-
-    Args:
-        path: the JSON file.
-        category_ids: see `coco_indices`.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_coco_json` and `coco_indices`.
-    """
-    instances = read_coco_json(path)
-    indices = coco_indices(instances, classes_count, category_ids, path)
-    table = {name: coco_labels(image, indices) for name, image in instances.images.items()}
-    return partial(_look_up, table, str(path))
+def coco_labels(image: CocoImage, class_index: dict[int, int]) -> list[int]:
+    """Return the classes annotated in an image, crowds included, ascending."""
+    return sorted({class_index[annotation["category_id"]] for annotation in image.annotations})

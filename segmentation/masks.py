@@ -1,4 +1,4 @@
-"""Index masks: 8-bit PNGs whose values are classes, 255 = ignore, with a palette to look at them."""
+"""Index masks: 8-bit palette PNGs whose values are classes, 255 = ignore."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -12,17 +12,17 @@ from common.files import replacing
 from segmentation.benchmark import IGNORE
 from segmentation.images import UNREADABLE, decode
 
-KEYS = "keys"  # name of the text in a PNG
+CLASS_IDS = "keys"  # name of the text in a PNG
 
 
 def read_mask(file: str | Path) -> np.ndarray:
-    """Read an index mask.
+    """Return an index mask.
 
     Args:
-        file: an image of at most 8 bits, palette or grey.
+        file: an image of at most 8 bits, palette or gray.
 
     Returns:
-        (H, W) uint8, the indices (not the palette's colours).
+        (H, W) uint8, the indices (not the palette's colors).
 
     Raises:
         FileNotFoundError: no such file.
@@ -33,49 +33,44 @@ def read_mask(file: str | Path) -> np.ndarray:
         raise ValueError(f"mask {file} has mode {image.mode}: expected 8-bit class indices, palette or grey")
     labels = np.array(image)
     if image.mode == "L" and image.format == "PNG":
-        labels //= 255 // (2 ** _bit_depth(file) - 1)  # Pillow spreads grey of 2 or 4 bits over 0 to 255
+        with open(file, "rb") as stream:
+            bits = stream.read(25)[24]  # after the signature (8), the header chunk's length, name and size
+        labels //= 255 // (2**bits - 1)  # Pillow maps gray of 2 or 4 bits to 0..255
     return labels
 
 
-def _bit_depth(file: str | Path) -> int:
-    """Bits a sample, as the header of a PNG has them."""
-    with open(file, "rb") as stream:
-        return stream.read(25)[24]  # after the signature (8), the header chunk's length, name, width, height
-
-
 def write_mask(
-    file: str | Path, labels: np.ndarray, palette: np.ndarray, keys: Sequence[int] | None = None
+    file: str | Path, labels: np.ndarray, palette: np.ndarray, class_ids: Sequence[int] | None = None
 ) -> None:
-    """Write an index mask as palette PNG; the file appears whole or not at all.
-
-    Args:
-        file: where; folders are made.
-        labels: (H, W) uint8.
-        palette: (256, 3) uint8.
-        keys: class indices of the labels that it was made of, kept as text in the file, see `mask_keys`.
-    """
-    content = encode_mask(labels, palette, keys)
+    """Write an index mask to `file`, which appears whole or not at all; other arguments: `encode_mask`."""
+    content = encode_mask(labels, palette, class_ids)
     with replacing(file) as stream:
         stream.write(content)
 
 
-def encode_mask(labels: np.ndarray, palette: np.ndarray, keys: Sequence[int] | None = None) -> bytes:
-    """What `write_mask` writes."""
+def encode_mask(labels: np.ndarray, palette: np.ndarray, class_ids: Sequence[int] | None = None) -> bytes:
+    """Return an index mask as palette PNG.
+
+    Args:
+        labels: (H, W) uint8.
+        palette: (256, 3) uint8.
+        class_ids: classes that it was made for, recorded as text in the file, see `mask_class_ids`.
+    """
     image = Image.fromarray(labels)
     image.putpalette(palette.astype(np.uint8).tobytes())  # now of mode P
     stream = BytesIO()
-    about = PngInfo()
-    if keys is not None:
-        about.add_text(KEYS, " ".join(str(int(key)) for key in keys))
-    image.save(stream, format="PNG", pnginfo=about)
+    text = PngInfo()
+    if class_ids is not None:
+        text.add_text(CLASS_IDS, " ".join(str(int(class_id)) for class_id in class_ids))
+    image.save(stream, format="PNG", pnginfo=text)
     return stream.getvalue()
 
 
-def mask_keys(file: str | Path) -> list[int] | None:
-    """The labels that `write_mask` recorded; None where it did not, or could not be read."""
+def mask_class_ids(file: str | Path) -> list[int] | None:
+    """Return the classes that `write_mask` recorded; None if it did not, or the file cannot be read."""
     try:
         with Image.open(file) as image:
-            return [int(key) for key in image.info[KEYS].split()]
+            return [int(class_id) for class_id in image.info[CLASS_IDS].split()]
     except (*UNREADABLE, KeyError):
         return None
 
@@ -87,7 +82,7 @@ def overlay(
     opacity: float = 0.6,
     clear: Sequence[int] = (0, IGNORE),
 ) -> np.ndarray:
-    """Paint a mask over its image.
+    """Return an image with its mask painted over it.
 
     Args:
         image: (H, W, 3) uint8 RGB.

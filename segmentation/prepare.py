@@ -1,110 +1,127 @@
-"""What every benchmark's `prepare` shares: looking at each file, saying what is wrong, writing splits."""
+"""What every benchmark's `prepare` shares: inspecting files, reporting problems, writing lists."""
 import argparse
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from common.files import replacing
-from segmentation.images import read_image, read_size
-from segmentation.labels import Split
+from common.files import DiskFull, replacing
+from common.settings import Spec, parser_of
+from segmentation.images import find_image, read_image, read_size
 
-SHOWN = 3  # problems of a kind that are printed; the file lists all
+PRINTED = 3  # problems of a kind that are printed; the file lists all
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with the user's copy of the data."""
+    """A fault in the user's copy of the data."""
 
     kind: str  # "missing image", "bad mask", ...
-    sentence: str  # naming the file
+    sentence: str  # names the file
 
 
-class Inspection(NamedTuple):
-    """What looking at one image of a data set gave."""
+@dataclass
+class Inspection:
+    """What was read from the files of one image.
 
-    labels: list[int] | None  # None: they could not be read, or are not to be had
-    problems: list[Problem]
+    `labels` is None if they have no source or it cannot be read. `sizes` holds the (height, width) that each
+    kind of file ("image", "annotation", "mask", ...) has or declares.
+    """
+
+    name: str
+    labels: list[int] | None = None
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
 
 
 @contextmanager
-def noting(problems: list[Problem], what: str) -> Iterator[None]:
-    """Turn a missing or unreadable file (a `what`: "image", "mask", ...) into a problem and go on."""
+def collecting(problems: list[Problem], kind: str) -> Iterator[None]:
+    """Add a missing or unreadable file to `problems` instead of raising; `kind` is "image", "mask", ..."""
     try:
         yield
+    except DiskFull:  # later files would fail too
+        raise
     except FileNotFoundError as error:
-        problems.append(Problem(f"missing {what}", str(error)))
+        problems.append(Problem(f"missing {kind}", str(error)))
     except (OSError, ValueError) as error:
-        problems.append(Problem(f"bad {what}", str(error)))
+        problems.append(Problem(f"bad {kind}", str(error)))
 
 
-def image_size(file: str | Path, decode: bool) -> tuple[int, int]:
-    """(height, width) of an image, from its header or, with `decode`, after decoding all of it."""
-    if not decode:
-        return read_size(file)
-    image = read_image(file)
-    return image.height, image.width
+def inspect_image(folder: Path, name: str, decode: bool) -> Inspection:
+    """Return the size of image `name`, read from its header or, with `decode`, after decoding all of it."""
+    inspection = Inspection(name)
+    with collecting(inspection.problems, "image"):
+        file = find_image(folder, name)
+        inspection.sizes["image"] = read_image(file).size[::-1] if decode else read_size(file)
+    return inspection
 
 
-def differing_sizes(name: str, sizes: dict[str, tuple[int, int]]) -> list[Problem]:
-    """A problem when the files of image `name` disagree on its (height, width); keys say which file."""
-    if len(set(sizes.values())) <= 1:
-        return []
-    said = ", ".join(f"{source} {height} x {width}" for source, (height, width) in sizes.items())
-    return [Problem("differing sizes", f"{name}: height x width differ: {said}")]
+def inspect_all(
+    inspect: Callable[[Item], Inspection],
+    items: Sequence[Item],
+    workers: int,
+    description: str,
+    problems: list[Problem],
+) -> dict[str, list[int] | None]:
+    """Inspect every image; return image name -> labels in the order of `items`, and add to `problems`."""
+    labels = {}
+    for inspection in parallel_map(inspect, items, workers, description):
+        name, sizes = inspection.name, inspection.sizes
+        problems += inspection.problems
+        if len(set(sizes.values())) > 1:
+            listed = ", ".join(f"{kind} {height} x {width}" for kind, (height, width) in sizes.items())
+            problems.append(Problem("differing sizes", f"{name}: height x width differ: {listed}"))
+        labels[name] = inspection.labels
+    return labels
 
 
-def each(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int, what: str
-) -> Iterator[tuple[Item, Result]]:
-    """Apply a picklable function to all items in `workers` processes; pairs in order, with progress."""
-    bar = tqdm(total=len(items), desc=what, unit="image", disable=None)
-    with bar:
-        if workers == 1:
-            for item in items:
-                yield item, function(item)
-                bar.update()
-            return
-        with ProcessPoolExecutor(workers) as pool:
-            for item, result in zip(items, pool.map(function, items, chunksize=16), strict=True):
-                yield item, result
-                bar.update()
+def parallel_map(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int, description: str
+) -> Iterator[Result]:
+    """Yield the results of a picklable function in order, from `workers` processes, with a progress bar."""
+    progress = partial(tqdm, total=len(items), desc=description, unit="image", disable=None)
+    if workers == 1:
+        yield from progress(map(function, items))
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield from progress(pool.map(function, items, chunksize=16))
 
 
-def write_split(file: Path, split: Split, published: tuple[int, str] | None = None) -> None:
-    """Write lines `name index ...` (LF, one blank between fields) and say what was written.
+def write_split(
+    file: Path, split: Mapping[str, Sequence[int]], count: int | None = None, sha256: str | None = None
+) -> None:
+    """Write lines `name index ...` (LF, one blank between fields) and print how many.
 
     Args:
-        published: number of lines and sha256 of the published list, to compare with.
+        split: image name -> class indices, often none.
+        count: number of lines of the published list, to compare with; None compares nothing.
+        sha256: of the published list; None compares the number of lines alone.
     """
     content = "".join(" ".join([name, *map(str, labels)]) + "\n" for name, labels in split.items()).encode()
     with replacing(file) as stream:
         stream.write(content)
     verdict = ""
-    if published:
-        count, sha256 = published
-        same = hashlib.sha256(content).hexdigest() == sha256
-        verdict = "; sha256 is the published one" if same else (
-            f"; sha256 is NOT the published one, so this is another list (published: {count} images)"
-        )
+    if sha256 and sha256 == hashlib.sha256(content).hexdigest():
+        verdict = "; sha256 is the published one"
+    elif sha256:
+        verdict = f"; sha256 is NOT the published one, so this is another list (published: {count} images)"
+    elif count not in (None, len(split)):
+        verdict = f"; this is another list than the published one, which has {count} images"
     print(f"{file}: {len(split)} images{verdict}")
 
 
-def report(problems: Iterable[Problem], file: Path) -> int:
-    """Print the problems by kind, list them all in `file` (removed when there are none).
-
-    Returns:
-        The exit code: 0 when there are none, else 1.
-    """
-    problems = list(problems)
+def report(problems: Sequence[Problem], file: Path) -> int:
+    """Print problems by kind and list all in `file`, removed if there are none; return the exit code."""
     if not problems:
         file.unlink(missing_ok=True)
         print("no problems found")
@@ -113,33 +130,32 @@ def report(problems: Iterable[Problem], file: Path) -> int:
         stream.write("".join(f"{kind}: {sentence}\n" for kind, sentence in problems).encode())
     for kind, count in Counter(problem.kind for problem in problems).items():
         print(f"{kind}: {count}")
-        for problem in [problem for problem in problems if problem.kind == kind][:SHOWN]:
+        for problem in [problem for problem in problems if problem.kind == kind][:PRINTED]:
             print(f"    {problem.sentence}")
-        if count > SHOWN:
-            print(f"    ... and {count - SHOWN} more")
+        if count > PRINTED:
+            print(f"    ... and {count - PRINTED} more")
     print(f"{len(problems)} problems, all listed in {file}")
     return 1
 
 
 def make_parser(package: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that every `prepare` has; `package` is also the default output folder."""
+    """Return a parser with the flags of every `prepare`; `package` is also the default output folder."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {package}.prepare",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--root", type=Path, required=True, help="your copy of the data set")
-    parser.add_argument("--out", type=Path, default=Path(package), help="folder for the lists (%(default)s)")
-    parser.add_argument(
-        "--check_images", action="store_true", help="decode every image, not only its header (minutes)"
-    )
-    parser.add_argument(
-        "--num_workers", type=_positive, default=os.cpu_count() or 1, help="processes (one for each core)"
-    )
+    flag, positive = parser.add_argument, parser_of(int, Spec("", least=1))
+    flag("--root", type=Path, required=True, help="your copy of the data set")
+    flag("--out", type=Path, default=Path(package), help="folder for the lists (%(default)s)")
+    flag("--check_images", action="store_true", help="decode every image, not only its header (minutes)")
+    flag("--num_workers", type=positive, default=os.cpu_count() or 1, help="processes (one for each core)")
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text!r}")
-    return int(text)
+def run(parser: argparse.ArgumentParser, prepare: Callable[..., int], *arguments) -> int:
+    """Return the exit code of `prepare(*arguments)`; OSError and ValueError end with exit code 2 at once."""
+    try:
+        return prepare(*arguments)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))

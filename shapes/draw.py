@@ -4,55 +4,52 @@
     ImageSets/Segmentation/{train,val,trainval}.txt   one id per line
     ImageSets/Captions/{train,val}.txt                id, tab, caption
 
-The same arguments give the same bytes. Images of train and val never meet, whatever the seeds.
+The same arguments give the same bytes. Train and val have no image in common, also of different seeds.
 """
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from lxml import etree
+from lxml.builder import E
 from PIL import Image
 from tqdm import tqdm
 
 from common.files import replacing
 from segmentation.benchmark import voc_palette
 from segmentation.masks import write_mask
-from shapes.world import CLASSES, DIFFICULT_BELOW, Scene, draw, generator
+from shapes.world import CLASSES, DIFFICULT_BELOW, Drawn, Scene, draw, generator
 
-SPLITS = ("train", "val")
-JPEG = {"quality": 95, "subsampling": 0}  # full-resolution colour keeps object edges crisp
+MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
+JPEG = {"quality": 95, "subsampling": 0}  # full-resolution color keeps object edges crisp
 
 
 def annotation(name: str, scene: Scene) -> bytes:
-    """The VOC XML of a scene. Boxes count pixels from 1, ends included, as VOC's do."""
+    """Return the VOC XML of a scene. Boxes count pixels from 1, ends included, as VOC's do."""
     height, width = scene.mask.shape
-    root = etree.Element("annotation")
-
-    def add(parent, tag, text=None):
-        child = etree.SubElement(parent, tag)
-        child.text = None if text is None else str(text)
-        return child
-
-    add(root, "folder", "shapes")
-    add(root, "filename", f"{name}.jpg")
-    size = add(root, "size")
-    for tag, value in (("width", width), ("height", height), ("depth", 3)):
-        add(size, tag, value)
-    add(root, "segmented", 1)
-    for drawn in scene.objects:
-        item = add(root, "object")
-        add(item, "name", CLASSES[drawn.label].name)
-        add(item, "difficult", int(drawn.visible < DIFFICULT_BELOW))
-        box = add(item, "bndbox")
-        x0, y0, x1, y1 = drawn.box
-        for tag, value in (("xmin", x0 + 1), ("ymin", y0 + 1), ("xmax", x1), ("ymax", y1)):
-            add(box, tag, value)
+    root = E.annotation(
+        E.folder("shapes"),
+        E.filename(f"{name}.jpg"),
+        E.size(E.width(str(width)), E.height(str(height)), E.depth("3")),
+        E.segmented("1"),
+        *map(_object, scene.objects),
+    )
     return etree.tostring(root, pretty_print=True)
 
 
+def _object(drawn: Drawn) -> etree._Element:
+    x0, y0, x1, y1 = drawn.box
+    return E.object(
+        E.name(CLASSES[drawn.label].name),
+        E.difficult(str(int(drawn.visible < DIFFICULT_BELOW))),
+        E.bndbox(E.xmin(str(x0 + 1)), E.ymin(str(y0 + 1)), E.xmax(str(x1)), E.ymax(str(y1))),
+    )
+
+
 def image_size(sides: tuple[int, int], seed: int, index: int, stream: str) -> tuple[int, int]:
-    """(H, W) of one image, each drawn evenly from the range `sides`, ends included."""
+    """Return the (H, W) of one image, each uniformly from the range `sides`, ends included."""
     # A jumped copy of the scene's own random numbers, so that sizes and contents are independent.
     rng = np.random.Generator(generator(seed, index, stream).bit_generator.jumped())
     height, width = rng.integers(sides[0], sides[1] + 1, 2)
@@ -62,38 +59,32 @@ def image_size(sides: tuple[int, int], seed: int, index: int, stream: str) -> tu
 def write(root: Path, train: int, val: int, sides: tuple[int, int] = (96, 160), seed: int = 0) -> None:
     """Draw `train` + `val` images into `root`, replacing files of the same names.
 
-    The split files come last, each written whole, so that a data set with split files is complete.
+    The split files are written last, so that a data set with split files is complete.
 
     Args:
         sides: shortest and longest image side in pixels.
     """
-    folders = {
-        folder: root / folder
-        for folder in ("JPEGImages", "Annotations", "SegmentationClass", "SegmentationClassAug")
-    }
-    lists = {folder: root / "ImageSets" / folder for folder in ("Segmentation", "Captions")}
-    for folder in (*folders.values(), *lists.values()):
-        folder.mkdir(parents=True, exist_ok=True)
-    palette = voc_palette()
-    names: dict[str, list[str]] = {}
-    captions: dict[str, list[str]] = {}
-    for split, count in zip(SPLITS, (train, val), strict=True):
-        names[split] = [f"shapes_{split}_{index:06d}" for index in range(count)]
-        captions[split] = []
-        for index, name in enumerate(tqdm(names[split], desc=split, disable=not sys.stderr.isatty())):
+    for folder in ("JPEGImages", "Annotations", *MASK_FOLDERS):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    captions: dict[str, dict[str, str]] = {}  # split -> image name -> caption
+    for split, count in (("train", train), ("val", val)):
+        captions[split] = {}
+        for index in tqdm(range(count), desc=split, disable=not sys.stderr.isatty()):
+            name = f"shapes_{split}_{index:06d}"
             scene = draw(seed, index, image_size(sides, seed, index, split), split)
-            Image.fromarray(scene.image).save(folders["JPEGImages"] / f"{name}.jpg", **JPEG)
-            (folders["Annotations"] / f"{name}.xml").write_bytes(annotation(name, scene))
-            for folder in ("SegmentationClass", "SegmentationClassAug"):
-                write_mask(folders[folder] / f"{name}.png", scene.mask, palette)
-            captions[split].append(f"{name}\t{scene.caption}")
-    for split in SPLITS:
-        _write_lines(lists["Captions"] / f"{split}.txt", captions[split])
-        _write_lines(lists["Segmentation"] / f"{split}.txt", names[split])
-    _write_lines(lists["Segmentation"] / "trainval.txt", sorted(names["train"] + names["val"]))
+            Image.fromarray(scene.image).save(root / "JPEGImages" / f"{name}.jpg", **JPEG)
+            (root / "Annotations" / f"{name}.xml").write_bytes(annotation(name, scene))
+            for folder in MASK_FOLDERS:
+                write_mask(root / folder / f"{name}.png", scene.mask, voc_palette())
+            captions[split][name] = scene.caption
+    sets = root / "ImageSets"
+    for split, texts in captions.items():
+        _write_lines(sets / "Captions" / f"{split}.txt", (f"{name}\t{texts[name]}" for name in texts))
+        _write_lines(sets / "Segmentation" / f"{split}.txt", texts)
+    _write_lines(sets / "Segmentation" / "trainval.txt", sorted(captions["train"] | captions["val"]))
 
 
-def _write_lines(file: Path, lines: list[str]) -> None:
+def _write_lines(file: Path, lines: Iterable[str]) -> None:
     with replacing(file) as stream:
         stream.write("".join(f"{line}\n" for line in lines).encode())
 

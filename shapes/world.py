@@ -1,24 +1,22 @@
 """The drawn world: images of named objects on named backgrounds, with exact masks and captions.
 
-A class is a shape, a texture and a loose colour. Four pairs of classes share their colour, so that
+A class is a shape, a texture and a range of colors. Four pairs of classes have the same color, so that
 shape and texture matter. Edges are crisp, as the dense CRF expects of object boundaries. An image of 64
 pixels takes about half a millisecond, so that training can draw its images on the fly.
 """
 import colorsys
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import cv2
 import numpy as np
 
 STREAMS = {"train": 0, "val": 1, "clip": 2}  # which images of a seed: disjoint by construction
 MAX_OBJECTS, MAX_CLASSES = 4, 3  # of one image
-RADIUS = (0.17, 0.36)  # of an object, as a share of the image's shorter side
-MIN_DISTANCE = 0.6  # between the centres of two objects, as a share of the sum of their radii
+RADIUS = (0.17, 0.36)  # of an object, relative to the image's shorter side
+MIN_DISTANCE = 0.6  # between the centers of two objects, relative to the sum of their radii
 PLACEMENT_TRIES = 8
-DIFFICULT_BELOW = 0.5  # visible share of an object under which its annotation says "difficult"
-CONTRAST = 26  # amplitude of a texture, in grey levels
+DIFFICULT_BELOW = 0.5  # visible fraction of an object under which it is annotated as "difficult"
+CONTRAST = 26  # amplitude of a texture, in gray levels
 CAPTION_TEMPLATES = (
     "a photo of {}.",
     "a picture of {}.",
@@ -31,28 +29,12 @@ CAPTION_TEMPLATES = (
 
 # Shapes: closed contours in the unit disc, y downwards. Contours inside others are holes.
 
-def _polar(radius: Callable[[np.ndarray], np.ndarray], points: int = 40) -> np.ndarray:
+_T = np.linspace(0, 2 * np.pi, 40, endpoint=False)  # angles of the points of a contour
+
+
+def _polar(radius: float | np.ndarray, points: int = len(_T)) -> np.ndarray:
     angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
-    return np.stack([radius(angle) * np.sin(angle), -radius(angle) * np.cos(angle)], 1)
-
-
-def _disc(radius: float = 1.0) -> np.ndarray:
-    return _polar(lambda angle: np.full_like(angle, radius))
-
-
-def _star(tips: int = 5, inner: float = 0.45) -> np.ndarray:
-    return _polar(lambda angle: np.where(np.arange(2 * tips) % 2, inner, 1.0), 2 * tips)
-
-
-def _heart() -> np.ndarray:
-    t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack([16 * np.sin(t)**3, -y], 1) / 17
-
-
-def _drop() -> np.ndarray:
-    t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-    return np.stack([1.1 * np.sin(t) * np.sin(t / 2)**2, -np.cos(t)], 1)
+    return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], 1)
 
 
 def _leaf() -> np.ndarray:
@@ -72,21 +54,24 @@ def _moon() -> np.ndarray:
 
 
 SHAPES: dict[str, list[np.ndarray]] = {
-    "disc": [_disc()],
-    "heart": [_heart()],
+    "disc": [_polar(1)],
+    "heart": [np.stack([
+        16 * np.sin(_T)**3,
+        -(13 * np.cos(_T) - 5 * np.cos(2 * _T) - 2 * np.cos(3 * _T) - np.cos(4 * _T)),
+    ], 1) / 17],
     "square": [0.85 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])],
     "cross": [np.array([
         (-.38, -1), (.38, -1), (.38, -.38), (1, -.38), (1, .38), (.38, .38),
         (.38, 1), (-.38, 1), (-.38, .38), (-1, .38), (-1, -.38), (-.38, -.38),
     ])],
     "diamond": [np.array([(0, -1), (.75, -.2), (0, 1), (-.75, -.2)])],
-    "star": [_star()],
+    "star": [_polar(np.where(np.arange(10) % 2, 0.45, 1.0), 10)],
     "triangle": [np.array([(0, -1), (.9, .8), (-.9, .8)])],
     "leaf": [_leaf()],
-    "ring": [_disc(), _disc(0.45)],
-    "drop": [_drop()],
+    "ring": [_polar(1), _polar(0.45)],
+    "drop": [np.stack([1.1 * np.sin(_T) * np.sin(_T / 2)**2, -np.cos(_T)], 1)],
     "moon": [_moon()],
-    "flower": [_polar(lambda angle: 0.78 + 0.22 * np.cos(5 * angle))],
+    "flower": [_polar(0.78 + 0.22 * np.cos(5 * _T))],
 }
 
 
@@ -132,7 +117,7 @@ class Kind:
     """What objects of a class, or backgrounds of a name, look like.
 
     `hue` in degrees, `saturation` and `value` in [0, 1]: the middle of what is drawn. `grain` is the
-    amplitude of a random texture of single pixels, in grey levels.
+    amplitude of a random texture of single pixels, in gray levels.
     """
 
     name: str
@@ -172,8 +157,8 @@ BACKGROUNDS = (
 
 @dataclass(frozen=True)
 class Drawn:
-    """One object as it is seen: 0-based class, bounding box of its visible pixels (x0, y0, x1, y1),
-    ends exclusive, and the share of it that no other object hides."""
+    """One object: 0-based class, bounding box of its visible pixels (x0, y0, x1, y1), ends exclusive, and
+    the fraction of it that no other object hides."""
 
     label: int
     box: tuple[int, int, int, int]
@@ -193,39 +178,35 @@ class Scene:
 
     @property
     def labels(self) -> list[int]:
-        """Distinct classes in order of their first object."""
+        """Distinct class indices in the order of their first object."""
         return list(dict.fromkeys(drawn.label for drawn in self.objects))
 
 
 def generator(seed: int, index: int, stream: str = "train") -> np.random.Generator:
-    """The random numbers of one image, the same whatever is drawn before it."""
+    """Return the random numbers of one image, which do not depend on other images."""
     return np.random.default_rng((seed, STREAMS[stream], index))
 
 
-@lru_cache(maxsize=64)
-def _coordinates(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)[None]
-
-
 def _paint(kind: Kind, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """(height, width, 3) uint8: a colour near that of `kind`, modulated by its texture and grain."""
+    """Return (height, width, 3) uint8: a color near that of `kind`, modulated by its texture and grain."""
     hue, saturation, value, period, angle = rng.uniform(-1, 1, 5).tolist()
-    colour = colorsys.hsv_to_rgb(
+    color = colorsys.hsv_to_rgb(
         (kind.hue + 7 * hue) / 360 % 1,
         min(max(kind.saturation + 0.08 * saturation, 0), 1),
         min(kind.value + 0.07 * value, 1),
     )
-    y, x = _coordinates(height, width)
+    y, x = np.ogrid[:height, :width]
+    y, x = y.astype(np.float32), x.astype(np.float32)
     field = TEXTURES[kind.texture](y, x, 5 + 1.2 * period, np.pi * angle)
     grain = rng.integers(-kind.grain, kind.grain, (height, width), np.int8, endpoint=True)
     reach = CONTRAST + kind.grain
     levels = (CONTRAST * field).astype(np.intp) + grain  # within +- reach
-    shades = np.arange(-reach, reach + 1)[:, None] + 255 * np.array(colour)
+    shades = np.arange(-reach, reach + 1)[:, None] + 255 * np.array(color)
     return np.clip(shades, 0, 255).astype(np.uint8)[levels + reach]
 
 
 def _place(height: int, width: int, placed: list, rng: np.random.Generator) -> tuple | None:
-    """A centre and radius (x, y, r) that leaves the objects in `placed` mostly visible, or None."""
+    """Return a center and radius (x, y, r) that leaves the objects in `placed` mostly visible, or None."""
     for _ in range(PLACEMENT_TRIES):
         radius = rng.uniform(*RADIUS) * min(height, width)
         x, y = rng.uniform(0.1, 0.9, 2) * (width, height)
@@ -235,7 +216,7 @@ def _place(height: int, width: int, placed: list, rng: np.random.Generator) -> t
 
 
 def _outline(kind: Kind, x: float, y: float, radius: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """Contours of an object in pixels, turned by up to 30 degrees and up to 15 % narrower."""
+    """Return the contours of an object in pixels, turned by up to 30 degrees and up to 15 % narrower."""
     angle = rng.uniform(-np.pi / 6, np.pi / 6)
     cosine, sine = np.cos(angle), np.sin(angle)
     stretch = np.array([[rng.uniform(0.85, 1), 0], [0, 1]])
@@ -244,7 +225,7 @@ def _outline(kind: Kind, x: float, y: float, radius: float, rng: np.random.Gener
 
 
 def _silhouette(contours: list[np.ndarray], x: float, y: float, size: tuple[int, int]) -> tuple:
-    """The pixels of an object around (x, y) in an image of `size`, at least one.
+    """Return the pixels of an object around (x, y) in an image of `size`, at least one.
 
     Returns:
         window, a pair of slices, and inside, bool of the window's shape.
@@ -262,12 +243,12 @@ def _silhouette(contours: list[np.ndarray], x: float, y: float, size: tuple[int,
     return (slice(y0, y1), slice(x0, x1)), inside.astype(bool)
 
 
-def _seen(instances: np.ndarray, labels: list[int], areas: list[int]) -> list[Drawn]:
-    """The objects of which some pixel is left.
+def _visible(instances: np.ndarray, labels: list[int], areas: list[int]) -> list[Drawn]:
+    """Return the objects that are not hidden.
 
     Args:
         instances: (H, W) uint8, 0 or the object's number from 1.
-        labels, areas: class of each object, and its pixels before others were drawn over it.
+        labels, areas: class of each object, and its number of pixels before others hide it.
     """
     objects = []
     for number, (label, area) in enumerate(zip(labels, areas, strict=True), 1):
@@ -312,14 +293,14 @@ def draw(seed: int, index: int, size: tuple[int, int], stream: str = "train") ->
         areas.append(int(inside.sum()))
         image[window][inside] = _paint(CLASSES[label], *inside.shape, rng)[inside]
         instances[window][inside] = len(labels)
-    objects = _seen(instances, labels, areas)
+    objects = _visible(instances, labels, areas)
     mask = np.array([0, *(label + 1 for label in labels)], np.uint8)[instances]
     names = [CLASSES[label].name for label in dict.fromkeys(drawn.label for drawn in objects)]
     return Scene(image, mask, objects, background, describe(names, BACKGROUNDS[background].name, rng))
 
 
 def describe(names: list[str], background: str, rng: np.random.Generator) -> str:
-    """A caption: one of CAPTION_TEMPLATES filled with what there is, "ball, kite and ring on sand"."""
+    """Return one of CAPTION_TEMPLATES filled with the names, such as "ball, kite and ring on sand"."""
     *first, last = names
     phrase = f"{', '.join(first)} and {last}" if first else last
     return CAPTION_TEMPLATES[rng.integers(len(CAPTION_TEMPLATES))].format(f"{phrase} on {background}")

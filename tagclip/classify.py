@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if published:
         benchmark = replace(benchmark, split_file=published.split_file)
         image_root = args.image_root or published.image_root
-    split = labels.split_or_folder(benchmark, args.split_file, image_root)
+    split = labels.split_of(benchmark, args.split_file, image_root)
     title = args.benchmark if published else benchmark.name
     output = args.output or f"./output/{title}_tags"
     settings = from_args(default_settings(benchmark), args)

@@ -110,7 +110,7 @@ def test_settings_are_keyword_arguments(model, image, result):
     every_pixel = ClipES(model, device="cpu", confidence=0, refine="none")(image, NAMES)
     assert (every_pixel.mask != 255).all()
     assert not np.array_equal(every_pixel.cams, result.cams)
-    with pytest.raises(TypeError, match="ClipES has no setting 'confidense'; there are .*confidence"):
+    with pytest.raises(TypeError, match=r"ClipES has no setting 'confidense'; there are .*confidence"):
         ClipES(model, confidense=0.5)
     with pytest.raises(ValueError, match="affinity_layers must be a whole number, 1 or more, got 0"):
         ClipES(model, affinity_layers=0)

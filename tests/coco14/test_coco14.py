@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as rle_codec
 
 from coco14 import CATEGORY_IDS, CLASS_INDEX, prepare
-from coco14.masks import OVERLAPS, paint, rasterise
+from coco14.masks import OVERLAPS, paint, rasterize
 from segmentation import labels
 from segmentation.benchmark import load
 from segmentation.labels import CocoImage
@@ -107,17 +107,17 @@ def test_the_smallest_object_never_vanishes(order):
 @pytest.mark.parametrize(
     ("shape", "sentence"),
     [
-        (None, "annotation 5 cannot be rasterised"),
+        (None, "annotation 5 cannot be rasterized"),
         ({"size": [3, 3], "counts": [9]}, "its size .* is not the image's"),
         ({"size": [HEIGHT, WIDTH], "counts": [3]}, "run lengths do not cover the image"),
-        ({"counts": [3]}, "cannot be rasterised"),
-        ([["a"] * 6], "cannot be rasterised"),
-        ([3], "cannot be rasterised"),
+        ({"counts": [3]}, "cannot be rasterized"),
+        ([["a"] * 6], "cannot be rasterized"),
+        ([3], "cannot be rasterized"),
     ],
 )
 def test_bad_shapes(shape, sentence):
     with pytest.raises(ValueError, match=sentence):
-        rasterise({"id": 5, "segmentation": shape}, (HEIGHT, WIDTH))
+        rasterize({"id": 5, "segmentation": shape}, (HEIGHT, WIDTH))
 
 
 # --- prepare ----------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def mask_of(value, shape=(HEIGHT, WIDTH)):
     [
         (lambda copy: first_image(copy).unlink(), "missing image: 1"),
         (lambda copy: first_image(copy).write_bytes(b"no"), "bad image: 1"),
-        (damage_annotation, f"image {TRAIN[0]}: annotation 0 cannot be rasterised: its size"),
+        (damage_annotation, f"image {TRAIN[0]}: annotation 0 cannot be rasterized: its size"),
         (mask_of(81), "holds the value 81, which stands for no class: expected 0 to 80, or 255"),
         (mask_of(1, (5, 5)), "differ: annotation 8 x 10, image 8 x 10, mask 5 x 5"),
     ],
@@ -347,7 +347,7 @@ def copy_2017(tmp_path):
 
 
 def test_2017_from_annotations(copy_2017, capsys, monkeypatch):
-    monkeypatch.setitem(prepare.IMAGES_2017, "val", 1)
+    monkeypatch.setitem(prepare.PUBLISHED, "val2017", (1,))
     assert run(copy_2017, "--year", "2017", "--annotations", copy_2017.train, copy_2017.val) == 0
     written = {file.name: file.read_text() for file in copy_2017.out.iterdir()}
     assert written == {

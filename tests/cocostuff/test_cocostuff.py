@@ -1,6 +1,7 @@
 """COCO-Stuff: the benchmark's data against the published lists, and `prepare` on small copies."""
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,7 +105,7 @@ def test_whole_copy(copy, capsys):
     mask = read_mask(copy.made / f"{NAMES[0]}.png")
     assert mask[:2].tolist() == [[0] * WIDTH, [170] * WIDTH] and (mask[2:] == 255).all()
     assert content(copy.source) == before
-    from_masks = labels.from_masks(copy.made, BENCHMARK.has_background, len(BENCHMARK.classes))
+    from_masks = labels.reader(replace(BENCHMARK, labels="masks", root=str(copy.root)), {})
     assert {name: from_masks(name) for name in NAMES} == labels.read_split(copy.out / "val.txt", 171)
     assert "no problems found" in capsys.readouterr().out
 

@@ -19,7 +19,7 @@ from pipeline.cams import REFINED, CamSettings, image_cams
 from pipeline.masks import MaskSettings, crf_posterior, mask_values, posterior_labels
 from segmentation import camfile
 from segmentation.images import find_image, read_image, read_rgb
-from segmentation.labels import from_voc_xml, read_split
+from segmentation.labels import read_split, reader
 from segmentation.masks import read_mask, write_mask
 from shapes import BENCHMARK
 from shapes.draw import write
@@ -44,7 +44,7 @@ def world(tmp_path_factory):
     backgrounds = clip.encode_prompts(model, BENCHMARK.backgrounds, BENCHMARK.templates)
     settings = CamSettings(box_threshold=BENCHMARK.box_threshold)
     masks = MaskSettings(crf_backend="numba")
-    labels_of = from_voc_xml(data.path(data.annotation_dir), data.classes)
+    labels_of = reader(data, {})
     names = list(read_split(root / "ImageSets/Segmentation/train.txt"))
     for name in names:
         file = find_image(root / "JPEGImages", name)

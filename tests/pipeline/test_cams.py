@@ -230,7 +230,7 @@ def test_annotations_are_found_beside_the_images_or_where_the_benchmark_says(
         out = tmp_path / f"cams_{images.name}_{root.name}"
         command = ["--image_root", str(images), "--labels", ""]
         assert run(monkeypatch, voc, out, model, *command, benchmark=str(file)) == 0
-        return camfile.keys(out, "es_a")
+        return camfile.class_ids_of(out, "es_a")
 
     assert make(voc / "JPEGImages", tmp_path, "JPEGImages") == [8, 1, 5]  # beside
     shutil.copytree(voc / "JPEGImages", tmp_path / "far" / "resized")
@@ -245,7 +245,7 @@ def test_labels_file_replaces_the_annotations(voc, tmp_path, monkeypatch, parity
     out = tmp_path / "cams"
     assert run(monkeypatch, voc, out, parity_file("tiny", 1), "--labels", str(tmp_path / "labels.txt")) == 0
     assert camfile.read(out, "es_a")[0].tolist() == [7] and camfile.read(out, "es_b")[0].tolist() == [3, 4]
-    assert not camfile.exists(out, "other")
+    assert not camfile.find(out, "other")
 
 
 def test_own_benchmark_in_yaml(voc, tmp_path, monkeypatch, parity_file):

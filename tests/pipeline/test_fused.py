@@ -16,7 +16,7 @@ from pipeline.cams import CamSettings, batch_cams
 from pipeline.decode import Grid, resized_views
 from pipeline.fused import upsample
 from segmentation import camfile
-from segmentation.masks import mask_keys, read_mask
+from segmentation.masks import mask_class_ids, read_mask
 from shapes.draw import write
 from tests.conftest import CASES, golden, parity_image
 from tests.pipeline.conftest import write_voc
@@ -309,9 +309,9 @@ def test_changed_labels_make_kept_cams_and_their_masks_anew(data, model, tmp_pat
     after = make(near=[5])
     assert {name for name in before if before[name] != after[name]} == {"near.png"}
     assert set(np.unique(read_mask(out / "near.png"))) <= {0, 6, 255}
-    assert camfile.keys(out / "cams", "near") == [5]
+    assert camfile.class_ids_of(out / "cams", "near") == [5]
     assert make(near=[]).keys() == before.keys() - {"near.png"}  # no mask of labels that it has lost
-    assert not camfile.exists(out / "cams", "near")
+    assert not camfile.find(out / "cams", "near")
     assert make() == before
     (out / "near.png").write_bytes(after["near.png"])  # as after a kill between CAM and mask
     assert make() == before
@@ -323,7 +323,7 @@ def test_a_benchmark_without_backgrounds(data, model, tmp_path, monkeypatch):
     (tmp_path / "labels.txt").write_text("near 3 19\n")
     common = ["--split_file", tmp_path / "labels.txt", *model, "--output", tmp_path / "masks"]
     assert run("pseudo_masks", "--benchmark", tmp_path / "own.yaml", *common) == 0
-    assert mask_keys(tmp_path / "masks" / "near.png") == [3, 19]
+    assert mask_class_ids(tmp_path / "masks" / "near.png") == [3, 19]
 
 
 def test_other_settings_need_another_folder(data, model, tmp_path):
@@ -384,10 +384,10 @@ def test_masks_of_changed_labels_are_made_anew(data, model, tmp_path):
     flags = [*model, "--labels", labels, "--split_file", split]
     labels.write_text("\n".join(lines.values()))
     before = fused(data, out, *flags)
-    assert len(before) == 3 and mask_keys(out / "near.png") == [3]
+    assert len(before) == 3 and mask_class_ids(out / "near.png") == [3]
     labels.write_text("\n".join({**lines, "near": "near 3 19", "other": "other"}.values()))
     after = fused(data, out, *flags)
-    assert after.keys() == {"es_b.png", "near.png"} and mask_keys(out / "near.png") == [3, 19]
+    assert after.keys() == {"es_b.png", "near.png"} and mask_class_ids(out / "near.png") == [3, 19]
     assert after["es_b.png"] == before["es_b.png"] and after["near.png"] != before["near.png"]
 
 

@@ -91,17 +91,17 @@ def test_bad_yaml(tmp_path, text, sentence):
 
 @pytest.mark.parametrize("template", ["{} {x}", "{} {}", "{} {", "{0} {}", "{{}}", "{.x} {}", "a photo", ""])
 def test_templates_that_no_class_name_fits(template):
-    with pytest.raises(ValueError, match="benchmark a: template") as told:
+    with pytest.raises(ValueError, match="benchmark a: template") as error:
         Benchmark("a", ["x"], templates=["a {}.", template])
-    assert repr(template) in str(told.value)
+    assert repr(template) in str(error.value)
 
 
 def test_no_such_benchmark(tmp_path):
     with pytest.raises(ValueError, match=r"none\.yaml does not exist"):
         load(str(tmp_path / "none.yaml"))
-    told = r"no benchmark .*: give voc12, coco14, cocostuff, shapes or a \.yaml"
+    message = r"no benchmark .*: give voc12, coco14, cocostuff, shapes or a \.yaml"
     for name in ("", "os", "os.path", "../voc12", "voc"):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             load(name)
 
 

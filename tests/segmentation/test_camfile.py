@@ -62,30 +62,30 @@ def test_the_same_maps_give_the_same_bytes(tmp_path):
 
 def test_names_may_have_folders(tmp_path):
     maps = {"attn_highres": np.ones((1, 1, 1), np.float32)}
-    assert not camfile.exists(tmp_path, "2012/a.b")
+    assert not camfile.find(tmp_path, "2012/a.b")
     camfile.write(tmp_path, "2012/a.b", [0], maps, (2, 2), "compact")
-    assert camfile.exists(tmp_path, "2012/a.b")
+    assert camfile.find(tmp_path, "2012/a.b")
     assert camfile.read(tmp_path, "2012/a.b")[1].shape == (1, 2, 2)
 
 
 @pytest.mark.parametrize("format", camfile.FORMATS)
 def test_keys_alone(tmp_path, format):
-    assert camfile.keys(tmp_path, "a") is None
+    assert camfile.class_ids_of(tmp_path, "a") is None
     maps = {"attn_highres": np.ones((2, 2, 2), np.float32)}
     file = camfile.write(tmp_path, "a", [7, 2], maps, (4, 6), format)
-    assert camfile.keys(tmp_path, "a") == [7, 2]
+    assert camfile.class_ids_of(tmp_path, "a") == [7, 2]
     camfile.write(tmp_path, "none", [], {"attn_highres": np.ones((0, 2, 2), np.float32)}, (4, 6), format)
-    assert camfile.keys(tmp_path, "none") == []
+    assert camfile.class_ids_of(tmp_path, "none") == []
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"a\.np. cannot be read"):
-        camfile.keys(tmp_path, "a")
+        camfile.class_ids_of(tmp_path, "a")
 
 
 @pytest.mark.parametrize("keys", [["cat"], [-1], None])
-def test_keys_that_are_no_class_indices_are_told(tmp_path, keys):
+def test_keys_that_are_no_class_indices_are_reported(tmp_path, keys):
     content = {"attn_highres": np.zeros((1, 2, 2))} if keys is None else {"keys": keys}
     np.save(tmp_path / "a.npy", content, allow_pickle=True)
-    for read in (camfile.keys, camfile.read):
+    for read in (camfile.class_ids_of, camfile.read):
         with pytest.raises(ValueError, match=r"a\.npy is (damaged|no CAM file)"):
             read(tmp_path, "a")
 
@@ -147,7 +147,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, function, argument):
     assert not trace.exists()
 
 
-def test_damaged_and_wrong_files_are_told(tmp_path):
+def test_damaged_and_wrong_files_are_reported(tmp_path):
     maps = {"attn_highres": np.ones((1, 2, 2), np.float32)}
     for format, suffix in camfile.FORMATS.items():
         file = camfile.write(tmp_path, format, [0], maps, (4, 4), format)

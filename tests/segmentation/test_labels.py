@@ -14,6 +14,13 @@ from segmentation.benchmark import Benchmark
 CLASSES = ["cat", "dog", "person"]
 
 
+def reader(source, root, **options):
+    """The reader of a benchmark whose annotations, masks and JSON are in `root`."""
+    paths = {"annotation_dir": ".", "mask_dir": ".", "annotation_file": "a.json"}
+    options = {"classes": CLASSES, **paths, **options}
+    return labels.reader(Benchmark("b", labels=source, root=str(root), **options), {})
+
+
 def write(file, content):
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(content, newline="")
@@ -90,7 +97,7 @@ PERSON_AND_DOG = """<annotation>
 
 def test_voc_xml_counts_every_object_and_no_part(tmp_path):
     file = write(tmp_path / "x.xml", PERSON_AND_DOG)
-    assert labels.from_voc_xml(tmp_path, CLASSES)("x") == [2, 1]
+    assert reader("voc_xml", tmp_path)("x") == [2, 1]
     assert labels.read_voc_xml(file) == (["person", "dog"], (5, 7))
 
 
@@ -112,7 +119,7 @@ def test_voc_xml_without_objects_or_size(tmp_path):
 def test_bad_voc_xml(tmp_path, text, sentence):
     write(tmp_path / "x.xml", text)
     with pytest.raises(ValueError, match=sentence):
-        labels.from_voc_xml(tmp_path, CLASSES)("x")
+        reader("voc_xml", tmp_path)("x")
 
 
 def test_voc_xml_reads_no_other_file(tmp_path):
@@ -120,14 +127,14 @@ def test_voc_xml_reads_no_other_file(tmp_path):
     text = f'<!DOCTYPE a [<!ENTITY e SYSTEM "{secret.as_uri()}">]>{PERSON_AND_DOG.replace("person", "&e;")}'
     write(tmp_path / "x.xml", text)
     with pytest.raises(ValueError, match="an object without a name"):
-        labels.from_voc_xml(tmp_path, CLASSES)("x")
+        reader("voc_xml", tmp_path)("x")
 
 
 def test_missing_voc_xml(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"x\.xml does not exist"):
-        labels.from_voc_xml(tmp_path, CLASSES)("x")
+        reader("voc_xml", tmp_path)("x")
     with pytest.raises(FileNotFoundError, match=r"annotation folder .*none does not exist"):
-        labels.from_voc_xml(tmp_path / "none", CLASSES)
+        reader("voc_xml", tmp_path / "none")
 
 
 # --- masks ------------------------------------------------------------------------------------------
@@ -147,14 +154,14 @@ def test_mask_values(has_background, values):
 
 def test_from_masks(tmp_path):
     Image.fromarray(np.array([[0, 3], [255, 1]], np.uint8)).save(tmp_path / "x.png")
-    assert labels.from_masks(tmp_path, True, 3)("x") == [0, 2]
-    assert labels.from_masks(tmp_path, False, 4)("x") == [0, 1, 3]
+    assert reader("masks", tmp_path)("x") == [0, 2]
+    assert reader("masks", tmp_path, has_background=False, classes=list("abcd"))("x") == [0, 1, 3]
     with pytest.raises(ValueError, match=r"holds the value 3, .* expected 0 to 2, or 255"):
-        labels.from_masks(tmp_path, True, 2)("x")
+        reader("masks", tmp_path, classes=["cat", "dog"])("x")
     with pytest.raises(OSError, match=r"y\.png"):
-        labels.from_masks(tmp_path, True, 3)("y")
+        reader("masks", tmp_path)("y")
     with pytest.raises(FileNotFoundError, match="mask folder"):
-        labels.from_masks(tmp_path / "none", True, 3)
+        reader("masks", tmp_path / "none")
 
 
 # --- COCO instances ---------------------------------------------------------------------------------
@@ -176,12 +183,13 @@ def instances(**changes):
 
 
 def test_from_coco_json(tmp_path):
-    file = write(tmp_path / "a.json", json.dumps(instances()))
-    read = labels.from_coco_json(file, 3)
+    write(tmp_path / "a.json", json.dumps(instances()))
+    read = reader("coco_json", tmp_path)
     assert read("x") == [1, 2]  # 11, 13, 90 -> 0, 1, 2
     assert read("y") == []
-    assert labels.from_coco_json(file, 3, [13, 90, 11])("x") == [0, 1]
-    assert labels.from_coco_json(file, 4, [13, 90, 11, 5])("x") == [0, 1]
+    assert reader("coco_json", tmp_path, category_ids=[13, 90, 11])("x") == [0, 1]
+    four = {"classes": list("abcd"), "category_ids": [13, 90, 11, 5]}
+    assert reader("coco_json", tmp_path, **four)("x") == [0, 1]
     with pytest.raises(ValueError, match=r"image z is not listed in .*a\.json"):
         read("z")
 
@@ -199,12 +207,12 @@ def test_from_coco_json(tmp_path):
 )
 def test_bad_coco_json(tmp_path, content, sentence):
     with pytest.raises(ValueError, match=sentence):
-        labels.from_coco_json(write(tmp_path / "a.json", content), 3)
+        labels.read_coco_json(write(tmp_path / "a.json", content), 3)
 
 
 def test_missing_coco_json(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
-        labels.from_coco_json(tmp_path / "none.json", 3)
+        reader("coco_json", tmp_path, annotation_file="none.json")
 
 
 # --- what the benchmark says ------------------------------------------------------------------------

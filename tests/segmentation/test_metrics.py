@@ -86,7 +86,7 @@ def test_policies_for_absent_classes():
     assert nothing["zero"] == 0 and np.isnan(nothing["drop"]) and np.isnan(nothing["nan-mean"])
 
 
-def test_wrong_use_is_told():
+def test_wrong_use_is_reported():
     zeros = np.zeros((2, 3), np.uint8)
     with pytest.raises(ValueError, match=r"ground truth is \(2, 3\)"):
         confusion(zeros, zeros.T, 3)

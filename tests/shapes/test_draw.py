@@ -2,13 +2,14 @@
 import argparse
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from lxml import etree
 
 from segmentation.images import read_rgb
-from segmentation.labels import from_voc_xml, read_split
+from segmentation.labels import read_split, reader
 from segmentation.masks import read_mask
 from shapes import BENCHMARK
 from shapes.draw import _sides, image_size, write
@@ -42,7 +43,7 @@ def test_layout(world):
 
 
 def test_files_of_an_image_agree(world):
-    labels = from_voc_xml(world / "Annotations", BENCHMARK.classes)
+    labels = reader(replace(BENCHMARK, root=str(world)), {})
     for split in ("train", "val"):
         for index in range(3):
             name = f"shapes_{split}_{index:06d}"

@@ -16,7 +16,7 @@ from pipeline.evaluate import Evaluation, count_cams
 from pipeline.masks import MaskSettings, crf_posterior, mask_values, posterior_labels
 from segmentation import camfile
 from segmentation.images import find_image, read_image, read_rgb
-from segmentation.labels import from_voc_xml, read_split
+from segmentation.labels import read_split, reader
 from segmentation.masks import read_mask
 from segmentation.metrics import confusion, scores
 from shapes import BENCHMARK
@@ -34,7 +34,7 @@ def world(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(f"world{request.param}")
     write(root, train=IMAGES, val=0, seed=request.param)
     data = replace(BENCHMARK, root=str(root))
-    labels = from_voc_xml(data.path(data.annotation_dir), data.classes)
+    labels = reader(data, {})
     names = read_split(data.path("ImageSets/Segmentation/train.txt"))
     return [
         (

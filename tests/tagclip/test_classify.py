@@ -410,7 +410,7 @@ def test_kept_cams_of_found_labels(world, tmp_path):
     """What step 1 makes of the label file."""
     assert pseudo_masks(world, tmp_path / "m", "--labels", "auto", "--keep_cams", "compact") == 0
     found = read_split(tmp_path / "m" / "tags" / "labels.txt")
-    assert {name: camfile.keys(tmp_path / "m" / "cams", name) for name in found} == found
+    assert {name: camfile.class_ids_of(tmp_path / "m" / "cams", name) for name in found} == found
 
 
 def test_masks_without_labels_of_bad_images(world, tmp_path):

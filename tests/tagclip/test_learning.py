@@ -15,7 +15,7 @@ import clip
 from pipeline.label_scores import choose, chosen_labels
 from segmentation.images import find_image, read_image
 from segmentation.label_metrics import label_scores
-from segmentation.labels import from_voc_xml, read_split
+from segmentation.labels import read_split, reader
 from segmentation.masks import read_mask
 from shapes import BENCHMARK
 from shapes.draw import write
@@ -34,7 +34,7 @@ def world(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(f"world{request.param}")
     write(root, train=0, val=IMAGES, seed=request.param)
     data = replace(BENCHMARK, root=str(root))
-    known = from_voc_xml(data.path(data.annotation_dir), data.classes)
+    known = reader(data, {})
     found = []
     for name in read_split(data.path("ImageSets/Segmentation/val.txt")):
         mask = read_mask(data.path(data.mask_dir) / f"{name}.png")

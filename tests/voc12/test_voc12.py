@@ -2,6 +2,7 @@
 import hashlib
 import re
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,7 +73,7 @@ def test_whole_copy(copy, capsys):
 def test_label_files_give_what_the_annotations_give(copy):
     run(copy)
     voc = load("voc12")
-    from_xml = labels.from_voc_xml(copy.root / "Annotations", voc.classes)
+    from_xml = labels.reader(replace(voc, root=str(copy.root)), {})
     from_file = labels.from_file(copy.out / "train_aug_labels.txt", len(voc.classes))
     assert all(from_xml(name) == from_file(name) for name in labels.read_split(copy.out / "train_aug.txt"))
 
@@ -194,7 +195,7 @@ def test_many_problems_of_a_kind_are_counted(copy, capsys):
     [
         (["--root", "{root}/none"], "has no JPEGImages folder"),
         (["--root", "{root}/.."], "has no JPEGImages folder; is it .*VOC2012"),
-        (["--root", "{root}", "--num_workers", "0"], "expected a number of 1 or more, got '0'"),
+        (["--root", "{root}", "--num_workers", "0"], "--num_workers: expected a whole number, 1 or more"),
         ([], "--root"),
         (["--root", "{root}", "--out", "{root}/Annotations/2007_000032.xml/x"], "2007_000032.xml"),
     ],
@@ -242,7 +243,7 @@ def test_2007_lists_hold_the_labels(copy_2007, capsys):
 
 
 def test_2007_archives_may_be_had_one_without_the_other(copy_2007, capsys, monkeypatch):
-    monkeypatch.setitem(prepare.IMAGES_2007, "test", 2)
+    monkeypatch.setitem(prepare.PUBLISHED, "2007_test", (2,))
     for split in ("train", "val"):
         (copy_2007.root / "ImageSets/Main" / f"{split}.txt").unlink()
     assert run(copy_2007, "--year", "2007") == 0
@@ -277,7 +278,7 @@ def test_one_thing_wrong_in_2007(copy_2007, capsys, file, damage, said):
     assert ("000002" in listed) == ("Annotations" not in file) and "000001" in listed
 
 
-def test_2007_is_told_from_2012(copy_2007, capsys):
+def test_2007_is_distinguished_from_2012(copy_2007, capsys):
     with pytest.raises(SystemExit):
         prepare.main(["--root", str(copy_2007.root.parent), "--year", "2007"])
     assert re.search("is no copy of VOC2007: .*; is it .*VOC2007", capsys.readouterr().err)
