@@ -20,6 +20,7 @@ FLOORS = {
     "deeplab": 5,
     "tagclip": 5,
     "bench": 6,
+    "clip_wsss": 6,
 }
 
 
