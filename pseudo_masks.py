@@ -4,19 +4,21 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from common.files import check_outputs
 from common.settings import add_flags, from_args
 from pipeline import shards
-from pipeline.cams_cli import LABELS_HELP, add_cam_flags, add_input_flags, cam_step
-from pipeline.flags import HelpFormatter
+from pipeline.cams_cli import add_cam_flags, add_input_flags, cam_step
+from pipeline.flags import LABELS_HELP, HelpFormatter
 from pipeline.fused import FusedStep
+from pipeline.label_scores import LabelRule
 from pipeline.masks import MaskSettings
 from pipeline.presets import mask_defaults
 from pipeline.processes import device_of
-from pipeline.run import Record, Run, check_folder, command, fingerprint
+from pipeline.run import FAILED, Record, Run, check_folder, command, fingerprint
 from segmentation import camfile
-from segmentation.distributed import together
+from segmentation.distributed import WorkFailed, together
 from segmentation.labels import from_file, read_split
-from tagclip.classify import Finder
+from tagclip.classify import LABELS, published_step, record_of, tag
 
 AUTO = "auto"
 TAGS = "tags"  # the folder, in that of the masks, of step 0
@@ -67,13 +69,18 @@ def main() -> int:
         if cam_dir:
             check_folder(cam_dir, cam_record, args.overwrite)
         if auto:
-            finder = Finder(args, cams, str(tags))
-            finder.check()
+            tag_step = published_step(cams, str(tags))
+            tag_record = record_of(tag_step, args.benchmark)
+            check_outputs([args.split_file or cams.benchmark.split_file], [str(tags / LABELS)])
+            check_folder(tags, tag_record, args.overwrite)
     code, workers = 0, cams.compute_settings.num_workers
     if auto:
-        code = finder.find(names)
-        names = list(read_split(finder.file))  # all images but those that failed
-        cams = replace(cams, labels=from_file(finder.file, len(cams.benchmark.classes)))
+        code, _ = tag(tag_step, tag_record, args.overwrite, names, LabelRule(tag_step.settings.ratio))
+        with together():
+            if not (tags / LABELS).read_text():
+                raise WorkFailed(f"no image could be tagged, see {tags / FAILED}")
+        names = list(read_split(tags / LABELS))  # all images but those that failed
+        cams = replace(cams, labels=from_file(tags / LABELS, len(cams.benchmark.classes)))
     if cam_dir:
         Run(cam_dir, cam_record, args.overwrite)  # its record is then as step 1 would write it
     run = Run(output, record, args.overwrite, **(shards.RETRY if args.shards else {}))

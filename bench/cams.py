@@ -17,8 +17,10 @@ from bench import data, measure
 from bench.measure import Setting
 from bench.reference import read_cams, reference_cams, write_cams
 from clip.model import CLIP, Config
-from pipeline.cams import AHEAD, MOST_AT_ONCE, REFINED, CamJob, CamSettings, flow_settings, generate
+from pipeline.cams import REFINED, CamSettings, CamStep
+from pipeline.compute import MAX_BATCH, PREFETCHED_BATCHES
 from pipeline.processes import Outcome
+from pipeline.step import run_step
 from pytorch_grad_cam.affinity import SINKHORN_ITERATIONS, box_masks, refine
 from pytorch_grad_cam.grad_cam import encode, mean_gradients
 from pytorch_grad_cam.methods import activation_map, min_max_normalize
@@ -28,9 +30,9 @@ from segmentation.labels import LabelReader, from_file
 
 VIT_B16 = Config(512, 224, 12, 768, 16, 77, 49408, 512, 12)
 BENCHMARK = voc12.BENCHMARK
-LOOK_AHEAD = AHEAD * MOST_AT_ONCE  # images that a GPU finishes together
+PREFETCH = PREFETCHED_BATCHES * MAX_BATCH  # images that a GPU finishes together
 REFERENCE_IMAGES = 8  # at most in a round: on a GPU ours makes hundreds while the reference makes ten
-WATCHED = {"cpu": 8, "cuda": 3 * LOOK_AHEAD}  # images of ours made while memory is watched, ...
+WATCHED = {"cpu": 8, "cuda": 3 * PREFETCH}  # images of ours made while memory is watched, ...
 REFERENCE_WATCHED = 3  # ... and of the reference, which does not go ahead
 STAGED = {"cpu": 1, "cuda": 16}  # images at once when stages are timed
 
@@ -76,21 +78,17 @@ class Material:
         """The images of a round; those that warm up come first."""
         return self.names[: _warm(setting) + setting.images]
 
-    def job(self, setting: Setting, output: Path) -> CamJob:
-        """What `pipeline.cams.generate` takes, writing compact files."""
-        decoders = setting.threads if setting.kind == "cuda" else 0
-        return CamJob(
+    def step(self, setting: Setting, output: Path | None) -> CamStep:
+        """Return our step, which writes compact files; without `output` it keeps no CAMs."""
+        return CamStep(
             benchmark=BENCHMARK,
             image_root=str(self.folder / "images"),
             labels=self.labels(),
             model=self.model,
-            device=setting.device,
-            precision=setting.precision,
-            round_weights=None,
-            output=str(output),
-            format="compact",
+            output=str(output) if output else None,
+            format="compact" if output else "none",
             settings=CamSettings(box_threshold=BENCHMARK.box_threshold),
-            flow=flow_settings(setting.device, decode_workers=decoders),
+            compute_settings=setting.compute,
         )
 
     def load(self, device: str, precision: str) -> tuple[CLIP, Tensor, Tensor]:
@@ -102,7 +100,7 @@ class Material:
 
 def _warm(setting: Setting) -> int:
     """Images made before time counts: as many as are finished together. A CPU makes one in each thread."""
-    return setting.threads if setting.kind == "cpu" else LOOK_AHEAD
+    return setting.threads if setting.kind == "cpu" else PREFETCH
 
 
 # What a subcommand compares: writes a file for each of `names` to `output`, and yields outcomes.
@@ -111,7 +109,7 @@ Way = Callable[[Setting, Material, list[str], Path], Iterator[Outcome]]
 
 def ours(setting: Setting, material: Material, names: list[str], output: Path) -> Iterator[Outcome]:
     """This project's way."""
-    return generate(names, 0, material.job(setting, output))
+    return run_step(names, 0, material.step(setting, output))
 
 
 def reference(setting: Setting, material: Material, names: list[str], output: Path) -> Iterator[Outcome]:
@@ -120,9 +118,9 @@ def reference(setting: Setting, material: Material, names: list[str], output: Pa
     labels = material.labels()
     output.mkdir(exist_ok=True)
     for name in names:
-        keys, image = labels(name), read_image(material.image(name))
-        maps = reference_cams(model, image, text[keys], backgrounds, BENCHMARK.box_threshold)
-        write_cams(output / f"{name}.npy", keys, maps)
+        class_ids, image = labels(name), read_image(material.image(name))
+        maps = reference_cams(model, image, text[class_ids], backgrounds, BENCHMARK.box_threshold)
+        write_cams(output / f"{name}.npy", class_ids, maps)
         yield Outcome(name)
 
 

@@ -86,13 +86,13 @@ def write_cams(folder: Path, count: int, mean: float) -> list[str]:
     random = np.random.default_rng(0)
     names = [f"{index:06}" for index in range(count)]
     for index, name in enumerate(names):
-        keys = labels_of(index, mean)
-        maps = random_cams(random, len(keys))
+        class_ids = labels_of(index, mean)
+        maps = random_cams(random, len(class_ids))
         for format in camfile.FORMATS:
-            camfile.write(folder / format, name, keys, {"attn_highres": maps}, (HEIGHT, WIDTH), format)
+            camfile.write(folder / format, name, class_ids, {"attn_highres": maps}, (HEIGHT, WIDTH), format)
         best = camfile.resize(maps, (HEIGHT, WIDTH))
         best = np.concatenate([np.full((1, HEIGHT, WIDTH), 0.55, np.float32), best])
-        truth = np.append(0, np.add(keys, 1))[best.argmax(0)].astype(np.uint8)
+        truth = np.append(0, np.add(class_ids, 1))[best.argmax(0)].astype(np.uint8)
         edges = cv2.morphologyEx(truth, cv2.MORPH_GRADIENT, np.ones((5, 5), np.uint8))
         truth[edges > 0] = IGNORE
         write_mask(folder / "truth" / f"{name}.png", truth, voc_palette())

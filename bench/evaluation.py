@@ -10,8 +10,9 @@ import voc12
 from bench import data, measure
 from bench.measure import Setting
 from bench.reference import reference_evaluation
-from pipeline.evaluate import Evaluation, count_cams, evaluate_images
-from pipeline.processes import Outcome
+from pipeline.evaluate import Evaluation, count_cams
+from pipeline.processes import Outcome, drain
+from pipeline.step import run_step
 from segmentation import camfile
 from segmentation.masks import read_mask
 
@@ -23,10 +24,9 @@ GROWTH = 4  # memory is watched for this many times the images as well
 def ours(
     setting: Setting, folder: Path, names: Sequence[str], format: str = "compact"
 ) -> Iterator[Outcome]:
-    """This project's way; its generator returns what `evaluate_images` does."""
-    return evaluate_images(
-        names, 0, Evaluation(BENCHMARK, str(folder / format), str(folder / "truth"), backgrounds=EXPONENTS)
-    )
+    """This project's way; the generator returns what `Evaluation.finish` does."""
+    step = Evaluation(BENCHMARK, str(folder / format), str(folder / "truth"), backgrounds=EXPONENTS)
+    return run_step(names, 0, step)
 
 
 def reference(setting: Setting, folder: Path, names: Sequence[str]) -> Iterator[list[np.ndarray]]:
@@ -83,14 +83,14 @@ def stages(folder: Path, name: str) -> tuple[list[dict], float]:
     """
     copied = measure.copy_rate("cpu")
     truth = read_mask(folder / "truth" / f"{name}.png")
-    keys, maps = camfile.read(folder / "compact", name, rounded=False)
+    class_ids, maps = camfile.read(folder / "compact", name, rounded=False)
     stored = 2 * maps.size  # bytes of the full-size float16 maps
     evaluation = Evaluation(BENCHMARK, "", "", backgrounds=EXPONENTS)
     works: dict[str, tuple[Callable, int]] = {
         "read ground truth": (lambda: read_mask(folder / "truth" / f"{name}.png"), truth.nbytes),
         "read compact CAMs": (lambda: camfile.read(folder / "compact", name, rounded=False), stored),
         "read full CAMs": (lambda: camfile.read(folder / "full", name), stored),
-        "count": (lambda: count_cams(truth, keys, maps, evaluation), stored + truth.nbytes),
+        "count": (lambda: count_cams(truth, class_ids, maps, evaluation), stored + truth.nbytes),
     }
     rows = [
         measure.stage(stage, measure.seconds(work), moved / 1e9, "GB/s", copied / 1e9)
@@ -100,12 +100,9 @@ def stages(folder: Path, name: str) -> tuple[list[dict], float]:
 
 
 def _matrices(outcomes: Iterator[Outcome]) -> list[np.ndarray]:
-    """Those of both exponents."""
-    while True:
-        try:
-            measure.check([next(outcomes)])
-        except StopIteration as stop:
-            return list(stop.value[0])
+    """Return the confusion matrices (n, n) of both exponents."""
+    hists, _ = drain(outcomes, lambda outcome: measure.check([outcome]))
+    return list(hists)
 
 
 def _agreement(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:

@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +11,17 @@ from bench import cams, crf, measure
 from bench.cams import BENCHMARK, Material
 from bench.measure import Setting
 from bench.reference import reference_mask
-from pipeline.fused import generate
-from pipeline.masks import MaskJob
+from pipeline.fused import FusedStep
+from pipeline.masks import MaskSettings
 from pipeline.processes import Outcome
+from pipeline.step import run_step
 from segmentation.masks import read_mask, write_mask
 
 
 def ours(setting: Setting, material: Material, names: list[str], output: Path) -> Iterator[Outcome]:
     """This project's way: nothing but masks is written."""
-    backend = setting.backend
-    if backend == "auto":
-        backend = {"cpu": "numba", "cuda": "torch"}[setting.kind]
-    masks = MaskJob(BENCHMARK, "", "", str(output), backend=backend, device=setting.device)
-    return generate(names, 0, replace(material.job(setting, output), output=None, format="none"), masks)
+    masks = MaskSettings(crf_backend=setting.backend).on(setting.kind)
+    return run_step(names, 0, FusedStep(material.step(setting, None), masks, str(output)))
 
 
 def reference(setting: Setting, material: Material, names: list[str], output: Path) -> Iterator[Outcome]:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import clip
+from pipeline.compute import ComputeSettings
 
 CACHE = "CLIP_WSSS_CACHE"
 REPEATS, MANY = 3, 10  # how often what is timed on its own is repeated, and how many times as often ...
@@ -78,6 +79,12 @@ class Setting:
     def kind(self) -> str:
         """"cpu" or "cuda"."""
         return clip.pick_device(self.device).type
+
+    @property
+    def compute(self) -> ComputeSettings:
+        """What our steps compute on."""
+        decode_workers = self.threads if self.kind == "cuda" else 0
+        return ComputeSettings(self.device, self.precision, decode_workers=decode_workers)
 
     def limit_threads(self) -> None:
         """Have PyTorch and OpenCV of this process use `threads`."""

@@ -26,7 +26,7 @@ def reference_tags(
     Args:
         text: (C, E) features of the names, those of the classes first.
         classes: how many of the names are scored.
-        settings: without the two that mend the public code, `cover_edge` and `skip_empty_crops`.
+        settings: without the two that mend the public code, `include_edge` and `skip_empty_crops`.
 
     Returns:
         (K,) float32.
@@ -43,7 +43,7 @@ def reference_tags(
     means = attention.flatten(1).mean(1)[:, None, None]
     voters = settings.voters(layers)
     votes = (attention > settings.vote_threshold * means)[voters.start : voters.stop].sum(0)
-    averaging = settings.averaging(layers)
+    averaging = settings.averaged(layers)
     related = attention[averaging.start : averaging.stop].mean(0)
     related = related * (votes >= settings.votes_needed(layers))  # (n, n)
     first = related @ coarse

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tagclip.scores import labels, read_scores
 from torch import Tensor
 
 import clip
@@ -16,14 +15,15 @@ from bench.cams import BENCHMARK, STAGED, Material, block_flop, race
 from bench.measure import Setting
 from bench.reference_tags import reference_tags
 from clip.model import CLIP
-from pipeline.cams import flow_settings
-from pipeline.flow import flow
+from pipeline.label_scores import chosen_labels, read_scores
 from pipeline.processes import Outcome
+from pipeline.step import run_step
 from segmentation.images import read_image
 from tagclip import TagSettings
 from tagclip.crops import Crop, candidates, class_tokens, crops, cut
+from tagclip.model import TEMPLATES
 from tagclip.patches import class_probabilities, patch_level, refined_probabilities
-from tagclip.step import Resized, TagJob, TagStep
+from tagclip.step import Resized, TagStep
 
 CLASSES = len(BENCHMARK.classes)
 
@@ -38,25 +38,10 @@ class TagMaterial(Material):
 
     settings: TagSettings = field(default_factory=TagSettings)
 
-    def tag_job(self, setting: Setting, output: Path) -> TagJob:
-        """What `tagclip.step.TagStep` takes."""
-        decoders = setting.threads if setting.kind == "cuda" else 0
-        return TagJob(
-            benchmark=BENCHMARK,
-            image_root=str(self.folder / "images"),
-            model=self.model,
-            device=setting.device,
-            precision=setting.precision,
-            round_weights=False,
-            output=str(output),
-            settings=self.settings,
-            flow=flow_settings(setting.device, decode_workers=decoders),
-        )
-
     def network(self, setting: Setting, precision: str) -> tuple[CLIP, Callable[[], Tensor]]:
         """The model, and what gives the text features of the names (C, E): slowly, later from the cache."""
         model = clip.load(self.model, setting.device, precision, round_weights=False)
-        templates = self.tag_job(setting, self.folder).templates
+        templates = BENCHMARK.tag_templates or TEMPLATES
         return model, lambda: clip.text_features(model, BENCHMARK.tag_names, templates)
 
     def pixels(self, model: CLIP, name: str) -> Tensor:
@@ -66,25 +51,26 @@ class TagMaterial(Material):
         return torch.tensor(clip.resize_rgb(image, size))
 
 
-class Told(TagStep):
-    """Images share files of scores; empty ones in `told` tell when each was done."""
+@dataclass
+class TimedStep(TagStep):
+    """Makes an empty file in `times` when an image is done, because images share files of scores."""
 
-    def __init__(self, job: TagJob, told: Path):
-        super().__init__(job, position=0)
-        self.told = told
+    times: Path = Path()
 
     def write(self, decoded: Resized, scores: np.ndarray) -> list[str]:
         notes = super().write(decoded, scores)
-        (self.told / decoded.name).touch()
+        (self.times / decoded.name).touch()
         return notes
 
 
 def ours(setting: Setting, material: TagMaterial, names: list[str], output: Path) -> Iterator[Outcome]:
     """This project's way."""
     output.mkdir()
-    step = Told(material.tag_job(setting, _shards(output)), output)
-    yield from flow(names, step.decoder(), step, step.flow)
-    step.save()
+    images, scores = str(material.folder / "images"), str(_scores(output))
+    step = TimedStep(
+        BENCHMARK, images, material.model, scores, material.settings, setting.compute, times=output
+    )
+    return run_step(names, 0, step)
 
 
 def reference(setting: Setting, material: TagMaterial, names: list[str], output: Path) -> Iterator[Outcome]:
@@ -172,10 +158,10 @@ def crops_of(refined: Tensor, grid: tuple[int, int], settings: TagSettings) -> l
 
 def compared(folder: Path, names: list[str], settings: TagSettings) -> dict[str, float]:
     """How far scores and labels of both ways agree."""
-    found = read_scores(_shards(folder / "ours0"), CLASSES)
+    found = read_scores(_scores(folder / "ours0"), CLASSES)
     mine = np.stack([found[name] for name in names])  # (n, K)
     theirs = np.stack([np.load(folder / "reference" / f"{name}.npy") for name in names])
-    chosen = [labels(scores, settings.ratio) for scores in (mine, theirs)]
+    chosen = [chosen_labels(scores, settings.ratio) for scores in (mine, theirs)]
     differing = [len(set(a) ^ set(b)) for a, b in zip(*chosen, strict=True)]
     return {
         "label_agreement": 1 - sum(differing) / mine.size,
@@ -247,6 +233,6 @@ def stages(
     return rows
 
 
-def _shards(output: Path) -> Path:
-    """Where our way leaves its scores."""
+def _scores(output: Path) -> Path:
+    """Return the folder of our scores."""
     return output.with_name(f"{output.name}_scores")

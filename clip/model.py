@@ -89,11 +89,10 @@ def attend_with_weights(
         mask, (heads, B, L, L) in the type of `value`, else None.
     """
     batch, heads, length, width = query.shape
-    query = query * width**-0.5
     if mask is not None:
         mask = mask.expand(batch, heads, length, length)
     if torch.is_grad_enabled() and query.requires_grad:  # memory that autograd saved must not be overwritten
-        scores = query @ key.mT  # (B, heads, L, L)
+        scores = (query * width**-0.5) @ key.mT  # (B, heads, L, L)
         attention = scores.softmax(-1, dtype=torch.float32)
         weights = attention if mask is None else (scores + mask).softmax(-1, dtype=torch.float32)
         weights = weights.to(value.dtype)
@@ -107,7 +106,7 @@ def attend_with_weights(
     for start in range(0, heads, chunk):
         q, k, v = (x[:, start : start + chunk].transpose(0, 1).flatten(0, 1) for x in (query, key, value))
         scores, weights = score_buffer[: len(q) // batch], weight_buffer[: len(q) // batch]
-        torch.bmm(q, k.mT, out=scores.flatten(0, 1))
+        torch.bmm(q * width**-0.5, k.mT, out=scores.flatten(0, 1))
         torch.softmax(scores, -1, dtype=torch.float32, out=weights)
         attention.add_(weights[0] if len(weights) == 1 else weights.sum(0))
         if mask is not None:

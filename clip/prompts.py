@@ -23,7 +23,7 @@ def feature_cache() -> Path:
 
 @torch.no_grad()
 def encode_prompts(model: CLIP, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Class features: each filled template encoded and normalised, their mean normalised again.
+    """Class features: each filled template encoded and normalized, their mean normalized again.
 
     Args:
         names: N class names as the prompts have them.

@@ -109,7 +109,7 @@ class ModifiedResNet(nn.Module):
         return self.conv1.weight.dtype
 
     def stages(self, images: Tensor) -> Tensor:
-        """(B, 3, H', W') normalised, sides multiples of 32 -> last stage (B, C, H'/32, W'/32)."""
+        """(B, 3, H', W') normalized, sides multiples of 32 -> last stage (B, C, H'/32, W'/32)."""
         x = images.to(self.dtype)
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(conv(x)))
@@ -117,5 +117,5 @@ class ModifiedResNet(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def forward(self, images: Tensor, position_rounding: str = "always") -> Tensor:
-        """(B, 3, H', W') -> (B, E), not normalised."""
+        """(B, 3, H', W') -> (B, E), not normalized."""
         return self.attnpool(self.stages(images), position_rounding)

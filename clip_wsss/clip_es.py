@@ -124,7 +124,7 @@ class ClipES:
             raise TypeError("labels of one image must be a list of class names")
         names = [labels] * count if shared else [list(item) for item in labels]
         if len(names) != count:
-            raise ValueError(f"{len(names)} lists of labels for {count} images: give one for each, or for all")
+            raise ValueError(f"{len(names)} lists of labels for {count} images: give one for each or all")
         if not all(names):
             raise ValueError("an image has no labels: name at least one class that it contains")
         return [list(dict.fromkeys(item)) for item in names]

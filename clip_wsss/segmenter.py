@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from clip_wsss.images import ImageLike, as_list, split_settings, to_pillow
+from clip_wsss.result import Result
 from deeplab.recipe import RECIPE as DEEPLAB
+from pipeline.run import read_settings
+from segmentation.checkpoints import FINAL
 from training import segmenter as trained
 from training.config import CONFIG, TestConfig, read
 from training.data import benchmark_of
 from training.segmenter import Setup, protocol_of
-
-from clip_wsss.images import ImageLike, as_list, split_settings, to_pillow
-from clip_wsss.result import Result
-from pipeline.run import read_settings
-from segmentation.checkpoints import FINAL
 
 RECIPES = {"deeplab.train": DEEPLAB}  # by the step that a run folder records
 

@@ -13,16 +13,27 @@ import argparse
 import math
 import types
 import typing
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 SPEC = "setting"  # key of a field's metadata
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What `setting` declares beside the default; see there."""
+    """What `setting` declares beside the default.
+
+    Attributes:
+        help: what the setting does, in one sentence; shown by --help and in docs/.
+        least, most, above: range of a number, or of each number of a list; `above` excludes the bound.
+        choices: allowed values: a sequence, or the registry (dict) they come from.
+        aliases: further spellings of the flag, such as those of a reference implementation.
+        none: word that stands for None on the command line, such as "auto"; it is shown as the default.
+        metavar: placeholder of the value in --help.
+    """
 
     help: str
     least: float | None = None
@@ -33,38 +44,43 @@ class Spec:
     none: str | None = None
     metavar: str | None = None
 
+    def allows(self, value: Any) -> bool:
+        """Return whether a value, or each item of a list, is in the range."""
+        if isinstance(value, list | tuple):
+            return all(map(self.allows, value))
+        if self.choices is not None:
+            return value in self.choices
+        if isinstance(value, bool | str):
+            return True
+        low = -math.inf if self.least is None else self.least
+        high = math.inf if self.most is None else self.most
+        return math.isfinite(value) and low <= value <= high and (self.above is None or value > self.above)
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    choices: Collection[str] | None = None,
-    aliases: Sequence[str] = (),
-    none: str | None = None,
-    metavar: str | None = None,
-) -> Any:
-    """Return a dataclass field that declares a setting.
+    def expected(self, hint: Any) -> str:
+        """Return the range in words, such as "a whole number, 1 or more"; `hint` is the annotation."""
+        if self.choices is not None:
+            return f"one of {', '.join(self.choices)}"
+        kind, is_list = _type_of(hint)
+        text = "numbers" if is_list else "a whole number" if kind is int else "a number"
+        if self.above is not None:
+            return f"{text} above {self.above:g}"
+        if self.least is not None and self.most is not None:
+            return f"{text} from {self.least:g} to {self.most:g}"
+        if self.least is not None:
+            return f"{text}, {self.least:g} or more"
+        return text if self.most is None else f"{text}, {self.most:g} or less"
 
-    Args:
-        default: value where the user says nothing.
-        help: what it does, in one sentence; shown by --help and in docs/.
-        least, most, above: range of a number, or of each number of a list; `above` excludes the bound.
-        choices: allowed values, a sequence or the registry (dict) they come from.
-        aliases: further spellings of the flag, such as those of a reference implementation.
-        none: word that stands for None on the command line, such as "auto"; it is shown as the default.
-        metavar: placeholder of the value in --help.
-    """
-    metadata = {SPEC: Spec(help, least, most, above, choices, tuple(aliases), none, metavar)}
+
+def setting(default: Any, help: str, **options: Any) -> Any:
+    """Return a dataclass field that declares a setting; `options` are the further attributes of `Spec`."""
+    metadata = {SPEC: Spec(help, **options)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 class Settings:
-    """Base of dataclasses of settings: values outside their range raise ValueError.
+    """Base of dataclasses of settings: a value outside its range raises ValueError.
 
     `SECTION` precedes the names in errors: "solver." for a section of a YAML configuration.
     """
@@ -72,138 +88,70 @@ class Settings:
     SECTION = ""
 
     def __post_init__(self):
-        check(self)
-
-
-T = TypeVar("T")
-
-
-def check(settings: Settings) -> None:
-    """Raise ValueError for the first setting whose value is outside its range."""
-    for declared, spec in _declared(type(settings)):
-        value = getattr(settings, declared.name)
-        values = value if isinstance(value, list | tuple) else [value]
-        if not all(item is None or _fits(item, spec) for item in values):
-            hint = typing.get_type_hints(type(settings))[declared.name]
-            name = settings.SECTION + declared.name
-            raise ValueError(f"{name} must be {expected(spec, hint)}, got {value!r}")
-
-
-def expected(spec: Spec, hint: Any) -> str:
-    """Return the allowed values of a setting in words, such as "a whole number, 1 or more"."""
-    if spec.choices is not None:
-        return f"one of {', '.join(spec.choices)}"
-    kind = "numbers" if _is_list(hint) else "a whole number" if _kind(hint) is int else "a number"
-    if spec.above is not None:
-        return f"{kind} above {spec.above:g}"
-    if spec.least is None and spec.most is None:
-        return kind
-    if spec.least is None:
-        return f"{kind}, {spec.most:g} or less"
-    if spec.most is None:
-        return f"{kind}, {spec.least:g} or more"
-    return f"{kind} from {spec.least:g} to {spec.most:g}"
+        for name, spec, _ in _declared(type(self)):
+            value = getattr(self, name)
+            if value is not None and not spec.allows(value):
+                expected = spec.expected(typing.get_type_hints(type(self))[name])
+                raise ValueError(f"{self.SECTION}{name} must be {expected}, got {value!r}")
 
 
 def add_flags(
-    parser: Any,
-    cls: type,
-    omit: Collection[str] = (),
-    defaults: Any = None,
-    show: dict[str, str] | None = None,
+    parser: Any, cls: type, omit: Collection[str] = (), show: Mapping[str, str] | None = None
 ) -> None:
-    """Add one flag for each setting of a dataclass.
+    """Add a flag for each setting of a dataclass.
 
-    A flag that is not given leaves no attribute in the namespace, so that `from_args` keeps the default of
-    whatever it starts from.
+    A flag that is not given leaves no attribute in the namespace, so that `from_args` keeps the value of
+    what it starts from.
 
     Args:
         parser: ArgumentParser or argument group.
         cls: dataclass of settings.
         omit: names of settings without a flag.
-        defaults: instance whose values --help shows; None shows the declared defaults.
         show: name -> text shown as the default where another rule decides, such as "the benchmark's".
     """
     hints = typing.get_type_hints(cls)
-    for declared, spec in _declared(cls):
-        name = declared.name
+    for name, spec, default in _declared(cls):
         if name in omit:
             continue
-        default = getattr(defaults, name) if defaults is not None else _default(declared)
         shown = (show or {}).get(name) or _as_text(default, spec)
-        options: dict[str, Any] = {
-            "dest": name,
-            "default": argparse.SUPPRESS,
-            "help": (spec.help + (f" (default: {shown})" if shown else "")).replace("%", "%%"),
-        }
-        flags = [f"--{name}", *spec.aliases]
-        if _kind(hints[name]) is bool:
-            parser.add_argument(*flags, action=_Switch, **options)
-            continue
-        if spec.choices is not None:
+        help = spec.help + (f" (default: {shown})" if shown else "")
+        options: dict[str, Any] = {"help": help.replace("%", "%%")}
+        kind, _ = _type_of(hints[name])
+        if kind is bool:
+            options["action"] = _Switch
+        elif spec.choices is not None:
             options["choices"] = list(spec.choices)
         else:
-            options["type"] = parser_of(hints[name], spec)
-            options["metavar"] = spec.metavar or _METAVARS.get(_kind(hints[name]), "X")
-        parser.add_argument(*flags, **options)
+            options |= {"type": _parser(hints[name], spec), "metavar": spec.metavar or METAVARS[kind]}
+        parser.add_argument(f"--{name}", *spec.aliases, dest=name, default=argparse.SUPPRESS, **options)
 
 
 def given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of `cls` that were given as flags: name -> value."""
-    return {declared.name: getattr(args, declared.name) for declared, _ in _declared(cls)
-            if hasattr(args, declared.name)}  # fmt: skip
+    return {name: getattr(args, name) for name, _, _ in _declared(cls) if hasattr(args, name)}
 
 
 def from_args(base: T, args: argparse.Namespace) -> T:
-    """Return `base` with the settings that were given as flags.
-
-    Args:
-        base: instance of a dataclass whose flags `add_flags` added.
-
-    Raises:
-        ValueError: settings that contradict each other, see the dataclass.
-    """
+    """Return `base`, a dataclass of settings, with the values that were given as flags."""
     return replace(base, **given(type(base), args))
 
 
-def parser_of(hint: Any, spec: Spec) -> Any:
-    """Return an argparse type: text -> value of the annotated type, within the range.
-
-    Lists are separated by commas.
-    """
-    kind, is_list = _kind(hint), _is_list(hint)
-
-    def parse(text: str) -> Any:
-        if spec.none is not None and text == spec.none:
-            return None
-        words = text.split(",") if is_list else [text]
-        try:
-            values = [kind(word) for word in words]
-        except ValueError:
-            values = [math.nan]
-        if kind in (int, float) and not all(_fits(value, spec) for value in values):
-            more = ", separated by commas" if is_list else f", or {spec.none}" if spec.none else ""
-            raise argparse.ArgumentTypeError(f"expected {expected(spec, hint)}{more}")
-        return tuple(values) if is_list else values[0]
-
-    return parse
-
-
-def rows(cls: type, prefix: str = "--", defaults: Any = None) -> list[tuple[str, str, str]]:
+def rows(cls: type, prefix: str = "--", values: Any = None) -> list[tuple[str, str, str]]:
     """Return (name, default, help) of each setting of a dataclass, nested sections included.
 
     Args:
         prefix: "--" for flags; "" for the keys of a YAML file.
+        values: instance whose values are the defaults; None takes the declared ones.
     """
     found = []
     for declared in fields(cls):
-        default = getattr(defaults, declared.name) if defaults is not None else _default(declared)
+        default = _default(declared) if values is None else getattr(values, declared.name)
         if is_dataclass(default):
             found += rows(type(default), f"{prefix}{declared.name}.", default)
         elif spec := declared.metadata.get(SPEC):
+            choices = f": {', '.join(f'`{choice}`' for choice in spec.choices)}" if spec.choices else ""
             shown = _as_text(default, spec) or ("off" if default is False else "")
-            values = f": {', '.join(f'`{choice}`' for choice in spec.choices)}" if spec.choices else ""
-            found.append((f"{prefix}{declared.name}", shown, spec.help + values))
+            found.append((f"{prefix}{declared.name}", shown, spec.help + choices))
     return found
 
 
@@ -218,30 +166,31 @@ class _Switch(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, option_string not in self.off)
 
-    def format_usage(self) -> str:
-        return self.option_strings[0]
+
+def _parser(hint: Any, spec: Spec) -> Callable[[str], Any]:
+    """Return an argparse type: text -> value in the range; lists are separated by commas."""
+    kind, is_list = _type_of(hint)
+
+    def parse(text: str) -> Any:
+        if spec.none is not None and text == spec.none:
+            return None
+        try:
+            values = tuple(kind(word) for word in (text.split(",") if is_list else [text]))
+        except ValueError:
+            values = (math.nan,)
+        if not spec.allows(values):
+            more = ", separated by commas" if is_list else f", or {spec.none}" if spec.none else ""
+            raise argparse.ArgumentTypeError(f"expected {spec.expected(hint)}{more}")
+        return values if is_list else values[0]
+
+    return parse
 
 
-_METAVARS = {int: "N", float: "X", str: "TEXT"}
-
-
-def _declared(cls: type) -> Iterator[tuple[Field, Spec]]:
+def _declared(cls: type) -> Iterator[tuple[str, Spec, Any]]:
+    """Yield name, spec and default of each setting."""
     for declared in fields(cls):
         if SPEC in declared.metadata:
-            yield declared, declared.metadata[SPEC]
-
-
-def _fits(value: Any, spec: Spec) -> bool:
-    if spec.choices is not None:
-        return value in spec.choices
-    if isinstance(value, bool | str):
-        return True
-    return (
-        (math.isfinite(value))
-        and (spec.least is None or value >= spec.least)
-        and (spec.most is None or value <= spec.most)
-        and (spec.above is None or value > spec.above)
-    )
+            yield declared.name, declared.metadata[SPEC], _default(declared)
 
 
 def _default(declared: Field) -> Any:
@@ -249,7 +198,7 @@ def _default(declared: Field) -> Any:
 
 
 def _as_text(value: Any, spec: Spec) -> str:
-    """The default in --help and docs/; empty where the help text says what happens, and for switches."""
+    """Return a default for --help and docs/; empty for None without a word, and for switches that are off."""
     if value is None:
         return spec.none or ""
     if isinstance(value, bool):
@@ -259,17 +208,9 @@ def _as_text(value: Any, spec: Spec) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _members(hint: Any) -> list[Any]:
-    """The types of a union, None left out; of any other annotation itself."""
-    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return [member for member in members if member is not type(None)]
-
-
-def _is_list(hint: Any) -> bool:
-    return typing.get_origin(_members(hint)[0]) in (list, tuple)
-
-
-def _kind(hint: Any) -> type:
-    """bool, int, float or str: the type of a setting, or of its list's items."""
-    member = _members(hint)[0]
-    return typing.get_args(member)[0] if _is_list(hint) else member
+def _type_of(hint: Any) -> tuple[type, bool]:
+    """Return bool, int, float or str, and whether the annotation is a list of it; None is ignored."""
+    if isinstance(hint, types.UnionType):
+        hint = next(member for member in typing.get_args(hint) if member is not type(None))
+    is_list = typing.get_origin(hint) in (list, tuple)
+    return (typing.get_args(hint)[0] if is_list else hint), is_list

@@ -10,15 +10,21 @@ from common.settings import add_flags, from_args
 from pipeline import shards
 from pipeline.cams import ROUND_WEIGHTS, CamSettings, CamStep
 from pipeline.compute import ComputeSettings
-from pipeline.flags import HelpFormatter, add_benchmark_flag, add_image_flags, beside_images, recorded_path
+from pipeline.flags import (
+    LABELS_HELP,
+    MODEL_HELP,
+    HelpFormatter,
+    add_benchmark_flag,
+    add_image_flags,
+    beside_images,
+    recorded_path,
+)
 from pipeline.presets import add_preset_flag, cam_defaults
 from pipeline.run import Record, Run
 from segmentation import benchmark as benchmarks
 from segmentation import camfile, labels
 
 OUTPUTS = (*(f"*{suffix}" for suffix in camfile.FORMATS.values()), "*.tar", f"*{shards.FAILED}")  # of CAMs
-LABELS_HELP = "file of lines `id index index ...` that replaces the benchmark's labels"
-MODEL_HELP = "CLIP checkpoint file, public name (ViT-B/16, RN50, ...) or open_clip model:tag"
 
 
 def main(name: str | None = None) -> int:

@@ -25,7 +25,7 @@ SUMMARY = ("Mean IoU", "Pixel Accuracy", "Mean Accuracy", "Frequency Weighted Io
 
 
 def backgrounds(threshold: float, cam_type: str, has_background: bool = True) -> tuple[float | None, ...]:
-    """The background scores that the public evaluation tries for a given --cam_eval_thres.
+    """Return the background scores that the reference evaluation tries for a value of --cam_eval_thres.
 
     The value only selects the list: exponents 1 and 2 (1 to 10 for maps without attention refinement)
     for 1 and more, constants 0.05, 0.10, ..., 0.60 below 1.
@@ -106,17 +106,17 @@ def ordered(numbers: np.ndarray) -> np.ndarray:
 
 
 def count_cams(
-    truth: np.ndarray, keys: np.ndarray, maps: np.ndarray, evaluation: "Evaluation"
+    truth: np.ndarray, class_ids: np.ndarray, cams: np.ndarray, evaluation: "Evaluation"
 ) -> tuple[np.ndarray, int]:
     """Count the pixels of one image for all of the evaluation's background scores at once.
 
     A pixel is of its best class, or of the background where that scores as high; among classes ties go to
-    the earlier key. NaN counts as highest.
+    the earlier one in `class_ids`. NaN counts as highest.
 
     Args:
         truth: (H, W) uint8, indices as the benchmark's masks have them.
-        keys: (K,) class indices.
-        maps: (K, H, W) float16; (K + 1, H, W) if they have a background channel. float32 counts as if it
+        class_ids: (K,) class indices.
+        cams: (K, H, W) float16; (K + 1, H, W) if they have a background channel. float32 counts as if it
             were rounded to float16, but only close rivals are.
 
     Returns:
@@ -127,17 +127,17 @@ def count_cams(
         ValueError: a pixel of known truth is predicted as a class that the benchmark does not have.
     """
     offset = int(evaluation.benchmark.has_background)
-    indices = keys + offset
+    indices = class_ids + offset
     if "bg" in evaluation.cam_type:
         indices = np.append(0, indices)
     edges, float32_edges, wins = _verdicts(evaluation.backgrounds, evaluation.arithmetic)
-    if len(maps):
-        if maps.dtype == np.float32 and maps.min() >= 0 and maps.max() <= 1:
+    if len(cams):
+        if cams.dtype == np.float32 and cams.min() >= 0 and cams.max() <= 1:
             edges = float32_edges
         else:  # NaN is here
-            maps = ordered(maps.astype(np.float16, copy=False))
-        best, top = _argmax(maps.reshape(len(maps), -1))  # (H * W,), (H * W,)
-        code = best.astype(np.min_scalar_type(len(maps) * len(wins))) * len(wins)  # and the interval of top
+            cams = ordered(cams.astype(np.float16, copy=False))
+        best, top = _argmax(cams.reshape(len(cams), -1))  # (H * W,), (H * W,)
+        code = best.astype(np.min_scalar_type(len(cams) * len(wins))) * len(wins)  # and the interval of top
         most = top.max()
         for edge in edges:
             if edge <= most:
@@ -181,7 +181,7 @@ def _matrices(indices: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]
     if len(unknown):
         raise ValueError(f"the prediction holds {unknown.max()}, but there are {channels} classes")
     hists = np.zeros((backgrounds, channels, channels), np.int64)
-    for candidate in np.flatnonzero(used & (indices < channels)):  # two keys may be equal
+    for candidate in np.flatnonzero(used & (indices < channels)):  # two indices may be equal
         hists[:, :, indices[candidate]] += counts[:, candidate].T
     return hists, int(counts[:, indices == IGNORE, 0].sum())
 
@@ -253,7 +253,9 @@ class Evaluation(Step):
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
         """Return hists (B, n, n) int64 [truth, prediction] for the B background scores, and pixels (2,):
         those of known truth that are predicted 255 (and left out), and all of known truth."""
-        return self.hists, self.pixels
+        counts = self.hists, self.pixels
+        self.__post_init__()  # another run counts from zero
+        return counts
 
 
 def evaluate(
@@ -269,7 +271,7 @@ def evaluate(
         evaluation: see there.
         names: image ids.
         json_file: where the scores are written, if anywhere.
-        allow_missing: leave out images without prediction or ground truth, and tell how many.
+        allow_missing: leave out images without prediction or ground truth, and report their number.
         num_workers: processes.
 
     Returns:
@@ -370,8 +372,8 @@ def report_scores(
         stream.write(json.dumps(_without_nan(content), indent=2, allow_nan=False).encode() + b"\n")
 
 
-def benchmark_of(folder: str | Path, dataset: str | None) -> tuple[str, Benchmark]:
-    """The benchmark given by --dataset, else the one recorded by the run that filled `folder`.
+def benchmark_of(folder: str | Path, benchmark: str | None) -> tuple[str, Benchmark]:
+    """Return the benchmark of --benchmark, else the one recorded by the run that filled `folder`.
 
     Returns:
         What to call it (see `segmentation.benchmark.load`), and the benchmark.
@@ -382,9 +384,9 @@ def benchmark_of(folder: str | Path, dataset: str | None) -> tuple[str, Benchmar
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"folder {folder}, which should hold the CAMs, does not exist")
-    name = dataset or read_settings(folder).get("settings", {}).get("benchmark")
+    name = benchmark or read_settings(folder).get("settings", {}).get("benchmark")
     if not name or not isinstance(name, str):
-        raise ValueError(f"{folder} does not record its benchmark: give --dataset NAME or FILE.yaml")
+        raise ValueError(f"{folder} does not record its benchmark: give --benchmark NAME or FILE.yaml")
     return name, benchmarks.load(name)
 
 
@@ -401,17 +403,17 @@ def files_present(
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"folder {folder}, which should hold the {what}, does not exist")
-    found, missing = [], []
+    present, missing = [], []
     for name in names:
         exists = camfile.exists(folder, name) if what == "CAMs" else (Path(folder) / f"{name}.png").is_file()
-        (found if exists else missing).append(name)
-    if missing and (not allow_missing or not found):
+        (present if exists else missing).append(name)
+    if missing and (not allow_missing or not present):
         none = " (images without labels have none)" if what == "CAMs" else ""
         raise FileNotFoundError(
             f"{folder} lacks the {what} of {len(missing)} of {len(names)} images: {first_few(missing)}{none}"
             "; make them, or leave these images out by --allow_missing"
         )
-    return found, missing
+    return present, missing
 
 
 def _named(score: float | None) -> str:

@@ -232,7 +232,9 @@ class MaskStep(Step):
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
         """Return `hist` and `pixels`; zero without ground truth."""
-        return self.hist, self.pixels
+        counts = self.hist, self.pixels
+        self.__post_init__()  # another run counts from zero
+        return counts
 
     def _file(self, name: str) -> Path:
         return Path(self.output) / f"{name}.png"

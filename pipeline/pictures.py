@@ -1,4 +1,4 @@
-"""Images, CAMs and masks as pictures of the report page."""
+"""Figures of the report page: images, CAMs and masks as data URLs."""
 
 import base64
 import io
@@ -9,17 +9,17 @@ from PIL import Image
 
 from segmentation.benchmark import IGNORE, Benchmark
 
-SIDE = 320  # pixels of a picture's longer side: sharp on a dense screen at the width it is shown
-HEAT = cv2.COLORMAP_TURBO
-OPACITY, FAINT = 0.7, 0.4  # of CAMs over images, and the activation below which it fades
-BACKGROUND = (238, 240, 243)  # VOC paints background black, which shouts on a white page
-HATCH = 8  # pixels from one stripe of "unsure" to the next
+SIDE = 320  # longer side of a figure in pixels: twice the width at which it is displayed
+COLORMAP = cv2.COLORMAP_TURBO
+OPACITY, FADE_BELOW = 0.7, 0.4  # of a CAM over its image; below this activation the opacity falls to 0
+BACKGROUND = (238, 240, 243)  # VOC's black background is too dominant on a white page
+HATCH = 8  # pixels between the stripes of ignored pixels
 JPEG = {"format": "JPEG", "quality": 88, "subsampling": 0}
 PNG = {"format": "PNG", "optimize": True}
 
 
-def heat(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
-    """A CAM over its image, whose colours step back.
+def cam_overlay(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
+    """Return a CAM in colors over its image in gray.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -29,65 +29,51 @@ def heat(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
         (H, W, 3) uint8 RGB.
     """
     cam = np.float32(cam)
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
-    glow = cv2.applyColorMap(np.rint(cam * 255).astype(np.uint8), HEAT)[..., ::-1]
-    weight = OPACITY * np.minimum(cam / FAINT, 1)[..., None]  # where there is no activation, see the image
-    return np.rint(grey * (1 - weight) + glow * weight).astype(np.uint8)
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
+    colors = cv2.applyColorMap(np.rint(cam * 255).astype(np.uint8), COLORMAP)[..., ::-1]
+    weight = OPACITY * np.minimum(cam / FADE_BELOW, 1)[..., None]
+    return np.rint(gray * (1 - weight) + colors * weight).astype(np.uint8)
 
 
 def paint(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """An index mask in its palette's colours, background pale and 255 hatched.
-
-    Args:
-        labels: (H, W) uint8.
-        palette: (256, 3) uint8, as `colours` gives it.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
-    """
+    """Return an index mask (H, W) uint8 in the colors of a `page_palette`, 255 hatched: (H, W, 3) uint8."""
     y, x = np.indices(labels.shape)
-    stripe = np.where((x + y) % HATCH < HATCH // 3, 140, 255).astype(np.uint8)
-    return np.where((labels == IGNORE)[..., None], stripe[..., None], palette[labels])
+    stripes = np.where((x + y) % HATCH < HATCH // 3, 140, 255).astype(np.uint8)
+    return np.where((labels == IGNORE)[..., None], stripes[..., None], palette[labels])
 
 
-def colours(benchmark: Benchmark) -> np.ndarray:
-    """(256, 3) uint8: the benchmark's palette, its black background exchanged for a pale one."""
+def page_palette(benchmark: Benchmark) -> np.ndarray:
+    """Return the benchmark's palette (256, 3) uint8 with a pale background instead of black."""
     palette = benchmark.palette.copy()
     if benchmark.has_background:
         palette[0] = BACKGROUND
     return palette
 
 
-def css(colour: np.ndarray) -> str:
-    """A colour (3,) in CSS."""
-    return "#" + bytes(int(channel) for channel in colour).hex()
+def image_figure(pixels: np.ndarray) -> str:
+    """Return an image (H, W, 3) uint8 RGB as data URL."""
+    size = _displayed_size(pixels)
+    interpolation = cv2.INTER_AREA if size[0] < pixels.shape[1] else cv2.INTER_CUBIC
+    return _data_url(cv2.resize(pixels, size, interpolation=interpolation), JPEG)
 
 
-def photo(pixels: np.ndarray) -> str:
-    """An image (H, W, 3) uint8 RGB as data address, at the size it is shown."""
-    return _embed(_resize(pixels, _shown_size(pixels.shape[:2]), cv2.INTER_CUBIC), JPEG)
+def mask_figure(labels: np.ndarray, palette: np.ndarray) -> str:
+    """Return a mask (H, W) uint8 as data URL, in the colors of a `page_palette`."""
+    labels = cv2.resize(labels, _displayed_size(labels), interpolation=cv2.INTER_NEAREST)
+    return _data_url(paint(labels, palette), PNG)
 
 
-def label_picture(labels: np.ndarray, palette: np.ndarray) -> str:
-    """A mask (H, W) uint8 as data address, painted in `colours`, at the size it is shown."""
-    return _embed(paint(_resize(labels, _shown_size(labels.shape), cv2.INTER_NEAREST), palette), PNG)
+def _displayed_size(pixels: np.ndarray) -> tuple[int, int]:
+    """(width, height) of a figure."""
+    height, width = pixels.shape[:2]
+    factor = SIDE / max(height, width)
+    return max(1, round(width * factor)), max(1, round(height * factor))
 
 
-def _shown_size(size: tuple[int, int]) -> tuple[int, int]:
-    factor = SIDE / max(size)
-    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
-
-
-def _resize(pixels: np.ndarray, size: tuple[int, int], interpolation: int) -> np.ndarray:
-    shrinks = size[0] < pixels.shape[0] and interpolation != cv2.INTER_NEAREST
-    return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA if shrinks else interpolation)
-
-
-def _embed(pixels: np.ndarray, options: dict) -> str:
-    """A picture as data address."""
+def _data_url(pixels: np.ndarray, options: dict) -> str:
     image = Image.fromarray(pixels)
     if options["format"] == "PNG":
-        image = image.quantize(256)  # few colours each: exact, and a third of the size
+        image = image.quantize(256)  # exact for so few colors, and a third of the size
     stream = io.BytesIO()
     image.save(stream, **options)
     return f"data:image/{options['format'].lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"

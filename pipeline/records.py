@@ -1,89 +1,96 @@
-"""What steps left in JSON files, scores and settings, as the report page tells it."""
+"""Scores and settings that steps wrote to JSON files, prepared for the report page."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 TAG_SCORES = ("mAP", "F1", "Precision", "Recall")
-LISTED, FIRST = 25, 3  # entries of a list that is told in full; of a longer one, those that are told
+MAX_ITEMS, FIRST_ITEMS = 25, 3  # longer lists of settings are cut to the first few items
 
 
-def read_stage(title: str, file: str | Path, classes: Sequence[str]) -> dict:
-    """One column of the page's scores.
+def read_stage(title: str, file: str | Path, classes: Sequence[str]) -> dict[str, Any]:
+    """Return one column of the page's score tables.
 
     Args:
         title: of the column.
-        file: what `eval_cam.py --json`, `eval_cam_with_crf.py --eval_only --json` or a network's test wrote.
-        classes: names it must have scores of, see `pipeline.evaluate.scored_names`.
+        file: JSON of `eval_cam.py --json`, `eval_cam_with_crf.py --json` or the test of a network.
+        classes: names whose IoU it must hold, see `pipeline.evaluate.scored_names`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it holds no scores, or those of other classes.
+        FileNotFoundError: `file` does not exist.
+        ValueError: it has no scores, or scores of other classes.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"score file {file} does not exist: evaluation writes it with --json")
-    try:
-        content = json.loads(Path(file).read_text())
-        best, unsure = content["best"], content.get("ignored")
-        chosen = best.get("background")  # an exponent from 1 on, a constant below; see `pipeline.evaluate`
-        note = "" if chosen is None else f"background {'exponent' if chosen >= 1 else 'score'} {chosen:g}"
-        note = f"{100 * unsure:.1f} % unsure left out" if unsure else note
+
+    def stage(content: dict) -> dict[str, Any]:
+        best, ignored, note = content["best"], content.get("ignored"), ""
+        if ignored:
+            note = f"{100 * ignored:.1f} % ignored"
+        elif (background := best.get("background")) is not None:  # see `pipeline.evaluate`
+            note = f"background {'exponent' if background >= 1 else 'score'} {background:g}"
         ious = {name: best["Class IoU"][name] for name in classes}
         return {"title": title, "mean": best["Mean IoU"], "classes": ious, "note": note}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{file} holds no scores of these classes: give what evaluation wrote with --json"
-        ) from None
+
+    return _read(file, stage, "evaluation", "scores of these classes")
 
 
 def read_tag_scores(file: str | Path) -> tuple[dict[str, float | None], int]:
-    """How well labels were found: TAG_SCORES of what `classify.py --json` wrote, None where undefined; and of
-    how many images.
+    """Return the TAG_SCORES that `classify.py --json` wrote, None where undefined, and the number of images.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it holds something else.
+        FileNotFoundError: `file` does not exist.
+        ValueError: it has no such scores.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"score file {file} does not exist: classify.py writes it with --json")
-    try:
-        content = json.loads(Path(file).read_text())
+
+    def scores(content: dict) -> tuple[dict[str, float | None], int]:
         return {name: content[name] for name in TAG_SCORES}, int(content["images"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} holds no scores of tags: give what classify.py wrote with --json") from None
+
+    return _read(file, scores, "classify.py", "scores of tags")
 
 
-def rows(records: Sequence[dict]) -> dict[str, str]:
-    """The rows of a step's table: its settings, but for empty ones, and the digests of its input files."""
-    found = {}
+def _read(file: str | Path, select: Callable[[dict], Any], writer: str, expected: str) -> Any:
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"score file {file} does not exist: {writer} writes it with --json")
+    try:
+        return select(json.loads(Path(file).read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{file} holds no {expected}: give what {writer} wrote with --json") from None
+
+
+def tables(steps: Mapping[str, Sequence[dict]], common: str) -> dict[str, dict[str, str]]:
+    """Return title -> rows of settings; rows that all of several steps share are in a first table `common`.
+
+    Args:
+        steps: title -> what `pipeline.run.read_settings` returned for its folders.
+    """
+    found = {title: _rows(records) for title, records in steps.items()}
+    if len(found) < 2:
+        return found
+    shared = dict(set.intersection(*(set(rows.items()) for rows in found.values())))
+    shared = {key: value for key, value in next(iter(found.values())).items() if key in shared}
+    own = {title: {key: rows[key] for key in rows if key not in shared} for title, rows in found.items()}
+    return {common: shared} | own
+
+
+def _rows(records: Sequence[dict]) -> dict[str, str]:
+    """Settings without empty ones, and digests of input files."""
+    found: dict[str, str] = {}
     for record in records:
         digests = {f"sha256 of {name}": digest for name, digest in record.get("inputs", {}).items()}
         for key, value in (record.get("settings", {}) | digests).items():
-            told_apart = any(name.startswith(f"{key}.") for name in found)  # model, where model.width is told
-            if value not in ("", None, [], {}) and not told_apart:
-                found[key] = _told(value)
+            # A test records its network as `model`, the training before it as `model.width` and so on.
+            repeated = any(name.startswith(f"{key}.") for name in found)
+            if value not in ("", None, [], {}) and not repeated:
+                found[key] = _text(value)
     return {key.replace("_", " "): value for key, value in found.items()}
 
 
-def apart(title: str, tables: Mapping[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """Tables (title -> rows) without the rows that all have in common, and before them one of these."""
-    if len(tables) < 2:
-        return dict(tables)
-    first, *others = tables.values()
-    shared = {key: value for key, value in first.items() if all(rows.get(key) == value for rows in others)}
-    own = {
-        name: {key: value for key, value in rows.items() if key not in shared}
-        for name, rows in tables.items()
-    }
-    return {title: shared} | own
-
-
-def _told(value) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_told(item)}" for key, item in value.items())
+        return ", ".join(f"{key.replace('_', ' ')} {_text(item)}" for key, item in value.items())
     if isinstance(value, list):
-        told = value if len(value) <= LISTED else [*value[:FIRST], f"… ({len(value)} in all)"]
-        return ", ".join(_told(item) for item in told)
+        cut = [*value[:FIRST_ITEMS], f"… ({len(value)} in all)"] if len(value) > MAX_ITEMS else value
+        return ", ".join(_text(item) for item in cut)
     return f"{value:g}" if isinstance(value, float) else str(value)

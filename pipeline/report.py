@@ -1,13 +1,14 @@
-"""A page to look at: what the steps made of a data set, in pictures and scores.
+"""The report page: what the steps made of a data set, in figures and scores.
 
-`python -m pipeline.report --help`. The page is one HTML file: pictures are inside it, nothing is fetched.
+`python -m pipeline.report --help`. The page is one HTML file that contains its figures and loads nothing.
 """
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -15,9 +16,8 @@ import numpy as np
 from common.files import replacing
 from pipeline import pictures, records
 from pipeline.evaluate import benchmark_scores, scored_names
-from pipeline.masks import MaskJob, refine_labels
+from pipeline.masks import MaskSettings, crf_posterior, mask_values, posterior_labels
 from pipeline.run import command, read_settings
-from refinement.densecrf import Preset
 from segmentation import benchmark as benchmarks
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
@@ -27,91 +27,52 @@ from segmentation.masks import mask_keys, read_mask
 from segmentation.metrics import confusion
 
 STAGES = ("Initial CAM", "Refined CAM", "Dense CRF")  # in the order of --scores
-MASKS, FROM_TAGS = "Pseudo mask", "Mask from tags"  # in the order of --auto_scores
-SEES_LABELS, SEES_IMAGE = "given the image's labels", "given the image alone"
-
-
-@dataclass(frozen=True)
-class FromTags:
-    """Masks made without annotation, of the labels that step 0 found.
-
-    Attributes:
-        mask_dir: the masks.
-        label_file: the labels, lines `name index index ...`.
-        tag_scores: JSON of how well these were found; None where that is not known.
-        mask_scores: JSON of the scores of the pseudo masks of true labels and of these, or none.
-    """
-
-    mask_dir: str
-    label_file: str
-    tag_scores: str | None = None
-    mask_scores: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where the images and the results of each step lie.
-
-    Attributes:
-        benchmark: the data set.
-        image_root: folder of the images.
-        cam_dir: CAM files with the types `highres` and `attn_highres` (step 1 with --keep_initial).
-        mask_dir: pseudo masks.
-        gt_root: ground-truth masks; None where there are none.
-        from_tags: masks of the same images without annotation, if there are any.
-    """
-
-    benchmark: Benchmark
-    image_root: str
-    cam_dir: str
-    mask_dir: str
-    gt_root: str | None = None
-    from_tags: FromTags | None = None
+MASKS = ("Pseudo mask", "Mask from tags")  # in the order of --auto_scores
+NEEDS_LABELS, NEEDS_IMAGE = "with true labels", "without labels"
 
 
 @dataclass(frozen=True)
 class Network:
-    """What a trained network made of the validation images.
+    """Predictions of a trained network on the validation images."""
 
-    Attributes:
-        title: of its column.
-        mask_dir: masks that it predicted.
-        score_file: JSON of their scores, such as `python -m deeplab.test` writes.
-        crf_file: JSON of the scores after a dense CRF, told beside them; None where there are none.
-    """
-
-    title: str
-    mask_dir: str
-    score_file: str
-    crf_file: str | None = None
+    title: str  # of its column
+    mask_dir: str  # predicted masks
+    score_file: str  # JSON of their scores, such as `python -m deeplab.test` writes
+    crf_file: str | None = None  # JSON of the scores after a dense CRF
 
 
 @dataclass(frozen=True)
-class Validation:
-    """Images that no network was trained on.
+class Results:
+    """Results of the steps that the page shows. Score files are JSON; the page leaves out what is empty."""
 
-    Attributes:
-        names: image ids.
-        image_root, gt_root: folders of the images and of the ground-truth masks.
-        networks: what is shown of them, in this order.
-        score_files: JSON of the refined CAM and of the CRF on the same images, or none.
-    """
-
-    names: Sequence[str]
+    benchmark: Benchmark
+    names: Sequence[str]  # ids of the training images
     image_root: str
-    gt_root: str
-    networks: Sequence[Network]
-    score_files: Sequence[str] = ()
+    cam_dir: str  # CAM files with the types `highres` and `attn_highres` (step 1 with --keep_initial)
+    mask_dir: str  # pseudo masks
+    gt_root: str | None = None  # ground-truth masks
+    scores: Sequence[str] = ()  # of the initial CAM, the refined CAM and the dense CRF
+
+    auto_masks: tuple[str, str] | None = None  # masks from tags, and the labels that step 0 found
+    auto_tags: str | None = None  # scores of these labels
+    auto_scores: Sequence[str] = ()  # of the pseudo masks and of the masks from tags
+
+    networks: Sequence[Network] = ()
+    val_names: Sequence[str] = ()  # ids of images that no network was trained on
+    val_image_root: str = ""
+    val_gt_root: str = ""
+    val_scores: Sequence[str] = ()  # of the refined CAM and the dense CRF on them
+    note: str = ""  # text below the introduction
 
     def __post_init__(self):
         if len({network.title for network in self.networks}) < len(self.networks):
-            raise ValueError("two networks have the same title: give each one of its own")
+            raise ValueError("two networks have the same title: give each its own")
 
 
 def mask_score(mask_dir: str, gt_root: str, name: str, benchmark: Benchmark) -> float:
-    """The mIoU of one mask over the classes (or their groups) that its image has, pixels of 255 left out.
+    """Return the mIoU of one mask over the classes (or groups) of its image, without ignored pixels.
 
-    NaN where the mask holds nothing else.
+    NaN if all pixels are ignored.
 
     Raises:
         FileNotFoundError, ValueError: a mask is missing, cannot be read, or does not fit the ground truth.
@@ -124,324 +85,278 @@ def mask_score(mask_dir: str, gt_root: str, name: str, benchmark: Benchmark) -> 
         raise ValueError(f"{file}: {error}") from None
 
 
-def spread(names: Sequence[str], count: int) -> list[str]:
-    """`count` of `names` at even steps, first and last among them."""
+def evenly_spaced(names: Sequence[str], count: int) -> list[str]:
+    """Return `count` of `names` at even steps, the first and the last included."""
     steps = np.linspace(0, len(names) - 1, min(count, len(names)))
     return [names[round(step)] for step in steps]
 
 
-def best_to_worst(ious: dict[str, float], count: int) -> list[str]:
-    """`count` names at even steps from the highest mIoU to the lowest, NaN among these."""
-    return spread(sorted(ious, key=lambda name: -np.nan_to_num(ious[name])), count)
+def best_to_worst(
+    names: Sequence[str], mask_dir: str, gt_root: str, benchmark: Benchmark, count: int
+) -> list[str]:
+    """Return `count` names at even steps from the mask of highest mIoU to that of lowest; NaN counts as 0."""
+    ious = {name: np.nan_to_num(mask_score(mask_dir, gt_root, name, benchmark)) for name in names}
+    return evenly_spaced(sorted(ious, key=lambda name: -ious[name]), count)
 
 
-def mask_job(sources: Sources) -> MaskJob:
-    """How the pseudo masks were made, as their folder records it; the defaults where it does not."""
-    made = read_settings(sources.mask_dir).get("settings", {})
-    job = MaskJob(sources.benchmark, sources.cam_dir, sources.image_root, output=None)
-    return replace(
-        job,
-        cam_type=made.get("cam_type", job.cam_type),
-        confidence=made.get("confidence", job.confidence),
-        crf=Preset(**made["crf"]) if "crf" in made else job.crf,
-    )
+def mask_entry(mask_dir: str, gt_root: str | None, name: str, benchmark: Benchmark) -> dict[str, Any]:
+    """Return the figure of a mask, the proportion of ignored pixels, and the mIoU (None without truth)."""
+    mask = read_mask(Path(mask_dir) / f"{name}.png")
+    return {
+        "figure": pictures.mask_figure(mask, pictures.page_palette(benchmark)),
+        "ignored": float((mask == IGNORE).mean()),
+        "iou": mask_score(mask_dir, gt_root, name, benchmark) if gt_root is not None else None,
+    }
 
 
-def compared(found: Sequence[int], true: Sequence[int], classes: Sequence[str]) -> list[tuple[str, str]]:
-    """Names of tags, and what to say of each: "" if it is true, "missed", "wrong"."""
-    told = [(key, "" if key in found else "missed") for key in true]
-    told += [(key, "wrong") for key in found if key not in true]
-    return [(classes[key], word) for key, word in told]
+def recorded_masks(results: Results) -> tuple[str, MaskSettings]:
+    """Return the CAM type and settings that the mask folder records; the defaults where it does not."""
+    recorded = read_settings(results.mask_dir).get("settings", {})
+    names = {"image_mode": "crf_image", "unary_type": "crf_unary"}
+    changes = {names[key]: value for key, value in recorded.get("crf", {}).items() if key in names}
+    if "confidence" in recorded:
+        changes["confidence"] = recorded["confidence"]
+    return recorded.get("cam_type", "attn_highres"), MaskSettings(crf_backend="numba", **changes)
 
 
-def sample(sources: Sources, name: str, job: MaskJob, tags: Split | None = None) -> dict:
-    """What the page shows of one image, pictures as data addresses.
+def compare_tags(
+    tags: Sequence[int], labels: Sequence[int], classes: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Return (class name, verdict) of each label and each wrong tag: "" if found, "missed" or "wrong"."""
+    compared = [(index, "" if index in tags else "missed") for index in labels]
+    compared += [(index, "wrong") for index in tags if index not in labels]
+    return [(classes[index], verdict) for index, verdict in compared]
+
+
+def sample(
+    results: Results, name: str, cam_type: str, settings: MaskSettings, tags: Split | None = None
+) -> dict[str, Any]:
+    """Return what the page shows of one training image; figures are data URLs.
 
     Args:
-        sources: see there.
-        name: of the image.
-        job: how its pseudo mask was made.
-        tags: the labels that step 0 found, where `sources` has masks from them.
+        name: image id.
+        cam_type, settings: how its pseudo mask was made, see `recorded_masks`.
+        tags: the labels that step 0 found, if there are masks from them.
 
     Raises:
-        FileNotFoundError, ValueError: a file or a line that is missing, or cannot be read.
+        FileNotFoundError, ValueError: a file or a line is missing or cannot be read.
     """
-    benchmark, palette = sources.benchmark, pictures.colours(sources.benchmark)
-    image = read_rgb(find_image(sources.image_root, name))
+    benchmark, gt_root = results.benchmark, results.gt_root
+    image = read_rgb(find_image(results.image_root, name))
     try:
-        keys, initial = camfile.read(sources.cam_dir, name, "highres")
+        class_ids, initial = camfile.read(results.cam_dir, name, "highres")
     except ValueError as error:
         raise ValueError(f"{error}; step 1 stores the initial CAM, highres, with --keep_initial") from None
-    _, refined = camfile.read(sources.cam_dir, name, "attn_highres")
-    crf, _ = refine_labels(image, *camfile.read(sources.cam_dir, name, job.cam_type), job)
-    mask = read_mask(Path(sources.mask_dir) / f"{name}.png")
+    _, refined = camfile.read(results.cam_dir, name, "attn_highres")
+    _, cams = camfile.read(results.cam_dir, name, cam_type)
+    values = mask_values(class_ids, benchmark, cam_type)
+    posterior = crf_posterior(image, cams, settings, add_background=len(values) > len(cams))
     shown = {
         "name": name,
-        "image": pictures.photo(image),
+        "image": pictures.image_figure(image),
         "cams": [
             {
-                "name": benchmark.classes[key],
-                "initial": pictures.photo(pictures.heat(image, before)),
-                "refined": pictures.photo(pictures.heat(image, after)),
+                "name": benchmark.classes[index],
+                "initial": pictures.image_figure(pictures.cam_overlay(image, before)),
+                "refined": pictures.image_figure(pictures.cam_overlay(image, after)),
             }
-            for key, before, after in zip(keys, initial, refined, strict=True)
+            for index, before, after in zip(class_ids, initial, refined, strict=True)
         ],
-        "crf": pictures.label_picture(crf, palette),
-        "mask": pictures.label_picture(mask, palette),
-        "unsure": float((mask == IGNORE).mean()),
-        "iou": None,
-        "truth": None,
-        "from_tags": None,
+        "crf": pictures.mask_figure(posterior_labels(posterior, values), pictures.page_palette(benchmark)),
+        "mask": mask_entry(results.mask_dir, gt_root, name, benchmark),
+        "auto_mask": None,
+        "truth": gt_root and mask_entry(gt_root, None, name, benchmark)["figure"],
     }
-    if sources.from_tags:
-        folder = sources.from_tags.mask_dir
-        mask = read_mask(Path(folder) / f"{name}.png")
+    if results.auto_masks:
+        mask_dir, label_file = results.auto_masks
         if name not in tags:
-            raise ValueError(f"{sources.from_tags.label_file} has no line of image {name}")
-        if mask_keys(Path(folder) / f"{name}.png") not in (None, tags[name]):
+            raise ValueError(f"{label_file} has no line of image {name}")
+        if mask_keys(Path(mask_dir) / f"{name}.png") not in (None, tags[name]):
             raise ValueError(
-                f"the mask of {name} in {folder} was made of other labels than those in "
-                f"{sources.from_tags.label_file}: make the masks again, or restore the labels"
+                f"the mask of {name} in {mask_dir} was made of other labels than those in {label_file}: make "
+                "the masks again, or restore the labels"
             )
-        shown["from_tags"] = {
-            "tags": compared(tags[name], keys, benchmark.classes),
-            "mask": pictures.label_picture(mask, palette),
-            "unsure": float((mask == IGNORE).mean()),
-            "iou": None,
-        }
-    if sources.gt_root is not None:
-        shown["truth"] = pictures.label_picture(read_mask(Path(sources.gt_root) / f"{name}.png"), palette)
-        shown["iou"] = mask_score(sources.mask_dir, sources.gt_root, name, benchmark)
-        if sources.from_tags:
-            shown["from_tags"]["iou"] = mask_score(folder, sources.gt_root, name, benchmark)
+        shown["auto_mask"] = mask_entry(mask_dir, gt_root, name, benchmark)
+        shown["auto_mask"]["tags"] = compare_tags(tags[name], class_ids, benchmark.classes)
     return shown
 
 
-def predictions(validation: Validation, benchmark: Benchmark, images: int) -> list[dict]:
-    """What the page shows of the validation images: pictures as data addresses, and each mask's mIoU.
-
-    They are taken at even steps from the best to the worst mask of the first network.
-    """
-    palette = pictures.colours(benchmark)
-
-    def iou(network: Network, name: str) -> float:
-        return mask_score(network.mask_dir, validation.gt_root, name, benchmark)
-
-    def picture(folder: str, name: str) -> str:
-        return pictures.label_picture(read_mask(Path(folder) / f"{name}.png"), palette)
-
-    first = {name: iou(validation.networks[0], name) for name in validation.names}
+def predictions(results: Results, count: int) -> list[dict[str, Any]]:
+    """Return what the page shows of `count` validation images, best to worst mask of the first network."""
+    benchmark, gt_root, first = results.benchmark, results.val_gt_root, results.networks[0]
     return [
         {
             "name": name,
-            "image": pictures.photo(read_rgb(find_image(validation.image_root, name))),
+            "image": pictures.image_figure(read_rgb(find_image(results.val_image_root, name))),
             "masks": [
-                {"title": network.title, "mask": picture(network.mask_dir, name), "iou": iou(network, name)}
-                for network in validation.networks
+                {"title": network.title, **mask_entry(network.mask_dir, gt_root, name, benchmark)}
+                for network in results.networks
             ],
-            "truth": picture(validation.gt_root, name),
+            "truth": mask_entry(gt_root, None, name, benchmark)["figure"],
         }
-        for name in best_to_worst(first, images)
+        for name in best_to_worst(results.val_names, first.mask_dir, gt_root, benchmark, count)
     ]
 
 
-def render(
-    sources: Sources,
-    names: Sequence[str],
-    score_files: Sequence[str] = (),
-    images: int = 8,
-    validation: Validation | None = None,
-) -> str:
-    """The page.
+def render(results: Results, images: int = 8) -> str:
+    """Return the page as HTML.
 
     Args:
-        sources: see there.
-        names: all image ids of the split.
-        score_files: JSON of the initial CAM, the refined CAM and the CRF, or none.
-        images: how many are shown. With ground truth they are taken at even steps from the best to the
-            worst pseudo mask (mask from tags where there is one), without it at even steps through the split.
-        validation: what networks made of other images, if any were trained.
-
-    Returns:
-        HTML.
+        images: number of images shown of each split. With ground truth they are taken at even steps from the
+            best to the worst mask, without it at even steps through the split.
 
     Raises:
-        FileNotFoundError, ValueError: a file that is missing or cannot be read.
+        FileNotFoundError, ValueError: a file is missing or cannot be read.
     """
-    benchmark, job, tagged = sources.benchmark, mask_job(sources), sources.from_tags
-    tags = read_split(tagged.label_file, len(benchmark.classes)) if tagged else None
-    if sources.gt_root is not None:
-        folders = (tagged.mask_dir if tagged else sources.mask_dir, sources.gt_root)
-        ious = {name: mask_score(*folders, name, benchmark) for name in names}
-        chosen = best_to_worst(ious, images)
-        order = f"from the best {'mask from tags' if tagged else 'pseudo mask'} to the worst"
-    else:
-        chosen = spread(names, images)
-        order = "through the split"
-    tag_scores, tagged_count = None, 0
-    if tagged and tagged.tag_scores:
-        tag_scores, tagged_count = records.read_tag_scores(tagged.tag_scores)
+    benchmark, names, tags = results.benchmark, results.names, None
+    cam_type, settings = recorded_masks(results)
+    title, mask_dir = MASKS[0], results.mask_dir
+    if results.auto_masks:
+        title, (mask_dir, label_file) = MASKS[1], results.auto_masks
+        tags = read_split(label_file, len(benchmark.classes))
+    order, selected = "through the split", evenly_spaced(names, images)
+    if results.gt_root is not None:
+        order = f"from the best {title.lower()} to the worst"
+        selected = best_to_worst(names, mask_dir, results.gt_root, benchmark, images)
     classes = ["background"] * benchmark.has_background + list(benchmark.classes)
-    legend = [
-        {"name": name, "colour": pictures.css(colour)}
-        for name, colour in zip(classes, pictures.colours(benchmark), strict=False)
-    ]
-    groups = [{"name": name, "colour": None} for name in benchmark.group_names] if benchmark.groups else None
-    ramp = pictures.heat(np.full((1, 9, 3), 160, np.uint8), np.linspace(0, 1, 9)[None])[0]
+    loader, undefined = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.StrictUndefined
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        loader=loader, undefined=undefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("report.html.j2").render(
         benchmark=benchmark,
-        image_count=len(names),
-        tagged=tagged,
-        tag_scores=tag_scores,
-        tagged_count=tagged_count,
-        scored=_scored(names, sources, score_files, validation),
-        score_rows=groups or legend,
-        choice=f"{len(chosen)} of {len(names)} images, at even steps {order}.",
-        legend=legend,
-        heat_colours=[pictures.css(colour) for colour in ramp],
-        confidence=f"{job.confidence:g}",
-        samples=[sample(sources, name, job, tags) for name in chosen],
-        validation=validation,
-        predictions=predictions(validation, benchmark, images) if validation else [],
-        records=recorded(sources, validation.networks if validation else ()),
+        results=results,
+        tag_scores=records.read_tag_scores(results.auto_tags) if results.auto_tags else None,
+        scored=_scored(results),
+        score_rows=scored_names(benchmark),
+        selection=f"{len(selected)} of {len(names)} images, at even steps {order}.",
+        legend=dict(zip(classes, pictures.page_palette(benchmark), strict=False)),
+        cam_colors=pictures.cam_overlay(np.full((1, 9, 3), 160, np.uint8), np.linspace(0, 1, 9)[None])[0],
+        confidence=f"{settings.confidence:g}",
+        samples=[sample(results, name, cam_type, settings, tags) for name in selected],
+        predictions=predictions(results, images) if results.networks else [],
+        records=recorded(results),
     )
 
 
-def _scored(
-    names: Sequence[str], sources: Sources, score_files: Sequence[str], validation: Validation | None
-) -> list[dict]:
-    """The splits that there are scores of, and their stages; `sees` is what a stage is given of an image."""
-    classes = scored_names(sources.benchmark)
+def _scored(results: Results) -> list[dict[str, Any]]:
+    """Return the splits that have scores, each with its stages; `needs` is the input of a stage."""
 
-    def stages(titles: Sequence[str], files: Sequence[str], sees: str) -> list[dict]:
-        return [
-            records.read_stage(title, file, classes) | {"sees": sees}
-            for title, file in zip(titles, files, strict=True)
-        ]
+    def stages(titles: Sequence[str], files: Sequence[str], needs: str) -> list[dict[str, Any]]:
+        classes = scored_names(results.benchmark)
+        pairs = zip(titles, files, strict=True) if files else ()
+        return [records.read_stage(title, file, classes) | {"needs": needs} for title, file in pairs]
 
-    found, shown = [], []
-    if score_files:
-        # Without masks from tags there is nothing on the same images to tell them from.
-        shown += stages(STAGES, score_files, SEES_LABELS if sources.from_tags else "")
-    if sources.from_tags and sources.from_tags.mask_scores:
-        with_labels, without = sources.from_tags.mask_scores
-        shown += stages([MASKS], [with_labels], SEES_LABELS) + stages([FROM_TAGS], [without], SEES_IMAGE)
-    if shown:
-        found.append({"title": f"{len(names)} training images", "stages": shown})
-    if validation:
-        shown = stages(STAGES[1:], validation.score_files, SEES_LABELS) if validation.score_files else []
-        for network in validation.networks:
-            shown += stages([network.title], [network.score_file], SEES_IMAGE)
-            if network.crf_file:
-                after = records.read_stage(network.title, network.crf_file, classes)["mean"]
-                shown[-1]["note"] = f"{100 * after:.1f} % after a dense CRF"
-        found.append({"title": f"{len(validation.names)} validation images", "stages": shown})
-    return found
+    # Without masks from tags, all stages of the training images have the same input.
+    train = stages(STAGES, results.scores, NEEDS_LABELS if results.auto_masks else "")
+    train += stages(MASKS, results.auto_scores, NEEDS_LABELS)
+    if results.auto_scores:
+        train[-1]["needs"] = NEEDS_IMAGE
+    val = stages(STAGES[1:], results.val_scores, NEEDS_LABELS)
+    for network in results.networks:
+        val += stages([network.title], [network.score_file], NEEDS_IMAGE)
+        if network.crf_file:
+            crf = stages([network.title], [network.crf_file], NEEDS_IMAGE)[0]
+            val[-1]["note"] = f"{100 * crf['mean']:.1f} % after a dense CRF"
+    splits = [(results.names, "training", train), (results.val_names, "validation", val)]
+    return [{"title": f"{len(names)} {split} images", "stages": shown} for names, split, shown in splits
+            if shown]  # fmt: skip
 
 
-def recorded(sources: Sources, networks: Sequence[Network]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Title and rows of what each step recorded; once what is the same of all masks or networks, and the
-    versions."""
-    tagged = sources.from_tags
-    tags = {"Step 0, tags": [read_settings(Path(tagged.label_file).parent)]} if tagged else {}
-    cams = {"Step 1, CAMs": [read_settings(sources.cam_dir)]}
-    masks = {"Step 2b, pseudo masks": [read_settings(sources.mask_dir)]}
-    if tagged:
-        masks["Step 2b, masks from tags"] = [read_settings(tagged.mask_dir)]
-    trained = {f"Step 3, {network.title}": _training_and_test(network) for network in networks}
-    tables = _tables(tags) | _tables(cams) | records.apart("Step 2b, all masks", _tables(masks))
-    tables |= records.apart("Step 3, all networks", _tables(trained))
-    versions = {}
-    for record in chain(*(tags | cams | masks | trained).values()):
-        versions |= record.get("versions", {})
+def recorded(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return title and rows of the settings of each step, and the versions of packages.
+
+    Settings that all masks or all networks have in common are in a table of their own.
+    """
+    tags, masks = {}, {"Step 2b, pseudo masks": [results.mask_dir]}
+    if results.auto_masks:
+        mask_dir, label_file = results.auto_masks
+        tags["Step 0, tags"] = [Path(label_file).parent]
+        masks["Step 2b, masks from tags"] = [mask_dir]
+    trained = {}
+    for network in results.networks:
+        checkpoint = json.loads(Path(network.score_file).read_text()).get("checkpoint")
+        training = [Path(checkpoint).parent] if checkpoint else []
+        trained[f"Step 3, {network.title}"] = [*training, network.mask_dir]
+    groups = {
+        "Step 0": tags,
+        "Step 1": {"Step 1, CAMs": [results.cam_dir]},
+        "Step 2b, all masks": masks,
+        "Step 3, all networks": trained,
+    }
+    tables, versions = {}, {}
+    for common, steps in groups.items():
+        settings = {title: [read_settings(folder) for folder in folders] for title, folders in steps.items()}
+        tables |= records.tables(settings, common)
+        for record in chain(*settings.values()):
+            versions |= record.get("versions", {})
     return [(title, list(rows.items())) for title, rows in (tables | {"Versions": versions}).items() if rows]
 
 
-def _tables(steps: dict[str, list[dict]]) -> dict[str, dict[str, str]]:
-    return {title: records.rows(parts) for title, parts in steps.items()}
-
-
-def _training_and_test(network: Network) -> list[dict]:
-    """What was recorded beside a network's checkpoint, which its scores may name, and beside its masks."""
-    checkpoint = json.loads(Path(network.score_file).read_text()).get("checkpoint")
-    training = read_settings(Path(checkpoint).parent) if checkpoint else {}
-    return [training, read_settings(network.mask_dir)]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a page of pictures and scores: one HTML file.")
+    parser = argparse.ArgumentParser(description="Write a page of figures and scores: one HTML file.")
     flag = parser.add_argument
-    flag("--dataset", required=True, metavar="NAME|FILE.yaml", help="benchmark: voc12, coco14, cocostuff, "
-         "shapes or a YAML file")  # fmt: skip
-    flag("--img_root", required=True, help="image folder")
-    flag("--split_file", required=True, help="image ids, one a line")
-    flag("--cam_out_dir", required=True, help="CAM files that step 1 made with --keep_initial")
-    flag("--pseudo_mask_dir", required=True, help="pseudo masks that step 2b made")
-    flag("--gt_root", help="folder of the ground-truth masks, if there are any")
+    flag("--benchmark", "--dataset", required=True, metavar="NAME|FILE.yaml",
+         help="voc12, coco14, cocostuff, shapes or a YAML file")  # fmt: skip
+    flag("--image_root", "--img_root", required=True, help="image folder")
+    flag("--split_file", required=True, help="image ids, one per line")
+    flag("--cam_dir", "--cam_out_dir", required=True, help="CAM files of step 1 with --keep_initial")
+    flag("--pseudo_mask_dir", required=True, help="pseudo masks of step 2b")
+    flag("--gt_root", help="folder of the ground-truth masks")
     flag("--scores", nargs=3, default=(), metavar=("INITIAL.json", "REFINED.json", "CRF.json"),
-         help="what the evaluations wrote with --json")  # fmt: skip
-    flag("--out", default="output/report.html", help="the page")
-    flag("--images", type=int, default=8, help="images shown of each split")
-    flag = parser.add_argument_group("what is made of the same images without labels").add_argument
-    flag("--auto_masks", nargs=2, metavar=("MASK_DIR", "LABELS.txt"),
-         help="masks and the labels that step 0 found for them; pseudo_masks.py --labels auto leaves the "
-         "labels in MASK_DIR/tags/labels.txt")  # fmt: skip
-    flag("--auto_tags", metavar="TAGS.json",
-         help="how right these labels are: what classify.py wrote with --json")  # fmt: skip
+         help="files that the evaluations wrote with --json")  # fmt: skip
+    flag("--output", "--out", default="output/report.html", help="the page")
+    flag("--note", default="", help="text below the introduction, such as how long networks were trained")
+    flag("--images", type=int, default=8, help="number of images shown of each split")
+    flag = parser.add_argument_group("masks of the same images without annotation").add_argument
+    flag("--auto_masks", nargs=2, metavar=("MASK_DIR", "LABELS.txt"), help="masks, and the labels that step "
+         "0 found; pseudo_masks.py --labels auto writes the labels to MASK_DIR/tags/labels.txt")  # fmt: skip
+    flag("--auto_tags", metavar="TAGS.json", help="scores of these labels: classify.py --json")
     flag("--auto_scores", nargs=2, default=(), metavar=("MASKS.json", "AUTO_MASKS.json"),
-         help="what eval_cam.py --cam_type png wrote of --pseudo_mask_dir and of these masks")  # fmt: skip
-    flag = parser.add_argument_group("what trained networks (step 3) make of other images").add_argument
+         help="scores of --pseudo_mask_dir and of these: eval_cam.py --cam_type png --json")  # fmt: skip
+    flag = parser.add_argument_group("trained networks (step 3) on other images").add_argument
     flag("--network", nargs=3, action="append", default=[], metavar=("TITLE", "MASK_DIR", "SCORES.json"),
-         help="what the test of a network wrote; may be given several times")  # fmt: skip
+         help="output of the test of a network; may be repeated")  # fmt: skip
     flag("--network_crf", nargs="+", metavar="SCORES.json",
-         help="scores of each --network after a dense CRF, in their order")  # fmt: skip
-    flag("--val_split_file", help="image ids of these images, one a line")
-    flag("--val_img_root", help="their folder (without it: --img_root)")
-    flag("--val_gt_root", help="folder of their ground-truth masks (without it: --gt_root)")
+         help="scores of each --network after a dense CRF, in the same order")  # fmt: skip
+    flag("--val_split_file", help="ids of these images, one per line")
+    flag("--val_img_root", help="their folder (default: --image_root)")
+    flag("--val_gt_root", help="folder of their ground-truth masks (default: --gt_root)")
     flag("--val_scores", nargs=2, default=(), metavar=("REFINED.json", "CRF.json"),
-         help="what steps 2a and 2b, which see the labels, score on them")  # fmt: skip
+         help="scores of steps 2a and 2b, which need labels, on these images")  # fmt: skip
     args = parser.parse_args()
-    validation = None
-    if args.network:
-        gt_root = args.val_gt_root or args.gt_root
-        if not (args.val_split_file and gt_root):
-            parser.error("--network needs --val_split_file, and --val_gt_root or --gt_root")
-        refined = args.network_crf or [None] * len(args.network)
-        if len(refined) != len(args.network):
-            parser.error("--network_crf needs one file for each --network")
-        validation = Validation(
-            list(read_split(args.val_split_file)),
-            args.val_img_root or args.img_root,
-            gt_root,
-            [Network(*words, file) for words, file in zip(args.network, refined, strict=True)],
-            args.val_scores,
-        )
-    elif any((args.network_crf, args.val_split_file, args.val_img_root, args.val_gt_root, args.val_scores)):
-        parser.error("--network_crf and the --val_ flags go with --network")
-    from_tags = None
-    if args.auto_masks:
-        from_tags = FromTags(*args.auto_masks, args.auto_tags, args.auto_scores)
-    elif args.auto_tags or args.auto_scores:
-        parser.error("--auto_tags and --auto_scores go with --auto_masks")
-    sources = Sources(
-        benchmarks.load(args.dataset),
-        args.img_root,
-        args.cam_out_dir,
-        args.pseudo_mask_dir,
-        args.gt_root,
-        from_tags,
+    val_gt_root, crf_files = args.val_gt_root or args.gt_root, args.network_crf or [None] * len(args.network)
+    if args.network and not (args.val_split_file and val_gt_root):
+        parser.error("--network needs --val_split_file, and --val_gt_root or --gt_root")
+    if args.network and len(crf_files) != len(args.network):
+        parser.error("--network_crf needs one file for each --network")
+    val_flags = (args.network_crf, args.val_split_file, args.val_img_root, args.val_gt_root, args.val_scores)
+    if any(val_flags) and not args.network:
+        parser.error("--network_crf and the --val_ flags require --network")
+    if (args.auto_tags or args.auto_scores) and not args.auto_masks:
+        parser.error("--auto_tags and --auto_scores require --auto_masks")
+    results = Results(
+        benchmark=benchmarks.load(args.benchmark),
+        names=list(read_split(args.split_file)),
+        image_root=args.image_root,
+        cam_dir=args.cam_dir,
+        mask_dir=args.pseudo_mask_dir,
+        gt_root=args.gt_root,
+        scores=args.scores,
+        auto_masks=args.auto_masks,
+        auto_tags=args.auto_tags,
+        auto_scores=args.auto_scores,
+        networks=[Network(*words, file) for words, file in zip(args.network, crf_files, strict=True)],
+        val_names=list(read_split(args.val_split_file)) if args.network else (),
+        val_image_root=args.val_img_root or args.image_root,
+        val_gt_root=val_gt_root,
+        val_scores=args.val_scores,
+        note=args.note,
     )
-    page = render(sources, list(read_split(args.split_file)), args.scores, args.images, validation)
-    with replacing(args.out) as stream:
+    page = render(results, args.images)
+    with replacing(args.output) as stream:
         stream.write(page.encode())
-    print(f"wrote {args.out}")
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

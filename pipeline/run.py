@@ -192,8 +192,12 @@ def read_settings(folder: str | Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): restore it, or remove {folder}") from None
     if "settings" in record:
-        record["settings"] = {RENAMED.get(key, key): value for key, value in record["settings"].items()}
+        record["settings"] = _with_present_names(record["settings"])
     return record
+
+
+def _with_present_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {RENAMED.get(key, key): value for key, value in settings.items()}
 
 
 def fingerprint(record: Mapping[str, Any]) -> str:
@@ -276,7 +280,8 @@ def _check_depth(folder: Path, files: list[Path]) -> None:
 
 def _compare(folder: Path, last: dict, record: Record) -> None:
     before = {**last.get("settings", {}), **last.get("inputs", {})}
-    now = json.loads(json.dumps({**record.settings, **record.inputs}))  # as in the file: tuples become lists
+    now = {**_with_present_names(record.settings), **record.inputs}
+    now = json.loads(json.dumps(now))  # as in the file: tuples become lists
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if differing:
         changes = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in differing)

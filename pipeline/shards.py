@@ -41,10 +41,10 @@ def shard_files(pattern: str) -> list[str]:
 
     files = []
     for part in expand_urls(pattern):
-        found = [part] if part.startswith("pipe:") or Path(part).is_file() else sorted(glob(part))
-        if not found:
+        matching = [part] if part.startswith("pipe:") or Path(part).is_file() else sorted(glob(part))
+        if not matching:
             raise FileNotFoundError(f"shard {part} does not exist")
-        files += found
+        files += matching
     names = [result_name(file) for file in files]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -60,10 +60,10 @@ def result_name(shard: str) -> str:
     """
     piped = shard.startswith("pipe:")
     name = r"[^/\s'\"=?&]+" if piped else ".+"
-    found = re.search(rf"({name})\.(?:tar|tgz)\b", shard if piped else Path(shard).name)
-    if not found:
+    match = re.search(rf"({name})\.(?:tar|tgz)\b", shard if piped else Path(shard).name)
+    if not match:
         raise ValueError(f"shard {shard} names no .tar file, as which its results could be written")
-    return f"{found[1]}.tar"
+    return f"{match[1]}.tar"
 
 
 @dataclass

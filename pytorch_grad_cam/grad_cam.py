@@ -113,21 +113,12 @@ def text_cams(
         gradients, probabilities = feature_gradients(model, features, *candidates, position_rounding)
         raw, matrix = METHODS[method](features.float()[:, None], gradients), None
     if affinity is not None:
-        matrix = _affinity(affinity, images, raw.shape[-2:])
+        with torch.no_grad():
+            matrix = affinity(images)
+        n = raw[0, 0].numel()
+        if matrix.shape != (len(images), n, n):
+            raise ValueError(f"affinity returned shape {tuple(matrix.shape)}, expected {(len(images), n, n)}")
     return TextCAMs(activation_map(raw), raw, probabilities, matrix)
-
-
-@torch.no_grad()
-def _affinity(function: Callable[[Tensor], Tensor], images: Tensor, grid: tuple[int, int]) -> Tensor:
-    matrix = function(images)
-    height, width = grid
-    expected = (len(images), height * width, height * width)
-    if matrix.shape != expected:
-        raise ValueError(
-            f"affinity returned shape {tuple(matrix.shape)}, but {len(images)} images of {height} x {width} "
-            f"patches need {expected}"
-        )
-    return matrix
 
 
 @torch.no_grad()
@@ -174,10 +165,10 @@ def mean_gradients(
     """
     saved = last_block.forward(model.visual, tokens)
     num_labels = text_features.shape[1]
-    candidates = _candidates(text_features, background_features)
     length = saved.feature.norm(dim=-1, keepdim=True)  # (B, 1)
     feature = saved.feature / length
-    probabilities = _logits(model, feature, candidates, num_labels, valid).softmax(-1)
+    logits, candidates = _logits(model, feature, text_features, background_features, valid)
+    probabilities = logits.softmax(-1)
     # d log p_k / df: along the text features, then through f / |f|. e_k - p is computed first: at p_k near 1
     # a difference of the weighted vectors would lose its digits.
     dlogits = torch.eye(candidates.shape[1], device=candidates.device)[:num_labels] - probabilities[:, None]
@@ -262,7 +253,7 @@ def _softmax_gradients(
     """
     num_labels = text_features.shape[1]
     feature = F.normalize(pooled, dim=-1)
-    logits = _logits(model, feature, _candidates(text_features, background_features), num_labels, valid)
+    logits, _ = _logits(model, feature, text_features, background_features, valid)
     probabilities = logits.detach().softmax(-1)
     finite = logits.masked_fill(logits.isinf(), 0)
     targets = finite[:, :num_labels] - (probabilities * finite).sum(-1, keepdim=True)  # (B, K)
@@ -273,18 +264,17 @@ def _softmax_gradients(
     return gradients * factors, probabilities
 
 
-def _candidates(text_features: Tensor, background_features: Tensor) -> Tensor:
-    """Return T, (B, K + M, E) float32, of (B, K, E) and (M, E)."""
-    backgrounds = background_features.expand(len(text_features), -1, -1)
-    return torch.cat([text_features, backgrounds], 1).float()
-
-
 def _logits(
-    model: CLIP, feature: Tensor, candidates: Tensor, num_labels: int, valid: Tensor | None
-) -> Tensor:
-    """Return scaled cosine similarities (B, K + M); -inf at padding."""
+    model: CLIP, feature: Tensor, text_features: Tensor, background_features: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return tau T f / |f|, (B, K + M), -inf at padding, and T, (B, K + M, E) float32.
+
+    Args:
+        feature: (B, E) of unit length.
+    """
+    backgrounds = background_features.expand(len(text_features), -1, -1)
+    candidates = torch.cat([text_features, backgrounds], 1).float()
     logits = model.logit_scale.exp() * (candidates @ feature[:, :, None])[..., 0]
-    if valid is None:
-        return logits
-    padded = F.pad(~valid, (0, logits.shape[1] - num_labels))
-    return logits.masked_fill(padded, float("-inf"))
+    if valid is not None:
+        logits = logits.masked_fill(F.pad(~valid, (0, len(background_features))), float("-inf"))
+    return logits, candidates

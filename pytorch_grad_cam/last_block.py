@@ -48,38 +48,23 @@ LABELS_AT_ONCE = 4  # bounds memory: each label needs several arrays of (n, 4C)
 
 
 class LastBlock(NamedTuple):
-    """What `forward` returns, with the symbols of the module's equations.
+    """What `forward` returns, with the symbols of the equations above; y, z and u at the patches only."""
 
-    Attributes:
-        visual: the tower, whose weights `vjp` needs.
-        ln1_output: (B, n, C) float32, a at the patches: the activations of Grad-CAM.
-        attention: (B, 1 + n, 1 + n) float32, mean of A over heads.
-        feature: (B, E) float32, f, not normalized.
-        q: (B, heads, n, 64) at the patches.
-        k, v: (B, heads, 1 + n, 64).
-        A: (heads, B, n, 1 + n).
-        o: (B, heads, n, 64).
-        y_hat, z_hat: (B, n, C) float32.
-        y_rstd, z_rstd: (B, n, 1) float32, 1 / sigma.
-        dphi: (B, n, 4C), phi'(u) / sigma(z).
-        z_proj: (B, n, 4C), z^ W_proj phi'(u) / sigma(z).
-    """
-
-    visual: VisionTransformer
-    ln1_output: Tensor
-    attention: Tensor
-    feature: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    A: Tensor
-    o: Tensor
-    y_hat: Tensor
-    y_rstd: Tensor
-    z_hat: Tensor
-    z_rstd: Tensor
-    dphi: Tensor
-    z_proj: Tensor
+    visual: VisionTransformer  # whose weights `vjp` needs
+    ln1_output: Tensor  # (B, n, C) float32, a at the patches: the activations of Grad-CAM
+    attention: Tensor  # (B, L, L) float32, mean of A over heads
+    feature: Tensor  # (B, E) float32, f
+    q: Tensor  # (B, heads, n, d), at the patches
+    k: Tensor  # (B, heads, L, d)
+    v: Tensor  # (B, heads, L, d)
+    A: Tensor  # (heads, B, n, L)
+    o: Tensor  # (B, heads, n, d)
+    y_hat: Tensor  # (B, n, C) float32
+    y_rstd: Tensor  # (B, n, 1) float32, 1 / sigma(y)
+    z_hat: Tensor  # (B, n, C) float32
+    z_rstd: Tensor  # (B, n, 1) float32, 1 / sigma(z)
+    dphi: Tensor  # (B, n, 4C), phi'(u) / sigma(z)
+    z_proj: Tensor  # (B, n, 4C), z^ W_proj phi'(u) / sigma(z)
 
 
 @torch.no_grad()

@@ -6,14 +6,14 @@ pixel for the smoothness kernel and 6 for the appearance kernel, with normalisat
 multiplied in half on each side, so that both kernels are one sparse matrix and one list of points. It is
 built once; an update then reads it once: slice, softmax and the next splat follow each other pixel by pixel.
 
-The blur walks each line of neighbouring points ("chain") from end to end in place; a point without
-neighbours, as many of a textured image's are, is never touched. Class channels lie innermost, filled up to
-one of `LANES`, and become one vector instruction (`Lanes`), which the compiler does not find by itself.
+The blur walks each line of neighboring points ("chain") from end to end in place. It skips points without
+neighbors, which are many in a textured image. Class channels are the innermost dimension, padded to one of
+`LANES`, and are computed by one vector instruction (`Lanes`), which the compiler does not find by itself.
 
-Everything runs on one core without Python's lock, so that threads may refine several images at once.
-Compiled code is cached beside this file, or in the user's cache folder where that is read-only
-(NUMBA_CACHE_DIR moves it). The cache of a function knows when its own file changes, not another: what is
-compiled stays in this module.
+Everything runs on one core without the GIL, so that threads can refine several images at once. Compiled code
+is cached beside this file, or in the user's cache folder where that is read-only (NUMBA_CACHE_DIR moves it).
+Numba invalidates the cache of a function when its own file changes, not when an imported file does:
+compiled functions must stay in this module.
 
 Memory at up to 4 classes: 300 to 350 bytes per pixel for photographs, up to 570 for noise.
 """
@@ -27,13 +27,14 @@ from numba.extending import intrinsic, models, register_model
 
 from refinement.lattice import Kernel, packing
 
-LANES = (4, 8, 16)  # classes that are computed at once; more take several turns
-TILE = 64  # pixels whose slices wait in the first-level cache for one vectorised softmax
-FIRST_SLOTS = 1 << 14  # of the hash table, which doubles when half full
-LEAST = np.float32(1e-26)  # probabilities below are 0: as factors they would become slow denormal numbers
-SOURCE = {"cache": True, "nogil": True, "error_model": "numpy"}
-# Only where no rounding decides on a lattice point.
-CONTRACT = SOURCE | {"fastmath": {"contract", "nsz"}}
+LANES = (4, 8, 16)  # classes computed at once; more are split into blocks
+TILE = 64  # pixels per vectorized softmax; their slices fit in the first-level cache
+FIRST_SLOTS = 1 << 14  # initial size of the hash table, which doubles when half full
+# Smaller probabilities become 0: products with them would be denormal numbers, which are slow.
+MIN_PROBABILITY = np.float32(1e-26)
+JIT = {"cache": True, "nogil": True, "error_model": "numpy"}
+# Contraction changes the rounding: never use it where the rounding selects a lattice point.
+JIT_CONTRACT = JIT | {"fastmath": {"contract", "nsz"}}
 
 
 class Lanes(types.Type):
@@ -94,13 +95,12 @@ def madd(typing, total, weight, vector):
     return total(total, types.float32, vector), generate
 
 
-# Array indices below are cast to unsigned where they vary: numba lets negative ones count from the end, and
-# would ask of each whether it is.
+# Variable array indices below are cast to unsigned: numba checks signed ones for negative values.
 
 
-@njit(**SOURCE)
+@njit(**JIT)
 def _slot(table, keys, key):
-    """Where `key` is in the hash table, or belongs: table (2^k,) int32 of indices into `keys`, -1 free."""
+    """Return the slot of `key`, or a free one; table is (2^k,) int32 of indices into `keys`, -1 if free."""
     mask = len(table) - 1
     slot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(24)) & mask
     while True:
@@ -110,32 +110,32 @@ def _slot(table, keys, key):
         slot = (slot + 1) & mask
 
 
-@njit(**SOURCE)
+@njit(**JIT)
 def _grown(keys, count, slots):
-    """A hash table of the first `count` keys with so many slots, and the keys with room for half of them."""
+    """Return a table of `slots` slots for the first `count` keys, and the keys in an array half as long."""
     table = np.full(slots, -1, np.int32)
-    roomier = np.empty(slots // 2, np.int64)
-    roomier[:count] = keys[:count]
+    larger = np.empty(slots // 2, np.int64)
+    larger[:count] = keys[:count]
     for index in range(count):
-        table[_slot(table, roomier, roomier[index])] = index
-    return table, roomier
+        table[_slot(table, larger, larger[index])] = index
+    return table, larger
 
 
-@njit(**SOURCE)
+@njit(**JIT)
 def embed(image, widths, scale, low, strides, points, weights, column, offset):
-    """Find the simplex of each pixel: its lattice points, numbered as they are met, and their weights.
+    """Find the simplex of each pixel: its lattice points, numbered in order of appearance, and their weights.
 
     Every operation is float32 and in the order of Kraehenbuehl's code, so that the lattice is the same.
 
     Args:
         image: (H, W, d - 2) uint8; widths, scale, low, strides: tuples of d, see `refinement.lattice`.
-        points, weights: (H * W, entries) int32 and float32, of which the d + 1 from `column` on are filled.
+        points, weights: (H * W, entries) int32 and float32, columns `column` to `column` + d are written.
         offset: added to the numbers of points.
 
     Returns:
         (M,) int64, the packed keys of the lattice points.
     """
-    height, width, colours = image.shape
+    height, width, colors = image.shape
     d = len(scale)
     table, keys, count = np.full(FIRST_SLOTS, -1, np.int32), np.empty(FIRST_SLOTS // 2, np.int64), 0
     stride = np.zeros(d + 1, np.int64)  # the last coordinate is not packed
@@ -154,7 +154,7 @@ def embed(image, widths, scale, low, strides, points, weights, column, offset):
     for y in range(height):
         for x in range(width):
             feature[0], feature[1] = np.float32(x) / extent[0], np.float32(y) / extent[1]
-            for c in range(colours):
+            for c in range(colors):
                 feature[2 + c] = np.float32(image[y, x, c]) / extent[2 + c]
             total = np.float32(0)
             for j in range(d, 0, -1):
@@ -214,7 +214,7 @@ def embed(image, widths, scale, low, strides, points, weights, column, offset):
     return keys[:count].copy()
 
 
-@njit(**SOURCE)
+@njit(**JIT)
 def link(keys, order, jumps, offset):
     """Chains of neighbouring points, direction by direction.
 
@@ -257,7 +257,7 @@ def link(keys, order, jumps, offset):
     return chains[:length].copy()
 
 
-@njit(**SOURCE)
+@njit(**JIT)
 def _blur(values, chains, lanes, blocks):
     """Blur in place: each point gets half of its neighbours, one direction after the other.
 
@@ -286,8 +286,8 @@ def _blur(values, chains, lanes, blocks):
             position += 1
 
 
-@njit(**SOURCE)
-def normalise(points, weights, chains, size, first, last, alpha, compat, lane):
+@njit(**JIT)
+def normalize(points, weights, chains, size, first, last, alpha, compat, lane):
     """Multiply normalisation and Potts weight into the entries `first` to `last` of `weights`, half of each.
 
     The normalisation is that of `pydensecrf`: 1 / sqrt(F(1) + 1e-20) before and after the filter F.
@@ -310,7 +310,7 @@ def normalise(points, weights, chains, size, first, last, alpha, compat, lane):
             weights[pixel, r] *= factor
 
 
-@njit(**CONTRACT)
+@njit(**JIT_CONTRACT)
 def _softmax(tile, powers, channels):
     """Softmax of each row of tile (T, lanes) over its first `channels`, in place; `powers` is scratch.
 
@@ -339,30 +339,30 @@ def _softmax(tile, powers, channels):
         bits[i] = (np.int32(k) + np.int32(127)) << np.int32(23)  # the float32 2^k
     for i in range(len(flat)):
         y = flat[i] * scales[i]
-        flat[i] = np.float32(0) if y < LEAST else y
+        flat[i] = np.float32(0) if y < MIN_PROBABILITY else y
     for i in range(len(tile)):
         total = np.float32(0)
         for c in range(channels):
             total += tile[i, c]
-        share = np.float32(1) / total
+        inverse = np.float32(1) / total
         for c in range(tile.shape[1]):
-            tile[i, c] *= share
+            tile[i, c] *= inverse
 
 
-@njit(**SOURCE)
+@njit(**JIT)
 def mean_field(logits, points, weights, chains, size, iterations, lanes, posterior):
     """Mean-field inference.
 
     Args:
         logits: (N, blocks * lanes) float32, minus the energies; channels that are not used very low.
-        points, weights: (N, entries), see `embed` and `normalise`; chains: see `link`; size: lattice points.
+        points, weights: (N, entries), see `embed` and `normalize`; chains: see `link`; size: lattice points.
         lanes: a tuple as long as a vector.
         posterior: (C, N) float32, filled.
     """
     channels, pixels = posterior.shape
     entries, width = points.shape[1], logits.shape[1]
     blocks = width // len(lanes)
-    values, spread = np.zeros((size, width), np.float32), np.zeros((size, width), np.float32)
+    values, splatted = np.zeros((size, width), np.float32), np.zeros((size, width), np.float32)
     tile, powers = np.empty((TILE, width), np.float32), np.empty((TILE, width), np.float32)
     for iteration in range(iterations + 1):
         for start in range(0, pixels, TILE):
@@ -382,23 +382,24 @@ def mean_field(logits, points, weights, chains, size, iterations, lanes, posteri
                         posterior[c, start + i] = tile[i, c]
                     continue
                 for block in range(blocks):  # splat
-                    share = load(tile, i * blocks + block, lanes)
+                    probabilities = load(tile, i * blocks + block, lanes)
                     for r in range(entries):
                         row = np.int64(points[start + i, r]) * blocks + block
-                        store(spread, row, madd(load(spread, row, lanes), weights[start + i, r], share))
+                        total = madd(load(splatted, row, lanes), weights[start + i, r], probabilities)
+                        store(splatted, row, total)
         if iteration < iterations:
-            _blur(spread, chains, lanes, blocks)
-            values, spread = spread, values
-            spread[:] = 0
+            _blur(splatted, chains, lanes, blocks)
+            values, splatted = splatted, values
+            splatted[:] = 0
 
 
 def infer(image: np.ndarray, energies: np.ndarray, kernels: list[Kernel], iterations: int) -> np.ndarray:
     """Class posteriors of one image.
 
     Args:
-        image: (H, W, 3) uint8, what the appearance kernel sees.
+        image: (H, W, 3) uint8, see `refinement.presets.guide_image`.
         energies: (C, H, W) float32.
-        kernels: see `refinement.densecrf.Preset.kernels`.
+        kernels: see `refinement.presets.Preset.kernels`.
 
     Returns:
         (C, H, W) float32.
@@ -424,7 +425,7 @@ def infer(image: np.ndarray, energies: np.ndarray, kernels: list[Kernel], iterat
         size += len(keys)
         stop = column + dimensions + 1
         lane = (np.float32(0),)
-        normalise(points, weights, chains[-1], size, column, stop, kernel.alpha, kernel.compat, lane)
+        normalize(points, weights, chains[-1], size, column, stop, kernel.alpha, kernel.compat, lane)
         column = stop
     lanes = next((width for width in LANES if channels <= width), LANES[-1])
     logits = np.full((pixels, -(-channels // lanes) * lanes), -1e4, np.float32)

@@ -1,4 +1,4 @@
-"""The dense CRF by tensor operations: many images at once on a GPU.
+"""The dense CRF in tensor operations, for many images at once on a GPU.
 
 The same mathematics as `refinement.densecrf_numba`: an update is softmax(S B S' q - energies) with a sparse
 matrix S of 9 entries per pixel. All images of a group share one lattice, the image's number being the highest
@@ -8,12 +8,12 @@ and blur are each a sum over a bag of rows with weights, `embedding_bag`, which 
 
 A lattice point of a plain image gathers many thousand pixels, so S' sums runs of 32 entries first, then runs
 of those sums, and so on: nothing is added atomically and the result does not depend on the order in which
-threads run. It is the same each time, and on a CPU what numba gives to the last few bits.
+threads run: it is the same each time, and on a CPU equals that of numba up to the last few bits.
 
-An update moves about 2 kB per pixel (3 classes, a photograph, whose lattices have 2.6 points per pixel): some
-4 GB for a 375 x 500 image and 10 iterations. It takes about 50 kernel launches, the lattices some 200 and a
-sort of 9 keys per pixel; all of them once per group, so images go in groups. The host waits for the device
-about ten times a group, while the lattice is built, and never in an update.
+An update moves about 2 kB per pixel (3 classes, photographs with 2.6 lattice points per pixel): about 4 GB
+for a 375 x 500 image and 10 iterations. It takes about 50 kernel launches; building the lattices takes about
+200 and a sort of 9 keys per pixel. Both happen once per group of images. The host waits for the device about
+ten times per group, while the lattice is built, and never in an update.
 
 Memory at 3 classes: 600 to 700 bytes per pixel of a group for photographs, up to 1400 for noise.
 """
@@ -28,11 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refinement.densecrf import MEAN_BGR, Preset, unary
 from refinement.lattice import MAX_KEYS, Kernel, Packing, packing
+from refinement.presets import MEAN_BGR, Preset, unary
 
-GROUP_PIXELS = 2**22  # of the images that share a lattice: 3 to 6 GB
-RUN = 32  # entries that one thread sums
+GROUP_PIXELS = 2**22  # total pixels of the images that share a lattice: 3 to 6 GB
+RUN = 32  # entries summed by one thread
 
 
 class Lattice(NamedTuple):
@@ -96,14 +96,14 @@ def _embed(features: Tensor, pack: Packing) -> tuple[Tensor, Tensor]:
 
 
 def _runs(point: Tensor, points: int) -> list[Tensor]:
-    """Where to cut sorted entries into runs of at most RUN of one point, then the runs' sums, and so on.
+    """Return where runs of at most RUN sorted entries of one point start, then runs of their sums, and so on.
 
     Args:
-        point: (E,) int32, lattice point of each entry, sorted, none of the `points` left out.
+        point: (E,) int32, lattice point of each entry, sorted, each of 0..points-1 at least once.
     """
-    runs, every = [], torch.arange(points, device=point.device, dtype=torch.int32)
+    runs, all_points = [], torch.arange(points, device=point.device, dtype=torch.int32)
     while not runs or len(runs[-1]) > points:
-        starts = torch.searchsorted(point, every, out_int32=True)  # first entry of each point
+        starts = torch.searchsorted(point, all_points, out_int32=True)  # first entry of each point
         position = torch.arange(len(point), device=point.device, dtype=torch.int32)
         cuts = ((position - starts.index_select(0, point)) % RUN == 0).nonzero()[:, 0]
         runs.append(cuts.int())
@@ -121,11 +121,11 @@ def _lattice(features: Tensor, image: Tensor, kernel: Kernel, pack: Packing) -> 
     keys, weights = _embed(features, pack)  # (d + 1, N)
     keys += image * pack.keys
     keys, order = keys.T.reshape(-1).sort(stable=True)  # (N * entries,)
-    begins = torch.ones_like(keys, dtype=torch.bool)
-    begins[1:] = keys[1:] != keys[:-1]
-    keys = keys[begins]  # (M,)
+    is_first = torch.ones_like(keys, dtype=torch.bool)
+    is_first[1:] = keys[1:] != keys[:-1]
+    keys = keys[is_first]  # (M,)
     size = len(keys)
-    point = begins.cumsum(0, dtype=torch.int32) - 1
+    point = is_first.cumsum(0, dtype=torch.int32) - 1
     points = torch.empty_like(point)
     points[order] = point
 
@@ -183,16 +183,16 @@ def _features(guides: Sequence[Tensor], widths: Sequence[float]) -> Tensor:
 
 
 def _groups(sizes: Sequence[tuple[int, int]], kernels: Sequence[Kernel]) -> Iterator[list[int]]:
-    """Neighbouring images that share a lattice: as many as GROUP_PIXELS and the range of keys allow."""
+    """Yield runs of consecutive images that share a lattice, limited by GROUP_PIXELS and the key range."""
 
-    def fit(group: list[int]) -> bool:
+    def fits(group: list[int]) -> bool:
         sides = [max(side) for side in zip(*(sizes[i] for i in group), strict=True)]
         keys = max(packing(kernel.widths, *sides).keys for kernel in kernels)
         return sum(math.prod(sizes[i]) for i in group) <= GROUP_PIXELS and keys * len(group) < MAX_KEYS
 
     group: list[int] = []
     for index in range(len(sizes)):
-        if group and not fit([*group, index]):
+        if group and not fits([*group, index]):
             yield group
             group = []
         group.append(index)
@@ -202,14 +202,14 @@ def _groups(sizes: Sequence[tuple[int, int]], kernels: Sequence[Kernel]) -> Iter
 
 @cache
 def _half_energies(preset: Preset, device: torch.device) -> Tensor:
-    """(65536,) energy of every float16, as NumPy gives it on the CPU: the same numbers on any device."""
+    """(65536,) energy of every float16, computed by NumPy so that every device has the same numbers."""
     with np.errstate(invalid="ignore"):
         energies = unary(np.arange(2**16, dtype=np.uint16).view(np.float16), preset)
     return torch.from_numpy(energies).to(device)
 
 
 def _unary(probabilities: Tensor, preset: Preset) -> Tensor:
-    """`refinement.densecrf.unary` on a device."""
+    """`refinement.presets.unary` on a device."""
     if preset.unary_type == "float16":
         bits = probabilities.half().contiguous().view(torch.int16).int() & 0xFFFF
         table = _half_energies(preset, probabilities.device)
@@ -217,8 +217,8 @@ def _unary(probabilities: Tensor, preset: Preset) -> Tensor:
     return -probabilities.float().clamp(preset.clip, 1).log()
 
 
-def _guide(image: Tensor, preset: Preset) -> Tensor:
-    """`refinement.densecrf.seen` on a device."""
+def _guide_image(image: Tensor, preset: Preset) -> Tensor:
+    """`refinement.presets.guide_image` on a device."""
     if preset.image_mode == "raw":
         return image
     bgr = image.flip(-1)
@@ -244,7 +244,7 @@ def infer(images: Sequence[Tensor], probabilities: Sequence[Tensor], preset: Pre
     """
     kernels, posteriors = preset.kernels(), []
     for group in _groups([tuple(image.shape[:2]) for image in images], kernels):
-        guides = [_guide(images[i], preset) for i in group]
+        guides = [_guide_image(images[i], preset) for i in group]
         energies = [_unary(probabilities[i], preset) for i in group]
         posteriors += _mean_field(guides, energies, kernels, preset.iterations)
     return posteriors

@@ -118,7 +118,7 @@ def split_or_folder(benchmark: Benchmark, path: str | Path | None, image_root: s
             name no split file could hold.
     """
     if not Path(image_root).is_dir():
-        raise FileNotFoundError(f"image folder {image_root} does not exist: give --img_root")
+        raise FileNotFoundError(f"image folder {image_root} does not exist: give --image_root")
     if path or benchmark.split_file:
         return split_of(benchmark, path)
     names = [Path(file).stem for file in image_files(str(image_root))]

@@ -24,11 +24,11 @@ from pipeline.label_scores import (
     truth_reader,
     write_labels,
 )
-from pipeline.run import FAILED, Record, Run, check_folder
+from pipeline.run import Record, Run
 from segmentation import benchmark as benchmarks
 from segmentation import labels
 from segmentation.benchmark import Benchmark
-from segmentation.distributed import WorkFailed, gather, together
+from segmentation.distributed import gather
 from tagclip.config import PRESETS, TagSettings
 from tagclip.step import TagStep
 
@@ -145,14 +145,11 @@ def record_of(step: TagStep, name: str) -> Record:
 def tag(
     step: TagStep, record: Record, overwrite: bool, names: Sequence[str], rule: LabelRule
 ) -> tuple[int, dict[str, np.ndarray]]:
-    """Score the images and write the label file in the step's output folder; torchrun's rank 0 writes it.
-
-    Args:
-        names: of the images, in the order of the label file.
+    """Score images and write the label file in the step's output folder, both in the order of `names`.
 
     Returns:
-        The exit code; and on rank 0 image name -> (K,) scores in the order of `names`. Images that failed
-        have no scores, and no line in the label file.
+        The exit code; and on rank 0 image name -> (K,) scores. Images that failed have no scores, and no line
+        in the label file.
     """
     run = Run(step.output, record, overwrite)
     run.map(step, names, step.compute_settings.num_workers)
@@ -166,36 +163,9 @@ def tag(
     return code, scores
 
 
-class Finder:
-    """Finds the labels of `pseudo_masks.py --labels auto`, with the published settings.
-
-    Args:
-        args: its command line.
-        cams: its CAM step, whose images and model are used.
-        output: folder for scores and labels.
-    """
-
-    def __init__(self, args: argparse.Namespace, cams: CamStep, output: str):
-        settings = replace(default_settings(cams.benchmark), max_patches=cams.settings.max_patches)
-        self.step = TagStep(
-            cams.benchmark, cams.image_root, cams.model, output, settings, cams.compute_settings
-        )
-        self.record, self.overwrite = record_of(self.step, args.benchmark), args.overwrite
-        self.file, self.split_file = Path(output) / LABELS, args.split_file or cams.benchmark.split_file
-
-    def check(self) -> None:
-        """Raise ValueError if the folder may not be filled, or the split file is the label file."""
-        check_outputs([self.split_file], [str(self.file)])
-        check_folder(self.step.output, self.record, self.overwrite)
-
-    def find(self, names: Sequence[str]) -> int:
-        """Tag images and write `file`; return the exit code.
-
-        Raises:
-            WorkFailed: no image could be tagged.
-        """
-        code, _ = tag(self.step, self.record, self.overwrite, names, LabelRule(self.step.settings.ratio))
-        with together():
-            if not self.file.read_text():
-                raise WorkFailed(f"no image could be tagged, see {self.file.with_name(FAILED)}")
-        return code
+def published_step(cams: CamStep, output: str) -> TagStep:
+    """Return the step that finds the labels of a CAM step: its images and model, published settings."""
+    settings = replace(default_settings(cams.benchmark), max_patches=cams.settings.max_patches)
+    return TagStep(
+        cams.benchmark, cams.image_root, cams.model, output, settings, cams.compute_settings
+    )

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -40,19 +41,12 @@ class Resized(Decoded):
         return self.patches
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """Image name -> resized pixels; pickled for decoding processes."""
-
-    image_root: str
-    grid: Grid
-    max_patches: int
-
-    def __call__(self, name: str) -> Resized:
-        image = read_image(find_image(self.image_root, name))
-        pixels = network_pixels(image, self.grid.patch, self.max_patches)
-        notes = shrunk_notes(image, self.grid, 1.0, self.max_patches)
-        return Resized(name, pixels, math.prod(pixels.shape[:2]) // self.grid.patch**2, notes=notes)
+def decode(image_root: str, grid: Grid, max_patches: int, name: str) -> Resized:
+    """Return the resized pixels of an image; in decoding processes, too."""
+    image = read_image(find_image(image_root, name))
+    pixels = network_pixels(image, grid.patch, max_patches)
+    notes = shrunk_notes(image, grid, 1.0, max_patches)
+    return Resized(name, pixels, math.prod(pixels.shape[:2]) // grid.patch**2, notes=notes)
 
 
 @dataclass
@@ -96,8 +90,8 @@ class TagStep(Step):
         self.flow = self.flow.on(self.clip.device)
         self.saved = time.monotonic()
 
-    def decoder(self) -> Decoder:
-        return Decoder(self.image_root, Grid.of(self.clip), self.settings.max_patches)
+    def decoder(self) -> Callable[[str], Resized]:
+        return partial(decode, self.image_root, Grid.of(self.clip), self.settings.max_patches)
 
     def batch_size(self, decoded: Resized) -> int:
         return images_that_fit(self.clip, decoded.patches, self.flow.threads)

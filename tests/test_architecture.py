@@ -1,5 +1,6 @@
 """The floors of docs/architecture.md: a package imports only from floors below, or from itself."""
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ FLOORS = {
     "training": 4,
     "deeplab": 5,
     "tagclip": 5,
+    "clip_wsss": 6,
     "bench": 6,
     "clip_wsss": 6,
 }
@@ -54,3 +56,23 @@ def test_nothing_imports_a_script():
     for package in FLOORS:
         for file in (ROOT / package).rglob("*.py"):
             assert not imports(file) & scripts
+
+
+def test_modules_do_not_import_each_other():
+    """No import cycle, whether the imports are at the top of a module or within a function."""
+    modules = {}
+    for file in [*ROOT.glob("*.py"), *(file for name in FLOORS for file in (ROOT / name).rglob("*.py"))]:
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    graph = {}
+    for module, file in modules.items():
+        names = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:  # `from package import module` needs the module alone
+                    submodule = f"{node.module}.{alias.name}"
+                    names.add(submodule if submodule in modules else node.module)
+        graph[module] = names & modules.keys() - {module}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which lists the cycle

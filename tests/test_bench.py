@@ -20,14 +20,15 @@ from bench.reference_training import plain, reference_iteration, shrunk
 from deeplab.config import OptimConfig
 from deeplab.model import ConvBnReLU, build_v2, parameter_groups
 from deeplab.recipe import sgd
-from pipeline.evaluate import Evaluation, evaluate_images
+from pipeline.evaluate import Evaluation
 from pipeline.processes import Outcome, drain
+from pipeline.step import run_step
 from segmentation.config import RunConfig
 from segmentation.dataset import Batch
 from segmentation.masks import read_mask, write_mask
 from segmentation.schedules import poly
 from segmentation.transforms import resize_labels
-from tests.conftest import CASES, golden, parity_image, relative
+from tests.conftest import CASES, golden, needs_pydensecrf, parity_image, relative
 from tests.deeplab.common import fill_a, input_a, labels
 from tests.deeplab.common import golden as deeplab_golden
 
@@ -66,6 +67,7 @@ def test_reference_evaluation_is_the_published_one(tmp_path):
         assert (hist == stored[f"voc_thr{exponent}_hist"]).all()
 
 
+@needs_pydensecrf
 def test_reference_masks_are_the_published_ones(tmp_path):
     arrays = golden("e2e")
     for case in "abcez":
@@ -147,11 +149,13 @@ def test_cams(quick, parity_file, tmp_path, monkeypatch, capsys):
     assert result["ceiling_share"] == pytest.approx(share)
 
 
+@needs_pydensecrf
 def test_crf(quick, tmp_path, monkeypatch, capsys):
     result = bench(monkeypatch, capsys, tmp_path, "crf", "--images", 1, "--rounds", 1)
     assert result["label_agreement"] >= 0.999 and result["largest_difference"] <= 1e-3
 
 
+@needs_pydensecrf
 def test_pipeline(quick, parity_file, tmp_path, monkeypatch, capsys):
     few = ("--images", 1, "--rounds", 1, "--model", parity_file("tiny", 0))
     result = bench(monkeypatch, capsys, tmp_path, "pipeline", *few)
@@ -258,10 +262,10 @@ def test_images_have_so_many_labels(mean, tmp_path):
 def test_drawn_cams_find_the_drawn_truth(tmp_path):
     names = data.write_cams(tmp_path, 2, 2.0)
     places = [str(tmp_path / folder) for folder in ("full", "truth")]
-    hists, _ = drain(evaluate_images(names, 0, Evaluation(voc12.BENCHMARK, *places)), lambda outcome: None)
+    hists, _ = drain(run_step(names, 0, Evaluation(voc12.BENCHMARK, *places)), lambda outcome: None)
     assert np.trace(hists[0]) > hists[0].sum() / 2
-    keys, maps = read_cams(tmp_path / "full" / f"{names[0]}.npy")
-    assert keys.tolist() == data.labels_of(0, 2.0) and maps.shape == (2, 375, 500)
+    class_ids, maps = read_cams(tmp_path / "full" / f"{names[0]}.npy")
+    assert class_ids.tolist() == data.labels_of(0, 2.0) and maps.shape == (2, 375, 500)
     assert 255 in read_mask(tmp_path / "truth" / f"{names[0]}.png")
 
 

@@ -16,10 +16,10 @@ from bench import __main__ as command
 from bench import cams, data, measure, tags
 from bench.measure import COMMON
 from bench.reference_tags import reference_tags
+from pipeline.label_scores import chosen_labels, write_scores
 from shapes.world import draw
 from tagclip import TagSettings, tag_images
-from tagclip.scores import labels, write_scores
-from tagclip.templates import TEMPLATES
+from tagclip.model import TEMPLATES
 from tests.tagclip.common import SETS, golden, image, model, resized, write_model
 
 
@@ -48,7 +48,7 @@ def test_reference_is_the_published_one_and_ours(tiny, name, picture):
     np.testing.assert_allclose(theirs, golden(f"stages_{name}")[f"{picture}/scores"], atol=1e-5)
     (mine,) = tag_images(tiny, [resized(image(picture))], text, classes, settings)
     np.testing.assert_allclose(mine.scores, theirs, atol=1e-5)
-    assert labels(mine.scores[None], settings.ratio) == labels(theirs[None], settings.ratio)
+    assert chosen_labels(mine.scores[None], settings.ratio) == chosen_labels(theirs[None], settings.ratio)
 
 
 def test_reference_leaves_an_image_at_its_first_empty_crop(tiny):
@@ -120,5 +120,5 @@ def test_bfloat16_gives_the_same_labels():
         tagged = tag_images(tower, images, text, classes, settings)
         scores[name] = np.stack([found.scores for found in tagged])
     np.testing.assert_allclose(scores["bf16"], scores["fp32"], rtol=0, atol=0.02)
-    chosen = [labels(values, settings.ratio) for values in scores.values()]
+    chosen = [chosen_labels(values, settings.ratio) for values in scores.values()]
     assert sum(a == b for a, b in zip(*chosen, strict=True)) >= 15

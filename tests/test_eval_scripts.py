@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import voc12
-from pipeline.evaluate import Evaluation, evaluate_images
-from pipeline.masks import MaskJob, make_images, refine_labels
+from pipeline.evaluate import Evaluation
+from pipeline.masks import MaskStep, crf_posterior
 from pipeline.processes import drain
+from pipeline.step import run_step
 from refinement.densecrf import PRESETS
 from segmentation import camfile
 from segmentation.masks import read_mask, write_mask
@@ -55,21 +56,24 @@ def data(arrays, tmp_path_factory):
 def test_every_pixel_is_where_the_golden_vectors_have_it(arrays, data):
     names = [CASES[case][0] for case in VOC_CASES]
     cams, truth = str(data / "full"), str(data / "truth")
-    hists, _ = drain(
-        evaluate_images(names, 0, Evaluation(voc12.BENCHMARK, cams, truth)), lambda outcome: None
-    )
+    hists, _ = drain(run_step(names, 0, Evaluation(voc12.BENCHMARK, cams, truth)), lambda outcome: None)
     assert (hists == np.stack([arrays["cam_thr1_hist"], arrays["cam_thr2_hist"]])).all()
-    job = MaskJob(voc12.BENCHMARK, cams, str(data / "images"), output=None, gt_root=truth)
-    hist, _ = drain(make_images(names, 0, job), lambda outcome: None)
+    step = MaskStep(voc12.BENCHMARK, cams, str(data / "images"), output=None, gt_root=truth)
+    hist, _ = drain(run_step(names, 0, step), lambda outcome: None)
     assert (hist == arrays["crf_hist"]).all()
 
 
 @pytest.mark.parametrize(
-    "format, extra", [("full", []), ("compact", ["--dataset", "voc12", "--num_workers", 2])]
+    "format, folder, extra",
+    [
+        ("full", "--cam_dir", []),
+        ("full", "--cam_dir", ["--benchmark", "voc12"]),
+        ("compact", "--cam_out_dir", ["--dataset", "voc12", "--num_workers", 2]),  # the reference's flags
+    ],
 )
-def test_eval_cam(arrays, data, tmp_path, format, extra):
+def test_eval_cam(arrays, data, tmp_path, format, folder, extra):
     common = ["--split_file", data / "split.txt", "--gt_root", data / "truth", "--json", tmp_path / "s.json"]
-    output, errors = script("eval_cam.py", "--cam_out_dir", data / format, *common, *extra)
+    output, errors = script("eval_cam.py", folder, data / format, *common, *extra)
     tried = json.loads((tmp_path / "s.json").read_text())["all"]
     for exponent, scores in zip((1, 2), tried, strict=True):
         expected = float(arrays[f"cam_thr{exponent}_miou"])
@@ -86,7 +90,7 @@ def test_eval_cam_with_crf_scores(arrays, data, tmp_path):
     script(
         *(
             "eval_cam_with_crf.py",
-            "--cam_out_dir",
+            "--cam_dir",
             data / "full",
             "--eval_only",
             "--image_root",
@@ -99,6 +103,7 @@ def test_eval_cam_with_crf_scores(arrays, data, tmp_path):
 
 
 def test_eval_cam_with_crf_masks_and_their_evaluation(arrays, data, tmp_path):
+    """With the flags of the reference scripts alone."""
     masks = tmp_path / "masks"
     common = ["--split_file", data / "split.txt", "--image_root", data / "images"]
     for format, workers in (("full", 1), ("compact", 3)):
@@ -129,37 +134,38 @@ def in_process(name, monkeypatch, *arguments):
 @pytest.mark.parametrize(
     "flag, value, change",
     [
-        ("--crf_image", "raw", {"crf": replace(PRESETS["clip_es"], image_mode="raw")}),
-        ("--crf_unary", "float32", {"crf": replace(PRESETS["clip_es"], unary_type="float32")}),
+        ("--crf_image", "raw", {"crf_image": "raw"}),
+        ("--crf_unary", "float32", {"crf_unary": "float32"}),
         ("--confidence", "0.7", {"confidence": 0.7}),
         ("--preset", "cls_seg", {"confidence": 0.0}),
     ],
 )
 def test_flags_of_the_crf_change_what_it_gives(data, monkeypatch, flag, value, change):
-    jobs = []
+    steps = []
 
-    def take(job, *rest, **options):
-        jobs.append(job)
+    def take(step, *rest, **options):
+        steps.append(step)
         return 0
 
     monkeypatch.setattr("eval_cam_with_crf.make_masks", take)
-    common = ["--cam_out_dir", data / "full", "--split_file", data / "split.txt"]
-    common += ["--pseudo_mask_save_path", data / "masks"]
+    common = ["--cam_dir", data / "full", "--split_file", data / "split.txt"]
+    common += ["--output", data / "masks"]
     in_process("eval_cam_with_crf", monkeypatch, *common)
     in_process("eval_cam_with_crf", monkeypatch, *common, flag, value)
-    usual, changed = jobs
-    assert changed == replace(usual, **change) != usual
+    usual, changed = steps
+    assert usual.settings.crf == PRESETS["clip_es"] and usual.settings.crf_backend == "numba"
+    assert changed == replace(usual, settings=replace(usual.settings, **change)) != usual
     in_process("eval_cam_with_crf", monkeypatch, *common, "--preset", "cls_seg", "--confidence", "0.95")
-    assert jobs.pop() == usual  # a flag that is given wins
+    assert steps.pop() == usual  # a flag that is given wins
 
     ramp = np.linspace(0, 0.9, 40, dtype=np.float32) + np.zeros((30, 1), np.float32)  # (30, 40)
     noise = np.random.default_rng(0).normal(0, 15, (30, 40, 3))
     image = np.clip(255 * ramp[..., None] + noise, 0, 255).astype(np.uint8)
     maps = np.stack([ramp, ramp[:, ::-1]]).astype(np.float16)
     sure = []
-    for job in jobs:
-        _, posterior = refine_labels(image, np.array([3, 1]), maps, job)
-        sure.append(np.where(posterior < job.confidence, 0, posterior))
+    for step in steps:
+        posterior = crf_posterior(image, maps, step.settings, add_background=True).max(0)
+        sure.append(np.where(posterior < step.settings.confidence, 0, posterior))
     assert np.abs(sure[0] - sure[1]).max() > 1e-4
 
 
@@ -168,7 +174,7 @@ def test_arithmetic_changes_the_scores(tmp_path, monkeypatch):
     np.save(tmp_path / "a.npy", {"keys": np.array([0]), "attn_highres": tie}, allow_pickle=True)
     write_mask(tmp_path / "truth" / "a.png", np.ones((1, 2), np.uint8), voc12.BENCHMARK.palette)
     (tmp_path / "split.txt").write_text("a\n")
-    common = ["--cam_out_dir", tmp_path, "--dataset", "voc12", "--split_file", tmp_path / "split.txt"]
+    common = ["--cam_dir", tmp_path, "--benchmark", "voc12", "--split_file", tmp_path / "split.txt"]
     common += ["--gt_root", tmp_path / "truth", "--json", tmp_path / "s.json"]
     accuracy = {}
     for flags in ((), ("--arithmetic", "float16"), ("--arithmetic", "float32")):
@@ -181,24 +187,24 @@ def test_arithmetic_changes_the_scores(tmp_path, monkeypatch):
 
 def test_wrong_use_is_one_sentence_and_exit_code_2(data, tmp_path):
     split = ["--split_file", data / "split.txt", "--gt_root", data / "truth"]
-    told = script("eval_cam.py", "--cam_out_dir", data / "compact", *split, code=2)[1]
-    assert told.startswith("error: ") and "--dataset" in told and told.count("\n") == 1
+    told = script("eval_cam.py", "--cam_dir", data / "compact", *split, code=2)[1]
+    assert told.startswith("error: ") and "--benchmark" in told and told.count("\n") == 1
     told = script(
-        "eval_cam.py", "--cam_out_dir", data / "nowhere", "--dataset", "voc12", *split, code=2
+        "eval_cam.py", "--cam_dir", data / "nowhere", "--benchmark", "voc12", *split, code=2
     )[1]
     assert told.startswith("error: ") and "nowhere" in told and told.count("\n") == 1
     common = ["--image_root", data / "images", "--split_file", data / "split.txt", "--overwrite"]
     told = script(
-        *("eval_cam_with_crf.py", "--cam_out_dir", data / "full", *common),
-        *("--pseudo_mask_save_path", data / "full"),
+        *("eval_cam_with_crf.py", "--cam_dir", data / "full", *common),
+        *("--output", data / "full"),
         code=2,
     )[1]
     assert "full holds the CAMs" in told and told.count("\n") == 1
-    told = script("eval_cam_with_crf.py", "--cam_out_dir", data / "full", code=2)[1]
-    assert "--pseudo_mask_save_path" in told
+    told = script("eval_cam_with_crf.py", "--cam_dir", data / "full", code=2)[1]
+    assert "--output" in told
     told = script(
-        *("eval_cam_with_crf.py", "--cam_out_dir", data / "full", "--image_root", data / "images"),
-        *("--split_file", data / "split.txt", "--pseudo_mask_save_path", data / "truth"),
+        *("eval_cam_with_crf.py", "--cam_dir", data / "full", "--image_root", data / "images"),
+        *("--split_file", data / "split.txt", "--output", data / "truth"),
         code=2,
     )[1]
     assert "settings.json" in told and len(list((data / "truth").iterdir())) == 5  # ground truth is safe

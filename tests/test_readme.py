@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import needs_pydensecrf
 from tests.processes import Command, here
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +21,7 @@ IMPORT_NAMES = {
 
 
 def commands(text: str) -> list[list[str]]:
-    """The `python ...` command lines of a page or a Makefile, split into words."""
+    """The `python ...` command lines of a page or a script, split into words."""
     joined = re.sub(r"\\\n\s*", " ", text)
     lines = re.findall(r"^[ \t>$]*(?:torchrun [^\n]*?)?python3? ((?:-m )?[^\n]+)$", joined, re.MULTILINE)
     return [shlex.split(line) for line in lines if not line.startswith("-c")]
@@ -35,9 +36,9 @@ def help_of(script: str) -> str:
 
 
 def scripts_and_flags() -> dict[str, set[str]]:
-    """Script -> every flag that the pages and the Makefile give it."""
+    """Script -> every flag that the pages and the scripts of runs/ give it."""
     found: dict[str, set[str]] = {}
-    for page in [*PAGES, ROOT / "Makefile"]:
+    for page in [*PAGES, *ROOT.glob("runs/*.sh")]:
         for words in commands(page.read_text()):
             script, rest = (" ".join(words[:2]), words[2:]) if words[0] == "-m" else (words[0], words[1:])
             if script.split()[-1] in ("pip", "venv", "pytest"):
@@ -84,7 +85,9 @@ def requirements() -> list[str]:
     return [match.group() for line in lines if (match := re.match(r"[A-Za-z0-9_-]+", line))]
 
 
-@pytest.mark.parametrize("package", requirements())
+@pytest.mark.parametrize("package", [
+    pytest.param(name, marks=needs_pydensecrf if name == "pydensecrf2" else ()) for name in requirements()
+])  # fmt: skip
 def test_requirements_are_installed(package):
     assert metadata.version(package)
 

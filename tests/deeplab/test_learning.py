@@ -16,9 +16,8 @@ import clip
 from deeplab import test as deeplab_test
 from deeplab import train
 from pipeline.cams import REFINED, CamSettings, image_cams
-from pipeline.masks import CONFIDENCE, MaskJob, refine_labels
+from pipeline.masks import MaskSettings, crf_posterior, mask_values, posterior_labels
 from segmentation import camfile
-from segmentation.benchmark import IGNORE
 from segmentation.images import find_image, read_image, read_rgb
 from segmentation.labels import from_voc_xml, read_split
 from segmentation.masks import read_mask, write_mask
@@ -44,16 +43,16 @@ def world(tmp_path_factory):
     text = clip.encode_prompts(model, BENCHMARK.prompts, BENCHMARK.templates)
     backgrounds = clip.encode_prompts(model, BENCHMARK.backgrounds, BENCHMARK.templates)
     settings = CamSettings(box_threshold=BENCHMARK.box_threshold)
-    job = MaskJob(BENCHMARK, cam_dir="", image_root="", output=None)
+    masks = MaskSettings(crf_backend="numba")
     labels_of = from_voc_xml(data.path(data.annotation_dir), data.classes)
     names = list(read_split(root / "ImageSets/Segmentation/train.txt"))
     for name in names:
         file = find_image(root / "JPEGImages", name)
-        image, keys = read_rgb(file), np.array(labels_of(name))
-        maps = image_cams(model, read_image(file), text[keys], backgrounds, settings)[REFINED]
-        full = camfile.resize(maps, image.shape[:2]).astype(np.float16)
-        labels, posterior = refine_labels(image, keys, full, job)
-        labels[posterior < CONFIDENCE] = IGNORE
+        image, class_ids = read_rgb(file), labels_of(name)
+        cams = image_cams(model, read_image(file), text[class_ids], backgrounds, settings)[REFINED]
+        full = camfile.resize(cams, image.shape[:2]).astype(np.float16)
+        posterior = crf_posterior(image, full, masks, add_background=True)
+        labels = posterior_labels(posterior, mask_values(class_ids, BENCHMARK), masks.confidence)
         write_mask(root / "pseudo" / f"{name}.png", labels, data.palette)
     for name, other in zip(names, names[1:] + names[:1], strict=True):
         size = read_mask(root / "pseudo" / f"{name}.png").shape

@@ -27,8 +27,8 @@ from tests.processes import Command, Process, here, script
 
 def run(monkeypatch, voc: Path, out: Path, model: Path, *flags: str, benchmark: str = "voc12") -> int:
     """generate_cams_voc12.py in this process."""
-    command = ["generate_cams", "--img_root", voc / "JPEGImages", "--split_file", voc / "split.txt"]
-    command += ["--cam_out_dir", out, "--model", model, "--device", "cpu", *flags]
+    command = ["generate_cams", "--image_root", voc / "JPEGImages", "--split_file", voc / "split.txt"]
+    command += ["--output", out, "--model", model, "--device", "cpu", *flags]
     monkeypatch.setattr(sys, "argv", [str(part) for part in command])
     return main(benchmark)
 
@@ -137,13 +137,16 @@ def test_other_prompts_or_conventions_need_another_folder(voc, tmp_path, monkeyp
 # Flag, and the field of the settings that it sets or what else it must change.
 FLAGS = {
     "refine": (["--refine", "mhsa"], {"refine": "mhsa"}),
-    "method": (["--cam_method", "layercam"], {"method": "layercam"}),
-    "averaged": (["--averaged_blocks", "3"], {"averaged": 3}),
-    "last": (["--leave_out_last"], {"averaged": 8, "leave_out_last": True}),
-    "preset": (["--preset", "cls_seg"], {"averaged": 8, "leave_out_last": True}),
+    "method": (["--cam_method", "layercam"], {"cam_method": "layercam"}),
+    "layers": (["--affinity_layers", "3"], {"affinity_layers": 3}),
+    "layers by their old name": (["--averaged_blocks", "3"], {"affinity_layers": 3}),
+    "last": (["--exclude_last_layer"], {"affinity_layers": 8, "exclude_last_layer": True}),
+    "last by its old name": (["--leave_out_last"], {"affinity_layers": 8, "exclude_last_layer": True}),
+    "preset": (["--preset", "cls_seg"], {"affinity_layers": 8, "exclude_last_layer": True}),
     "threshold": (["--box_threshold", "0.9"], {"box_threshold": 0.9}),
-    "edge": (["--cover_edge"], {"cover_edge": True}),
-    "scales": (["--cam_scales", "1,1.5"], {"scales": [1.0, 1.5]}),
+    "edge": (["--include_edge"], {"include_edge": True}),
+    "edge by its old name": (["--cover_edge"], {"include_edge": True}),
+    "scales": (["--cam_scales", "1,1.5"], {"cam_scales": [1.0, 1.5]}),
     "flip": (["--flip"], {"flip": True}),
     "rounding": (["--position_rounding", "never"], {"position_rounding": "never"}),
     "weights": (["--round_weights", "off"], {"weights_rounded": False}),
@@ -170,25 +173,26 @@ def test_every_flag_changes_the_maps_and_is_recorded(flag, voc, tmp_path, monkey
         ("voc12", [], False),
         ("voc12", ["--preset", "clip_es"], False),
         ("voc12", ["--preset", "cls_seg"], True),
+        ("voc12", ["--preset", "cls_seg", "--no_exclude_last_layer"], False),
         ("voc12", ["--preset", "cls_seg", "--no-leave_out_last"], False),
         ("coco14", ["--preset", "cls_seg"], False),
-        ("coco14", ["--preset", "cls_seg", "--leave_out_last"], True),
+        ("coco14", ["--preset", "cls_seg", "--exclude_last_layer"], True),
         ("shapes", ["--preset", "cls_seg"], False),
     ],
 )
-def test_presets_leave_out_the_last_block_on_voc12_alone(
+def test_presets_exclude_the_last_layer_on_voc12_alone(
     benchmark, flags, without, voc, tmp_path, monkeypatch, parity_file
 ):
     (tmp_path / "labels.txt").write_text("es_a 0\nes_b 1\nother 2\n")
     flags = [*flags, "--labels", str(tmp_path / "labels.txt")]
     assert run(monkeypatch, voc, tmp_path / "cams", parity_file("tiny", 1), *flags, benchmark=benchmark) == 0
     settings = json.loads((tmp_path / "cams" / "settings.json").read_text())["settings"]
-    assert settings["leave_out_last"] is without and settings["averaged"] == 8
+    assert settings["exclude_last_layer"] is without and settings["affinity_layers"] == 8
 
 
 def test_leaving_out_the_only_block_is_refused(voc, tmp_path, monkeypatch, parity_file):
-    flags = ["--averaged_blocks", "1", "--preset", "cls_seg"]
-    with pytest.raises(ValueError, match="--averaged_blocks 2 or more"):
+    flags = ["--affinity_layers", "1", "--preset", "cls_seg"]
+    with pytest.raises(ValueError, match="--affinity_layers 2 or more"):
         run(monkeypatch, voc, tmp_path / "cams", parity_file("tiny", 1), *flags)
     assert not (tmp_path / "cams").exists()
 
@@ -196,6 +200,7 @@ def test_leaving_out_the_only_block_is_refused(voc, tmp_path, monkeypatch, parit
 @pytest.mark.parametrize(
     "flags",
     [
+        ["--affinity_layers", "0"],
         ["--averaged_blocks", "0"],
         ["--max_patches", "-1"],
         ["--cam_scales", "0.5,nan"],
@@ -223,7 +228,7 @@ def test_annotations_are_found_beside_the_images_or_where_the_benchmark_says(
             f"root: {root}\nimage_dir: {image_dir}\nlabels: voc_xml\n"
         )
         out = tmp_path / f"cams_{images.name}_{root.name}"
-        command = ["--img_root", str(images), "--labels", ""]
+        command = ["--image_root", str(images), "--labels", ""]
         assert run(monkeypatch, voc, out, model, *command, benchmark=str(file)) == 0
         return camfile.keys(out, "es_a")
 
@@ -250,7 +255,7 @@ def test_own_benchmark_in_yaml(voc, tmp_path, monkeypatch, parity_file):
     )
     (voc / "lines.txt").write_text("es_a 0 1\nes_b 1\n")
     out = tmp_path / "cams"
-    argv = ["generate_cams.py", "--benchmark", str(voc / "mine.yaml"), "--cam_out_dir", str(out)]
+    argv = ["generate_cams.py", "--benchmark", str(voc / "mine.yaml"), "--output", str(out)]
     monkeypatch.setattr(sys, "argv", [*argv, "--device", "cpu"])
     assert main() == 0
     assert camfile.read(out, "es_a")[0].tolist() == [0, 1] and camfile.read(out, "es_b")[0].tolist() == [1]
@@ -290,13 +295,13 @@ def test_killed_runs_continue_to_the_same_files(tmp_path, parity_file):
 
 
 def test_mistakes_are_told_in_one_sentence(tmp_path, voc, parity_file):
-    words = ["generate_cams_voc12.py", "--cam_out_dir", tmp_path / "o"]
-    good = ["--img_root", voc / "JPEGImages", "--split_file", voc / "split.txt"]
+    words = ["generate_cams_voc12.py", "--output", tmp_path / "o"]
+    good = ["--image_root", voc / "JPEGImages", "--split_file", voc / "split.txt"]
     (tmp_path / "broken.pt").write_bytes(b"x" * 1000)
     for flags, sentence in (
         ([*good, "--model", tmp_path / "broken.pt"], "not a readable checkpoint"),
         ([*good, "--model", "ViT-Z/99"], "no model 'ViT-Z/99'"),
-        ([*good[2:], "--model", tmp_path / "any.pt", "--img_root", "nowhere"], "image folder nowhere"),
+        ([*good[2:], "--model", tmp_path / "any.pt", "--image_root", "nowhere"], "image folder nowhere"),
     ):
         code, _, told = here(*words, *flags)
         assert code == 2, told
@@ -352,7 +357,7 @@ def test_scales_and_flip(small):
         (maps,) = image_cams(model, image, text[:2], backgrounds, CamSettings(**options)).values()
         return maps
 
-    fused = cams(image, scales=(0.5, 1.0, 1.5), flip=True)
+    fused = cams(image, cam_scales=(0.5, 1.0, 1.5), flip=True)
     assert fused.shape == (2, 18, 24)  # the grid of the largest scale
     assert fused.min() == 0 and fused.max() > 0.999
     # A mirrored image gives the mirrored map once both views are averaged.

@@ -22,11 +22,11 @@ from pipeline.evaluate import (
     benchmark_scores,
     count_cams,
     evaluate,
-    evaluate_images,
-    present,
+    files_present,
 )
-from pipeline.masks import MaskJob, make_masks
+from pipeline.masks import MaskSettings, MaskStep, make_masks
 from pipeline.processes import drain
+from pipeline.step import run_step
 from segmentation import camfile
 from segmentation.benchmark import Benchmark
 from segmentation.masks import read_mask, write_mask
@@ -57,7 +57,7 @@ def folders(arrays, tmp_path_factory):
 
 def count(evaluation, names="01234"):
     outcomes = []
-    hists, pixels = drain(evaluate_images(list(names), 0, evaluation), outcomes.append)
+    hists, pixels = drain(run_step(list(names), 0, evaluation), outcomes.append)
     return hists, pixels, outcomes
 
 
@@ -279,6 +279,8 @@ def test_table_and_json(arrays, folders, tmp_path, capsys):
     assert None in scores["best"]["Class IoU"].values()  # NaN is no JSON
     assert evaluate(evaluation, list("01234"), tmp_path / "three.json", num_workers=3) == 0
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "three.json").read_bytes()
+    first, again = count(evaluation), count(evaluation)  # one object, used again, counts from zero
+    assert (first[0] == again[0]).all() and (first[1] == again[1]).all() and first[1][1] > 0
 
 
 def test_one_bad_image_is_left_out_and_reported(arrays, folders, tmp_path, capsys):
@@ -289,8 +291,10 @@ def test_one_bad_image_is_left_out_and_reported(arrays, folders, tmp_path, capsy
     evaluation = Evaluation(voc12.BENCHMARK, str(folders / "cams"), str(tmp_path))
     hists, _, outcomes = count(evaluation)
     assert (hists == count(evaluation, "014")[0]).all()
-    assert "(32, 48) but the prediction (48, 32)" in outcomes[2].failure
-    assert "3.png cannot be read" in outcomes[3].failure
+    failures = {outcome.name: outcome.failure for outcome in outcomes}
+    assert len(failures) == 5 and not any(failures[name] for name in "014")
+    assert "(32, 48) but the prediction (48, 32)" in failures["2"]
+    assert "3.png cannot be read" in failures["3"]
     assert evaluate(evaluation, list("01234"), tmp_path / "s.json") == 1
     scores = json.loads((tmp_path / "s.json").read_text())
     assert scores["images"] == 3 and scores["failed"] == ["2", "3"]
@@ -304,20 +308,20 @@ def test_missing_files_are_an_error_unless_allowed(folders, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=told):
         evaluate(evaluation, names)
     with pytest.raises(FileNotFoundError, match="lacks the ground-truth masks of 1 of 1 images: a; make"):
-        present(["a"], folders / "truth", False, "ground-truth masks")
+        files_present(["a"], folders / "truth", False, "ground-truth masks")
     assert evaluate(evaluation, names, tmp_path / "s.json", allow_missing=True) == 0
     assert json.loads((tmp_path / "s.json").read_text())["missing"] == list("abcdefg")
     with pytest.raises(FileNotFoundError, match="lacks the CAMs of 1 of 1"):
         evaluate(evaluation, ["a"], allow_missing=True)
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        present(names, tmp_path / "nowhere", True, "CAMs")
+        files_present(names, tmp_path / "nowhere", True, "CAMs")
 
 
 def test_the_benchmark_is_given_or_recorded(tmp_path):
-    with pytest.raises(ValueError, match="give --dataset"):
+    with pytest.raises(ValueError, match="give --benchmark"):
         benchmark_of(tmp_path, None)
     (tmp_path / "settings.json").write_text('{"settings": {"benchmark": 3}}')
-    with pytest.raises(ValueError, match="give --dataset"):
+    with pytest.raises(ValueError, match="give --benchmark"):
         benchmark_of(tmp_path, None)
     (tmp_path / "settings.json").write_text('{"settings": {"benchmark": "coco14"}}')
     assert benchmark_of(tmp_path, None)[1] is coco14.BENCHMARK
@@ -387,16 +391,16 @@ def test_the_crf_is_scored_by_groups(stuff, tmp_path):
     for name in "012":
         size = arrays[f"{name}/truth"].shape
         parity_image(name, size).save(tmp_path / "images" / f"{name}.png")
-    job = MaskJob(
+    step = MaskStep(
         cocostuff.BENCHMARK,
         str(root / "compact"),
         str(tmp_path / "images"),
         str(tmp_path / "masks"),
         gt_root=str(root / "truth"),
-        confidence=0,
+        settings=MaskSettings(confidence=0),
     )
-    assert make_masks(job, list("012"), "cocostuff", tmp_path / "crf.json") == 0
-    evaluation = Evaluation(cocostuff.BENCHMARK, job.output, job.gt_root, "png", backgrounds=(None,))
+    assert make_masks(step, list("012"), "cocostuff", tmp_path / "crf.json") == 0
+    evaluation = Evaluation(cocostuff.BENCHMARK, step.output, step.gt_root, "png", backgrounds=(None,))
     assert evaluate(evaluation, list("012"), tmp_path / "masks.json") == 0
     crf, masks = (json.loads((tmp_path / name).read_text())["best"] for name in ("crf.json", "masks.json"))
     assert crf == masks and list(crf["Class IoU"]) == cocostuff.GROUPS

@@ -21,9 +21,10 @@ import pytest
 from PIL import Image
 
 import shapes
-from pipeline.processes import Outcome
+from common import files
 from pipeline.run import Run, command
-from segmentation import camfile, files
+from pipeline.step import Decoded, Step
+from segmentation import camfile
 from segmentation.distributed import gather
 from segmentation.masks import read_mask
 from tests.conftest import parity_image
@@ -108,8 +109,7 @@ def count(out: Path) -> int:
 
 def made(world: Path, script: str, out: Path) -> list:
     """The command that makes masks or CAMs of the world in `out`."""
-    flag = "--cam_out_dir" if script == "generate_cams.py" else "--pseudo_mask_save_path"
-    return [script, *flags_of(world), flag, out]
+    return [script, *flags_of(world), "--output", out]
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def test_a_killed_rank_ends_an_evaluation(tmp_path, capsys, monkeypatch):
         (truth / f"{name}.png").symlink_to(truth / "0.png")
     (tmp_path / "split.txt").write_text("".join(f"{name}\n" for name in names))
     (tmp_path / "faults.yaml").write_text(YAML.format(root=tmp_path, model="none.pt"))
-    arguments = ["eval_cam.py", "--cam_out_dir", cams, "--dataset", tmp_path / "faults.yaml"]
+    arguments = ["eval_cam.py", "--cam_dir", cams, "--benchmark", tmp_path / "faults.yaml"]
     arguments += ["--num_workers", "1", "--json", tmp_path / "scores.json"]
     first, second = ranks(run_script, *arguments)
     second.until(lambda: opened(second.pid, truth))  # all have come together by then
@@ -245,19 +245,31 @@ def test_ranks_that_wait_for_a_lost_one_say_so():
     assert output == LOST
 
 
-def kill_yourself(names, position, marks):
-    """Work in which the second process is killed while the first goes on and on."""
-    for name in names:
-        if position == 1:
+class KillYourself(Step):
+    """The second process is killed while the first goes on and on."""
+
+    def __init__(self, marks: str):
+        self.marks = marks
+
+    def start(self, worker_index):
+        self.worker_index = worker_index
+
+    def decode(self, name):
+        if self.worker_index == 1:
             os.kill(os.getpid(), signal.SIGKILL)
+        return Decoded(name)
+
+    def compute(self, batch):
         time.sleep(0.05)
-        (Path(marks) / name).touch()
-        yield Outcome(name)
+        return batch
+
+    def write(self, decoded, result):
+        (Path(self.marks) / decoded.name).touch()
 
 
 def test_a_killed_worker_is_noticed_while_the_others_work(tmp_path):
     with pytest.raises(ChildProcessError, match="exit code -9"):
-        Run(None).map(kill_yourself, [str(n) for n in range(2000)], str(tmp_path), num_workers=2)
+        Run(None).map(KillYourself(str(tmp_path)), [str(n) for n in range(2000)], num_workers=2)
     assert len(list(tmp_path.iterdir())) < 500  # of the 1000 that are the first one's
 
 
@@ -297,6 +309,8 @@ class Disk:
             subprocess.run(["umount", str(self.folder)], check=True)
 
     def _open(self, file: Path, mode: str):
+        if mode == "rb":
+            return open(file, mode)
         disk = self
 
         class Limited(io.FileIO):
@@ -331,7 +345,7 @@ def few(tmp_path) -> Path:
 @pytest.fixture
 def masks_of_few(few, tmp_path, capsys, monkeypatch) -> dict[str, bytes]:
     out = tmp_path / "enough"
-    assert told("pseudo_masks", capsys, monkeypatch, *flags_of(few), "--pseudo_mask_save_path", out)[0] == 0
+    assert told("pseudo_masks", capsys, monkeypatch, *flags_of(few), "--output", out)[0] == 0
     return contents(out)
 
 
@@ -340,7 +354,7 @@ def test_a_full_disk_stops_a_run_and_a_rerun_completes_it(
     disk, pages, what, few, masks_of_few, capsys, monkeypatch
 ):
     out = disk.folder / "masks"
-    flags = [*flags_of(few), "--pseudo_mask_save_path", out]
+    flags = [*flags_of(few), "--output", out]
     disk.shrink_to(pages)
     code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
     one_sentence(code, errors, what)
@@ -355,7 +369,7 @@ def test_a_full_disk_stops_a_run_and_a_rerun_completes_it(
 def test_a_disk_too_full_for_the_list_of_failures(disk, few, capsys, monkeypatch):
     (few.parent / "split.txt").write_text("a 0\nlost 1\n")
     out = disk.folder / "masks"
-    flags = [*flags_of(few), "--pseudo_mask_save_path", out]
+    flags = [*flags_of(few), "--output", out]
     disk.shrink_to(2)  # settings.json, a.png
     code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
     one_sentence(code, errors, "failed.txt")
@@ -373,7 +387,7 @@ def test_a_disk_too_full_for_a_shard(disk, few, masks_of_few, tmp_path, capsys, 
                 archive.add(few.parent / "images" / f"{name}.jpg", f"{name}.jpg")
     out = disk.folder / "shards"
     flags = [*flags_of(few), "--shards", tmp_path / "{0,1}.tar", "--labels", few.parent / "split.txt"]
-    flags += ["--pseudo_mask_save_path", out]
+    flags += ["--output", out]
     disk.shrink_to(5)  # settings.json, 0.tar of 10240 bytes
     code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
     one_sentence(code, errors, "1.tar")
@@ -391,7 +405,7 @@ def test_a_disk_too_full_for_a_shard(disk, few, masks_of_few, tmp_path, capsys, 
 @pytest.mark.parametrize("disk", ["tmpfs"], indirect=True)
 def test_a_full_disk_stops_several_processes(disk, few, masks_of_few, capsys, monkeypatch):
     out = disk.folder / "masks"
-    arguments = [*flags_of(few), "--pseudo_mask_save_path", out]
+    arguments = [*flags_of(few), "--output", out]
     disk.shrink_to(3)
     code, output = ended(Process(run_script, "pseudo_masks.py", *arguments, "--num_workers", "2"))
     one_sentence(code, output, ".png")
@@ -407,8 +421,8 @@ def test_no_room_elsewhere_stops_a_run_too(few, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("pipeline.fused.refine_labels", full)
-    flags = [*flags_of(few), "--pseudo_mask_save_path", tmp_path / "masks"]
+    monkeypatch.setattr("pipeline.fused.crf_posterior", full)
+    flags = [*flags_of(few), "--output", tmp_path / "masks"]
     code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
     sentence = "error: [Errno 28] No space left on device: make room, and start again to go on\n"
     assert (code, errors) == (1, sentence)
@@ -430,7 +444,7 @@ def test_bad_and_odd_images_among_good_ones(tmp_path, capsys, monkeypatch):
     (images / "deep.jpg").unlink()
     Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(images / "deep.png")
     out = tmp_path / "masks"
-    flags = [*flags_of(benchmark), "--pseudo_mask_save_path", out, "--keep_cams", "full"]
+    flags = [*flags_of(benchmark), "--output", out, "--keep_cams", "full"]
     code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
     assert code == 1 and "7 images, 4 failed" in errors and "Traceback" not in errors
     for sentence in (
@@ -470,16 +484,16 @@ def test_a_very_large_image(tmp_path, capsys, monkeypatch):
     small = ["--crf_max_pixels", "100000"]
     flags = [*flags_of(benchmark), "--max_patches", "300"]
     fused, stepwise, cams = tmp_path / "fused", tmp_path / "stepwise", tmp_path / "cams"
-    arguments = [*flags, *small, "--pseudo_mask_save_path", fused]
+    arguments = [*flags, *small, "--output", fused]
     output, memory = measured("pseudo_masks.py", *arguments)
     assert "images shrunk to 100000 pixels for the CRF (--crf_max_pixels): 1 (large)" in output
     assert "images shrunk to 300 patches (--max_patches): 1 (large)" in output
     assert memory < 2500
     mask = read_mask(fused / "large.png")
     assert mask.shape == (9000, 12000) and len(np.unique(mask)) > 1
-    flags += ["--cam_format", "compact", "--cam_out_dir", cams]
+    flags += ["--cam_format", "compact", "--output", cams]
     assert told("generate_cams", capsys, monkeypatch, *flags)[0] == 0
-    flags = ["--cam_out_dir", cams, "--num_workers", 1, *small, "--pseudo_mask_save_path", stepwise]
+    flags = ["--cam_dir", cams, "--num_workers", 1, *small, "--output", stepwise]
     assert told("eval_cam_with_crf", capsys, monkeypatch, *flags)[0] == 0
     assert (read_mask(stepwise / "large.png") == mask).mean() > 0.999
 
@@ -492,7 +506,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     memory = {}
     for count, more in ((400, ["--split_file", tmp_path / "few.txt"]), (2000, [])):
         out = tmp_path / f"masks_{count}"
-        arguments = [*flags_of(benchmark), "--batch_size", "32", *more, "--pseudo_mask_save_path", out]
+        arguments = [*flags_of(benchmark), "--batch_size", "32", *more, "--output", out]
         output, memory[count] = measured("pseudo_masks.py", *arguments)
         assert f"{count} images, 0 failed" in output and len(list(out.glob("*.png"))) == count
     assert memory[2000] < 1.1 * memory[400]
@@ -515,7 +529,7 @@ def test_bad_files_at_evaluation_are_counted(tmp_path, capsys, monkeypatch):
     (tmp_path / "split.txt").write_text("".join(f"{name}\n" for name in names))
     (tmp_path / "faults.yaml").write_text(YAML.format(root=tmp_path, model="none.pt"))
     for workers in (1, 2):
-        flags = ["--cam_out_dir", cams, "--dataset", tmp_path / "faults.yaml", "--num_workers", workers]
+        flags = ["--cam_dir", cams, "--benchmark", tmp_path / "faults.yaml", "--num_workers", workers]
         code, errors = told("eval_cam", capsys, monkeypatch, *flags, "--json", tmp_path / "scores.json")
         assert code == 1 and "4 images, 3 failed" in errors
         assert "the ground truth is (50, 40) but the prediction (40, 50)" in errors

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from common.files import DiskFull
 from pipeline.flow import FlowSettings, _is_out_of_memory, decoding, flow
 from pipeline.processes import Outcome, failed
+from pipeline.step import Step
 
 OUT_OF_MEMORY = [
     torch.cuda.OutOfMemoryError("CUDA out of memory"),
@@ -42,7 +43,7 @@ def decode(image: Image) -> Image | Outcome:
     return image
 
 
-class Step:
+class Counting(Step):
     """Records what is computed and written. `fits` images of a shape fit into memory; `trouble` raises in
     `compute` or `write` for the image named."""
 
@@ -53,6 +54,9 @@ class Step:
         self.batches: list[list[Image]] = []  # those that went well
         self.written: dict[str, str] = {}
         self.threads: set[tuple[str, int]] = set()
+
+    def decoder(self):
+        return decode
 
     def batch_size(self, decoded: Image) -> int:
         return self.auto
@@ -90,8 +94,13 @@ def expected(samples: list[Image]) -> dict[str, Outcome]:
     }
 
 
-def outcomes(samples: list[Image], step: Step, settings: FlowSettings) -> dict[str, Outcome]:
-    found = list(flow(samples, decode, step, settings))
+def flow_with(samples, step: Counting, settings: FlowSettings, decode_pool=None):
+    step.flow = settings
+    return flow(samples, step, decode_pool)
+
+
+def outcomes(samples: list[Image], step: Counting, settings: FlowSettings) -> dict[str, Outcome]:
+    found = list(flow_with(samples, step, settings))
     assert len(found) == len(samples) == len({outcome.name for outcome in found})
     return {outcome.name: outcome for outcome in found}
 
@@ -101,27 +110,27 @@ def outcomes(samples: list[Image], step: Step, settings: FlowSettings) -> dict[s
     st.builds(
         FlowSettings,
         batch_size=st.sampled_from([None, 1, 3, 8]),
-        look_ahead=st.sampled_from([1, 4, 7, 100]),
+        prefetch=st.sampled_from([1, 4, 7, 100]),
         threads=st.sampled_from([0, 1, 3]),
         write_workers=st.sampled_from([0, 2]),
     ),
 )
 @settings(deadline=None, max_examples=60)
 def test_every_sample_comes_out_and_batches_are_cut_from_one_block(shapes, given):
-    samples, step = images(*shapes), Step()
+    samples, step = images(*shapes), Counting()
     assert outcomes(samples, step, given) == expected(samples)
     good = [image for image in samples if image.shape != "unreadable"]
     assert step.written == {image.name: f"result of {image.name}" for image in good}
     size = given.batch_size or step.auto
     cut = []  # what batches must be: of one block, of one shape, the dearest first, full but for the last
-    for start in range(0, len(samples), given.look_ahead):
-        block = [image for image in samples[start : start + given.look_ahead] if image in good]
+    for start in range(0, len(samples), given.prefetch):
+        block = [image for image in samples[start : start + given.prefetch] if image in good]
         for _, group in groupby(sorted(block, key=lambda image: image.shape), lambda image: image.shape):
             costs = sorted((image.cost for image in group), reverse=True)
             cut += [(start, costs[first : first + size]) for first in range(0, len(costs), size)]
     found = []
     for batch in step.batches:
-        starts = {int(image.name) // given.look_ahead * given.look_ahead for image in batch}
+        starts = {int(image.name) // given.prefetch * given.prefetch for image in batch}
         assert len(starts) == 1 and len({image.shape for image in batch}) == 1
         found.append((starts.pop(), [image.cost for image in batch]))
     assert sorted(found) == sorted(cut)
@@ -129,9 +138,9 @@ def test_every_sample_comes_out_and_batches_are_cut_from_one_block(shapes, given
 
 @pytest.mark.parametrize("threads, write_workers", [(0, 2), (3, 0)])
 def test_decoding_processes_change_nothing(threads, write_workers):
-    samples, step = images(*["a", "b", "unreadable"] * 9), Step()
+    samples, step = images(*["a", "b", "unreadable"] * 9), Counting()
     asked = FlowSettings(
-        batch_size=3, look_ahead=6, threads=threads, decode_workers=2, write_workers=write_workers
+        batch_size=3, prefetch=6, threads=threads, decode_workers=2, write_workers=write_workers
     )
     assert outcomes(samples, step, asked) == expected(samples)
     assert sorted(map(len, step.batches)) == [1] * 2 + [2] * 8
@@ -139,9 +148,9 @@ def test_decoding_processes_change_nothing(threads, write_workers):
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_a_batch_that_does_not_fit_is_halved_and_so_are_later_ones_of_its_shape(error):
-    step = Step(fits={"large": 3}, out_of_memory=error)
+    step = Counting(fits={"large": 3}, out_of_memory=error)
     samples = images(*["large", "small"] * 32)
-    found = outcomes(samples, step, FlowSettings(batch_size=8, look_ahead=32, threads=0))
+    found = outcomes(samples, step, FlowSettings(batch_size=8, prefetch=32, threads=0))
     assert found == expected(samples) and len(step.written) == 64
     large = [len(batch) for batch in step.tried if batch[0].shape == "large"]
     assert large == [8, 4, 2, 2, 4, 2, 2] + [2] * 12
@@ -150,9 +159,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_so_are_later_ones_of_its_shape(
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_an_image_that_does_not_fit_alone_fails_with_a_sentence(error):
-    step = Step(fits={"huge": 0}, out_of_memory=error)
+    step = Counting(fits={"huge": 0}, out_of_memory=error)
     samples = images("small", "huge", "small")
-    found = outcomes(samples, step, FlowSettings(batch_size=2, look_ahead=3, threads=1))
+    found = outcomes(samples, step, FlowSettings(batch_size=2, prefetch=3, threads=1))
     failure = "there is too little memory for an image of shape huge"
     assert found == {**expected(samples), "1": Outcome("1", failure)}
 
@@ -160,9 +169,9 @@ def test_an_image_that_does_not_fit_alone_fails_with_a_sentence(error):
 @pytest.mark.parametrize("where", ["compute", "write"])
 @pytest.mark.parametrize("threads, write_workers", [(0, 0), (0, 2), (2, 0)])
 def test_one_poisonous_image_fails_alone_and_limits_nothing(where, threads, write_workers):
-    step = Step(trouble={(where, "5"): KeyError("poison")})
+    step = Counting(trouble={(where, "5"): KeyError("poison")})
     samples = images(*["a"] * 24)
-    asked = FlowSettings(batch_size=8, look_ahead=8, threads=threads, write_workers=write_workers)
+    asked = FlowSettings(batch_size=8, prefetch=8, threads=threads, write_workers=write_workers)
     assert outcomes(samples, step, asked) == {
         **expected(samples),
         "5": Outcome("5", "KeyError: 'poison'"),
@@ -173,7 +182,7 @@ def test_one_poisonous_image_fails_alone_and_limits_nothing(where, threads, writ
 
 @pytest.mark.parametrize("seen", ["by its block", "before"])
 def test_a_dead_decoding_process_is_told(seen, tmp_path):
-    samples, step = images(*["a"] * 60), Step()
+    samples, step = images(*["a"] * 60), Counting()
     samples[4] = Image(str(tmp_path / "died"), "deadly", 0)
 
     def source():
@@ -183,19 +192,19 @@ def test_a_dead_decoding_process_is_told(seen, tmp_path):
         time.sleep(0.5 if seen == "before" else 0)  # until its parent knows
         yield from samples[9:]
 
-    asked = FlowSettings(look_ahead=3, threads=0 if seen == "by its block" else 2, decode_workers=2)
+    asked = FlowSettings(prefetch=3, threads=0 if seen == "by its block" else 2, decode_workers=2)
     with pytest.raises(ChildProcessError, match=r"decoding process died .* the same command continues"):
-        list(flow(source(), decode, step, asked))
+        list(flow_with(source(), step, asked))
     assert step.written.keys() <= {"0", "1", "2"}
 
 
 @pytest.mark.parametrize("threads, write_workers", [(0, 0), (0, 2), (2, 0), (2, 2)])
 def test_a_full_disk_stops_the_flow(threads, write_workers):
-    step = Step(trouble={("write", "30"): DiskFull("no space is left")})
+    step = Counting(trouble={("write", "30"): DiskFull("no space is left")})
     samples = images(*["a"] * 1000)
-    asked = FlowSettings(batch_size=2, look_ahead=4, threads=threads, write_workers=write_workers)
+    asked = FlowSettings(batch_size=2, prefetch=4, threads=threads, write_workers=write_workers)
     with pytest.raises(DiskFull, match="no space"):
-        list(flow(samples, decode, step, asked))
+        list(flow_with(samples, step, asked))
     assert len(step.written) < 100
 
 
@@ -213,10 +222,10 @@ def test_what_is_on_its_way_is_bounded_however_slow_writing_is(threads, decode_w
             yield sample
 
     asked = FlowSettings(
-        look_ahead=block, threads=threads, decode_workers=decode_workers, write_workers=write_workers
+        prefetch=block, threads=threads, decode_workers=decode_workers, write_workers=write_workers
     )
-    step = Step(seconds=0.001)
-    for outcome in flow(source(), decode, step, asked):
+    step = Counting(seconds=0.001)
+    for outcome in flow_with(source(), step, asked):
         most = max(most, drawn - done)
         done += 1
     assert done == 300
@@ -238,17 +247,17 @@ def test_threads_compute_on_a_core_each_and_the_callers_number_returns():
     try:
         torch.set_num_threads(3)
         for samples in (images(*"aaaa"), images(*"aaaaaaaaaaaaaaaaaaaaa")):
-            step = Step()
-            with closing(flow(samples, decode, step, FlowSettings(threads=2))) as flowing:
+            step = Counting()
+            with closing(flow_with(samples, step, FlowSettings(threads=2))) as flowing:
                 for _ in range(4):  # of more: a caller that stops before the end
                     next(flowing)
             assert step.threads == {("flow", 1)}
             assert torch.get_num_threads() == of_a_new_thread() == 3
-        step = Step()
-        list(flow(images(*"aaaa"), decode, step, FlowSettings(threads=0)))
+        step = Counting()
+        list(flow_with(images(*"aaaa"), step, FlowSettings(threads=0)))
         assert step.threads == {("MainThread", 3)}
-        step = Step(seconds=0.01)
-        list(flow(images(*"a" * 30), decode, step, FlowSettings()))  # as many threads as PyTorch has
+        step = Counting(seconds=0.01)
+        list(flow_with(images(*"a" * 30), step, FlowSettings()))  # as many threads as PyTorch has
         assert step.threads == {("flow", 1)}
     finally:
         torch.set_num_threads(before)
@@ -262,14 +271,14 @@ def test_what_serves_on_a_device():
 
 
 def test_decoding_processes_serve_several_flows():
-    asked = FlowSettings(look_ahead=3, decode_workers=2)
-    with decoding(asked) as decoder:
+    asked = FlowSettings(prefetch=3, decode_workers=2)
+    with decoding(asked) as decode_pool:
         for _ in range(2):
-            step = Step()
-            assert len(list(flow(images(*"aab"), decode, step, asked, decoder))) == 3
-        processes = set(decoder._processes)
-        list(flow(images(*"ab"), decode, step, asked, decoder))
-        assert set(decoder._processes) == processes
+            step = Counting()
+            assert len(list(flow_with(images(*"aab"), step, asked, decode_pool))) == 3
+        processes = set(decode_pool._processes)
+        list(flow_with(images(*"ab"), step, asked, decode_pool))
+        assert set(decode_pool._processes) == processes
 
 
 @pytest.mark.parametrize(

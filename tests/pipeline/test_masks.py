@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import voc12
-from pipeline.masks import MaskJob, make_images, make_masks, refine_labels
+from pipeline.masks import MaskInput, MaskSettings, MaskStep, crf_posterior, make_masks
 from pipeline.processes import drain
 from pipeline.run import read_settings
+from pipeline.step import run_step
 from segmentation import camfile
 from segmentation.masks import read_mask, write_mask
 from segmentation.metrics import scores
@@ -27,7 +28,7 @@ def arrays():
 
 
 @pytest.fixture
-def job(arrays, tmp_path):
+def step(arrays, tmp_path):
     for index, name in enumerate(NAMES):
         maps = arrays[f"cams{index}"]
         grid = {"attn_highres": maps.astype(np.float32)}
@@ -35,34 +36,35 @@ def job(arrays, tmp_path):
         write_mask(tmp_path / "truth" / f"{name}.png", arrays[f"gt{index}"], voc12.BENCHMARK.palette)
         (tmp_path / "images").mkdir(exist_ok=True)
         parity_image(name, maps.shape[1:]).save(tmp_path / "images" / f"{name}.png")
-    return MaskJob(voc12.BENCHMARK, str(tmp_path / "cams"), str(tmp_path / "images"), str(tmp_path / "masks"))
+    cams, images, masks = (str(tmp_path / folder) for folder in ("cams", "images", "masks"))
+    return MaskStep(voc12.BENCHMARK, cams, images, masks)
 
 
 def content(folder):
     return {file.name: file.read_bytes() for file in folder.glob("*.png")}
 
 
-def test_golden_masks_without_ground_truth(arrays, job, tmp_path, capsys):
-    assert make_masks(job, NAMES, "voc12") == 0
+def test_golden_masks_without_ground_truth(arrays, step, tmp_path, capsys):
+    assert make_masks(step, NAMES, "voc12") == 0
     for index, name in enumerate(NAMES):
         assert (read_mask(tmp_path / "masks" / f"{name}.png") == arrays[f"pseudo{index}"]).all()
     assert capsys.readouterr().out == ""  # no truth, no scores
 
 
-def test_golden_scores(arrays, job, tmp_path):
-    job = replace(job, output=None, gt_root=str(tmp_path / "truth"))
-    hist, pixels = drain(make_images(NAMES, 0, job), lambda outcome: None)
+def test_golden_scores(arrays, step, tmp_path):
+    step = replace(step, output=None, gt_root=str(tmp_path / "truth"))
+    hist, pixels = drain(run_step(NAMES, 0, step), lambda outcome: None)
     assert (hist == arrays["eval_hist"]).all() and pixels.tolist() == [0, hist.sum()]
     assert scores(hist)["Mean IoU"] == pytest.approx(arrays["eval_miou"], abs=1e-12)
     assert not (tmp_path / "masks").exists()
 
 
-def test_processes_and_resuming_give_the_same_bytes(job, tmp_path):
-    assert make_masks(job, NAMES, "voc12") == 0
+def test_processes_and_resuming_give_the_same_bytes(step, tmp_path):
+    assert make_masks(step, NAMES, "voc12") == 0
     undisturbed = content(tmp_path / "masks")
     assert len(undisturbed) == 3
     for part, done in (("three", []), ("two", NAMES[:2])):
-        other = replace(job, output=str(tmp_path / part))
+        other = replace(step, output=str(tmp_path / part))
         if done:
             make_masks(other, done, "voc12")
         before = {name: os.stat(tmp_path / part / f"{name}.png").st_mtime_ns for name in done}
@@ -71,60 +73,67 @@ def test_processes_and_resuming_give_the_same_bytes(job, tmp_path):
         assert before == {name: os.stat(tmp_path / part / f"{name}.png").st_mtime_ns for name in done}
 
 
-def test_masks_are_scored_as_written_where_there_is_truth(arrays, job, tmp_path, capsys):
+def test_masks_are_scored_as_written_where_there_is_truth(arrays, step, tmp_path, capsys):
     (tmp_path / "truth" / f"{NAMES[1]}.png").unlink()
-    job = replace(job, gt_root=str(tmp_path / "truth"))
-    first, second = ((make_masks(job, NAMES, "voc12"), capsys.readouterr()) for _ in range(2))
+    step = replace(step, gt_root=str(tmp_path / "truth"))
+    first, second = ((make_masks(step, NAMES, "voc12"), capsys.readouterr()) for _ in range(2))
     assert first == second  # made or found, the scores are those of all masks
     assert "images without ground truth: 1 (es_crf1)" in first[1].err and "predicted 255" in first[1].out
     assert len(content(tmp_path / "masks")) == 3
 
 
-def test_one_bad_image_is_reported_and_tried_again(job, tmp_path):
+def test_one_bad_image_is_reported_and_tried_again(step, tmp_path):
     file = tmp_path / "images" / f"{NAMES[1]}.png"
     whole = file.read_bytes()
     Image.new("RGB", (7, 5)).save(file)
-    assert make_masks(job, NAMES, "voc12", num_workers=2) == 1
+    assert make_masks(step, NAMES, "voc12", num_workers=2) == 1
     failed = tmp_path / "masks" / "failed.txt"
     assert failed.read_text().startswith(
         f"{NAMES[1]}\tclass probabilities are (75, 53) but the image is (5, 7)"
     )
     assert len(content(tmp_path / "masks")) == 2
     file.write_bytes(whole)
-    assert make_masks(job, NAMES, "voc12") == 0
+    assert make_masks(step, NAMES, "voc12") == 0
     assert len(content(tmp_path / "masks")) == 3 and not failed.exists()
 
 
-def test_other_settings_and_other_cams_are_not_mixed(arrays, job, tmp_path):
-    make_masks(job, NAMES, "voc12")
+def test_other_settings_and_other_cams_are_not_mixed(arrays, step, tmp_path):
+    make_masks(step, NAMES, "voc12")
     assert read_settings(tmp_path / "masks")["step"] == "masks"
     with pytest.raises(ValueError, match=r"confidence \(was 0.95, now 0.9\)"):
-        make_masks(replace(job, confidence=0.9), NAMES, "voc12")
+        make_masks(replace(step, settings=MaskSettings(confidence=0.9)), NAMES, "voc12")
     (tmp_path / "cams" / "settings.json").write_text('{"settings": {"refine": "mhsa"}}')
     with pytest.raises(ValueError, match="cams"):
-        make_masks(job, NAMES, "voc12")
-    assert make_masks(replace(job, confidence=0.0), NAMES, "voc12", overwrite=True) == 0
+        make_masks(step, NAMES, "voc12")
+    every_pixel = replace(step, settings=MaskSettings(confidence=0.0))
+    assert make_masks(every_pixel, NAMES, "voc12", overwrite=True) == 0
     assert not any((read_mask(tmp_path / "masks" / f"{name}.png") == 255).any() for name in NAMES)
 
 
-def test_masks_never_go_to_the_folder_of_the_cams(job, tmp_path):
+def test_masks_never_go_to_the_folder_of_the_cams(step, tmp_path):
     (tmp_path / "cams" / "mine.png").touch()
     before = {file: file.read_bytes() for file in (tmp_path / "cams").iterdir()}
     for output in (tmp_path / "cams", tmp_path / "images" / ".." / "cams"):
         for overwrite in (False, True):
             with pytest.raises(ValueError, match="cams holds the CAMs: give the masks a folder of their own"):
-                make_masks(replace(job, output=str(output)), NAMES, "voc12", overwrite=overwrite)
+                make_masks(replace(step, output=str(output)), NAMES, "voc12", overwrite=overwrite)
     assert before == {file: file.read_bytes() for file in (tmp_path / "cams").iterdir()}
 
 
-def test_missing_files_are_told(job, tmp_path):
+def test_missing_files_are_told(step, tmp_path):
     with pytest.raises(FileNotFoundError, match="lacks the CAMs of 1 of 4 images: nowhere"):
-        make_masks(job, [*NAMES, "nowhere"], "voc12")
+        make_masks(step, [*NAMES, "nowhere"], "voc12")
     with pytest.raises(FileNotFoundError, match="give --image_root"):
-        make_masks(replace(job, image_root=str(tmp_path / "none")), NAMES, "voc12")
+        make_masks(replace(step, image_root=str(tmp_path / "none")), NAMES, "voc12")
     with pytest.raises(FileNotFoundError, match="--gt_root"):
-        make_masks(replace(job, gt_root=str(tmp_path / "none")), NAMES, "voc12")
-    assert make_masks(job, [*NAMES, "nowhere"], "voc12", allow_missing=True) == 0
+        make_masks(replace(step, gt_root=str(tmp_path / "none")), NAMES, "voc12")
+    assert make_masks(step, [*NAMES, "nowhere"], "voc12", allow_missing=True) == 0
+
+
+def labels_of(image, class_ids, cams, step) -> np.ndarray:
+    """Mask of one image, as step 2b computes it without an output folder."""
+    step.start(0)
+    return step.compute([MaskInput("any", image.shape[:2], class_ids, image, cams)])[0]
 
 
 @settings(deadline=None, max_examples=25)
@@ -132,21 +141,23 @@ def test_missing_files_are_told(job, tmp_path):
 def test_labels_of_any_shape(labels, height, width, zero, seed):
     random = np.random.default_rng(seed)
     image = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    maps = (random.random((labels, height, width)) * (not zero)).astype(np.float16)
-    keys = random.permutation(20)[:labels]
-    found, posterior = refine_labels(image, keys, maps, MaskJob(voc12.BENCHMARK, "", "", None))
-    assert found.shape == posterior.shape == (height, width) and found.dtype == np.uint8
-    assert set(found.ravel()) <= {0, *(keys + 1)}
+    cams = (random.random((labels, height, width)) * (not zero)).astype(np.float16)
+    class_ids = random.permutation(20)[:labels]
+    mask = labels_of(image, class_ids, cams, MaskStep(voc12.BENCHMARK, "", "", None))
+    posterior = crf_posterior(image, cams, MaskSettings().on("cpu"), add_background=True)
+    assert posterior.shape == (1 + labels, height, width)
+    assert mask.shape == (height, width) and mask.dtype == np.uint8
+    assert set(mask.ravel()) <= {0, *(class_ids + 1)}
     if zero:
-        assert not found.any()
+        assert not mask.any()
 
 
 def test_benchmarks_without_background_and_maps_with_one():
     image = np.zeros((2, 3, 3), np.uint8)
     maps = np.stack([np.full((2, 3), 0.2), np.full((2, 3), 0.9)]).astype(np.float16)
-    stuff = MaskJob(replace(voc12.BENCHMARK, has_background=False), "", "", None)
-    assert (refine_labels(image, np.array([3, 0]), maps, stuff)[0] == 0).all()
-    own = MaskJob(voc12.BENCHMARK, "", "", None, cam_type="bg_score")
-    assert (refine_labels(image, np.array([3]), maps, own)[0] == 4).all()
+    stuff = MaskStep(replace(voc12.BENCHMARK, has_background=False), "", "", None)
+    assert (labels_of(image, np.array([3, 0]), maps, stuff) == 0).all()
+    own = MaskStep(voc12.BENCHMARK, "", "", None, cam_type="bg_score")
+    assert (labels_of(image, np.array([3]), maps, own) == 4).all()
     with pytest.raises(ValueError, match="holds class 20, which voc12 does not have"):
-        refine_labels(image, np.array([20, 0]), maps, MaskJob(voc12.BENCHMARK, "", "", None))
+        labels_of(image, np.array([20, 0]), maps, MaskStep(voc12.BENCHMARK, "", "", None))

@@ -1,4 +1,4 @@
-"""Pictures of the report page."""
+"""Figures of the report page."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from pipeline import pictures
 from segmentation.benchmark import IGNORE, Benchmark
 
 
-def test_unsure_pixels_are_hatched():
+def test_ignored_pixels_are_hatched():
     labels = np.full((16, 16), IGNORE, np.uint8)
     labels[:, 8:] = 1
     palette = Benchmark("tiny", ["cat", "bird"]).palette
@@ -15,9 +15,9 @@ def test_unsure_pixels_are_hatched():
     assert (painted[:, 8:] == palette[1]).all()
 
 
-def test_heat_leaves_the_image_where_there_is_no_activation():
+def test_overlay_leaves_the_image_where_there_is_no_activation():
     image = np.full((4, 5, 3), 90, np.uint8)
     cam = np.zeros((4, 5), np.float16)
     cam[2, 2] = 1
-    changed = (pictures.heat(image, cam) != image).any(-1)
+    changed = (pictures.cam_overlay(image, cam) != image).any(-1)
     assert changed.sum() == 1 and changed[2, 2]

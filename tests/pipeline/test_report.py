@@ -51,32 +51,39 @@ def results(tmp_path_factory):
     return root
 
 
-def sources(root, truth=True, **changes):
-    return report.Sources(
-        Benchmark("tiny", CLASSES, **changes),
+def page_of(root, truth=True, names=LABELS, benchmark=None, **changes):
+    """The `Results` of the training images, with further fields."""
+    return report.Results(
+        benchmark or Benchmark("tiny", CLASSES),
+        list(names),
         str(root / "images"),
         str(root / "cams"),
         str(root / "masks"),
         str(root / "truth") if truth else None,
+        **changes,
     )
 
 
-def from_tags(root, **changes):
-    """Masks that fit the ground truth, `sure`, of the labels in tags.txt."""
-    tagged = report.FromTags(
-        str(root / "sure"),
-        str(root / "tags.txt"),
-        str(root / "tags.json"),
-        [str(root / "crf.json"), str(root / "masks.json")],
-    )
-    return report.replace(tagged, **changes)
+def auto_masks(root, **changes):
+    """Fields of masks that fit the ground truth, `sure`, of the labels in tags.txt."""
+    return {
+        "auto_masks": (str(root / "sure"), str(root / "tags.txt")),
+        "auto_tags": str(root / "tags.json"),
+        "auto_scores": [str(root / "crf.json"), str(root / "masks.json")],
+        **changes,
+    }
 
 
 def validation(root, *networks, names=LABELS, **changes):
-    """Networks that are folders of `root`, tested on the images that the pseudo masks are of."""
-    scored = str(root / "crf.json")
-    networks = [report.Network(f"the {name} one", str(root / name), scored) for name in networks]
-    return report.Validation(list(names), str(root / "images"), str(root / "truth"), networks, **changes)
+    """Fields of networks that are folders of `root`, tested on the images that the pseudo masks are of."""
+    score_file = str(root / "crf.json")
+    return {
+        "networks": [report.Network(f"the {name} one", str(root / name), score_file) for name in networks],
+        "val_names": list(names),
+        "val_image_root": str(root / "images"),
+        "val_gt_root": str(root / "truth"),
+        **changes,
+    }
 
 
 def score_files(root):
@@ -107,7 +114,7 @@ class Page(HTMLParser):
 
 
 def test_page_shows_every_stage_and_fetches_nothing(results):
-    html = report.render(sources(results), list(LABELS), score_files(results))
+    html = report.render(page_of(results, scores=score_files(results)))
     page = Page(html)
     assert {alt: len(found) for alt, found in page.pictures.items()} == {
         "input": 3, "ground truth": 3, "dense CRF": 3, "pseudo mask": 3,
@@ -122,37 +129,36 @@ def test_page_shows_every_stage_and_fetches_nothing(results):
 
 
 def test_page_without_ground_truth_or_scores(results):
-    html = report.render(sources(results, truth=False), list(LABELS), images=2)
+    html = report.render(page_of(results, truth=False), images=2)
     page = Page(html)
     assert "ground truth" not in page.pictures and len(page.pictures["input"]) == 2
     assert "IoU" not in html
 
 
 def test_page_shows_what_networks_predict(results):
-    trained = validation(results, "sure", "blank", score_files=score_files(results)[1:])
-    html = report.render(sources(results), list(LABELS), score_files(results), 2, trained)
+    trained = validation(results, "sure", "blank", val_scores=score_files(results)[1:])
+    html = report.render(page_of(results, scores=score_files(results), note="briefly", **trained), 2)
     page = Page(html)
     for alt, count in {"input": 4, "ground truth": 4, "pseudo mask": 2, "the sure one 100.0 %": 2}.items():
         assert len(page.pictures[alt]) == count
     assert len([alt for alt in page.pictures if re.fullmatch(r"the blank one [1-9].*\d %", alt)]) == 2
     assert not re.search(r"https?:|<script|<link|@import|url\(", html)
     text = " ".join(" ".join(page.text).split())
-    assert text.count("given the image's labels") == text.count("given the image alone") == 2
-    assert text.count("3 training images") == 2 and text.count("3 validation images") == 3
+    assert text.count("mIoU, with true labels") == text.count("mIoU, without labels") == 2
+    assert "briefly" in text
+    assert text.count("3 training images") == 3 and text.count("3 validation images") == 3
     assert "best to the worst prediction of the sure one" in text
 
 
 def test_networks_without_other_scores(results):
-    html = report.render(
-        sources(results, truth=False), list(LABELS), validation=validation(results, "blank")
-    )
+    html = report.render(page_of(results, truth=False, **validation(results, "blank")))
     text = " ".join(" ".join(Page(html).text).split())
-    assert "given the image alone" in text and "given the image's labels" not in text
+    assert "mIoU, without labels" in text and "with true labels" not in text
 
 
 def test_page_shows_masks_from_tags(results):
-    source = report.replace(sources(results), from_tags=from_tags(results))
-    html = report.render(source, list(LABELS), score_files(results), validation=validation(results, "blank"))
+    fields = auto_masks(results) | validation(results, "blank")
+    html = report.render(page_of(results, scores=score_files(results), **fields))
     page = Page(html)
     shown = ("input", "ground truth", "pseudo mask", "mask from tags", "initial CAM, bird")
     assert [len(page.pictures[alt]) for alt in shown] == [6, 6, 3, 3, 2]
@@ -161,10 +167,10 @@ def test_page_shows_masks_from_tags(results):
     text = " ".join(" ".join(page.text).split())
     for told in (
         "mAP 87.5 %", "F1 50.0 %", "Precision 62.5 %", "Recall – %",
-        "Pseudo mask 57.5 % mIoU given the image's labels",
-        "Mask from tags 37.5 % mIoU · 12.5 % unsure left out given the image alone",
-        "best mask from tags to the worst", "masks from tags need no annotation",
-        "mask from tags: mIoU 100.0 %, 0.0 % unsure",
+        "Pseudo mask 57.5 % mIoU, with true labels",
+        "Mask from tags 37.5 % mIoU, without labels 12.5 % ignored",
+        "best mask from tags to the worst", "Masks from tags need no annotation",
+        "mask from tags: mIoU 100.0 %, 0.0 % ignored",
     ):  # fmt: skip
         assert told in text
     first = "&lt;cat&gt; &amp; dog"
@@ -173,24 +179,24 @@ def test_page_shows_masks_from_tags(results):
 
 
 def test_page_of_masks_from_tags_without_ground_truth_or_scores(results):
-    tagged = from_tags(results, tag_scores=None, mask_scores=())
-    page = Page(report.render(report.replace(sources(results, truth=False), from_tags=tagged), list(LABELS)))
+    fields = auto_masks(results, auto_tags=None, auto_scores=())
+    page = Page(report.render(page_of(results, truth=False, **fields)))
     text = " ".join(" ".join(page.text).split())
     assert len(page.pictures["mask from tags"]) == 3 and "ground truth" not in page.pictures
-    assert "mask from tags: 0.0 % unsure" in text and "mAP" not in text and "IoU" not in text
+    assert "mask from tags: 0.0 % ignored" in text and "mAP" not in text and "IoU" not in text
 
 
-def test_tags_are_told_against_the_true_labels():
-    told = report.compared([0, 3], [2, 0], ["cat", "dog", "bird", "cow"])
-    assert told == [("bird", "missed"), ("cat", ""), ("cow", "wrong")]
+def test_tags_are_compared_with_the_true_labels():
+    compared = report.compare_tags([0, 3], [2, 0], ["cat", "dog", "bird", "cow"])
+    assert compared == [("bird", "missed"), ("cat", ""), ("cow", "wrong")]
 
 
 def test_tags_that_lack_an_image_are_said(results, tmp_path):
     file = tmp_path / "labels.txt"
     file.write_text("one 1\nboth 0\n")
-    source = report.replace(sources(results), from_tags=from_tags(results, label_file=str(file)))
+    fields = auto_masks(results, auto_masks=(str(results / "sure"), str(file)))
     with pytest.raises(ValueError, match=r"labels\.txt has no line of image tall"):
-        report.render(source, list(LABELS))
+        report.render(page_of(results, **fields))
 
 
 def test_tags_that_a_mask_was_not_made_of_are_said(results, tmp_path):
@@ -199,9 +205,9 @@ def test_tags_that_a_mask_was_not_made_of_are_said(results, tmp_path):
     for name in LABELS:
         mask = read_mask(results / "sure" / f"{name}.png")
         write_mask(folder / f"{name}.png", mask, voc_palette(), [1])
-    tagged = from_tags(results, label_file=str(file), mask_dir=str(folder))
+    fields = auto_masks(results, auto_masks=(str(folder), str(file)))
     with pytest.raises(ValueError, match=r"was made of other labels than those in .*labels\.txt"):
-        report.render(report.replace(sources(results), from_tags=tagged), list(LABELS))
+        report.render(page_of(results, **fields))
 
 
 def test_what_masks_have_in_common_is_told_once(results, tmp_path):
@@ -214,9 +220,8 @@ def test_what_masks_have_in_common_is_told_once(results, tmp_path):
         found[folder] = tmp_path / folder
         found[folder].mkdir()
         (found[folder] / "settings.json").write_text(json.dumps({"settings": settings}))
-    tagged = report.FromTags(str(found["auto"]), str(found["tags"] / "labels.txt"))
-    source = report.replace(sources(results), mask_dir=str(found["true"]), from_tags=tagged)
-    assert report.recorded(source, ()) == [
+    made = page_of(results, auto_masks=(str(found["auto"]), str(found["tags"] / "labels.txt")))
+    assert report.recorded(report.replace(made, mask_dir=str(found["true"]))) == [
         ("Step 0, tags", [("names", "a, b, c, … (26 in all)"), ("averaged", "3")]),
         ("Step 2b, all masks", [("confidence", "0.95")]),
         ("Step 2b, pseudo masks", [("cams", "1")]),
@@ -234,8 +239,8 @@ def test_page_of_a_benchmark_that_is_scored_by_groups(results, tmp_path):
     ious = {"above": 0.25, "below": 0.75}
     file = tmp_path / "scores.json"
     file.write_text(json.dumps({"best": {"Mean IoU": 0.5, "Class IoU": ious}}))
-    source = report.replace(sources(results, truth=False), benchmark=benchmark)
-    page = Page(report.render(source, ["both"], [str(file)] * 3))
+    made = page_of(results, truth=False, names=["both"], benchmark=benchmark, scores=[str(file)] * 3)
+    page = Page(report.render(made))
     text = " ".join(" ".join(page.text).split())
     assert "above 25.0 25.0 25.0 below 75.0 75.0 75.0 mean" in text
     assert text.count("cloud") == 3  # in the legend, and as the name of two CAMs
@@ -252,8 +257,8 @@ def test_predictions_go_from_the_best_to_the_worst(results, tmp_path):
             str(tmp_path), str(results / "truth"), name, Benchmark("tiny", CLASSES)
         )
     network = report.Network("it", str(tmp_path), "")
-    trained = report.replace(validation(results), networks=[network])
-    shown = report.predictions(trained, Benchmark("tiny", CLASSES), 3)
+    trained = validation(results, networks=[network])
+    shown = report.predictions(page_of(results, **trained), 3)
     assert [(it["name"], it["masks"][0]["iou"]) for it in shown] == list(expected.items())
     assert list(expected.values()) == sorted(expected.values(), reverse=True)
 
@@ -270,13 +275,13 @@ def test_what_networks_have_in_common_is_told_once(results, tmp_path):
         scored = masks.with_name("scores.json")
         scored.write_text(json.dumps({"checkpoint": str(tmp_path / name / "final.pth")}))
         networks.append(report.Network(name, str(masks), str(scored)))
-    assert report.recorded(sources(results), networks) == [
+    assert report.recorded(page_of(results, networks=networks)) == [
         ("Step 3, all networks", [("model.width", "64"), ("flip", "yes")]),
         ("Step 3, first", [("data.label dir", "pseudo")]),
         ("Step 3, second", [("data.label dir", "truth")]),
         ("Versions", [("torch", "9")]),
     ]
-    alone = report.recorded(sources(results), networks[:1])
+    alone = report.recorded(page_of(results, networks=networks[:1]))
     assert alone[0] == (
         "Step 3, first", [("model.width", "64"), ("data.label dir", "pseudo"), ("flip", "yes")]
     )  # fmt: skip
@@ -290,31 +295,30 @@ def test_a_mask_that_does_not_fit_is_named(results, tmp_path):
 
 def test_networks_of_one_title_are_refused(results):
     with pytest.raises(ValueError, match="same title"):
-        validation(results, "sure", "sure")
+        page_of(results, **validation(results, "sure", "sure"))
 
 
 def test_page_of_a_benchmark_without_background(results):
     keys = {"has_background": False, "classes": ["sky", "sea", "sand"]}
-    source = sources(results, truth=False)
-    source = report.replace(source, benchmark=Benchmark("stuff", **keys))
-    Page(report.render(source, ["both"]))
+    benchmark = Benchmark("stuff", **keys)
+    Page(report.render(page_of(results, truth=False, names=["both"], benchmark=benchmark)))
 
 
 def test_masks_are_shown_in_the_palettes_colours(results):
-    source = sources(results)
-    shown = report.sample(source, "one", report.mask_job(source))
+    made = page_of(results)
+    shown = report.sample(made, "one", *report.recorded_masks(made))
     data = base64.b64decode(shown["truth"].partition(",")[2])
     pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert pixels.shape == (213, 320, 3)
-    expected = pictures.colours(source.benchmark)[:3]
+    expected = pictures.page_palette(made.benchmark)[:3]
     assert {tuple(c) for c in pixels.reshape(-1, 3)} == {tuple(c) for c in expected}
 
 
-def test_spread_takes_even_steps_ends_included():
+def test_even_steps_ends_included():
     names = list("abcdefghi")
-    assert report.spread(names, 3) == ["a", "e", "i"]
-    assert report.spread(names, 1) == ["a"]
-    assert report.spread(names, 20) == names
+    assert report.evenly_spaced(names, 3) == ["a", "e", "i"]
+    assert report.evenly_spaced(names, 1) == ["a"]
+    assert report.evenly_spaced(names, 20) == names
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"best": {}}', '{"best": null}',
@@ -338,8 +342,8 @@ def command(results, tmp_path, monkeypatch):
     yaml, out = tmp_path / "tiny.yaml", tmp_path / "new" / "page.html"
     yaml.write_text(f"name: tiny\nclasses: {json.dumps(CLASSES)}\n")
     flags = {
-        "dataset": yaml, "img_root": results / "images", "split_file": results / "split.txt",
-        "cam_out_dir": results / "cams", "pseudo_mask_dir": results / "masks", "out": out,
+        "benchmark": yaml, "image_root": results / "images", "split_file": results / "split.txt",
+        "cam_out_dir": results / "cams", "pseudo_mask_dir": results / "masks", "output": out,
     }  # fmt: skip
     words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
 
@@ -394,6 +398,6 @@ def test_flags_that_need_others_say_so(command, capsys, words, told):
 
 def test_cams_without_the_initial_map_are_said(results, tmp_path):
     camfile.write(tmp_path, "one", [1], {"attn_highres": np.ones((1, 2, 2), np.float32)}, SIZES["one"])
-    source = report.replace(sources(results), cam_dir=str(tmp_path))
+    made = report.replace(page_of(results, names=["one"]), cam_dir=str(tmp_path))
     with pytest.raises(ValueError, match="--keep_initial"):
-        report.render(source, ["one"])
+        report.render(made)

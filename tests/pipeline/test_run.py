@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,40 +14,50 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.files import replacing
-from pipeline.processes import attempt, device_of, shard
-from pipeline.run import Run, command, read_settings
+from pipeline.processes import device_of, part_of
+from pipeline.run import Record, Run, command, read_settings
+from pipeline.step import Decoded, Step
 
 ROOT = Path(__file__).parents[2]
 NAMES = [str(number) for number in range(11)]
 
 
-def work(names, position, factor, trouble=""):
-    """A step that sums its names; `trouble` says what goes wrong."""
-    total = 0
+class Sum(Step):
+    """Sums its names; `trouble` says what goes wrong."""
 
-    def add(name):
-        nonlocal total
-        if name == "7" and trouble == "bad image":
+    def __init__(self, factor: int, trouble: str = ""):
+        self.factor, self.trouble, self.total = factor, trouble, 0
+
+    def start(self, worker_index):
+        if self.trouble == "bad model":
+            raise FileNotFoundError("model x.pt does not exist")
+        if self.trouble == "worker bug":
+            raise KeyError("model")
+
+    def decode(self, name):
+        if name == "7" and self.trouble == "bad image":
             raise ValueError("image 7 is\nbroken")
-        if name == "7" and trouble == "bug":
-            raise KeyError("seven")
-        if name == "7" and trouble == "killed":
-            os.kill(os.getpid(), 9)
-        total += int(name) * factor
-        return ["odd"] if int(name) % 2 else None
+        return Decoded(name)
 
-    if trouble == "bad model":
-        raise FileNotFoundError("model x.pt does not exist")
-    if trouble == "worker bug":
-        raise KeyError("model")
-    for name in names:
-        yield attempt(name, add)
-    return total
+    def compute(self, batch):
+        (decoded,) = batch
+        if decoded.name == "7" and self.trouble == "bug":
+            raise KeyError("seven")
+        if decoded.name == "7" and self.trouble == "killed":
+            os.kill(os.getpid(), 9)
+        return [int(decoded.name) * self.factor]
+
+    def write(self, decoded, result):
+        self.total += result
+        return ["odd"] if int(decoded.name) % 2 else None
+
+    def finish(self):
+        return self.total
 
 
 @given(st.lists(st.integers(), max_size=40), st.integers(1, 12))
-def test_shards_are_a_partition(items, world):
-    parts = [shard(items, rank, world) for rank in range(world)]
+def test_parts_are_a_partition(items, world):
+    parts = [part_of(items, rank, world) for rank in range(world)]
     assert sorted(item for part in parts for item in part) == sorted(items)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -54,7 +65,7 @@ def test_shards_are_a_partition(items, world):
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_results_and_outcomes(tmp_path, capfd, num_workers):
     run = Run(tmp_path / "out")
-    assert sum(run.map(work, NAMES, 2, num_workers=num_workers)) == 110
+    assert sum(run.map(Sum(2), NAMES, num_workers=num_workers)) == 110
     assert run.finish() == 0
     told = capfd.readouterr().err
     assert "11 images, 0 failed" in told and "odd: 5 (1, 3, 5, 7, 9)" in told
@@ -65,15 +76,15 @@ def test_results_and_outcomes(tmp_path, capfd, num_workers):
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_one_bad_image_is_listed_until_a_rerun_mends_it(tmp_path, capsys, num_workers):
     run = Run(tmp_path)
-    assert sum(run.map(work, NAMES, 1, "bad image", num_workers=num_workers)) == 55 - 7
+    assert sum(run.map(Sum(1, "bad image"), NAMES, num_workers=num_workers)) == 55 - 7
     assert run.finish() == 1
     assert (tmp_path / "failed.txt").read_text() == "7\timage 7 is broken\n"
     assert "failed: 7: image 7 is broken" in capsys.readouterr().err
     run = Run(tmp_path)
-    run.map(work, NAMES, 1, "bug")
+    run.map(Sum(1, "bug"), NAMES)
     assert run.finish() == 1 and run.failures == [("7", "KeyError: 'seven'")]
     run = Run(tmp_path)
-    run.map(work, ["7"], 1)
+    run.map(Sum(1), ["7"])
     assert run.finish() == 0 and not (tmp_path / "failed.txt").exists()
 
 
@@ -87,28 +98,30 @@ def test_one_bad_image_is_listed_until_a_rerun_mends_it(tmp_path, capsys, num_wo
 )
 def test_a_process_that_fails_fails_the_run(trouble, error, match):
     with pytest.raises(error, match=match):
-        Run(None).map(work, NAMES, 1, trouble, num_workers=2)
+        Run(None).map(Sum(1, trouble), NAMES, num_workers=2)
 
 
 def test_no_images_is_no_work():
     run = Run(None)
-    assert run.map(work, [], 1, num_workers=4) == [0] and run.finish() == 0
+    assert run.map(Sum(1), [], num_workers=4) == [0] and run.finish() == 0
 
 
 def test_settings_guard_the_folder(tmp_path):
     folder = tmp_path / "cams"
     settings = {"benchmark": "voc12", "scales": (1.0,), "flip": False}
-    Run(folder, settings, {"model": "abc"}, outputs=("*.npy",))
+    first = Record(settings=settings, inputs={"model": "abc"}, outputs=("*.npy",))
+    Run(folder, first)
     record = read_settings(folder)
     assert record["settings"]["benchmark"] == "voc12" and record["inputs"] == {"model": "abc"}
     assert {"python", "numpy", "torch"} <= set(record["versions"])
     (folder / "a.npy").touch()
     (folder / "note.txt").touch()
-    Run(folder, settings, {"model": "abc"}, outputs=("*.npy",))  # the same again
+    Run(folder, first)  # the same again
     assert (folder / "a.npy").exists()
+    other = replace(first, settings={**settings, "flip": True}, inputs={"model": "abd"})
     with pytest.raises(ValueError, match=r"flip \(was False, now True\), model \(was 'abc', now 'abd'\)"):
-        Run(folder, {**settings, "flip": True}, {"model": "abd"}, outputs=("*.npy",))
-    Run(folder, {**settings, "flip": True}, {"model": "abd"}, outputs=("*.npy",), overwrite=True)
+        Run(folder, other)
+    Run(folder, other, overwrite=True)
     assert not (folder / "a.npy").exists() and (folder / "note.txt").exists()
     assert read_settings(folder)["settings"]["flip"] is True
 
@@ -117,40 +130,42 @@ def test_settings_guard_the_folder(tmp_path):
 def test_a_folder_of_unknown_origin_is_left_alone(tmp_path, overwrite):
     (tmp_path / "truth.png").touch()
     with pytest.raises(ValueError, match=r"holds truth\.png but no settings\.json"):
-        Run(tmp_path, {}, outputs=("*.png",), overwrite=overwrite)
+        Run(tmp_path, Record(outputs=("*.png",)), overwrite)
     assert [file.name for file in tmp_path.iterdir()] == ["truth.png"]
 
 
 def test_a_folder_of_another_step_is_left_alone(tmp_path):
-    Run(tmp_path, {"a": 1}, outputs=("*.npy",), step="cams")
+    Run(tmp_path, Record("cams", {"a": 1}, outputs=("*.npy",)))
     (tmp_path / "truth.png").touch()
     before = (tmp_path / "settings.json").read_bytes()
     for overwrite in (False, True):
         with pytest.raises(ValueError, match=r"folder of another step \(cams, not masks\)"):
-            Run(tmp_path, {"a": 1}, outputs=("*.png",), overwrite=overwrite, step="masks")
+            Run(tmp_path, Record("masks", {"a": 1}, outputs=("*.png",)), overwrite)
     assert (tmp_path / "truth.png").exists() and (tmp_path / "settings.json").read_bytes() == before
 
 
 def test_overwrite_removes_nothing_from_folders_within(tmp_path):
-    Run(tmp_path, {"a": 1}, outputs=("*.png",), step="masks")
+    first = Record("masks", {"a": 1}, outputs=("*.png",))
+    other = replace(first, settings={"a": 2})
+    Run(tmp_path, first)
     (tmp_path / "mine").mkdir()
     files = [tmp_path / "a.png", tmp_path / "mine" / "b.png"]
     for file in files:
         file.touch()
     with pytest.raises(ValueError, match=r"also holds mine.b\.png, and --overwrite removes nothing"):
-        Run(tmp_path, {"a": 2}, outputs=("*.png",), overwrite=True, step="masks")
+        Run(tmp_path, other, overwrite=True)
     assert all(file.exists() for file in files)
     with pytest.raises(ValueError, match=r"other settings: a \(was 1, now 2\)"):
-        Run(tmp_path, {"a": 2}, outputs=("*.png",), step="masks")
+        Run(tmp_path, other)
     files[1].unlink()
-    Run(tmp_path, {"a": 2}, outputs=("*.png",), overwrite=True, step="masks")
+    Run(tmp_path, other, overwrite=True)
     assert not files[0].exists()
 
 
 def test_a_run_without_outputs_does_not_bind_the_next(tmp_path):
-    Run(tmp_path, {"a": 1}, {"model": "wrong"}, outputs=("*.npy",))
+    Run(tmp_path, Record("", {"a": 1}, {"model": "wrong"}, ("*.npy",)))
     (tmp_path / "failed.txt").touch()
-    Run(tmp_path, {"a": 2}, {"model": "right"}, outputs=("*.npy",))
+    Run(tmp_path, Record("", {"a": 2}, {"model": "right"}, ("*.npy",)))
     assert read_settings(tmp_path)["settings"] == {"a": 2}
 
 
@@ -210,7 +225,7 @@ def test_command_returns_the_code_of_main_and_shows_tracebacks_on_request(capsys
 def test_devices(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert [device_of("auto", position) for position in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [device_of("auto", index) for index in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert device_of("cpu", 1) == "cpu" and device_of("cuda:1", 0) == "cuda:1"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert device_of("auto", 3) == "cpu"
@@ -221,11 +236,11 @@ def test_devices(monkeypatch):
 SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
-from pipeline.run import Run, command
-from tests.pipeline.test_run import NAMES, work
+from pipeline.run import Record, Run, command
+from tests.pipeline.test_run import NAMES, Sum
 def main():
-    run = Run({folder!r}, {{"a": 1}})
-    results = run.map(work, NAMES, 1, "bad image")
+    run = Run({folder!r}, Record(settings={{"a": 1}}))
+    results = run.map(Sum(1, "bad image"), NAMES)
     print("rank", run.rank, len(results), sum(results))
     return run.finish()
 if __name__ == "__main__":
@@ -259,9 +274,20 @@ def test_ranks_of_torchrun_share_the_images(tmp_path):
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["settings"] == {"a": 1}
 
 
-def slow_work(names, position, folder):
-    for name in names:
-        yield attempt(name, lambda name: (Path(folder) / f"{name}_{os.getpid()}").touch())
+class Slow(Step):
+    """Leaves a mark with the process id for each name."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def decode(self, name):
+        return Decoded(name)
+
+    def compute(self, batch):
+        return [decoded.name for decoded in batch]
+
+    def write(self, decoded, name):
+        (Path(self.folder) / f"{name}_{os.getpid()}").touch()
         time.sleep(0.2)
 
 
@@ -270,8 +296,8 @@ def test_children_of_a_killed_run_end(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pipeline.run import Run
-from tests.pipeline.test_run import NAMES, slow_work
-Run(None).map(slow_work, NAMES * 50, {str(tmp_path)!r}, num_workers=2)
+from tests.pipeline.test_run import NAMES, Slow
+Run(None).map(Slow({str(tmp_path)!r}), NAMES * 50, num_workers=2)
 """
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60

@@ -70,8 +70,8 @@ def model(parity_file) -> list:
 def folder(data, model, tmp_path_factory) -> Path:
     """Masks, and CAMs in `cams`, of the images in their folder."""
     out = tmp_path_factory.mktemp("folder") / "masks"
-    images = ["--img_root", data / "JPEGImages", "--split_file", data / "split.txt"]
-    run("pseudo_masks", *model, *images, "--pseudo_mask_save_path", out, "--keep_cams", "compact")
+    images = ["--image_root", data / "JPEGImages", "--split_file", data / "split.txt"]
+    run("pseudo_masks", *model, *images, "--output", out, "--keep_cams", "compact")
     assert len(list(out.glob("*.png"))) == len(IMAGES)
     return out
 
@@ -86,7 +86,7 @@ def sharded(data, model, tmp_path_factory) -> Path:
 
 def masks(data: Path, model: list, out: Path, *flags, shards="in-{000..002}.tar", code=0) -> dict[str, bytes]:
     """pseudo_masks.py on shards; the result shards."""
-    common = ["--shards", data / shards, "--pseudo_mask_save_path", out]
+    common = ["--shards", data / shards, "--output", out]
     run("pseudo_masks", *model, *common, *flags, code=code)
     return results(out)
 
@@ -114,7 +114,7 @@ def test_kept_cams_lie_beside_their_masks(cam_format, data, model, folder, tmp_p
 
 
 def test_cams_of_step_1_are_those_of_the_folder(data, model, folder, tmp_path):
-    common = ["--shards", data / "in-{000..002}.tar", "--cam_out_dir", tmp_path / "cams"]
+    common = ["--shards", data / "in-{000..002}.tar", "--output", tmp_path / "cams"]
     run("generate_cams", *model, *common, "--cam_format", "compact")
     for shard, names in SHARDS.items():
         expected = {f"{name}.npz": (folder / "cams" / f"{name}.npz").read_bytes() for name in names}
@@ -135,7 +135,7 @@ def test_a_stopped_run_makes_the_shards_that_are_missing(data, model, sharded, t
 
 
 def test_processes_threads_and_blocks_change_no_byte(data, model, sharded, tmp_path):
-    assert masks(data, model, tmp_path / "threads", "--threads", 3, "--look_ahead", 2) == results(sharded)
+    assert masks(data, model, tmp_path / "threads", "--threads", 3, "--prefetch", 2) == results(sharded)
     assert masks(data, model, tmp_path / "two", "--num_workers", 2) == results(sharded)
 
 
@@ -266,7 +266,7 @@ def test_compressed_and_piped_shards(data, model, sharded, tmp_path):
     for shard in ("in-001.tar", "in-002.tar"):  # padded to large blocks, as tapes had them
         (packed / shard).write_bytes((data / shard).read_bytes() + bytes(2**19))
     command = f"pipe:cat {packed}/in-{{001..002}}.tar || exit 23"  # as curl does if nobody reads to the end
-    common = ["--shards", command, "--pseudo_mask_save_path", tmp_path / "p"]
+    common = ["--shards", command, "--output", tmp_path / "p"]
     run("pseudo_masks", *model, *common)
     found = results(tmp_path / "p")
     assert found == {name: value for name, value in results(sharded).items() if name != "in-000.tar"}
@@ -276,7 +276,7 @@ def test_compressed_and_piped_shards(data, model, sharded, tmp_path):
 
 
 def test_a_failing_command_of_a_pipe_fails_its_shard(model, tmp_path):
-    common = ["--shards", "pipe:cat /nowhere/in-000.tar", "--pseudo_mask_save_path", tmp_path / "masks"]
+    common = ["--shards", "pipe:cat /nowhere/in-000.tar", "--output", tmp_path / "masks"]
     run("pseudo_masks", *model, *common, code=1)
     assert not results(tmp_path / "masks") and "in-000.tar" in (tmp_path / "masks" / "failed.txt").read_text()
 
@@ -300,10 +300,10 @@ def test_a_folder_of_files_is_no_folder_for_shards(data, model, folder, sharded,
     with pytest.raises(ValueError, match="other settings"):
         masks(data, model, folder)
     with pytest.raises(ValueError, match="other settings"):
-        images = ["--img_root", data / "JPEGImages", "--split_file", data / "split.txt"]
-        run("pseudo_masks", *model, *images, "--pseudo_mask_save_path", sharded)
+        images = ["--image_root", data / "JPEGImages", "--split_file", data / "split.txt"]
+        run("pseudo_masks", *model, *images, "--output", sharded)
     with pytest.raises(ValueError, match="other settings"):
-        common = ["--shards", data / "in-*.tar", "--cam_out_dir", folder / "cams"]
+        common = ["--shards", data / "in-*.tar", "--output", folder / "cams"]
         run("generate_cams", *model, *common, "--cam_format", "compact")
     assert (folder / "settings.json").read_bytes() == before
 
@@ -316,7 +316,7 @@ def test_an_image_without_labels_removes_nothing_elsewhere(data, model, folder, 
     mine.write_bytes((folder / "cams" / "image_0.npz").read_bytes())
     for flags in (["--keep_cams", "compact"], []):
         with pytest.raises(SystemExit):
-            masks(tmp_path, model, tmp_path / "masks", "--cam_out_dir", mine.parent, *flags, shards="in.tar")
+            masks(tmp_path, model, tmp_path / "masks", "--cam_dir", mine.parent, *flags, shards="in.tar")
     assert mine.is_file()
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from clip.model import CLIP, Config
 from pytorch_grad_cam import METHODS, text_cams
+from pytorch_grad_cam.affinity import refine
 from pytorch_grad_cam.grad_cam import encode, feature_gradients, full_gradients, mean_gradients
 from tests.clip.test_checkpoint import SMALL_RESNET, SMALL_VIT
 
@@ -103,6 +104,39 @@ def test_attention_is_the_mean_of_the_last_blocks(layers, without, method):
     chosen = maps[-layers:-1] if without else maps[-layers:]
     expected = torch.stack(chosen).mean(0)[:, 1:, 1:]
     torch.testing.assert_close(result.affinity, expected)
+
+
+@pytest.mark.parametrize("method", ["gradcam", "layercam"])
+def test_affinity_of_ones_own(method, monkeypatch):
+    """It is the result's affinity; the CAMs are the same, and blocks before the last compute no weights."""
+    model = network(SMALL_VIT)
+    images, backgrounds = torch.randn(2, 3, 24, 16), features(2, 32, 1)
+    text = features(2, 32).expand(2, -1, -1)
+    default = text_cams(model, images, text, backgrounds, method=method)
+
+    def clip_attention(images):
+        tokens, _ = model.visual.embed(images)
+        weights = [attention for _, attention in model.visual.blocks(tokens, need_weights=True)]
+        return torch.stack(weights).mean(0)[:, 1:, 1:]
+
+    own = text_cams(model, images, text, backgrounds, method=method, affinity=clip_attention)
+    torch.testing.assert_close(own.affinity, default.affinity)
+    torch.testing.assert_close(own.cams, default.cams)
+    first = model.visual.transformer.resblocks[0].attn
+    monkeypatch.setattr(first, "attend", None)  # an error if it were called
+    identity = torch.eye(6).expand(2, -1, -1)
+    own = text_cams(model, images, text, backgrounds, method=method, affinity=lambda images: identity)
+    assert own.affinity is identity
+    torch.testing.assert_close(refine(own.cams, own.affinity), default.cams)
+    with pytest.raises(ValueError, match=r"affinity returned shape \(6, 6\), expected \(2, 6, 6\)"):
+        text_cams(model, images, text, backgrounds, method=method, affinity=lambda images: identity[0])
+
+
+def test_affinity_of_a_resnet():
+    model, identity = network(SMALL_RESNET, 1.0), torch.eye(6)[None]
+    arguments = model, torch.randn(1, 3, 64, 96), features(2, 32)[None], features(2, 32, 1)
+    assert text_cams(*arguments).affinity is None
+    assert text_cams(*arguments, affinity=lambda images: identity).affinity is identity
 
 
 def test_leaving_out_the_only_block_is_refused():

@@ -5,9 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from refinement.densecrf import BACKENDS, PRESETS, densecrf, seen, wrapped_bgr
+from refinement.densecrf import PRESETS, densecrf
+from refinement.presets import guide_image, wrapped_bgr
 from segmentation.transforms import imagenet_denormalize, imagenet_normalize
 from tests.deeplab.common import golden
+from tests.refinement.backends import ALL_BACKENDS
 from tests.weights import parity_array, parity_image
 
 CASES = {"sq": (48, 48, 5), "wide": (37, 61, 21), "two": (30, 45, 2), "one": (20, 25, 1)}
@@ -29,7 +31,7 @@ def assert_labels(posterior, expected):
     assert (posterior.argmax(0) != expected).mean() <= 1e-3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_golden_of_deeplab_v2(name, backend):
     arrays, probabilities = golden("a_crf"), upsampled(name)
@@ -51,7 +53,7 @@ def test_every_grey_level_wraps_as_in_double_precision():
     np.testing.assert_array_equal(wrapped_bgr(levels), np.trunc(shifted).astype(np.int64) % 256)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("index, size", [(0, (40, 56)), (1, (49, 33))])
 def test_golden_of_seam(index, size, backend):
     name = f"{size[0]}x{size[1]}_"
@@ -62,7 +64,7 @@ def test_golden_of_seam(index, size, backend):
     assert_labels(posterior, arrays["label_crf"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dataset, preset", [("voc12", "r38_voc"), ("coco", "r38_coco")])
 def test_golden_of_weakclips_fork(dataset, preset, backend):
     """It keeps the logits of those classes only that win somewhere."""
@@ -79,4 +81,4 @@ def test_which_image_each_preset_sees():
     image = parity_image("dl:crf_two", 30, 45)
     shown = {"deeplab": image[..., ::-1], "deeplab_published": wrapped_bgr(image)}
     for preset in ["deeplab", "deeplab_published", "seam", "r38_voc", "r38_coco"]:
-        np.testing.assert_array_equal(seen(image, PRESETS[preset]), shown.get(preset, image))
+        np.testing.assert_array_equal(guide_image(image, PRESETS[preset]), shown.get(preset, image))

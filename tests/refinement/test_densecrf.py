@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refinement.densecrf import BACKENDS, PRESETS, Preset, densecrf, densecrf_batch, unary, wrapped_bgr
+from refinement.densecrf import BACKENDS, PRESETS, Preset, densecrf, densecrf_batch
+from refinement.presets import unary, wrapped_bgr
 from shapes.world import draw
-from tests.conftest import golden
+from tests.conftest import golden, needs_pydensecrf
+from tests.refinement.backends import ALL_BACKENDS
 from tests.weights import parity_image
 
 CLIP_ES = PRESETS["clip_es"]
@@ -49,7 +51,7 @@ def test_every_grey_level_wraps_as_it_does_on_x86():
     assert (blue[0], blue[103], blue[104], blue[105], blue[106]) == (152, 255, 0, 0, 1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_golden(crf, index, backend):
     probabilities = stacked(crf, index)
@@ -77,6 +79,7 @@ def test_options_move_the_posterior_little_or_much(crf):
     assert np.abs(raw - crf["Q0"]).max() > 3e-2
 
 
+@needs_pydensecrf
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 21), st.integers(0, 2**31))
 def test_posterior_is_a_distribution_on_any_shape(height, width, channels, seed):
@@ -90,6 +93,7 @@ def test_posterior_is_a_distribution_on_any_shape(height, width, channels, seed)
         np.testing.assert_allclose(densecrf(image, probabilities, backend=backend), reference, atol=1e-3)
 
 
+@needs_pydensecrf
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("size, channels", [((120, 160), 3), ((75, 101), 5), ((1, 90), 2), ((60, 1), 18)])
 def test_backends_agree_on_drawn_images(size, channels, backend):
@@ -108,7 +112,7 @@ def mixed_batch():
     return zip(*(drawn(index, *case) for index, case in enumerate(sizes)), strict=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_a_batch_gives_what_its_images_give(backend, monkeypatch):
     images, probabilities = mixed_batch()
     single = [densecrf(*pair, backend=backend) for pair in zip(images, probabilities, strict=True)]
@@ -126,7 +130,7 @@ def test_a_batch_gives_what_its_images_give(backend, monkeypatch):
     assert densecrf_batch([], [], backend=backend) == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_views_and_read_only_arrays_will_do(backend):
     image, probabilities = drawn(1, (20, 30))
     raw = replace(CLIP_ES, image_mode="raw")

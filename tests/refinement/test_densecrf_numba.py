@@ -14,8 +14,8 @@ import numpy as np
 from refinement.densecrf import densecrf
 assert not {"numba", "torch"} & sys.modules.keys()
 densecrf(np.zeros((5, 6, 3), np.uint8), np.ones((3, 5, 6), np.float16))
-from refinement.densecrf_numba import embed, link, mean_field, normalise
-for function in (embed, link, mean_field, normalise):
+from refinement.densecrf_numba import embed, link, mean_field, normalize
+for function in (embed, link, mean_field, normalize):
     assert sum(function.stats.cache_hits.values()), function
     assert not function.stats.cache_misses, (function, function.stats)
 """

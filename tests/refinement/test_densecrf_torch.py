@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from refinement import densecrf_torch
-from refinement.densecrf import IMAGE_MODES, PRESETS, seen, unary
-from refinement.densecrf_torch import RUN, _filter, _groups, _guide, _lattice, _runs, _unary
+from refinement.densecrf_torch import RUN, _filter, _groups, _guide_image, _lattice, _runs, _unary
 from refinement.lattice import Kernel, packing
+from refinement.presets import IMAGE_MODES, PRESETS, guide_image, unary
 
 CLIP_ES = PRESETS["clip_es"]
 
@@ -25,11 +25,12 @@ def test_energies_are_numpys_for_every_half():
     )
 
 
-def test_device_sees_the_same_image():
+def test_guide_image_is_the_same_on_the_device():
     levels = np.arange(256 * 3, dtype=np.uint32).reshape(16, 16, 3).astype(np.uint8)
     for mode in IMAGE_MODES:
         preset = replace(CLIP_ES, image_mode=mode)
-        np.testing.assert_array_equal(_guide(torch.from_numpy(levels), preset), seen(levels, preset))
+        on_device = _guide_image(torch.from_numpy(levels), preset)
+        np.testing.assert_array_equal(on_device, guide_image(levels, preset))
 
 
 def test_runs_sum_what_they_should():

@@ -13,7 +13,7 @@ import torch
 import clip
 from pipeline.cams import INITIAL, REFINED, CamSettings, image_cams
 from pipeline.evaluate import Evaluation, count_cams
-from pipeline.masks import MaskJob, refine_labels
+from pipeline.masks import MaskSettings, crf_posterior, mask_values, posterior_labels
 from segmentation import camfile
 from segmentation.images import find_image, read_image, read_rgb
 from segmentation.labels import from_voc_xml, read_split
@@ -52,7 +52,7 @@ def measure(model: clip.CLIP, world: list, shuffled: bool = False) -> dict[str, 
     backgrounds = clip.encode_prompts(model, BENCHMARK.backgrounds, BENCHMARK.templates)
     settings = CamSettings(box_threshold=BENCHMARK.box_threshold, keep_initial=True)
     evaluation = Evaluation(BENCHMARK, cam_dir="", gt_root="")
-    job = MaskJob(BENCHMARK, cam_dir="", image_root="", output=None)
+    masks = MaskSettings().on("cpu")
     hists: dict = {}
 
     def add(stage, hist):
@@ -60,14 +60,15 @@ def measure(model: clip.CLIP, world: list, shuffled: bool = False) -> dict[str, 
 
     others = world[1:] + world[:1]
     for (file, labels, truth), (_, other, _) in zip(world, others, strict=True):
-        keys = np.array(other if shuffled else labels)
-        maps = image_cams(model, read_image(file), text[keys], backgrounds, settings)
+        class_ids = np.array(other if shuffled else labels)
+        maps = image_cams(model, read_image(file), text[class_ids], backgrounds, settings)
         full = {kind: camfile.resize(cams, truth.shape).astype(np.float16) for kind, cams in maps.items()}
         for stage, kind in (("initial", INITIAL), ("refined", REFINED)):
-            found, _ = count_cams(truth, keys, full[kind], evaluation)
+            found, _ = count_cams(truth, class_ids, full[kind], evaluation)
             for exponent, hist in enumerate(found):
                 add((stage, exponent), hist)
-        refined, _ = refine_labels(read_rgb(file), keys, full[REFINED], job)
+        posterior = crf_posterior(read_rgb(file), full[REFINED], masks, add_background=True)
+        refined = posterior_labels(posterior, mask_values(class_ids, BENCHMARK))
         add(("crf", 0), confusion(truth, refined, BENCHMARK.channels))
     best: dict[str, float] = {}
     for (stage, _), hist in hists.items():

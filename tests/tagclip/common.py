@@ -38,8 +38,8 @@ IMAGES = {
 }
 
 TINY12 = dict(weights.PRESETS["tiny"], image_resolution=224, vision_layers=12)
-PLAIN = {"voc": TagSettings(averaged=1, votes=4, crop_size=224),
-         "stuff": TagSettings(averaged=None, votes=4, crop_size=224, ratio=0.1)}  # fmt: skip
+PLAIN = {"voc": TagSettings(affinity_layers=1, votes=4, crop_size=224),
+         "stuff": TagSettings(affinity_layers=None, votes=4, crop_size=224, ratio=0.1)}  # fmt: skip
 
 
 def image(name: str, size: tuple[int, int] | None = None) -> Image.Image:
@@ -47,9 +47,9 @@ def image(name: str, size: tuple[int, int] | None = None) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if name == "tagclip-8" else pixels)
 
 
-def resized(picture: Image.Image, patch: int = 16) -> np.ndarray:
+def resized(image: Image.Image, patch: int = 16) -> np.ndarray:
     """(H', W', 3) uint8, as the network gets it."""
-    return clip.resize_rgb(picture, clip.target_size(picture.height, picture.width, patch))
+    return clip.resize_rgb(image, clip.target_size(image.height, image.width, patch))
 
 
 def write_model(file: Path, preset="tiny12") -> Path:

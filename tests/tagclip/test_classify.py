@@ -10,11 +10,12 @@ import torch
 
 import clip
 from cocostuff.prepare import convert_split
+from pipeline import run
+from pipeline.label_scores import read_scores
 from segmentation import camfile
 from segmentation.labels import read_split
 from segmentation.masks import read_mask
 from tagclip import classify, model, step
-from tagclip.scores import read_scores
 from tests import processes
 from tests.tagclip.common import IMAGES, SETS, golden, image, write_model
 
@@ -54,9 +55,9 @@ def _golden_text(monkeypatch):
 
 
 def flags(world, output, *more, name="voc", split=None) -> list[str]:
-    given = ["--dataset", DATASETS[name], "--img_root", world, "--model_path", world / "tiny12.pt"]
-    given += ["--split_file", split or world / f"{name}.txt", "--output", output, "--device", "cpu", *more]
-    return [str(word) for word in given]
+    words = ["--benchmark", DATASETS[name], "--image_root", world, "--model", world / "tiny12.pt"]
+    words += ["--split_file", split or world / f"{name}.txt", "--output", output, "--device", "cpu", *more]
+    return [str(word) for word in words]
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -176,14 +177,16 @@ def test_an_image_too_large_for_memory_fails_alone(world, tmp_path, monkeypatch,
         image(name, (240, 320) if name == "large" else (32, 48)).save(tmp_path / "images" / f"{name}.png")
     (tmp_path / "ids.txt").write_text("\n".join(names))
     monkeypatch.setattr(model, "tag_images", limited)
-    more = ["--img_root", tmp_path / "images", "--batch_size", 4, "--look_ahead", 9, "--threads", 1]
+    more = ["--image_root", tmp_path / "images", "--batch_size", 4, "--prefetch", 9, "--threads", 1]
     assert classify.main(flags(world, tmp_path / "o", *more, split=tmp_path / "ids.txt")) == 1
     assert "too little memory for an image of shape up to 512 patches" in capsys.readouterr().err
     assert batches == [1, 4, 4] and len(read_split(tmp_path / "o" / "labels.txt")) == 8
 
 
-def test_jobs_go_to_other_processes(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(classify, "generate", lambda *args: step.generate(*pickle.loads(pickle.dumps(args))))
+def test_steps_go_to_other_processes(world, tmp_path, monkeypatch):
+    """A step is pickled before it starts."""
+    run_step = run.run_step
+    monkeypatch.setattr(run, "run_step", lambda *args: run_step(*pickle.loads(pickle.dumps(args))))
     assert classify.main(flags(world, tmp_path / "o")) == 0
     assert (tmp_path / "o" / "labels.txt").read_text() == str(golden("end_to_end")["voc/label_file"])
 
@@ -194,7 +197,7 @@ def test_bad_images_fail_alone(world, tmp_path, capsys):
         image(name).save(tmp_path / "images" / f"{name}.png")
     (tmp_path / "images" / "broken.jpg").write_bytes(b"no image")
     (tmp_path / "ids.txt").write_text("tagclip-0 8\nbroken 1\nmissing 2\ntagclip-4 3\n")
-    arguments = flags(world, tmp_path / "o", "--img_root", tmp_path / "images", split=tmp_path / "ids.txt")
+    arguments = flags(world, tmp_path / "o", "--image_root", tmp_path / "images", split=tmp_path / "ids.txt")
     assert classify.main(arguments) == 1
     told = capsys.readouterr()
     assert "4 images, 2 failed" in told.err and "mAP: " in told.out
@@ -212,24 +215,45 @@ def test_other_settings_are_noticed(world, tmp_path):
 
 def test_every_flag_is_a_setting(world, tmp_path):
     given = {
-        "averaged": ("--averaged_blocks", 2), "voting": ("--voting_blocks", 5), "votes": ("--votes", 3),
-        "vote_threshold": ("--vote_threshold", 0.9), "box_threshold": ("--box_threshold", 1.1),
-        "ratio": ("--ratio", 0.4), "cell_threshold": ("--cell_threshold", 0.6),
-        "crop_size": ("--crop_size", 64), "local_weight": ("--local_weight", 0.25),
-        "diagonal_bias": ("--diagonal_bias", -50.0), "crop_bias": ("--crop_bias", -70.0),
-        "cover_edge": ("--cover_edge", True), "skip_empty_crops": ("--skip_empty_crops", True),
-        "position_rounding": ("--position_rounding", "never"), "max_patches": ("--max_patches", 20),
+        "affinity_layers": 2, "voting_layers": 5, "votes": 3, "vote_threshold": 0.9, "box_threshold": 1.1,
+        "ratio": 0.4, "cell_threshold": 0.6, "crop_size": 64, "local_weight": 0.25, "diagonal_bias": -50.0,
+        "crop_bias": -70.0, "include_edge": True, "skip_empty_crops": True, "position_rounding": "never",
+        "max_patches": 20,
     }  # fmt: skip
-    words = []
-    for flag, value in given.values():
-        words += [flag] if value is True else [f"{flag}={value}"]
+    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
     assert classify.main(flags(world, tmp_path / "o", *words)) == 0
     recorded = json.loads((tmp_path / "o" / "settings.json").read_text())["settings"]
-    assert {key: recorded[key] for key in given} == {key: value for key, (_, value) in given.items()}
+    assert {key: recorded[key] for key in given} == given
     assert recorded["weights_rounded"] is False
-    assert classify.main(flags(world, tmp_path / "all", "--averaged_blocks", "all")) == 0
+    assert classify.main(flags(world, tmp_path / "all", "--affinity_layers", "all", "--round_weights")) == 0
     recorded = json.loads((tmp_path / "all" / "settings.json").read_text())["settings"]
-    assert recorded["averaged"] is None and recorded["ratio"] == 0.5
+    assert recorded["affinity_layers"] is None and recorded["ratio"] == 0.5
+    assert recorded["weights_rounded"] is True
+
+
+def test_reference_spellings_of_flags(world, tmp_path):
+    present = ["--benchmark", "voc2012", "--image_root", "images", "--model", "ViT-B/16"]
+    present += ["--affinity_layers", "2", "--voting_layers", "5", "--include_edge", "--prefetch", "3"]
+    aliases = {
+        "--benchmark": "--dataset", "--image_root": "--img_root", "--model": "--model_path",
+        "--affinity_layers": "--averaged_blocks", "--voting_layers": "--voting_blocks",
+        "--include_edge": "--cover_edge", "--prefetch": "--look_ahead",
+    }  # fmt: skip
+    parse = classify.make_parser().parse_args
+    assert parse([aliases.get(word, word) for word in present]) == parse(present)
+
+
+def test_folders_of_earlier_versions_continue(world, tmp_path):
+    """They recorded some settings under other names."""
+    assert classify.main(flags(world, tmp_path / "o")) == 0
+    file = tmp_path / "o" / "settings.json"
+    record = json.loads(file.read_text())
+    for present, first in (
+        ("affinity_layers", "averaged"), ("voting_layers", "voting"), ("include_edge", "cover_edge")
+    ):  # fmt: skip
+        record["settings"][first] = record["settings"].pop(present)
+    file.write_text(json.dumps(record))
+    assert classify.main(flags(world, tmp_path / "o")) == 0
 
 
 def test_label_rules(world, tmp_path):
@@ -245,8 +269,8 @@ def test_label_rules(world, tmp_path):
 
 def test_a_folder_of_images_needs_no_split_file(world, tmp_path):
     (tmp_path / "own.yaml").write_text("{name: own, classes: [dog, cat], backgrounds: [grass], model: none}")
-    arguments = ["--benchmark", tmp_path / "own.yaml", "--img_root", world, "--output", tmp_path / "o"]
-    arguments += ["--model_path", world / "tiny12.pt", "--device", "cpu"]
+    arguments = ["--benchmark", tmp_path / "own.yaml", "--image_root", world, "--output", tmp_path / "o"]
+    arguments += ["--model", world / "tiny12.pt", "--device", "cpu"]
     assert classify.main([*map(str, arguments)]) == 0
     assert [*read_split(tmp_path / "o" / "labels.txt")] == sorted(IMAGES)
 
@@ -255,8 +279,8 @@ def test_images_that_cannot_be_listed(world, tmp_path):
     image("tagclip-4").save(tmp_path / "a.png")
     (tmp_path / "._a.jpg").write_bytes(b"what a desktop leaves")
     (tmp_path / "own.yaml").write_text("{name: own, classes: [dog, cat], backgrounds: [grass]}")
-    arguments = ["--benchmark", tmp_path / "own.yaml", "--img_root", tmp_path, "--output", tmp_path / "o"]
-    arguments = [*map(str, [*arguments, "--model_path", world / "tiny12.pt", "--device", "cpu"])]
+    arguments = ["--benchmark", tmp_path / "own.yaml", "--image_root", tmp_path, "--output", tmp_path / "o"]
+    arguments = [*map(str, [*arguments, "--model", world / "tiny12.pt", "--device", "cpu"])]
     assert classify.main(arguments) == 0
     assert [*read_split(tmp_path / "o" / "labels.txt")] == ["a"]
     image("tagclip-4").save(tmp_path / "IMG 7.png")
@@ -273,10 +297,10 @@ def test_images_without_truth_are_left_out_of_the_scores(world, tmp_path, capsys
 
 
 def test_mistakes_are_told(world, tmp_path):
-    with pytest.raises(FileNotFoundError, match="image folder nowhere does not exist: give --img_root"):
-        classify.main(flags(world, tmp_path / "o", "--img_root", "nowhere"))
-    with pytest.raises(ValueError, match="voting is 30, with 12 blocks to choose from"):
-        classify.main(flags(world, tmp_path / "o", "--voting_blocks", 30))
+    with pytest.raises(FileNotFoundError, match="image folder nowhere does not exist: give --image_root"):
+        classify.main(flags(world, tmp_path / "o", "--image_root", "nowhere"))
+    with pytest.raises(ValueError, match="voting_layers is 30, with 12 blocks to choose from"):
+        classify.main(flags(world, tmp_path / "o", "--voting_layers", 30))
     for rule, threshold, sentence in (
         ("absolute", None, "needs a --label_threshold"),
         ("absolute", "inf", "takes a --label_threshold that is finite, not inf"),
@@ -303,7 +327,7 @@ def test_mistakes_are_told(world, tmp_path):
         classify.main(flags(world, tmp_path / "o", "--save_file", both, "--json", both))
     (tmp_path / "own.yaml").write_text(f"{{name: own, classes: [dog, cat], split_file: {world / 'voc.txt'}}}")
     with pytest.raises(ValueError, match=r"voc\.txt is read, and would be overwritten"):
-        own = ["--benchmark", tmp_path / "own.yaml", "--img_root", world, "--save_file", world / "voc.txt"]
+        own = ["--benchmark", tmp_path / "own.yaml", "--image_root", world, "--save_file", world / "voc.txt"]
         classify.main([*map(str, own)])
     assert not list((tmp_path / "o").glob("scores-*"))  # all of it is told before anything is computed
     (tmp_path / "own").mkdir()
@@ -311,18 +335,18 @@ def test_mistakes_are_told(world, tmp_path):
     with pytest.raises(ValueError, match=r"own holds labels.txt but no settings.json"):
         classify.main(flags(world, tmp_path / "own"))
     with pytest.raises(FileNotFoundError, match=r"split file of benchmark voc12, does not exist: prepare"):
-        classify.main(["--dataset", "voc2012", "--img_root", str(world)])
-    with pytest.raises(SystemExit):
-        classify.main(["--dataset", "voc2012", "--benchmark", "shapes"])
+        classify.main(["--benchmark", "voc2012", "--image_root", str(world)])
+    with pytest.raises(ValueError, match="no benchmark 'nosuch': give voc12"):
+        classify.main(["--benchmark", "nosuch"])
 
 
 # pseudo_masks.py --labels auto
 
 
 def words(world, output, *more) -> list:
-    images = ["--img_root", world, "--split_file", world / "ids.txt"]
+    images = ["--image_root", world, "--split_file", world / "ids.txt"]
     given = ["pseudo_masks.py", "--benchmark", "voc12", *images, "--model", world / "tiny12.pt"]
-    return [*given, "--device", "cpu", "--pseudo_mask_save_path", output, *more]
+    return [*given, "--device", "cpu", "--output", output, *more]
 
 
 def pseudo_masks(world, output, *more) -> int:
@@ -367,8 +391,8 @@ def test_mask_folders_are_checked_before_tags_are_found(world, tmp_path):
     for output, *more in (
         ("masks", "--confidence", 0.5),
         ("foreign",),
-        ("new", "--keep_cams", "compact", "--cam_out_dir", tmp_path / "new" / "tags"),
-        ("outer/masks", "--keep_cams", "compact", "--cam_out_dir", tmp_path / "outer"),
+        ("new", "--keep_cams", "compact", "--cam_dir", tmp_path / "new" / "tags"),
+        ("outer/masks", "--keep_cams", "compact", "--cam_dir", tmp_path / "outer"),
     ):
         assert pseudo_masks(world, tmp_path / output, "--labels", "auto", *more) == 2
     code = pseudo_masks(world, tmp_path / "masks", "--labels", "auto", "--max_patches", 9)
@@ -393,7 +417,7 @@ def test_masks_without_labels_of_bad_images(world, tmp_path):
     (tmp_path / "images").mkdir()
     image("tagclip-4").save(tmp_path / "images" / "tagclip-4.png")
     (tmp_path / "ids.txt").write_text("tagclip-4\nmissing\n")
-    some = ["--img_root", tmp_path / "images", "--split_file", tmp_path / "ids.txt", "--labels", "auto"]
+    some = ["--image_root", tmp_path / "images", "--split_file", tmp_path / "ids.txt", "--labels", "auto"]
     assert pseudo_masks(world, tmp_path / "masks", *some) == 1
     assert [file.name for file in (tmp_path / "masks").glob("*.png")] == ["tagclip-4.png"]
     (tmp_path / "ids.txt").write_text("missing\n")

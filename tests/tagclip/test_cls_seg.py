@@ -41,7 +41,7 @@ def case(request, model):
     names = [benchmark.prompts[key] for key in reference["keys"]]
     text = clip.text_features(model, names, benchmark.templates)
     backgrounds = clip.text_features(model, benchmark.backgrounds, benchmark.templates)
-    settings = CamSettings(box_threshold=benchmark.box_threshold, leave_out_last=data == "voc")
+    settings = CamSettings(box_threshold=benchmark.box_threshold, exclude_last_layer=data == "voc")
     return reference, parity_image(name, SIZES[name]), text, backgrounds, settings
 
 
@@ -61,7 +61,7 @@ def test_text_features(data, model):
 def test_stages(case, model):
     reference, image, text, backgrounds, settings = case
     images = clip.preprocess(image, clip.target_size(*image.size[::-1], model.visual.patch_size))[None]
-    result = text_cams(model, images, text[None], backgrounds, exclude_last_layer=settings.leave_out_last)
+    result = text_cams(model, images, text[None], backgrounds, exclude_last_layer=settings.exclude_last_layer)
     assert difference(result.cams[0], reference["cam"]) <= 1e-4
     masks = box_masks(result.cams, settings.box_threshold)
     np.testing.assert_array_equal(masks[0], reference["boxes"])
@@ -78,7 +78,7 @@ def test_maps_as_stored(case, model, tmp_path):
         return camfile.read(tmp_path, "image", REFINED)[1]
 
     assert difference(stored(settings), reference["attn_highres"]) <= 2e-3
-    other = replace(settings, leave_out_last=not settings.leave_out_last)
+    other = replace(settings, exclude_last_layer=not settings.exclude_last_layer)
     if reference["attn_highres"].any():  # one image's CAM is all zero
         assert difference(stored(other), reference["attn_highres"]) > 2e-3
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 import clip
+from pipeline.label_scores import choose, chosen_labels
 from segmentation.images import find_image, read_image
+from segmentation.label_metrics import label_scores
 from segmentation.labels import from_voc_xml, read_split
 from segmentation.masks import read_mask
 from shapes import BENCHMARK
 from shapes.draw import write
 from shapes.train_clip import build
 from tagclip import Tagger
-from tagclip.scores import choose, evaluate, labels
 from tests.shapes.test_learning import measure
 
 IMAGES = 24
@@ -46,11 +47,12 @@ def tagged(model: clip.CLIP, world: list) -> dict[str, float]:
     tagger = Tagger(model, BENCHMARK.classes, BENCHMARK.backgrounds)
     scores = np.stack([tagger(read_image(file)).scores for file, _, _ in world])
     truth = np.zeros(scores.shape, bool)
-    for row, (_, keys, _) in zip(truth, world, strict=True):
-        row[keys] = True
-    figures = evaluate(scores, truth, tagger.classes, choose(scores, tagger.settings.ratio))
-    found = labels(scores, tagger.settings.ratio)
-    masks = measure(model, [(file, keys, mask) for (file, _, mask), keys in zip(world, found, strict=True)])
+    for row, (_, class_ids, _) in zip(truth, world, strict=True):
+        row[class_ids] = True
+    figures = label_scores(scores, truth, tagger.classes, choose(scores, tagger.settings.ratio))
+    found = chosen_labels(scores, tagger.settings.ratio)
+    images = [(file, class_ids, mask) for (file, _, mask), class_ids in zip(world, found, strict=True)]
+    masks = measure(model, images)
     result = {"mAP": figures["mAP of classes with positives"], "F1": figures["F1"], "crf": masks["crf"]}
     print({key: round(value, 3) for key, value in result.items()})
     return result

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tagclip.templates import TEMPLATES
 
 import clip
 from clip import CLIP, Config
@@ -14,12 +13,13 @@ from clip.tokenizer import tokenize
 from tagclip import Tagger, TagSettings, tag_images
 from tagclip import model as tagging
 from tagclip.crops import Crop, candidate_threshold, candidates, class_tokens, crops, cut
+from tagclip.model import TEMPLATES
 from tagclip.patches import (
     class_boxes,
     class_probabilities,
+    min_max_normalize,
     patch_level,
     refined_probabilities,
-    spread,
 )
 from tests import weights
 from tests.tagclip.common import (
@@ -124,9 +124,9 @@ def test_golden_stages(tiny, name, picture):
 
     threshold = candidate_threshold(refined, settings.ratio)
     assert float(threshold) == pytest.approx(float(expected["theta"]), abs=5e-4)
-    keys = candidates(refined, classes, settings.ratio)
-    assert keys == expected["candidates"].tolist()
-    found = crops(refined, grid, keys, settings)
+    class_ids = candidates(refined, classes, settings.ratio)
+    assert class_ids == expected["candidates"].tolist()
+    found = crops(refined, grid, class_ids, settings)
     assert len(found) == len(expected.get("cwr_masks", ()))
     if found:
         views = [cut(network_input(pixels)[0], crop, 16, 224) for crop in found]
@@ -137,13 +137,13 @@ def test_golden_stages(tiny, name, picture):
         features = class_tokens(tiny.visual, images, cells, settings)
         np.testing.assert_allclose(features, expected["cwr_class_token"], atol=2e-3)
         probabilities = class_probabilities(features, text, tiny.logit_scale)
-        chosen = probabilities[range(len(found)), [crop.key for crop in found]]
+        chosen = probabilities[range(len(found)), [crop.class_id for crop in found]]
         np.testing.assert_allclose(chosen, expected["cwr_probability"], atol=2e-3)
 
     [tags] = tag_images(tiny, [pixels], text, classes, settings)
     np.testing.assert_allclose(tags.maps.max((1, 2)), expected["local"], atol=5e-4)
     np.testing.assert_allclose(tags.scores, expected["scores"], atol=5e-4)
-    assert list(tags.reidentified) == [crop.key for crop in found]
+    assert list(tags.reidentified) == [crop.class_id for crop in found]
 
 
 def test_a_tagger_takes_images_as_they_are(tiny, monkeypatch):
@@ -186,10 +186,10 @@ def test_golden_of_ten_blocks(plain, name):
         np.testing.assert_allclose((attention @ coarse)[0], expected[f"{prefix}/first"], atol=5e-4)
         refined = refined_probabilities(coarse, attention, grid, settings)[0]
         np.testing.assert_allclose(refined, expected[f"{prefix}/refined"], atol=5e-4)
-        keys = candidates(refined, classes, settings.ratio)
-        assert keys == expected[f"{prefix}/candidates"].tolist()
+        class_ids = candidates(refined, classes, settings.ratio)
+        assert class_ids == expected[f"{prefix}/candidates"].tolist()
         [tags] = tag_images(plain, [pixels], text, classes, settings)
-        assert list(tags.reidentified) == keys[: int(expected[f"{prefix}/reidentified"])]
+        assert list(tags.reidentified) == class_ids[: int(expected[f"{prefix}/reidentified"])]
         np.testing.assert_allclose(tags.scores, expected[f"{prefix}/scores"], atol=5e-4)
 
 
@@ -308,7 +308,7 @@ def test_a_constant_map_has_no_box():
     boxes = class_boxes(first, (3, 4), TagSettings())
     assert boxes[0, :, 0].sum() == 0 and boxes[0, :, 2].sum() == 0
     assert boxes[0, :, 1].nonzero().flatten().tolist() == [5]
-    assert not spread(first)[..., 0].any()
+    assert not min_max_normalize(first)[..., 0].any()
 
 
 def test_a_crop_larger_than_the_towers_input_is_not_antialiased(tiny):
@@ -336,13 +336,14 @@ def test_crops_end_at_the_first_empty_one():
     """Unless told otherwise. One that lies in the last row alone is empty."""
     refined = torch.zeros(12, 4)
     refined[9, 0] = refined[1, 1] = refined[6, 2] = 1  # of 3 x 4 patches
-    keys = [1, 0, 2]
+    class_ids = [1, 0, 2]
     usual = TagSettings()
-    assert [(crop.key, crop.box) for crop in crops(refined, (3, 4), keys, usual)] == [(1, (0, 1, 1, 2))]
+    default = crops(refined, (3, 4), class_ids, usual)
+    assert [(crop.class_id, crop.box) for crop in default] == [(1, (0, 1, 1, 2))]
     skipping = replace(usual, skip_empty_crops=True)
-    assert [crop.key for crop in crops(refined, (3, 4), keys, skipping)] == [1, 2]
-    covering = replace(usual, cover_edge=True)
-    assert [crop.box for crop in crops(refined, (3, 4), keys, covering)] == [
+    assert [crop.class_id for crop in crops(refined, (3, 4), class_ids, skipping)] == [1, 2]
+    covering = replace(usual, include_edge=True)
+    assert [crop.box for crop in crops(refined, (3, 4), class_ids, covering)] == [
         (0, 1, 1, 2), (2, 1, 3, 2), (1, 2, 2, 3),
     ]  # fmt: skip
     assert crops(refined, (3, 4), [3], covering) == []
@@ -364,11 +365,11 @@ def test_a_crop_sees_its_class_alone(tiny):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"averaged": 0}, "averaged must be 1 or more"),
-        ({"ratio": 1.5}, "ratio must lie between 0 and 1"),
-        ({"vote_threshold": -1.0}, "vote_threshold must be 0 or more"),
-        ({"diagonal_bias": 1.0}, "diagonal_bias must be 0 or less, got 1"),
-        ({"crop_bias": float("nan")}, "crop_bias must be 0 or less, got nan"),
+        ({"affinity_layers": 0}, "affinity_layers must be a whole number, 1 or more, got 0"),
+        ({"ratio": 1.5}, "ratio must be a number from 0 to 1, got 1.5"),
+        ({"vote_threshold": -1.0}, "vote_threshold must be a number, 0 or more, got -1.0"),
+        ({"diagonal_bias": 1.0}, "diagonal_bias must be a number, 0 or less, got 1"),
+        ({"crop_bias": float("nan")}, "crop_bias must be a number, 0 or less, got nan"),
         ({"position_rounding": "up"}, "position_rounding must be one of"),
     ],
 )
@@ -380,8 +381,8 @@ def test_settings_that_cannot_be(settings, sentence):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"voting": 13}, "voting is 13, with 12"),
-        ({"voting": 3, "votes": 4}, "votes is 4, with 3"),
+        ({"voting_layers": 13}, "voting_layers is 13, with 12"),
+        ({"voting_layers": 3, "votes": 4}, "votes is 4, with 3"),
         ({"crop_size": 100}, "crop_size 100 is not a multiple of the patch, 16"),
     ],
 )
@@ -420,9 +421,9 @@ def test_numbers_that_are_none_are_told(tmp_path):
 def test_settings_of_towers():
     """Those of 12 blocks are the published ones."""
     usual = TagSettings()
-    assert list(usual.averaging(12)) == [8, 9, 10] and usual.votes_needed(12) == 4
+    assert list(usual.averaged(12)) == [8, 9, 10] and usual.votes_needed(12) == 4
     assert list(usual.voters(12)) == list(range(12))
-    assert list(usual.averaging(10)) == [6, 7, 8] and usual.votes_needed(10) == 4
-    assert list(usual.averaging(3)) == [0, 1] and usual.votes_needed(3) == 1
-    assert list(replace(usual, averaged=None).averaging(12)) == list(range(11))
-    assert list(replace(usual, voting=2).voters(12)) == [10, 11]
+    assert list(usual.averaged(10)) == [6, 7, 8] and usual.votes_needed(10) == 4
+    assert list(usual.averaged(3)) == [0, 1] and usual.votes_needed(3) == 1
+    assert list(replace(usual, affinity_layers=None).averaged(12)) == list(range(11))
+    assert list(replace(usual, voting_layers=2).voters(12)) == [10, 11]

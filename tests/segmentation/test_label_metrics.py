@@ -1,21 +1,10 @@
-"""Label rules, mAP, F1, and the files scores are kept in."""
+"""mAP and F1 of labels against golden vectors and by hand."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
-from tagclip.scores import (
-    AVERAGES,
-    average_precisions,
-    choose,
-    evaluate,
-    f1,
-    labels,
-    read_scores,
-    write_scores,
-)
+from pipeline.label_scores import choose
+from segmentation.label_metrics import AVERAGES, average_precisions, f1, label_scores
 from tests.tagclip.common import golden
 
 RULES = {
@@ -36,7 +25,7 @@ def test_golden_average_precision(expected):
     found = average_precisions(predictions, truth)
     assert np.isnan(found[3]) and not truth[:, 3].any()
     np.testing.assert_allclose(np.nan_to_num(found), expected["ap"], atol=1e-6)
-    result = evaluate(predictions, truth, list("abcdefghi"), choose(predictions, 0.5))
+    result = label_scores(predictions, truth, list("abcdefghi"), choose(predictions, 0.5))
     assert result["mAP"] == pytest.approx(float(expected["mAP"]), abs=1e-6)
     assert result["mAP of classes with positives"] == pytest.approx(result["mAP"] * 9 / 8)
     assert result["classes without positives"] == 1 and result["AP"]["d"] is None
@@ -63,35 +52,7 @@ def test_f1_of_nothing():
         assert np.isnan(score) and precision == recall == 0
 
 
-@given(
-    arrays.arrays(np.float32, (5, 4), elements=st.floats(0, 1, width=32)),
-    st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-)
-def test_labels_are_what_is_chosen_or_the_best(scores, ratio):
-    for row, chosen, found in zip(scores, choose(scores, ratio), labels(scores, ratio), strict=True):
-        low, high = row.min(), row.max()
-        above = [k for k in range(4) if row[k] > low + ratio * (high - low)]
-        assert np.flatnonzero(chosen).tolist() == above
-        assert found == (above or [int(np.argmax(row))])
-
-
 def test_ties_keep_their_order():
     truth = np.array([[0], [1], [0], [1]])
     assert average_precisions(np.zeros((4, 1)), truth)[0] == pytest.approx((1 / 2 + 2 / 4) / 2)
     assert average_precisions(np.array([[0], [1], [0], [1]]), truth)[0] == 1
-
-
-def test_shards(tmp_path):
-    scores = {name: np.random.default_rng(number).random(3, np.float32) for number, name in enumerate("abcd")}
-    first = write_scores(tmp_path, {name: scores[name] for name in "cb"})
-    assert write_scores(tmp_path, {name: scores[name] for name in "bc"}) == first  # the same images
-    write_scores(tmp_path, {name: scores[name] for name in "ad"})
-    found = read_scores(tmp_path, 3)
-    assert found.keys() == scores.keys()
-    assert all(np.array_equal(found[name], scores[name]) for name in scores)
-    assert read_scores(tmp_path / "none", 3) == {}
-    with pytest.raises(ValueError, match=r"is damaged \(its scores have the shape \(2, 3\)\): remove"):
-        read_scores(tmp_path, 4)
-    first.write_bytes(first.read_bytes()[:200])
-    with pytest.raises(ValueError, match=rf"{first.name} is damaged"):
-        read_scores(tmp_path, 3)
