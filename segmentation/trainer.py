@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
@@ -142,7 +142,9 @@ class Trainer:
         bar = tqdm(
             total=total, initial=self.done, unit="iteration", disable=True if world.rank else None
         )
-        with stopping(twice=world.size > 1) as stop, self._logs() as writer, bar:
+        # An earlier process may have logged iterations after the one that is resumed: they are purged.
+        logs = nullcontext() if world.rank else SummaryWriter(self.folder / LOGS, purge_step=self.done + 1)
+        with stopping(twice=world.size > 1) as stop, logs as writer, bar:
             self._validate(writer)  # if the run ended before or during it
             while self.done < total:
                 chunk = self._next(batches, stop)
@@ -169,13 +171,6 @@ class Trainer:
                 self._save()  # before validation, which may take longer than a batch system waits
                 self._validate(writer)
         return True
-
-    def _logs(self) -> AbstractContextManager[SummaryWriter | None]:
-        """Return the log writer, which closes at the end; None on other ranks than 0."""
-        if self.world.rank:
-            return nullcontext()
-        # An earlier process may have logged iterations after the one that is resumed.
-        return SummaryWriter(self.folder / LOGS, purge_step=self.done + 1)
 
     def _set_mode(self, training: bool) -> None:
         self.network.train(training)

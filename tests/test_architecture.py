@@ -22,6 +22,7 @@ FLOORS = {
     "tagclip": 5,
     "clip_wsss": 6,
     "bench": 6,
+    "clip_wsss": 6,
 }
 
 

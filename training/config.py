@@ -53,7 +53,7 @@ class TestConfig(Settings):
     SECTION = "test."
 
     scales: list[float] | None = setting(None, "multiples of the image's size whose results are averaged",
-                                         above=0)  # fmt: skip
+                                         above=0, metavar="S,S,...")  # fmt: skip
     flip: bool | None = setting(None, "average with the mirrored image")
     crf: str | None = setting(None, "dense CRF after the network; auto is the network's own", choices=CRFS)
 

@@ -178,8 +178,10 @@ def check_run_folder(
     settings = {f"{name}.{key}": value for name, part in sections.items() for key, value in part.items()}
     settings = {"benchmark": settings.pop("data.benchmark"), **settings}
     settings |= {f"run.{key}": info["run"][key] for key in ("precision", "sync_batchnorm")}
-    init = last.get("inputs", {}).get("init", "") if started else _digest(config.model.init)
-    inputs = {"init": init} | {name: sha256(file) for name, file in recipe.frozen_files(config).items()}
+    files = {"init": config.model.init, **recipe.frozen_files(config)}
+    inputs = {name: sha256(file) if Path(file).is_file() else "" for name, file in files.items()}
+    if started:
+        inputs["init"] = last.get("inputs", {}).get("init", "")
     if split.label_dir is not None:
         inputs["labels"] = fingerprint(read_settings(split.label_dir))
     record = Record(step, settings, inputs, OUTPUTS, info)
@@ -192,10 +194,6 @@ def check_run_folder(
             "another run.output"
         )
     return record
-
-
-def _digest(file: str) -> str:
-    return sha256(file) if Path(file).is_file() else ""
 
 
 def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
