@@ -20,7 +20,6 @@ FLOORS = {
     "training": 4,
     "deeplab": 5,
     "tagclip": 5,
-    "clip_wsss": 6,
     "bench": 6,
     "clip_wsss": 6,
 }
