@@ -2,8 +2,9 @@
 
 import argparse
 
+from common.settings import count
 from pipeline.evaluate import ARITHMETIC, MASKS, Evaluation, backgrounds, benchmark_of, evaluate
-from pipeline.flags import HelpFormatter, add_benchmark_flag, count
+from pipeline.flags import HelpFormatter, add_benchmark_flag
 from pipeline.processes import cores
 from pipeline.run import command
 from segmentation.labels import split_of

@@ -3,9 +3,9 @@
 import argparse
 from dataclasses import replace
 
-from common.settings import add_flags, from_args
+from common.settings import add_flags, count, from_args
 from pipeline.evaluate import benchmark_of
-from pipeline.flags import HelpFormatter, add_benchmark_flag, add_image_flags, count
+from pipeline.flags import HelpFormatter, add_benchmark_flag, add_image_flags
 from pipeline.masks import MaskSettings, MaskStep, make_masks
 from pipeline.presets import add_preset_flag, mask_defaults
 from pipeline.processes import cores

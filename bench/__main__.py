@@ -7,8 +7,9 @@ from pathlib import Path
 import clip
 from bench import cams, crf, evaluation, fused, tags, train
 from bench.measure import Setting, table
+from common.settings import count
 from deeplab.recipe import NETWORKS
-from pipeline.flags import HelpFormatter, count
+from pipeline.flags import HelpFormatter
 from pipeline.run import command
 from segmentation.inference import PRECISIONS
 

@@ -214,3 +214,6 @@ def _type_of(hint: Any) -> tuple[type, bool]:
         hint = next(member for member in typing.get_args(hint) if member is not type(None))
     is_list = typing.get_origin(hint) in (list, tuple)
     return (typing.get_args(hint)[0] if is_list else hint), is_list
+
+
+count = _parser(int, Spec("", least=1))  # argparse type of flags that are no setting

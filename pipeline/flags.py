@@ -24,13 +24,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         )
 
 
-def count(text: str) -> int:
-    """Argument type: a whole number, 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("expected a whole number, 1 or more")
-    return int(text)
-
-
 def add_benchmark_flag(flag: Callable, recorded_in: str = "") -> None:
     """Add --benchmark; required, unless a folder of an earlier step records it."""
     help = "the data set: voc12, coco14, cocostuff, shapes or a YAML file that describes it"

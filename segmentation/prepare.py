@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 from tqdm import tqdm
 
 from common.files import DiskFull, replacing
-from common.settings import Spec, parser_of
+from common.settings import count
 from segmentation.images import find_image, read_image, read_size
 
 PRINTED = 3  # problems of a kind that are printed; the file lists all
@@ -145,11 +145,11 @@ def make_parser(package: str, description: str) -> argparse.ArgumentParser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flag, positive = parser.add_argument, parser_of(int, Spec("", least=1))
+    flag = parser.add_argument
     flag("--root", type=Path, required=True, help="your copy of the data set")
     flag("--out", type=Path, default=Path(package), help="folder for the lists (%(default)s)")
     flag("--check_images", action="store_true", help="decode every image, not only its header (minutes)")
-    flag("--num_workers", type=positive, default=os.cpu_count() or 1, help="processes (one for each core)")
+    flag("--num_workers", type=count, default=os.cpu_count() or 1, help="processes (one for each core)")
     return parser
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from common.files import replacing
-from common.settings import add_flags, given, setting
-from pipeline.flags import HelpFormatter, count
+from common.settings import add_flags, count, given, setting
+from pipeline.flags import HelpFormatter
 from pipeline.masks import resize_mask
 from pipeline.run import Record, Run, check_folder, read_settings
 from pipeline.step import Decoded, Step

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common.settings import add_flags, given
-from pipeline.flags import HelpFormatter, count
+from common.settings import add_flags, count, given
+from pipeline.flags import HelpFormatter
 from segmentation.distributed import together
 from training.data import validation_split
 from training.evaluation import SUBMISSIONS, Evaluation, evaluate

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -221,7 +222,7 @@ def test_what_masks_have_in_common_is_told_once(results, tmp_path):
         found[folder].mkdir()
         (found[folder] / "settings.json").write_text(json.dumps({"settings": settings}))
     made = page_of(results, auto_masks=(str(found["auto"]), str(found["tags"] / "labels.txt")))
-    assert report.recorded(report.replace(made, mask_dir=str(found["true"]))) == [
+    assert report.recorded(replace(made, mask_dir=str(found["true"]))) == [
         ("Step 0, tags", [("names", "a, b, c, … (26 in all)"), ("averaged", "3")]),
         ("Step 2b, all masks", [("confidence", "0.95")]),
         ("Step 2b, pseudo masks", [("cams", "1")]),
@@ -398,6 +399,6 @@ def test_flags_that_need_others_say_so(command, capsys, words, told):
 
 def test_cams_without_the_initial_map_are_said(results, tmp_path):
     camfile.write(tmp_path, "one", [1], {"attn_highres": np.ones((1, 2, 2), np.float32)}, SIZES["one"])
-    made = report.replace(page_of(results, names=["one"]), cam_dir=str(tmp_path))
+    made = replace(page_of(results, names=["one"]), cam_dir=str(tmp_path))
     with pytest.raises(ValueError, match="--keep_initial"):
         report.render(made)
