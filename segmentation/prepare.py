@@ -128,12 +128,12 @@ def report(problems: Sequence[Problem], file: Path) -> int:
         return 0
     with replacing(file) as stream:
         stream.write("".join(f"{kind}: {sentence}\n" for kind, sentence in problems).encode())
-    for kind, count in Counter(problem.kind for problem in problems).items():
-        print(f"{kind}: {count}")
+    for kind, number in Counter(problem.kind for problem in problems).items():
+        print(f"{kind}: {number}")
         for problem in [problem for problem in problems if problem.kind == kind][:PRINTED]:
             print(f"    {problem.sentence}")
-        if count > PRINTED:
-            print(f"    ... and {count - PRINTED} more")
+        if number > PRINTED:
+            print(f"    ... and {number - PRINTED} more")
     print(f"{len(problems)} problems, all listed in {file}")
     return 1
 

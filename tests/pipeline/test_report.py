@@ -223,7 +223,7 @@ def test_what_masks_have_in_common_is_told_once(results, tmp_path):
         (found[folder] / "settings.json").write_text(json.dumps({"settings": settings}))
     made = page_of(results, auto_masks=(str(found["auto"]), str(found["tags"] / "labels.txt")))
     assert report.recorded(replace(made, mask_dir=str(found["true"]))) == [
-        ("Step 0, tags", [("names", "a, b, c, … (26 in all)"), ("averaged", "3")]),
+        ("Step 0, tags", [("names", "a, b, c, … (26 in all)"), ("affinity layers", "3")]),
         ("Step 2b, all masks", [("confidence", "0.95")]),
         ("Step 2b, pseudo masks", [("cams", "1")]),
         ("Step 2b, masks from tags", [("cams", "2")]),
