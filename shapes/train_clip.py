@@ -321,7 +321,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="checkpoint to write, such as clip_shapes.pt")
     parser.add_argument("--threads", type=int, default=2)
-    add_flags(parser, Recipe, defaults=Recipe())
+    add_flags(parser, Recipe)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     try:
