@@ -25,11 +25,10 @@ class GradCAM:
 
     Args:
         model: any module that maps a batch of images (B, 3, H, W) to outputs (B, ...).
-        target_layers: modules whose outputs are the activations; the CAMs of several are averaged.
+        target_layers: modules whose outputs are the activations; the CAMs of several are averaged. They have
+            hooks during a call only.
         reshape_transform: turns a layer's output into (B, C, h, w), for example tokens of a ViT.
-        method: see `pytorch_grad_cam.methods.METHODS`.
-
-    Hooks exist only during a call.
+        method: a name in `pytorch_grad_cam.methods.METHODS`.
     """
 
     def __init__(
@@ -71,9 +70,7 @@ class GradCAM:
         """
         if targets is not None and len(targets) != len(input_tensor):
             raise ValueError(f"{len(targets)} targets for {len(input_tensor)} images: give one for each")
-        if not aug_smooth:
-            return self._cams(input_tensor, targets).numpy()
-        views = ttach.Compose([ttach.HorizontalFlip(), ttach.Multiply(BRIGHTNESS)])
+        views = ttach.Compose([ttach.HorizontalFlip(), ttach.Multiply(BRIGHTNESS)] if aug_smooth else [])
         cams = [
             view.deaugment_mask(self._cams(view.augment_image(input_tensor), targets)[:, None])[:, 0]
             for view in views
@@ -82,18 +79,15 @@ class GradCAM:
 
     def _cams(self, input_tensor: Tensor, targets: Sequence[Callable[[Tensor], Tensor]] | None) -> Tensor:
         """Return (B, H, W) in [0, 1], the mean over the layers."""
-        outputs: dict[int, Tensor] = {}
+        outputs: dict[nn.Module, Tensor] = {}
 
-        def keep(index: int):
-            def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-                outputs[index] = output
-                return output.clone()  # later modules may work in place
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            outputs[module] = output
+            return output.clone()  # later modules may work in place
 
-            return hook
-
-        handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(self.target_layers)]
+        handles = [layer.register_forward_hook(hook) for layer in self.target_layers]
         try:
-            with torch.enable_grad():  # so that frozen models have gradients, too
+            with torch.enable_grad():
                 result = self.model(input_tensor.detach().requires_grad_())
         finally:
             for handle in handles:
@@ -101,7 +95,7 @@ class GradCAM:
         if targets is None:
             targets = [ClassifierOutputTarget(int(scores.argmax())) for scores in result]
         loss = sum(target(output) for target, output in zip(targets, result, strict=True))
-        activations = [outputs[i] for i in range(len(self.target_layers))]
+        activations = [outputs[layer] for layer in self.target_layers]
         gradients = torch.autograd.grad(loss, activations)
         height, width = input_tensor.shape[-2:]
         layers = []
