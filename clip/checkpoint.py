@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from clip.download import resolve
@@ -102,10 +102,7 @@ def pick_device(device: str) -> torch.device:
         raise ValueError(f"--device {device!r} is not a device for this: use auto, cpu, cuda or cuda:0")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if picked.type == "cuda" and (picked.index or 0) >= count:
-        raise ValueError(
-            f"--device {device} asks for a GPU that torch does not see (it sees {count}): use --device cpu, "
-            "or another one"
-        )
+        raise ValueError(f"--device {device}: torch does not see this GPU (of {count}): use cpu or another")
     return picked
 
 
@@ -122,30 +119,28 @@ def from_state_dict(state: dict[str, Tensor], file: Path | str = "state dict", *
     config = replace(infer_config(state, file), **conventions)
     with torch.device("meta"):
         model = CLIP(config)
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    state = {key: value for key, value in state.items() if key.split(".")[-1] not in NOT_WEIGHTS}
-    for key in expected.keys() - state.keys():
-        if key.endswith("num_batches_tracked"):  # counts training steps, not used in inference
-            state[key] = torch.zeros((), dtype=torch.long)
-    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    expected, weights = model.state_dict(), {}
+    for key, value in state.items():
+        if key.split(".")[-1] in NOT_WEIGHTS:
+            continue
+        shape = expected[key].shape if key in expected else value.shape
+        if value.shape != shape:
+            raise ValueError(
+                f"{file} is not a CLIP checkpoint: {key} has shape {tuple(value.shape)}, not {tuple(shape)}"
+            )
+        if not (value.is_floating_point() or key.endswith("num_batches_tracked")):
+            raise ValueError(f"{file} is not a CLIP checkpoint: {key} holds {value.dtype}, not floats")
+        weights[key] = value.float() if value.is_floating_point() else value
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     if missing or unexpected:
         raise ValueError(
             f"{file} is not a complete CLIP checkpoint: {len(missing)} weights are missing"
             f"{_first(missing)} and {len(unexpected)} are unknown{_first(unexpected)}"
         )
-    for key, shape in expected.items():
-        if tuple(state[key].shape) != shape:
-            raise ValueError(
-                f"{file} is not a CLIP checkpoint: {key} has shape {tuple(state[key].shape)}, not {shape}"
-            )
-        if not (state[key].is_floating_point() or key.endswith("num_batches_tracked")):
-            raise ValueError(f"{file} is not a CLIP checkpoint: {key} holds {state[key].dtype}, not floats")
-    floats = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-    model.load_state_dict(floats, strict=True, assign=True)
     return model
 
 
-def _first(keys: set[str]) -> str:
+def _first(keys: list[str]) -> str:
     return f" ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})" if keys else ""
 
 
@@ -180,14 +175,9 @@ def infer_config(state: dict[str, Tensor], file: Path | str = "state dict") -> C
             text_width=len(state["ln_final.weight"]),
             text_layers=count("transformer.resblocks."),
         )
-    except KeyError as error:
-        raise ValueError(
-            f"{file} is not a CLIP checkpoint of OpenAI's or open_clip's layout: it has no {error.args[0]}"
-        ) from None
-    except (ValueError, IndexError, TypeError):
-        raise ValueError(
-            f"{file} is not a CLIP checkpoint: its weights do not have the shapes of a CLIP"
-        ) from None
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        fault = f"it has no {error.args[0]}" if isinstance(error, KeyError) else "weights have other shapes"
+        raise ValueError(f"{file} is not a CLIP checkpoint of OpenAI or open_clip: {fault}") from None
     widths = (config.text_width, *([config.vision_width] if config.patch_size else []))
     if any(width % HEAD_WIDTH or not width for width in widths):
         raise ValueError(f"{file} is not a CLIP checkpoint: a tower's width is no multiple of {HEAD_WIDTH}")
@@ -212,8 +202,7 @@ def read_state(file: Path | str) -> dict[str, Tensor]:
     file = Path(file)
     try:
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as archive:
-                return {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
+            return load_file(file)
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):

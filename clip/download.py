@@ -1,4 +1,4 @@
-"""Model names -> checkpoint files, downloaded once into the cache that CLIP's users already have."""
+"""Model names -> checkpoint files, downloaded once into ~/.cache/clip, which other CLIP projects use too."""
 import hashlib
 import json
 import re
@@ -122,7 +122,7 @@ def _conventions(config: dict, preprocessing: dict, name: str | Path) -> dict[st
 
 
 def _cache() -> Path:
-    return Path.home() / ".cache" / "clip"  # as other CLIP projects
+    return Path.home() / ".cache" / "clip"
 
 
 def fetch(url: str, folder: Path) -> Path:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip.model import Config
+from clip.model import RGB, Config
 
 
 def target_size(
@@ -35,15 +35,10 @@ def resize_rgb(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     The image is resized in its own mode, which published results depend on: Pillow resizes palette images
     by nearest neighbor.
     """
-    height, width = size
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC).convert("RGB"))
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC).convert("RGB"))
 
 
-def normalize(
-    pixels: Tensor,
-    mean: tuple[float, float, float] = Config.mean,
-    std: tuple[float, float, float] = Config.std,
-) -> Tensor:
+def normalize(pixels: Tensor, mean: RGB = Config.mean, std: RGB = Config.std) -> Tensor:
     """Return network input (..., 3, H', W') float32 from `pixels` (..., H', W', 3) uint8 RGB.
 
     `mean` and `std` are those of RGB in [0, 1] that the model was trained with; they default to OpenAI's.
@@ -53,10 +48,7 @@ def normalize(
 
 
 def preprocess(
-    image: Image.Image,
-    size: tuple[int, int],
-    mean: tuple[float, float, float] = Config.mean,
-    std: tuple[float, float, float] = Config.std,
+    image: Image.Image, size: tuple[int, int], mean: RGB = Config.mean, std: RGB = Config.std
 ) -> Tensor:
     """Return one image resized and normalized, (3, H', W') float32; see `resize_rgb` and `normalize`."""
     return normalize(torch.from_numpy(resize_rgb(image, size).copy()), mean, std)

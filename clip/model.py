@@ -20,6 +20,8 @@ HEAD_WIDTH = 64  # every published CLIP tower has width // 64 heads
 NEGLIGIBLE = 1e-30  # smaller attention weights change no float32 sum, and denormal ones are ten times slower
 CHUNK_BYTES = 2**28  # scores and weights of a chunk of heads on CUDA: about 2^25 values, enough for any GPU
 
+RGB = tuple[float, float, float]
+
 
 @dataclass(frozen=True)
 class Config:
@@ -35,8 +37,8 @@ class Config:
     text_width: int
     text_layers: int
     activation: str = "quick_gelu"  # or "gelu"
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: RGB = (0.48145466, 0.4578275, 0.40821073)
+    std: RGB = (0.26862954, 0.26130258, 0.27577711)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -139,9 +141,7 @@ class Attention(nn.Module):
         packed = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3C)
         return packed.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, need_weights: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x, mask=None, need_weights=False) -> tuple[Tensor, Tensor | None]:
         """Return tokens (B, L, C) and attention (B, L, L) or None, see `VisionTransformer.block`."""
         query, key, value = self.qkv(x)
         attention = None
@@ -168,13 +168,7 @@ class Block(nn.Module):
         )
         self.ln_2 = LayerNorm(width)
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        need_weights: bool = False,
-        ln1_output: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x, mask=None, need_weights=False, ln1_output=None) -> tuple[Tensor, Tensor | None]:
         """See `VisionTransformer.block`."""
         mixed, attention = self.attn(self.ln_1(x) if ln1_output is None else ln1_output, mask, need_weights)
         x = mixed.add_(x)
@@ -209,10 +203,6 @@ class VisionTransformer(nn.Module):
     def layers(self) -> int:
         return len(self.transformer.resblocks)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.conv1.weight.dtype
-
     def embed(self, images: Tensor, position_rounding: str = "always") -> tuple[Tensor, tuple[int, int]]:
         """Return tokens (B, 1 + hw, C) before the first block, class token first, and the grid (h, w).
 
@@ -227,7 +217,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"image sides {tuple(images.shape[-2:])} are not multiples of the patch, {self.patch_size}"
             )
-        patches = self.conv1(images.to(self.dtype))  # (B, C, h, w)
+        patches = self.conv1(images.to(self.conv1.weight.dtype))  # (B, C, h, w)
         grid = patches.shape[-2:]
         class_tokens = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         tokens = torch.cat([class_tokens, patches.flatten(2).mT], 1)  # (B, 1 + hw, C)

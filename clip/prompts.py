@@ -20,14 +20,11 @@ PROMPTS_PER_BATCH = 256
 
 @torch.no_grad()
 def encode_prompts(model: CLIP, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Return class features: each filled template encoded and normalized, their mean normalized again.
+    """Return class features (N, E) float32: filled templates normalized, and their mean normalized again.
 
     Args:
         names: N class names as the prompts have them.
         templates: texts with one `{}`.
-
-    Returns:
-        (N, E) float32, rows of unit length.
 
     Raises:
         ValueError: a filled template is longer than the model's context.

@@ -60,10 +60,8 @@ class AttentionPool(nn.Module):
         """Return (B, E) from features (B, C, h, w); for the rounding see `resample_positions`."""
         tokens = features.flatten(2).mT  # (B, hw, C)
         tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1)  # (B, 1 + hw, C)
-        height, width = features.shape[-2:]
-        positions = resample_positions(
-            self.positional_embedding, self.grid, height, width, position_rounding
-        )
+        grid = features.shape[-2:]
+        positions = resample_positions(self.positional_embedding, self.grid, *grid, position_rounding)
         tokens = tokens + positions.to(tokens.dtype)
         packed = self.q_proj(tokens[:, :1]), self.k_proj(tokens), self.v_proj(tokens)  # (B, L, C)
         query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in packed)
@@ -96,13 +94,9 @@ class ModifiedResNet(nn.Module):
         grid = config.image_resolution // STRIDE
         self.attnpool = AttentionPool(grid, inputs, inputs // 64, config.embed_dim)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.conv1.weight.dtype
-
     def stages(self, images: Tensor) -> Tensor:
         """Return the last stage (B, C, H'/32, W'/32) of normalized images (B, 3, H', W')."""
-        x = images.to(self.dtype)
+        x = images.to(self.conv1.weight.dtype)
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(conv(x)))
         return self.layer4(self.layer3(self.layer2(self.layer1(F.avg_pool2d(x, 2)))))

@@ -44,15 +44,12 @@ def encoder():
 
 
 def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = False) -> Tensor:
-    """Return the token ids of texts.
+    """Return token ids (N, context_length) int32 of texts: start token, ids, end token, zeros.
 
     Args:
         texts: one text or several.
         context_length: ids per text; 77 for every published CLIP.
         truncate: cut longer texts, which then end with the end token.
-
-    Returns:
-        (N, context_length) int32: start token, ids, end token, zeros.
 
     Raises:
         ValueError: a text is too long and not truncated.

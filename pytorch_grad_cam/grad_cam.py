@@ -66,8 +66,7 @@ def text_cams(
         valid: (B, K) bool or None; the CAMs of padding are 0.
         method: a name in `pytorch_grad_cam.methods.METHODS`. "gradcam" computes the mean gradient in closed
             form; the others need the whole gradient, by automatic differentiation.
-        affinity_layers: number of blocks, counted from the end, whose attention is averaged over blocks and
-            heads as `TextCAMs.affinity`.
+        affinity_layers: number of blocks, counted from the end, whose attention is averaged.
         exclude_last_layer: average all of these but the very last. The reference implementation of
             CLS-SEG averages `[-8:-1]`, 7 blocks.
         position_rounding: see `clip.positions`.

@@ -40,7 +40,7 @@ def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     return (gradients.relu() * activations).sum(-3)
 
 
-# The only registry: flags, checks and `any_model` read it.
+# Flags, checks and `any_model` read this registry.
 METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gradcam": grad_cam,
     "gradcam++": grad_cam_plus_plus,

@@ -27,16 +27,13 @@ def densecrf(
     preset: str | Preset = "clip_es",
     backend: str = "auto",
 ) -> np.ndarray:
-    """Return the class posteriors of a dense CRF.
+    """Return the class posteriors of a dense CRF, (C, H, W) float32, summing to 1 over C.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         probabilities: (C, H, W) float in [0, 1], not necessarily summing to 1; background included.
         preset: a name in `PRESETS`, or a `Preset`.
         backend: a name in `BACKENDS`, or "auto": torch on a GPU and numba on a CPU.
-
-    Returns:
-        (C, H, W) float32, summing to 1 over C.
 
     Raises:
         ValueError: shapes do not match, the preset or backend is unknown, the backend is not installed, or
@@ -93,14 +90,11 @@ def _per_image(
     infer: Callable[[np.ndarray, np.ndarray, Preset], np.ndarray], images, probabilities, preset, device
 ) -> list[np.ndarray | Tensor]:
     """Run a backend of one guide image (H, W, 3) uint8 and energies (C, H, W) on several images."""
-
-    def as_array(values: np.ndarray | Tensor) -> np.ndarray:
-        return values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
-
     posteriors = []
-    for image, classes in zip(images, probabilities, strict=True):
-        posterior = infer(guide_image(as_array(image), preset), unary(as_array(classes), preset), preset)
-        if not isinstance(classes, np.ndarray):
+    for pair in zip(images, probabilities, strict=True):
+        image, classes = (x if isinstance(x, np.ndarray) else x.detach().cpu().numpy() for x in pair)
+        posterior = infer(guide_image(image, preset), unary(classes, preset), preset)
+        if not isinstance(pair[1], np.ndarray):
             import torch
 
             posterior = torch.from_numpy(posterior).to(device)
@@ -148,9 +142,8 @@ def _torch(images, probabilities, preset, device) -> list[np.ndarray | Tensor]:
     from refinement import densecrf_torch
 
     def on_device(values: np.ndarray | Tensor) -> Tensor:
-        if isinstance(values, np.ndarray):  # copied: a view may be read-only or have negative strides
-            return torch.tensor(np.ascontiguousarray(values), device=device)
-        return values.to(device)
+        # Arrays are copied: views may be read-only or have negative strides.
+        return torch.as_tensor(values.copy() if isinstance(values, np.ndarray) else values, device=device)
 
     posteriors = densecrf_torch.infer([*map(on_device, images)], [*map(on_device, probabilities)], preset)
     return [

@@ -3,8 +3,8 @@
 One mean-field update is softmax(S B S' q - energies): S' spreads the pixels' probabilities over the lattice
 points around them ("splat"), B blurs along the lattice directions, S gathers ("slice"). S has 3 entries per
 pixel for the smoothness kernel and 6 for the appearance kernel, with half of the normalization and Potts
-weights on each side: both kernels are one sparse matrix and one list of points. It is built once; an update
-reads it once: slice, softmax and the next splat follow each other pixel by pixel.
+weights on each side: both kernels are one sparse matrix, which an update reads once: slice, softmax and the
+next splat follow each other pixel by pixel.
 
 The blur walks each line of neighboring points ("chain") in place. It skips points without neighbors, which
 are many in a textured image. Class channels are the innermost dimension, padded to one of `LANES`, and are
@@ -276,19 +276,19 @@ def _blur(values, chains, lanes, blocks):
 
 
 @njit(**JIT)
-def normalize(points, weights, chains, size, first, last, alpha, compat, lane):
+def normalize(points, weights, chains, size, first, last, alpha, compat):
     """Multiply half of normalization and Potts weight into the columns `first` to `last` of `weights`.
 
     The normalization is that of `pydensecrf`: 1 / sqrt(F(1) + 1e-20) before and after the filter F.
 
     Args:
-        size: number of lattice points; alpha, compat: see `refinement.lattice.Kernel`; lane: a tuple of 1.
+        size: number of lattice points; alpha, compat: see `refinement.lattice.Kernel`.
     """
     values = np.zeros((size, 1), np.float32)
     for pixel in range(len(points)):
         for r in range(first, last):
             values[np.uint64(points[pixel, r]), 0] += weights[pixel, r]
-    _blur(values, chains, lane, 1)
+    _blur(values, chains, (np.float32(0),), 1)
     gain = np.float32(math.sqrt(alpha * compat))
     for pixel in range(len(points)):
         total = np.float32(0)
@@ -408,8 +408,7 @@ def infer(image: np.ndarray, energies: np.ndarray, kernels: list[Kernel], iterat
         chains.append(link(keys, np.argsort(keys), np.array(pack.jumps, np.int64), size))
         size += len(keys)
         stop = column + dimensions + 1
-        lane = (np.float32(0),)
-        normalize(points, weights, chains[-1], size, column, stop, kernel.alpha, kernel.compat, lane)
+        normalize(points, weights, chains[-1], size, column, stop, kernel.alpha, kernel.compat)
         column = stop
     lanes = next((width for width in LANES if channels <= width), LANES[-1])
     logits = np.full((pixels, -(-channels // lanes) * lanes), -1e4, np.float32)

@@ -9,17 +9,16 @@ A lattice point of a plain image gathers many thousand pixels, so S' sums runs o
 of those sums, and so on. Without atomic additions the result is the same each time, and on a CPU equals that
 of numba up to the last few bits.
 
-An update moves about 2 kB per pixel (3 classes, photographs with 2.6 lattice points per pixel): about 4 GB
-for a 375 x 500 image and 10 iterations. It takes about 50 kernel launches; building the lattices takes about
-200 and a sort of 9 keys per pixel, once per group. The host waits for the device about ten times per group,
-while the lattice is built, and never in an update.
+An update moves about 2 kB per pixel (3 classes, photographs with 2.6 lattice points per pixel) in about 50
+kernel launches. Building the lattices takes about 200 and a sort of 9 keys per pixel, once per group, and is
+the only step in which the host waits for the device, about ten times.
 
 Memory at 3 classes: 600 to 700 bytes per pixel of a group for photographs, up to 1400 for noise.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -131,22 +130,16 @@ def _lattice(features: Tensor, image: Tensor, kernel: Kernel, pack: Packing) -> 
     return lattice._replace(weights=weights, pixel_weights=weights.view(-1)[order])
 
 
-def _bags(
-    rows: Tensor, values: Tensor, starts: Tensor | None = None, weights: Tensor | None = None
-) -> Tensor:
-    """Return sums of weights * values[rows]: over each row of `rows`, or from each start to the next."""
-    return F.embedding_bag(rows, values, starts, mode="sum", per_sample_weights=weights)
-
-
 def _filter(lattice: Lattice, values: Tensor) -> Tensor:
     """Return S B S' values, (N, C)."""
-    values = _bags(lattice.pixels, values, lattice.runs[0], lattice.pixel_weights)
+    sums = partial(F.embedding_bag, mode="sum")  # of rows of values, over each bag of row numbers
+    values = sums(lattice.pixels, values, lattice.runs[0], per_sample_weights=lattice.pixel_weights)
     for starts in lattice.runs[1:]:
-        values = _bags(torch.arange(len(values), device=starts.device, dtype=torch.int32), values, starts)
+        values = sums(torch.arange(len(values), device=starts.device, dtype=torch.int32), values, starts)
     values = F.pad(values, (0, 0, 0, 1))  # (M + 1, C), the last is for missing neighbors
     for pairs in lattice.neighbors:
-        values[:-1].add_(_bags(pairs, values), alpha=0.5)
-    return _bags(lattice.points, values, weights=lattice.weights)
+        values[:-1].add_(sums(pairs, values), alpha=0.5)
+    return sums(lattice.points, values, per_sample_weights=lattice.weights)
 
 
 def _features(guides: Sequence[Tensor], widths: Sequence[float]) -> Tensor:
@@ -154,9 +147,8 @@ def _features(guides: Sequence[Tensor], widths: Sequence[float]) -> Tensor:
     device = guides[0].device
     columns = []
     for guide in guides:
-        height, width, _ = guide.shape
-        y = torch.arange(height, device=device, dtype=torch.float32)[:, None].expand(height, width)
-        x = torch.arange(width, device=device, dtype=torch.float32).expand(height, width)
+        sides = [torch.arange(side, device=device, dtype=torch.float32) for side in guide.shape[:2]]
+        y, x = torch.meshgrid(*sides, indexing="ij")
         columns.append(torch.stack([x, y, *guide.float().unbind(-1)][: len(widths)]).flatten(1))  # (d, H * W)
     # Divided by a tensor: by a number, CUDA would multiply with the reciprocal and round differently.
     return torch.cat(columns, 1) / torch.tensor(widths, device=device, dtype=torch.float32)[:, None]
