@@ -87,7 +87,10 @@ def box_mask(cam: np.ndarray, threshold: float, include_edge: bool = False) -> n
 
 
 def box_masks(cams: Tensor, threshold: float | Tensor, include_edge: bool = False) -> Tensor:
-    """Return `box_mask` of every map of `cams` (..., h, w), on their device; `threshold`: one or (...)."""
+    """Return `box_mask` of every map of `cams` (..., h, w), on their device.
+
+    `threshold` is one number, or one for each map, (...).
+    """
     thresholds = torch.as_tensor(threshold, dtype=torch.float64).expand(cams.shape[:-2])
     maps = cams.float().cpu().flatten(0, -3).numpy()
     pairs = zip(maps, thresholds.flatten().tolist(), strict=True)
