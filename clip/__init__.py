@@ -1,4 +1,4 @@
-"""The frozen CLIP that everything stands on."""
+"""The frozen CLIP: loading, towers, prompts, network input."""
 from clip.checkpoint import PRECISIONS, load, pick_device
 from clip.images import normalize, preprocess, resize_rgb, target_size
 from clip.model import CLIP, Config

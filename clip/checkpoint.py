@@ -1,20 +1,21 @@
 """Checkpoint files -> CLIP.
 
-Read are OpenAI's TorchScript archives, plain state dicts (also DataParallel's, and training
-checkpoints that wrap one), open_clip state dicts and safetensors. A file is data: an archive is
-opened for its tensors and its code is never run; pickles are read by restricted readers only.
+Supported are OpenAI's TorchScript archives, state dicts (also of DataParallel, or inside a training
+checkpoint), open_clip's state dicts and safetensors. Code in a file never runs: archives are opened for their
+tensors only, and pickles are read by restricted readers.
 """
 import pickle
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from clip.download import Source, resolve
-from clip.model import CLIP, HEAD_WIDTH, Config
+from clip.download import resolve
+from clip.model import CLIP, HEAD_WIDTH, Config, matrices
 from clip.resnet import STRIDE
 
 PRECISIONS = {
@@ -23,19 +24,25 @@ PRECISIONS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-#: Element types of the storages that TorchScript pickles name.
-STORAGES = {
-    "BFloat16Storage": torch.bfloat16,
-    "BoolStorage": torch.bool,
-    "ByteStorage": torch.uint8,
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
+# What the pickle of a TorchScript archive may name, beside the classes of its modules.
+GLOBALS = {
+    ("torch", "BFloat16Storage"): torch.bfloat16,
+    ("torch", "BoolStorage"): torch.bool,
+    ("torch", "ByteStorage"): torch.uint8,
+    ("torch", "DoubleStorage"): torch.float64,
+    ("torch", "FloatStorage"): torch.float32,
+    ("torch", "HalfStorage"): torch.float16,
+    ("torch", "IntStorage"): torch.int32,
+    ("torch", "LongStorage"): torch.int64,
+    ("torch", "device"): lambda *_: None,
+    ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, size, stride, *_: torch.as_strided(
+        storage, size, stride, offset
+    ),
+    ("torch.jit._pickle", "restore_type_tag"): lambda value, _: value,
+    ("collections", "OrderedDict"): dict,
 }
-#: Keys that CLIP files hold beside weights: numbers in OpenAI's, the causal mask in open_clip's, and a
-#: table that the public CLIP-ES registers while it runs.
+# Entries of CLIP files that are not weights: numbers in OpenAI's, the causal mask in open_clip's, and a table
+# that CLIP-ES's implementation registers while it runs.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "positional_embedding_new")
 
 
@@ -46,50 +53,44 @@ def load(
     round_weights: bool | None = None,
     compile: bool = False,
 ) -> CLIP:
-    """Load a frozen CLIP, in eval mode, without gradients.
+    """Return a frozen CLIP in eval mode.
 
     Args:
-        name: a checkpoint file; a public name such as "ViT-B/16" or an open_clip "model:tag", which
-            is downloaded (see `clip.download`); or "model:file", a file that open_clip trained with
-            the configuration "model".
-        device: "auto" (CUDA where there is any), "cpu", "cuda" or "cuda:i".
-        precision: of the image tower: "fp32", "tf32" (fp32 with TF32 products on CUDA), "bf16" or
-            "fp16". The text tower stays float32: its features are made once.
-        round_weights: round matrix weights to float16 and back. The public CLIP-ES does so with
-            every file, also on CPU; a float32 checkpoint gives CAMs that differ by about 1e-2
-            without it. None: round OpenAI-layout files, leave open_clip's as they are.
+        name: a checkpoint file, or a name that `clip.download.resolve` knows.
+        device: "auto" (CUDA if available), "cpu", "cuda" or "cuda:i".
+        precision: of the image tower: "fp32", "tf32" (fp32 with TF32 products on CUDA), "bf16" or "fp16". The
+            text tower stays float32: its features are computed once.
+        round_weights: round matrix weights to float16 and back, as CLIP-ES's implementation does with every
+            file, also on a CPU; without it, CAMs of a float32 checkpoint differ by about 1e-2. None rounds
+            all files but open_clip's.
         compile: compile the image tower's blocks by torch.compile at their first call, which takes up to a
             minute and needs a C++ compiler on a CPU.
 
     Raises:
         FileNotFoundError: no such file, or an unknown name.
-        ValueError: not a CLIP checkpoint, with what is wrong in one sentence.
+        ValueError: an unknown precision or device, or not a CLIP checkpoint; the message says why.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     source = resolve(str(name))
     model = from_state_dict(clean_keys(read_state(source.file)), source.file, **source.conventions)
-    if rounds(source, round_weights):
-        round_matrices(model)
+    if source.weights_rounded(round_weights):
+        for parameter in matrices(model):
+            parameter.data = parameter.data.half().float()
     target = pick_device(device)
     model.visual_precision(PRECISIONS[precision])
-    if target.type == "cuda":  # torch lets convolutions use TF32 unless told otherwise
+    if target.type == "cuda":  # by default torch uses TF32 in convolutions
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     if compile:
         model.compile_blocks()
     return model.eval().requires_grad_(False).to(target)
 
 
-def rounds(source: Source, round_weights: bool | None) -> bool:
-    """Whether `load` rounds the matrix weights of this source."""
-    return not source.open_clip if round_weights is None else round_weights
-
-
 def pick_device(device: str) -> torch.device:
-    """"auto" -> CUDA where there is any, else CPU; other names as torch knows them.
+    """Return the CPU or CUDA device of a name; "auto" is CUDA if available, else the CPU.
 
     Raises:
-        ValueError: neither a CPU nor a CUDA device, or CUDA without such a GPU.
+        ValueError: another kind of device, or a GPU that does not exist.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,65 +102,53 @@ def pick_device(device: str) -> torch.device:
         raise ValueError(f"--device {device!r} is not a device for this: use auto, cpu, cuda or cuda:0")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if picked.type == "cuda" and (picked.index or 0) >= count:
-        raise ValueError(
-            f"--device {device} asks for a GPU that torch does not see (it sees {count}): use --device cpu, "
-            "or another one"
-        )
+        raise ValueError(f"--device {device}: torch does not see this GPU (of {count}): use cpu or another")
     return picked
 
 
-def round_matrices(model: CLIP) -> None:
-    """Round the matrix weights (`CLIP.matrices`) to float16 in place, keeping their type."""
-    with torch.no_grad():
-        for parameter in model.matrices():
-            parameter.copy_(parameter.half())
-
-
 def from_state_dict(state: dict[str, Tensor], file: Path | str = "state dict", **conventions) -> CLIP:
-    """Build the CLIP that a cleaned state dict belongs to, in float32.
+    """Return the CLIP of a cleaned state dict, in float32.
 
     Args:
+        file: named in errors.
         conventions: fields of `Config` that weights do not show: activation, mean, std.
 
     Raises:
-        ValueError: keys or shapes are not those of a CLIP; `file` is named in the sentence.
+        ValueError: keys, shapes or types are not those of a CLIP.
     """
     config = replace(infer_config(state, file), **conventions)
     with torch.device("meta"):
         model = CLIP(config)
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    state = {key: value for key, value in state.items() if key.split(".")[-1] not in NOT_WEIGHTS}
-    for key in expected.keys() - state.keys():
-        if key.endswith("num_batches_tracked"):  # counts training steps; inference does without
-            state[key] = torch.zeros((), dtype=torch.long)
-    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    expected, weights = model.state_dict(), {}
+    for key, value in state.items():
+        if key.split(".")[-1] in NOT_WEIGHTS:
+            continue
+        shape = expected[key].shape if key in expected else value.shape
+        if value.shape != shape:
+            raise ValueError(
+                f"{file} is not a CLIP checkpoint: {key} has shape {tuple(value.shape)}, not {tuple(shape)}"
+            )
+        if not (value.is_floating_point() or key.endswith("num_batches_tracked")):
+            raise ValueError(f"{file} is not a CLIP checkpoint: {key} holds {value.dtype}, not floats")
+        weights[key] = value.float() if value.is_floating_point() else value
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     if missing or unexpected:
         raise ValueError(
             f"{file} is not a complete CLIP checkpoint: {len(missing)} weights are missing"
             f"{_first(missing)} and {len(unexpected)} are unknown{_first(unexpected)}"
         )
-    for key, shape in expected.items():
-        if tuple(state[key].shape) != shape:
-            raise ValueError(
-                f"{file} is not a CLIP checkpoint that fits together: {key} has shape "
-                f"{tuple(state[key].shape)}, expected {shape}"
-            )
-        if not (state[key].is_floating_point() or key.endswith("num_batches_tracked")):
-            raise ValueError(f"{file} is not a CLIP checkpoint: {key} holds {state[key].dtype}, not floats")
-    floats = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-    model.load_state_dict(floats, strict=True, assign=True)
     return model
 
 
-def _first(keys: set[str]) -> str:
+def _first(keys: list[str]) -> str:
     return f" ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})" if keys else ""
 
 
 def infer_config(state: dict[str, Tensor], file: Path | str = "state dict") -> Config:
-    """Read the sizes of a CLIP off its state dict; what it does not show is OpenAI's.
+    """Return the sizes of a CLIP from its state dict, with OpenAI's conventions.
 
     Raises:
-        ValueError: a key that every CLIP has is missing.
+        ValueError: a key is missing, or a weight has an impossible shape.
     """
 
     def count(prefix: str) -> int:  # distinct numbers that follow the prefix
@@ -186,14 +175,9 @@ def infer_config(state: dict[str, Tensor], file: Path | str = "state dict") -> C
             text_width=len(state["ln_final.weight"]),
             text_layers=count("transformer.resblocks."),
         )
-    except KeyError as error:
-        raise ValueError(
-            f"{file} is not a CLIP checkpoint of OpenAI's or open_clip's layout: it has no {error.args[0]}"
-        ) from None
-    except (ValueError, IndexError, TypeError):
-        raise ValueError(
-            f"{file} is not a CLIP checkpoint: its weights have shapes that no CLIP has"
-        ) from None
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        fault = f"it has no {error.args[0]}" if isinstance(error, KeyError) else "weights have other shapes"
+        raise ValueError(f"{file} is not a CLIP checkpoint of OpenAI or open_clip: {fault}") from None
     widths = (config.text_width, *([config.vision_width] if config.patch_size else []))
     if any(width % HEAD_WIDTH or not width for width in widths):
         raise ValueError(f"{file} is not a CLIP checkpoint: a tower's width is no multiple of {HEAD_WIDTH}")
@@ -201,36 +185,35 @@ def infer_config(state: dict[str, Tensor], file: Path | str = "state dict") -> C
 
 
 def clean_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Undo what wrappers do to key names: DataParallel's `module.`, open_clip's `text.` tower."""
-    cleaned = {}
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            cleaned[str(key).replace("module.", "").removeprefix("text.")] = value
-    return cleaned
+    """Return the tensors without the prefixes of wrappers: DataParallel's `module.`, open_clip's `text.`."""
+    return {
+        str(key).replace("module.", "").removeprefix("text."): value
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def read_state(file: Path | str) -> dict[str, Tensor]:
-    """Tensors by name from any of the supported kinds of file.
+    """Return the state dict in a file of any supported kind.
 
     Raises:
-        ValueError: the file is of no supported kind, or cut short.
+        ValueError: the file is of no supported kind, or truncated.
     """
     file = Path(file)
     try:
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as archive:
-                return {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
+            return load_file(file)
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                    return read_torchscript(archive)
+                    return dict(_named_tensors(_ArchiveReader(archive).load()))
         state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{file} is not a readable checkpoint: it is damaged, or holds Python objects beside its tensors "
             "(settings, say), which are never run; save its state dict alone"
         ) from None
-    except Exception:  # damaged files fail in any way they like
+    except Exception:  # readers raise many types on damaged files
         raise ValueError(
             f"{file} is not a readable checkpoint: it is cut short, or neither a TorchScript archive, "
             "a state dict of plain tensors nor a safetensors file"
@@ -248,30 +231,20 @@ class _Module:
 
 
 class _ArchiveReader(pickle.Unpickler):
-    """Unpickles a TorchScript module tree into `_Module`s and tensors; resolves nothing else."""
+    """Unpickles the module tree of a TorchScript archive; names outside `GLOBALS` are errors."""
 
-    def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(archive.open(f"{root}/data.pkl"))
-        self.archive, self.root = archive, root
-        self.storages: dict[str, Tensor] = {}  # by record: its values, flat
+    def __init__(self, archive: zipfile.ZipFile):
+        self.archive, self.root = archive, archive.namelist()[0].split("/")[0]
+        self.storages: dict[str, Tensor] = {}  # flat values by record
+        super().__init__(archive.open(f"{self.root}/data.pkl"))
 
     def find_class(self, module: str, name: str):
         if module.startswith("__torch__"):
             return _Module
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: torch.as_strided(
-                storage, size, stride, offset
-            )
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module == "torch.jit._pickle" and name == "restore_type_tag":  # (value, type) -> value
-            return lambda value, _: value
-        if module == "torch.jit._pickle":  # build_intlist and its kin: typed lists of plain values
+        if (module, name) in GLOBALS:
+            return GLOBALS[module, name]
+        if module == "torch.jit._pickle":  # build_intlist and others: typed lists of plain values
             return list
-        if (module, name) == ("torch", "device"):
-            return lambda *_: None
         raise pickle.UnpicklingError(f"unexpected global {module}.{name}")
 
     def persistent_load(self, identifier):
@@ -283,17 +256,9 @@ class _ArchiveReader(pickle.Unpickler):
         return self.storages[key]
 
 
-def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    """The state dict of a TorchScript archive, read without torch.jit, so without its code."""
-    root = archive.namelist()[0].split("/")[0]
-    state: dict[str, Tensor] = {}
-
-    def collect(module: _Module, prefix: str) -> None:
-        for name, value in vars(module).items():
-            if isinstance(value, _Module):
-                collect(value, f"{prefix}{name}.")
-            elif isinstance(value, Tensor):
-                state[prefix + name] = value
-
-    collect(_ArchiveReader(archive, root).load(), "")
-    return state
+def _named_tensors(module: _Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in vars(module).items():
+        if isinstance(value, _Module):
+            yield from _named_tensors(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            yield prefix + name, value

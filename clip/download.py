@@ -1,17 +1,18 @@
-"""Model names -> checkpoint files, downloaded once into the cache that CLIP's users already have."""
+"""Model names -> checkpoint files, downloaded once into ~/.cache/clip, which other CLIP projects use too."""
+import hashlib
 import json
-import os
-import urllib.request
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
+from urllib.request import urlopen
 
 from tqdm import tqdm
 
-from common.files import sha256
+from common.files import replacing, sha256
 
-# The released files; the folder in each address is the sha256 of the file.
+# OpenAI's files; the folder in each address is the sha256 of the file.
 OPENAI = "https://openaipublic.azureedge.net/clip/models"
 OPENAI_MODELS = {
     "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
@@ -24,9 +25,7 @@ OPENAI_MODELS = {
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt",
 }
-
-
-# What an open_clip configuration may say of towers that are CLIP's own; anything else is another model.
+# Keys of open_clip's configurations of CLIP's own towers, and their values; others make another model.
 TOWER_KEYS = {
     "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"},
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
@@ -36,39 +35,33 @@ TOWER_VALUES = {"head_width": 64, "mlp_ratio": 4.0, "vocab_size": 49408}
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on disk, and what its weights do not show.
-
-    Attributes:
-        file: the checkpoint.
-        open_clip: whether open_clip trained it.
-        conventions: fields of `clip.model.Config` that differ from OpenAI's.
-    """
+    """A checkpoint file, and what its weights do not show."""
 
     file: Path
-    open_clip: bool = False
-    conventions: dict[str, Any] = field(default_factory=dict)
+    open_clip: bool = False  # whether open_clip trained it
+    conventions: dict[str, Any] = field(default_factory=dict)  # fields of `clip.model.Config`
 
-
-def model_cache() -> Path:
-    return Path.home() / ".cache" / "clip"
+    def weights_rounded(self, round_weights: bool | None) -> bool:
+        """Return whether `clip.load` rounds the matrix weights, given its argument."""
+        return not self.open_clip if round_weights is None else round_weights
 
 
 def resolve(name: str) -> Source:
-    """Find the file of a model, downloading it if it has a public name.
+    """Return the checkpoint file of a model, downloaded if it is not in the cache.
 
     Args:
-        name: a file; an OpenAI name (`OPENAI_MODELS`); "model:tag" or "model:file" with a model
-            name of open_clip.
+        name: a file; one of `OPENAI_MODELS`; an open_clip "model:tag"; or "model:file", a file that open_clip
+            trained with its configuration "model".
 
     Raises:
         FileNotFoundError: neither a file nor a known name.
-        ValueError: open_clip's model is not one this project can run.
-        OSError: the download failed or does not have the published checksum.
+        ValueError: open_clip's model is not built from CLIP's own towers.
+        OSError: see `fetch`.
     """
     if Path(name).is_file():
         return _with_sidecar(Path(name))
     if name in OPENAI_MODELS:
-        return Source(fetch(f"{OPENAI}/{OPENAI_MODELS[name]}", model_cache()))
+        return Source(fetch(f"{OPENAI}/{OPENAI_MODELS[name]}", _cache()))
     model, colon, tag = name.partition(":")
     if colon:
         return _resolve_open_clip(model, tag)
@@ -79,52 +72,47 @@ def resolve(name: str) -> Source:
 
 
 def _with_sidecar(file: Path) -> Source:
-    """A file, with the `open_clip_config.json` beside it if model hubs' layout was kept."""
+    """Return a file with the conventions of the `open_clip_config.json` beside it, if any."""
     sidecar = file.with_name("open_clip_config.json")
     if not sidecar.is_file():
         return Source(file)
     try:
         content = json.loads(sidecar.read_text())
-        preprocessing = content.get("preprocess_cfg", {})
-        return Source(file, True, _conventions(content["model_cfg"], preprocessing, sidecar))
+        conventions = _conventions(content["model_cfg"], content.get("preprocess_cfg", {}), sidecar)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{sidecar} is not a configuration of open_clip: mend or remove it") from None
+        raise ValueError(f"{sidecar} is not a configuration of open_clip: correct or remove it") from None
+    return Source(file, True, conventions)
 
 
 def _resolve_open_clip(model: str, tag: str) -> Source:
-    import open_clip  # seconds to import, so only for those who ask for its models
+    import open_clip  # takes seconds to import
 
     config = open_clip.get_model_config(model)
     if config is None:
         raise FileNotFoundError(f"open_clip knows no model {model!r} (asked for {model}:{tag})")
-    name = f"open_clip's {model}"
-    if Path(tag).is_file():
-        return Source(Path(tag), True, _conventions(config, {}, name))
-    published = open_clip.pretrained.get_pretrained_cfg(model, tag)
-    if not published:
+    file = Path(tag)
+    published = {} if file.is_file() else open_clip.pretrained.get_pretrained_cfg(model, tag)
+    if not published and not file.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
         raise FileNotFoundError(f"open_clip has no weights {tag!r} of {model}; it has {tags}")
     if published.get("quick_gelu"):
         config = {**config, "quick_gelu": True}
-    conventions = _conventions(config, published, name)
+    conventions = _conventions(config, published, f"open_clip's {model}")
     if published.get("url"):
-        return Source(fetch(published["url"], model_cache()), True, conventions)
-    file = open_clip.pretrained.download_pretrained(published, cache_dir=str(model_cache()))
-    return Source(Path(file), True, conventions)
+        file = fetch(published["url"], _cache())
+    elif published:
+        file = Path(open_clip.pretrained.download_pretrained(published, cache_dir=str(_cache())))
+    return Source(file, True, conventions)
 
 
 def _conventions(config: dict, preprocessing: dict, name: str | Path) -> dict[str, Any]:
-    """Read the conventions off open_clip's configuration of a model.
-
-    Raises:
-        ValueError: the model is not built from CLIP's own towers.
-    """
+    """Return the conventions of an open_clip configuration; raise ValueError if towers are not CLIP's own."""
     for tower, known in TOWER_KEYS.items():
         for key, value in config[tower].items():
             if key not in known or value != TOWER_VALUES.get(key, value):
                 raise ValueError(
-                    f"{name} is not built from CLIP's own towers ({tower} says {key} = {value}), so it "
-                    "cannot be run here"
+                    f"{name} is not supported: it is not built from CLIP's own towers ({tower} says {key} = "
+                    f"{value})"
                 )
     conventions = {"activation": "quick_gelu" if config.get("quick_gelu") else "gelu"}
     for statistic in ("mean", "std"):
@@ -133,40 +121,37 @@ def _conventions(config: dict, preprocessing: dict, name: str | Path) -> dict[st
     return conventions
 
 
-def fetch(url: str, folder: Path) -> Path:
-    """Download a file once, checking the sha256 that its address carries.
+def _cache() -> Path:
+    return Path.home() / ".cache" / "clip"
 
-    OpenAI's addresses carry it as the last folder, open_clip's releases as a prefix of it at the
-    end of the file name; other addresses carry none. A download that is cut short leaves nothing.
+
+def fetch(url: str, folder: Path) -> Path:
+    """Return the path of a file, downloaded unless it is in the folder; a failed download leaves nothing.
+
+    OpenAI's addresses have the file's sha256 as the last folder, those of open_clip's releases its first 8
+    digits at the end of the file name; others have none.
 
     Raises:
-        OSError: the address cannot be reached, or what came back has another checksum.
+        OSError: the address cannot be reached, or the file is incomplete or has another checksum.
     """
     name = url.rsplit("/", 1)[-1]
     target = folder / name
-    published = [url.split("/")[-2], Path(name).stem.rsplit("-", 1)[-1]]
-    checksum = next((part for part in published if _is_checksum(part)), "")
+    candidates = [url.split("/")[-2], Path(name).stem.rsplit("-", 1)[-1]]
+    checksum = next((text for text in candidates if re.fullmatch("[0-9a-f]{8}|[0-9a-f]{64}", text)), "")
     if target.is_file() and sha256(target).startswith(checksum):
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{name}.{os.getpid()}")
+    digest = hashlib.sha256()
     try:
-        with urllib.request.urlopen(url) as response, open(partial, "wb") as file:
+        with urlopen(url) as response, replacing(target) as file:
             total = int(response.headers.get("Content-Length") or 0) or None
             with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=None) as bar:
                 while chunk := response.read(1 << 20):
+                    digest.update(chunk)
                     bar.update(file.write(chunk))
-        if total and partial.stat().st_size != total:
-            raise OSError(f"the download of {url} stopped at {partial.stat().st_size} of {total} bytes")
-        if not sha256(partial).startswith(checksum):
-            raise OSError(f"what {url} sent has another sha256 than the published one, {checksum}")
-        partial.replace(target)
+            if total and file.tell() != total:
+                raise OSError(f"the download of {url} stopped at {file.tell()} of {total} bytes: try again")
+            if not digest.hexdigest().startswith(checksum):
+                raise OSError(f"the download of {url} has another sha256 than the published one, {checksum}")
     except URLError as error:
         raise OSError(f"cannot download {url}: {error.reason}") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return target
-
-
-def _is_checksum(text: str) -> bool:
-    return len(text) in (8, 64) and all(c in "0123456789abcdef" for c in text)

@@ -1,4 +1,4 @@
-"""Pillow image -> network input (CLIP-ES: no crop, no padding, sides rounded up to the patch)."""
+"""Pillow image -> network input. As in CLIP-ES: no crop, no padding, sides rounded up to the patch."""
 import math
 
 import numpy as np
@@ -6,20 +6,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip.model import Config
+from clip.model import RGB, Config
 
 
 def target_size(
     height: int, width: int, patch: int, scale: float = 1.0, least: int = 1, most: int | None = None
 ) -> tuple[int, int]:
-    """The size an image is resized to: `scale` times its own, each side rounded up to the patch.
+    """Return the (H', W') an image is resized to: `scale` times its size, rounded up to multiples of `patch`.
 
     Args:
-        least: patches that a side has at the least.
-        most: patches that the image may have altogether; a larger one is shrunk until it fits.
-
-    Returns:
-        (H', W'), multiples of `patch`.
+        least: minimum number of patches along a side.
+        most: maximum number of patches of the image; a larger image is shrunk until it fits.
     """
 
     def grid(factor: float) -> tuple[int, int]:
@@ -33,43 +30,25 @@ def target_size(
 
 
 def resize_rgb(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """Resize by Pillow's bicubic in the image's own mode, then turn to RGB.
+    """Resize an image of any mode to `size` (H', W') by Pillow's bicubic and return (H', W', 3) uint8 RGB.
 
-    Args:
-        image: any mode; grey stays grey and a palette stays a palette until it is resized, as
-            published results have it (a palette is thereby resized by nearest neighbour).
-        size: (H', W').
-
-    Returns:
-        (H', W', 3) uint8.
+    The image is resized in its own mode, which published results depend on: Pillow resizes palette images
+    by nearest neighbor.
     """
-    height, width = size
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC).convert("RGB"))
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC).convert("RGB"))
 
 
-def normalize(
-    pixels: Tensor,
-    mean: tuple[float, float, float] = Config.mean,
-    std: tuple[float, float, float] = Config.std,
-) -> Tensor:
-    """8-bit RGB -> network input.
+def normalize(pixels: Tensor, mean: RGB = Config.mean, std: RGB = Config.std) -> Tensor:
+    """Return network input (..., 3, H', W') float32 from `pixels` (..., H', W', 3) uint8 RGB.
 
-    Args:
-        pixels: (..., H', W', 3) uint8.
-        mean, std: of RGB in [0, 1], as the model was trained with; the default is OpenAI's.
-
-    Returns:
-        (..., 3, H', W') float32.
+    `mean` and `std` are those of RGB in [0, 1] that the model was trained with; they default to OpenAI's.
     """
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
     return (pixels.movedim(-1, -3) / 255 - mean) / std
 
 
 def preprocess(
-    image: Image.Image,
-    size: tuple[int, int],
-    mean: tuple[float, float, float] = Config.mean,
-    std: tuple[float, float, float] = Config.std,
+    image: Image.Image, size: tuple[int, int], mean: RGB = Config.mean, std: RGB = Config.std
 ) -> Tensor:
-    """Resize and normalize one image: (3, H', W') float32; see `resize_rgb` and `normalize`."""
+    """Return one image resized and normalized, (3, H', W') float32; see `resize_rgb` and `normalize`."""
     return normalize(torch.from_numpy(resize_rgb(image, size).copy()), mean, std)

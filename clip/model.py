@@ -1,10 +1,8 @@
 """CLIP as plain modules: attention blocks, the ViT image tower, the text tower.
 
-Parameter names are those of OpenAI's checkpoints (Radford et al., ICML 2021), so that a state dict
-loads without a key map. `clip.checkpoint` reads the files.
-
-The vision tower is stepped through by explicit calls - `embed`, `block` or `blocks`, `project` -
-because every method built on a frozen CLIP needs values between two of its blocks. No hooks.
+Parameter names are those of OpenAI's checkpoints (Radford et al., ICML 2021). The vision tower is stepped
+through by explicit calls - `embed`, `block` or `blocks`, `project` - because methods built on a frozen CLIP
+need values between two of its blocks.
 """
 import math
 from collections import OrderedDict
@@ -20,30 +18,27 @@ from clip.resnet import Bottleneck, ModifiedResNet, normal
 
 HEAD_WIDTH = 64  # every published CLIP tower has width // 64 heads
 NEGLIGIBLE = 1e-30  # smaller attention weights change no float32 sum, and denormal ones are ten times slower
-CHUNK_BYTES = 2**28  # scores and weights of a chunk of heads on CUDA: some 2^25 values, enough for any GPU
+CHUNK_BYTES = 2**28  # scores and weights of a chunk of heads on CUDA: about 2^25 values, enough for any GPU
+
+RGB = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a CLIP; `clip.checkpoint.infer_config` reads them off a state dict.
-
-    `vision_layers` is the number of blocks of a ViT, or the blocks of the four stages of a ResNet
-    (`patch_size` is then None). The last three are conventions that weights do not show, with
-    OpenAI's as default: `activation` is "quick_gelu" or "gelu", `mean` and `std` normalize RGB.
-    """
+    """Sizes of a CLIP, see `clip.checkpoint.infer_config`, and OpenAI's conventions as defaults."""
 
     embed_dim: int
     image_resolution: int
-    vision_layers: int | tuple[int, int, int, int]
+    vision_layers: int | tuple[int, int, int, int]  # blocks of a ViT, or of the four stages of a ResNet
     vision_width: int
-    patch_size: int | None
+    patch_size: int | None  # None for a ResNet
     context_length: int
     vocab_size: int
     text_width: int
     text_layers: int
-    activation: str = "quick_gelu"
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    activation: str = "quick_gelu"  # or "gelu"
+    mean: RGB = (0.48145466, 0.4578275, 0.40821073)
+    std: RGB = (0.26862954, 0.26130258, 0.27577711)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -71,22 +66,21 @@ def attend_with_weights(
     keep_heads: bool = False,
     heads_at_once: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return attention's output and its weights.
+    """Return the output of attention and its weights.
 
-    Heads are computed in chunks that reuse the same memory. Without gradients, masked weights below
+    Without gradients, heads are computed in chunks that reuse the same memory, and masked weights below
     NEGLIGIBLE are set to 0.
 
     Args:
         query, key, value: (B, heads, L, 64).
         mask: additive, broadcastable to (B, heads, L, L).
         keep_heads: also return the weights of each head.
-        heads_at_once: heads per chunk; None chooses by the device, see `heads_per_chunk`. All heads are
-            computed at once where gradients are needed.
+        heads_at_once: heads per chunk; None is `heads_per_chunk`.
 
     Returns:
-        mixed values (B, heads, L, 64); softmax over keys averaged over heads, *without* the mask,
-        (B, L, L) float32, rows = queries; with `keep_heads` the weights that mixed the values, with the
-        mask, (heads, B, L, L) in the type of `value`, else None.
+        output (B, heads, L, 64); weights *without* the mask, averaged over heads, (B, L, L) float32, rows =
+        queries; with `keep_heads` the weights with the mask, (heads, B, L, L) in the type of `value`, else
+        None.
     """
     batch, heads, length, width = query.shape
     if mask is not None:
@@ -132,7 +126,7 @@ def heads_per_chunk(query: Tensor) -> int:
 class Attention(nn.Module):
     """Multi-head self-attention with packed query, key and value projections."""
 
-    attend = staticmethod(attend_with_weights)
+    attend = staticmethod(attend_with_weights)  # `CLIP.compile_blocks` excludes it
 
     def __init__(self, width: int):
         super().__init__()
@@ -143,33 +137,19 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, C) -> queries, keys and values, each (B, heads, L, 64)."""
-        batch, length, width = x.shape
+        """Return queries, keys and values, each (B, heads, L, 64), of tokens (B, L, C)."""
         packed = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3C)
-        packed = packed.view(batch, length, 3, self.heads, width // self.heads)
-        return packed.permute(2, 0, 3, 1, 4).unbind(0)
+        return packed.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, need_weights: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the attended tokens and, if requested, the attention weights.
-
-        Args:
-            x: (B, L, C).
-            mask: additive, broadcastable to (B, heads, L, L).
-            need_weights: also return the weights; without them fused attention is used.
-
-        Returns:
-            (B, L, C), and (B, L, L) float32 or None, see `attend_with_weights`.
-        """
+    def forward(self, x, mask=None, need_weights=False) -> tuple[Tensor, Tensor | None]:
+        """Return tokens (B, L, C) and attention (B, L, L) or None, see `VisionTransformer.block`."""
         query, key, value = self.qkv(x)
+        attention = None
         if need_weights:
             mixed, attention, _ = self.attend(query, key, value, mask)
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-            attention = None
-        mixed = mixed.transpose(1, 2).flatten(2)  # (B, L, C)
-        return self.out_proj(mixed), attention
+        return self.out_proj(mixed.transpose(1, 2).flatten(2)), attention
 
 
 class Block(nn.Module):
@@ -188,13 +168,7 @@ class Block(nn.Module):
         )
         self.ln_2 = LayerNorm(width)
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        need_weights: bool = False,
-        ln1_output: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x, mask=None, need_weights=False, ln1_output=None) -> tuple[Tensor, Tensor | None]:
         """See `VisionTransformer.block`."""
         mixed, attention = self.attn(self.ln_1(x) if ln1_output is None else ln1_output, mask, need_weights)
         x = mixed.add_(x)
@@ -214,12 +188,12 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        width, grid = config.vision_width, config.image_resolution // config.patch_size
+        width = config.vision_width
         self.patch_size = config.patch_size
-        self.grid = grid
+        self.grid = config.image_resolution // config.patch_size
         self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
         self.class_embedding = normal(width, std=width**-0.5)
-        self.positional_embedding = normal(grid**2 + 1, width, std=width**-0.5)
+        self.positional_embedding = normal(self.grid**2 + 1, width, std=width**-0.5)
         self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(width, config.vision_layers, config.activation)
         self.ln_post = LayerNorm(width)
@@ -229,35 +203,26 @@ class VisionTransformer(nn.Module):
     def layers(self) -> int:
         return len(self.transformer.resblocks)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.conv1.weight.dtype
-
-    def positions(self, height: int, width: int, rounding: str = "always") -> Tensor:
-        """(1 + height * width, C): the positional table, see `resample_positions`."""
-        return resample_positions(self.positional_embedding, self.grid, height, width, rounding)
-
     def embed(self, images: Tensor, position_rounding: str = "always") -> tuple[Tensor, tuple[int, int]]:
-        """Images -> tokens before the first block.
+        """Return tokens (B, 1 + hw, C) before the first block, class token first, and the grid (h, w).
 
         Args:
-            images: (B, 3, H', W'), normalized; sides are multiples of the patch.
+            images: (B, 3, H', W'), normalized.
             position_rounding: see `resample_positions`.
 
-        Returns:
-            tokens (B, 1 + hw, C) after ln_pre, class token first, patches row by row; the grid (h, w).
+        Raises:
+            ValueError: a side is not a multiple of the patch.
         """
         if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
             raise ValueError(
                 f"image sides {tuple(images.shape[-2:])} are not multiples of the patch, {self.patch_size}"
             )
-        patches = self.conv1(images.to(self.dtype))  # (B, C, h, w)
-        height, width = patches.shape[-2:]
-        tokens = patches.flatten(2).mT  # (B, hw, C)
-        first = self.class_embedding.to(tokens.dtype).expand(len(tokens), 1, -1)
-        tokens = torch.cat([first, tokens], 1)  # (B, 1 + hw, C)
-        tokens = tokens + self.positions(height, width, position_rounding).to(tokens.dtype)
-        return self.ln_pre(tokens), (height, width)
+        patches = self.conv1(images.to(self.conv1.weight.dtype))  # (B, C, h, w)
+        grid = patches.shape[-2:]
+        class_tokens = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        tokens = torch.cat([class_tokens, patches.flatten(2).mT], 1)  # (B, 1 + hw, C)
+        positions = resample_positions(self.positional_embedding, self.grid, *grid, position_rounding)
+        return self.ln_pre(tokens + positions.to(tokens.dtype)), tuple(grid)
 
     def block(
         self,
@@ -267,18 +232,15 @@ class VisionTransformer(nn.Module):
         need_weights: bool = False,
         ln1_output: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Run one block.
+        """Return tokens (B, L, C) after a block, and its attention (B, L, L) float32 or None.
 
         Args:
             index: 0-based; negative counts from the end.
             tokens: (B, L, C).
             mask: additive, broadcastable to (B, heads, L, L).
-            need_weights: also return the attention weights; without them the block uses fused attention.
+            need_weights: return attention, without the mask, averaged over heads. Without it the block uses
+                fused attention.
             ln1_output: (B, L, C) that replaces ln_1(tokens); Grad-CAM differentiates with respect to it.
-
-        Returns:
-            tokens (B, L, C); attention (B, L, L) float32 averaged over heads, computed without the
-            mask, or None.
         """
         return self.transformer.resblocks[index](tokens, mask, need_weights, ln1_output)
 
@@ -299,18 +261,18 @@ class VisionTransformer(nn.Module):
             yield tokens, attention
 
     def project(self, tokens: Tensor) -> Tensor:
-        """(..., C) after the last block -> (..., E) in the space shared with text. Pools nothing."""
+        """Return (..., E) in the space shared with text from tokens (..., C) after the last block."""
         return self.ln_post(tokens) @ self.proj
 
     def forward(self, images: Tensor, position_rounding: str = "always") -> Tensor:
-        """(B, 3, H', W') -> the class token's feature (B, E), not normalized, as CLIP classifies."""
+        """Return the class token's feature (B, E), not normalized, of images (B, 3, H', W')."""
         tokens, _ = self.embed(images, position_rounding)
         *_, (tokens, _) = self.blocks(tokens)
         return self.project(tokens[:, 0])
 
 
 class CLIP(nn.Module):
-    """An image tower (`visual`) and a text tower that share an embedding space."""
+    """An image tower, `visual`, and a text tower that share an embedding space."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -328,21 +290,13 @@ class CLIP(nn.Module):
     def device(self) -> torch.device:
         return self.logit_scale.device
 
-    def matrices(self) -> Iterator[nn.Parameter]:
-        """The parameters that OpenAI stores in float16: convolutions, linear layers, packed
-        attention projections and the output projections. Norms, embeddings and the logit scale
-        are float32."""
-        yield from _matrices(self)
-        yield self.text_projection
-
     def visual_precision(self, dtype: torch.dtype) -> None:
         """Run the image tower's matrix products in another type; its norms stay float32."""
-        for parameter in _matrices(self.visual):
+        for parameter in matrices(self.visual):
             parameter.data = parameter.data.to(dtype)
 
     def compile_blocks(self) -> None:
-        """Compile each block of the image tower by torch.compile. Attention with weights stays uncompiled:
-        its memory is bounded by reuse."""
+        """Compile each block of the image tower, but not attention with weights, which reuses its memory."""
         for module in self.visual.modules():
             if isinstance(module, Attention):
                 module.attend = torch.compiler.disable(attend_with_weights)
@@ -350,13 +304,11 @@ class CLIP(nn.Module):
                 module.compile()
 
     def forget_text_tower(self) -> None:
-        """Free the text tower, two fifths of ViT-B/16's weights, once the features of all names are known."""
+        """Free the text tower, two fifths of the weights of ViT-B/16; `encode_text` then fails."""
         del self.transformer, self.token_embedding
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Token ids (N, context) -> text features (N, E), not normalized.
-
-        The feature is read at the end-of-text token, which has the largest id.
+        """Return text features (N, E), not normalized, of token ids (N, context_length).
 
         Raises:
             ValueError: the ids are not `context_length` wide.
@@ -364,23 +316,26 @@ class CLIP(nn.Module):
         context = len(self.positional_embedding)
         if tokens.shape[-1] != context:
             raise ValueError(f"text must be {context} tokens long, got {tokens.shape[-1]}")
-        ends = tokens.argmax(-1)  # (N,)
+        ends = tokens.argmax(-1)  # (N,); the end-of-text token has the largest id
         length = max(ends.tolist(), default=0) + 1  # attention is causal: later tokens have no effect
         x = self.token_embedding(tokens[:, :length]) + self.positional_embedding[:length]  # (N, length, C)
         x = x.to(self.text_projection.dtype)
         causal = torch.full((length, length), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
         for block in self.transformer.resblocks:
             x, _ = block(x, mask=causal)
-        x = self.ln_final(x)
-        x = x[torch.arange(len(x), device=x.device), ends]  # (N, text width)
+        x = self.ln_final(x)[torch.arange(len(x), device=x.device), ends]  # (N, text width)
         return x @ self.text_projection
 
 
-def _matrices(tower: nn.Module) -> Iterator[nn.Parameter]:
-    for module in tower.modules():
+def matrices(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of a CLIP, or of one of its towers, that OpenAI stores in float16: all but norms,
+    embeddings and the logit scale."""
+    for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             yield from module.parameters(recurse=False)
         elif isinstance(module, Attention):
             yield from (module.in_proj_weight, module.in_proj_bias)
         elif isinstance(module, VisionTransformer):
             yield module.proj
+        elif isinstance(module, CLIP):
+            yield module.text_projection

@@ -6,18 +6,13 @@ from torch import Tensor
 POSITION_ROUNDINGS = ("always", "resampled", "never")
 
 
-def resample_positions(
-    table: Tensor, grid: int, height: int, width: int, rounding: str = "always"
-) -> Tensor:
-    """A positional table resampled (bilinear) to another grid.
+def resample_positions(table: Tensor, grid: int, height: int, width: int, rounding: str = "always") -> Tensor:
+    """Return a positional table resampled (bilinear) to another grid, (1 + height * width, C) float32.
 
     Args:
-        table: (1 + grid * grid, C), the class token's (or mean's) row first; it is kept.
-        rounding: when the result is rounded to float16, as the public CLIP-ES does also in float32
-            models (a relative change of 2^-11): "always", only when "resampled", or "never".
-
-    Returns:
-        (1 + height * width, C) float32.
+        table: (1 + grid * grid, C); the first row, of the class token or the mean, is kept.
+        rounding: when the result is rounded to float16 (a relative change of 2^-11): "always", as in
+            CLIP-ES's implementation also for float32 models, only when "resampled", or "never".
 
     Raises:
         ValueError: unknown rounding.

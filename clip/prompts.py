@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,25 +13,18 @@ from torch import Tensor
 
 from clip.model import CLIP
 from clip.tokenizer import tokenize
+from common.files import replacing
 
 PROMPTS_PER_BATCH = 256
 
 
-def feature_cache() -> Path:
-    """`CLIP_WSSS_CACHE`, or ~/.cache/clip-wsss."""
-    return Path(os.environ.get("CLIP_WSSS_CACHE") or Path.home() / ".cache" / "clip-wsss")
-
-
 @torch.no_grad()
 def encode_prompts(model: CLIP, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Class features: each filled template encoded and normalized, their mean normalized again.
+    """Return class features (N, E) float32: filled templates normalized, and their mean normalized again.
 
     Args:
         names: N class names as the prompts have them.
         templates: texts with one `{}`.
-
-    Returns:
-        (N, E) float32, rows of unit length.
 
     Raises:
         ValueError: a filled template is longer than the model's context.
@@ -44,28 +38,22 @@ def encode_prompts(model: CLIP, names: Sequence[str], templates: Sequence[str]) 
 
 
 def text_features(model: CLIP, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """`encode_prompts`, kept in `feature_cache` under (text weights, templates, names)."""
+    """Return the result of `encode_prompts`, cached in the folder CLIP_WSSS_CACHE or ~/.cache/clip-wsss."""
     recipe = json.dumps([fingerprint(model), list(templates), list(names)])
-    file = feature_cache() / f"text-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.npy"
-    try:
-        features = np.load(file)  # refuses pickles
+    folder = Path(os.environ.get("CLIP_WSSS_CACHE") or Path.home() / ".cache" / "clip-wsss")
+    file = folder / f"text-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.npy"
+    with suppress(OSError, ValueError, EOFError):  # missing or damaged; pickles are refused
+        features = np.load(file)
         if features.shape == (len(names), model.config.embed_dim):
             return torch.from_numpy(features).to(model.device)
-    except (OSError, ValueError, EOFError):
-        pass  # not there yet, or damaged: make it
     features = encode_prompts(model, names, templates)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.stem}.{os.getpid()}.npy")
-        np.save(partial, features.cpu().numpy())
-        partial.replace(file)
-    except OSError:
-        pass  # a cache that cannot be written costs time, not results
+    with suppress(OSError), replacing(file) as stream:  # a cache that cannot be written only costs time
+        np.save(stream, features.cpu().numpy())
     return features
 
 
 def fingerprint(model: CLIP) -> str:
-    """sha256 over the text tower's weights, as they are in memory."""
+    """Return the sha256 of the text tower's weights in memory."""
     digest = hashlib.sha256(repr(model.config).encode())
     for key, value in model.state_dict().items():
         if not key.startswith("visual."):

@@ -1,6 +1,5 @@
-"""The RN50-type image towers of CLIP: a ResNet with three stem convolutions, average pooling in
-place of strides, and attention pooling at the end (Radford et al., ICML 2021; parameter names are
-those of OpenAI's checkpoints)."""
+"""The ResNet image towers of CLIP: three stem convolutions, average pooling in place of strides, attention
+pooling at the end (Radford et al., ICML 2021). Parameter names are those of OpenAI's checkpoints."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,15 +10,14 @@ STRIDE = 32  # of the last stage; image sides are rounded to multiples of it
 
 
 def normal(*shape: int, std: float) -> nn.Parameter:
-    """A parameter drawn from a normal distribution. On the meta device, where checkpoints are loaded, nothing
-    is drawn: PyTorch would first import its compiler, which takes seconds."""
+    """Return a parameter drawn from a normal distribution; on the meta device, where checkpoints are loaded,
+    nothing is drawn: PyTorch would first import its compiler, which takes seconds."""
     values = torch.empty(*shape)
     return nn.Parameter(values if values.is_meta else values.normal_(std=std))
 
 
 class Bottleneck(nn.Module):
-    """1x1 - 3x3 - 1x1 residual unit; a stride is an average pooling after the 3x3 and in front of
-    the shortcut's 1x1."""
+    """1x1, 3x3, 1x1 residual unit; its stride is an average pooling after the 3x3 and in the shortcut."""
 
     expansion = 4
 
@@ -35,8 +33,8 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(outputs)
         self.downsample = None
         if stride > 1 or inputs != outputs:
-            shortcut = [nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
-            self.downsample = nn.Sequential(*shortcut)
+            shortcut = nn.Conv2d(inputs, outputs, 1, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(self.pool(x))
@@ -59,28 +57,20 @@ class AttentionPool(nn.Module):
         self.c_proj = nn.Linear(width, outputs)
 
     def forward(self, features: Tensor, position_rounding: str = "always") -> Tensor:
-        """(B, C, h, w) -> (B, E); for the rounding see `resample_positions`."""
+        """Return (B, E) from features (B, C, h, w); for the rounding see `resample_positions`."""
         tokens = features.flatten(2).mT  # (B, hw, C)
         tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1)  # (B, 1 + hw, C)
-        height, width = features.shape[-2:]
-        positions = resample_positions(
-            self.positional_embedding, self.grid, height, width, position_rounding
-        )
+        grid = features.shape[-2:]
+        positions = resample_positions(self.positional_embedding, self.grid, *grid, position_rounding)
         tokens = tokens + positions.to(tokens.dtype)
-        query, key, value = (
-            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, 64)
-            for projection, x in (
-                (self.q_proj, tokens[:, :1]),
-                (self.k_proj, tokens),
-                (self.v_proj, tokens),
-            )
-        )
+        packed = self.q_proj(tokens[:, :1]), self.k_proj(tokens), self.v_proj(tokens)  # (B, L, C)
+        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in packed)
         pooled = F.scaled_dot_product_attention(query, key, value)  # (B, heads, 1, 64)
         return self.c_proj(pooled.flatten(1))
 
 
 class ModifiedResNet(nn.Module):
-    """The tower; `stages` gives the map that Grad-CAM looks at, `attnpool` the image feature."""
+    """The tower: `stages` gives the activations of Grad-CAM, `attnpool` the image feature."""
 
     patch_size = STRIDE
 
@@ -104,18 +94,13 @@ class ModifiedResNet(nn.Module):
         grid = config.image_resolution // STRIDE
         self.attnpool = AttentionPool(grid, inputs, inputs // 64, config.embed_dim)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.conv1.weight.dtype
-
     def stages(self, images: Tensor) -> Tensor:
-        """(B, 3, H', W') normalized, sides multiples of 32 -> last stage (B, C, H'/32, W'/32)."""
-        x = images.to(self.dtype)
+        """Return the last stage (B, C, H'/32, W'/32) of normalized images (B, 3, H', W')."""
+        x = images.to(self.conv1.weight.dtype)
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(conv(x)))
-        x = F.avg_pool2d(x, 2)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(F.avg_pool2d(x, 2)))))
 
     def forward(self, images: Tensor, position_rounding: str = "always") -> Tensor:
-        """(B, 3, H', W') -> (B, E), not normalized."""
+        """Return image features (B, E), not normalized, of images (B, 3, H', W')."""
         return self.attnpool(self.stages(images), position_rounding)

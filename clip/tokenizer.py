@@ -1,11 +1,11 @@
 """Text -> token ids: the byte-level byte-pair encoding that CLIP was trained with.
 
-The encoder and its merge table (Radford et al., ICML 2021) are those of the open_clip_torch package. Its
-tokenizer is loaded from its file, since importing the whole package takes seconds.
+The encoder and its merge table (Radford et al., ICML 2021) are those of the open_clip_torch package.
 """
 from functools import cache
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import regex
 import torch
@@ -15,21 +15,26 @@ SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
-@cache
-def encoder():
-    """Return open_clip's tokenizer: `encode(text)` gives ids without the start and end tokens.
+def open_clip_file(name: str) -> ModuleType:
+    """Return a module of open_clip, loaded from its file: importing the whole package takes seconds.
 
     Raises:
         FileNotFoundError: open_clip_torch is not installed.
     """
     package = find_spec("open_clip")
     if package is None:
-        raise FileNotFoundError("the tokenizer is that of open_clip_torch: pip install open_clip_torch")
-    spec = spec_from_file_location("open_clip_tokenizer", Path(package.origin).with_name("tokenizer.py"))
+        raise FileNotFoundError("tokenizer and prompt templates need open_clip: pip install open_clip_torch")
+    spec = spec_from_file_location(f"open_clip_{name}", Path(package.origin).with_name(f"{name}.py"))
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    tokenizer = module.SimpleTokenizer()
-    # open_clip writes the two special tokens in another way; ids and results are those of OpenAI's names.
+    return module
+
+
+@cache
+def encoder():
+    """Return open_clip's tokenizer: `encode(text)` gives ids without the start and end tokens."""
+    tokenizer = open_clip_file("tokenizer").SimpleTokenizer()
+    # open_clip renamed the special tokens. With OpenAI's names, texts that contain them get OpenAI's ids.
     names = dict(zip(SPECIAL_TOKENS, tokenizer.all_special_ids, strict=True))
     tokenizer.encoder |= names
     tokenizer.cache = {name: name for name in names}
@@ -39,18 +44,15 @@ def encoder():
 
 
 def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = False) -> Tensor:
-    """Encode texts as CLIP reads them.
+    """Return token ids (N, context_length) int32 of texts: start token, ids, end token, zeros.
 
     Args:
         texts: one text or several.
         context_length: ids per text; 77 for every published CLIP.
-        truncate: cut a longer text and end it with the end token, instead of raising.
-
-    Returns:
-        (N, context_length) int32: start token, ids, end token, zeros.
+        truncate: cut longer texts, which then end with the end token.
 
     Raises:
-        ValueError: a text is too long and `truncate` is off.
+        ValueError: a text is too long and not truncated.
     """
     texts = [texts] if isinstance(texts, str) else texts
     start, end = encoder().all_special_ids

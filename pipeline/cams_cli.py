@@ -3,7 +3,6 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from clip.checkpoint import rounds
 from clip.download import resolve
 from common.files import sha256
 from common.settings import add_flags, from_args
@@ -139,7 +138,7 @@ def cam_step(
         "benchmark": recorded_path(name),
         "cam_format": cam_format,
         "precision": step.compute_settings.precision,
-        "weights_rounded": rounds(source, ROUND_WEIGHTS[step.settings.round_weights]),
+        "weights_rounded": source.weights_rounded(ROUND_WEIGHTS[step.settings.round_weights]),
         "conventions": source.conventions,
         "prompts": benchmark.prompts,
         "backgrounds": benchmark.backgrounds,

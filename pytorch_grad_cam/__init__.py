@@ -1,5 +1,4 @@
-"""Class activation maps: text-driven Grad-CAM on CLIP, its refinement by attention, and Grad-CAM for
-any other model. Mathematics only: no files, no data sets."""
+"""Class activation maps: text-driven Grad-CAM on CLIP, refinement by attention, Grad-CAM for any model."""
 from pytorch_grad_cam.any_model import GradCAM, GradCAMPlusPlus, LayerCAM, XGradCAM
 from pytorch_grad_cam.grad_cam import TextCAMs, text_cams
 from pytorch_grad_cam.methods import METHODS

@@ -19,8 +19,7 @@ def transition_matrix(attention: Tensor, iterations: int = SINKHORN_ITERATIONS) 
     Finally T <- (T + T^T) / 2.
 
     Args:
-        attention: (..., n, n) non-negative, over patches only (no class token), usually the mean over
-            heads and the last 8 blocks; any other affinity between patches is possible.
+        attention: (..., n, n) non-negative over patches (no class token), or another affinity of them.
         iterations: Sinkhorn iterations; 3 reproduces CLIP-ES.
 
     Returns:
@@ -88,9 +87,9 @@ def box_mask(cam: np.ndarray, threshold: float, include_edge: bool = False) -> n
 
 
 def box_masks(cams: Tensor, threshold: float | Tensor, include_edge: bool = False) -> Tensor:
-    """Return `box_mask` of every map of `cams` (..., h, w), computed on the CPU, on the device of `cams`.
+    """Return `box_mask` of every map of `cams` (..., h, w), on their device.
 
-    `threshold` is one number, or one for each map: (...).
+    `threshold` is one number, or one for each map, (...).
     """
     thresholds = torch.as_tensor(threshold, dtype=torch.float64).expand(cams.shape[:-2])
     maps = cams.float().cpu().flatten(0, -3).numpy()

@@ -6,6 +6,7 @@
 For CLIP itself use `pytorch_grad_cam.grad_cam.text_cams`.
 """
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import cv2
@@ -20,29 +21,17 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 BRIGHTNESS = (0.9, 1, 1.1)  # factors of aug_smooth, those of the package
 
 
+@dataclass(eq=False)
 class GradCAM:
-    """CAMs from the gradients at chosen layers.
+    """CAMs from the gradients at the outputs of `target_layers`, averaged over these layers.
 
-    Args:
-        model: any module that maps a batch of images (B, 3, H, W) to outputs (B, ...).
-        target_layers: modules whose outputs are the activations; the CAMs of several are averaged.
-        reshape_transform: turns a layer's output into (B, C, h, w), for example tokens of a ViT.
-        method: see `pytorch_grad_cam.methods.METHODS`.
-
-    Hooks exist only during a call.
+    Layers have hooks during a call only.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        target_layers: Sequence[nn.Module],
-        reshape_transform: Callable[[Tensor], Tensor] | None = None,
-        method: str = "gradcam",
-    ):
-        self.model = model
-        self.target_layers = list(target_layers)
-        self.weighting = METHODS[method]
-        self.reshape_transform = reshape_transform or (lambda output: output)
+    model: nn.Module  # maps images (B, 3, H, W) to outputs (B, ...)
+    target_layers: Sequence[nn.Module]
+    reshape_transform: Callable[[Tensor], Tensor] | None = None  # of outputs to (B, C, h, w), such as tokens
+    method: str = "gradcam"  # a name in `pytorch_grad_cam.methods.METHODS`
 
     def __enter__(self):
         return self
@@ -56,24 +45,19 @@ class GradCAM:
         targets: Sequence[Callable[[Tensor], Tensor]] | None = None,
         aug_smooth: bool = False,
     ) -> np.ndarray:
-        """Return the CAM of one target per image.
+        """Return the CAM of one target per image, (B, H, W) float32 in [0, 1].
 
         Args:
             input_tensor: (B, 3, H, W).
             targets: per image a function of its output; None uses the class with the largest score.
             aug_smooth: average over the image and its mirror image, each at three brightnesses.
 
-        Returns:
-            (B, H, W) float32 in [0, 1].
-
         Raises:
             ValueError: the numbers of targets and images differ.
         """
         if targets is not None and len(targets) != len(input_tensor):
             raise ValueError(f"{len(targets)} targets for {len(input_tensor)} images: give one for each")
-        if not aug_smooth:
-            return self._cams(input_tensor, targets).numpy()
-        views = ttach.Compose([ttach.HorizontalFlip(), ttach.Multiply(BRIGHTNESS)])
+        views = ttach.Compose([ttach.HorizontalFlip(), ttach.Multiply(BRIGHTNESS)] if aug_smooth else [])
         cams = [
             view.deaugment_mask(self._cams(view.augment_image(input_tensor), targets)[:, None])[:, 0]
             for view in views
@@ -82,18 +66,15 @@ class GradCAM:
 
     def _cams(self, input_tensor: Tensor, targets: Sequence[Callable[[Tensor], Tensor]] | None) -> Tensor:
         """Return (B, H, W) in [0, 1], the mean over the layers."""
-        outputs: dict[int, Tensor] = {}
+        outputs: dict[nn.Module, Tensor] = {}
 
-        def keep(index: int):
-            def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-                outputs[index] = output
-                return output.clone()  # later modules may work in place
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            outputs[module] = output
+            return output.clone()  # later modules may work in place
 
-            return hook
-
-        handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(self.target_layers)]
+        handles = [layer.register_forward_hook(hook) for layer in self.target_layers]
         try:
-            with torch.enable_grad():  # so that frozen models have gradients, too
+            with torch.enable_grad():
                 result = self.model(input_tensor.detach().requires_grad_())
         finally:
             for handle in handles:
@@ -101,13 +82,14 @@ class GradCAM:
         if targets is None:
             targets = [ClassifierOutputTarget(int(scores.argmax())) for scores in result]
         loss = sum(target(output) for target, output in zip(targets, result, strict=True))
-        activations = [outputs[i] for i in range(len(self.target_layers))]
+        activations = [outputs[layer] for layer in self.target_layers]
         gradients = torch.autograd.grad(loss, activations)
         height, width = input_tensor.shape[-2:]
         layers = []
         for activation, gradient in zip(activations, gradients, strict=True):
-            activation = self.reshape_transform(activation.detach()).float()  # (B, C, h, w)
-            raw = self.weighting(activation, self.reshape_transform(gradient).float())
+            if self.reshape_transform is not None:
+                activation, gradient = map(self.reshape_transform, (activation.detach(), gradient))
+            raw = METHODS[self.method](activation.detach().float(), gradient.float())  # of (B, C, h, w)
             cams = min_max_normalize(raw.relu()).cpu().numpy()  # (B, h, w)
             layers.append(np.stack([cv2.resize(cam, (width, height)) for cam in cams]))
         return min_max_normalize(torch.from_numpy(np.mean(layers, axis=0)).relu())

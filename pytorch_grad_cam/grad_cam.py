@@ -8,6 +8,8 @@ background prompts, computed from the *mean patch feature* f of the last block:
 
 The gradient of p_k with respect to that block's ln_1 output, averaged over the patches, weighs the channels
 of the CAM. All labels of a batch are computed at once; blocks before the last run once, without gradient.
+Shapes: B images of equal size, K labels, M background prompts, n = h * w patches; text features are unit
+vectors of length E; `valid` (B, K) bool is False at padding, None if there is none. Results are float32.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,36 +22,27 @@ from clip.model import CLIP, VisionTransformer
 from pytorch_grad_cam import last_block
 from pytorch_grad_cam.methods import METHODS, activation_map
 
-AFFINITY_LAYERS = 8  # CLIP-ES averages the attention of the last 8 blocks, with the very last
+AFFINITY_LAYERS = 8  # CLIP-ES averages the attention of the last 8 blocks
 
 
 @dataclass
 class TextCAMs:
-    """CAMs of a batch of images of equal size; h x w is the patch grid, n = h * w.
+    """CAMs of a batch of images."""
 
-    Attributes:
-        cams: (B, K, h, w) float32 in [0, 1].
-        raw: (B, K, h, w) float32, before the ReLU.
-        probabilities: (B, K + M) float32: labels, then backgrounds.
-        affinity: (B, n, n) over patches: the result of the `affinity` argument, or else the attention
-            averaged over heads and blocks, float32; None for a ResNet tower without that argument.
-    """
-
-    cams: Tensor
-    raw: Tensor
-    probabilities: Tensor
-    affinity: Tensor | None
+    cams: Tensor  # (B, K, h, w) in [0, 1]
+    raw: Tensor  # (B, K, h, w), before the ReLU
+    probabilities: Tensor  # (B, K + M), labels, then backgrounds
+    affinity: Tensor | None  # (B, n, n) over patches, see `text_cams`; None for a ResNet without the argument
 
 
 @dataclass
 class Encoded:
-    """Tokens (B, 1 + n, C) before the last block, the sum of the attention (B, 1 + n, 1 + n) of the
-    `num_maps` blocks before it that count for the affinity (None if there are none), and the grid (h, w)."""
+    """Result of all blocks but the last."""
 
-    tokens: Tensor
-    attention: Tensor | None
+    tokens: Tensor  # (B, 1 + n, C)
+    attention: Tensor | None  # (B, 1 + n, 1 + n), sum over `num_maps` blocks; None if there are none
     num_maps: int
-    grid: tuple[int, int]
+    grid: tuple[int, int]  # (h, w)
 
 
 def text_cams(
@@ -68,18 +61,16 @@ def text_cams(
 
     Args:
         images: (B, 3, H', W'), see `clip.preprocess`.
-        text_features: (B, K, E) of each image's labels, unit length; rows past an image's last label are
-            padding.
-        background_features: (M, E) of the background prompts, unit length.
-        valid: (B, K) bool, False at padding; None: there is none. The CAMs of padding are 0.
-        method: see `pytorch_grad_cam.methods.METHODS`. "gradcam" computes the mean gradient in closed
+        text_features: (B, K, E) of each image's labels.
+        background_features: (M, E) of the background prompts.
+        valid: (B, K) bool or None; the CAMs of padding are 0.
+        method: a name in `pytorch_grad_cam.methods.METHODS`. "gradcam" computes the mean gradient in closed
             form; the others need the whole gradient, by automatic differentiation.
         affinity_layers: number of blocks, counted from the end, whose attention is averaged.
         exclude_last_layer: average all of these but the very last. The reference implementation of
             CLS-SEG averages `[-8:-1]`, 7 blocks.
         position_rounding: see `clip.positions`.
-        affinity: function that maps `images` to (B, n, n) over patches and replaces the averaged
-            attention, which is then not computed; n = h * w.
+        affinity: function that maps `images` to an affinity (B, n, n), which replaces the averaged attention.
 
     Raises:
         ValueError: the method is unknown, no block is left to average, or the result of `affinity` has
@@ -128,14 +119,7 @@ def encode(
     affinity_layers: int = AFFINITY_LAYERS,
     position_rounding: str = "always",
 ) -> Encoded:
-    """Run all blocks but the last.
-
-    Args:
-        images: (B, 3, H', W'), see `clip.preprocess`.
-        affinity_layers: number of blocks, counted from the end and with the very last, whose attention
-            is averaged; the others use fused attention.
-        position_rounding: see `clip.positions`.
-    """
+    """Run all blocks but the last, see `text_cams`; blocks before `affinity_layers` use fused attention."""
     tokens, grid = visual.embed(images, position_rounding)
     first = min(max(0, visual.layers - affinity_layers), visual.layers - 1)
     total = None
@@ -154,18 +138,15 @@ def mean_gradients(
     background_features: Tensor,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the channel weights of Grad-CAM in closed form, see `last_block`.
-
-    Args:
-        tokens: (B, 1 + n, C) before the last block.
+    """Return the channel weights of Grad-CAM for tokens (B, 1 + n, C), in closed form, see `last_block`.
 
     Returns:
-        activations (B, n, C), weights (B, K, C), probabilities (B, K + M) and the last block's
-        attention (B, 1 + n, 1 + n), all float32.
+        activations (B, n, C), weights (B, K, C), probabilities (B, K + M) and the last block's attention
+        (B, 1 + n, 1 + n).
     """
     saved = last_block.forward(model.visual, tokens)
     num_labels = text_features.shape[1]
-    length = saved.feature.norm(dim=-1, keepdim=True)  # (B, 1)
+    length = saved.feature.norm(dim=-1, keepdim=True)  # (B, 1), |f|
     feature = saved.feature / length
     logits, candidates = _logits(model, feature, text_features, background_features, valid)
     probabilities = logits.softmax(-1)
@@ -190,18 +171,15 @@ def full_gradients(
     background_features: Tensor,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the whole gradient of each label's probability with respect to the last block's ln_1 output,
-    by automatic differentiation.
+    """Return the gradients of `mean_gradients` for each patch, by automatic differentiation.
 
     Returns:
-        activations (B, C, h, w), gradients (B, K, C, h, w), probabilities (B, K + M) and the last
-        block's attention (B, 1 + n, 1 + n), all float32.
+        activations (B, C, h, w), gradients (B, K, C, h, w), probabilities (B, K + M) and the last block's
+        attention (B, 1 + n, 1 + n).
     """
     visual, block = model.visual, model.visual.transformer.resblocks[-1]
-    with torch.no_grad():
-        ln1_output = block.ln_1(tokens)  # (B, L, C)
     with torch.enable_grad():
-        ln1_output.requires_grad_()
+        ln1_output = block.ln_1(tokens).detach().requires_grad_()  # (B, 1 + n, C)
         # `forward` is never compiled: compiled code cannot be differentiated for several labels at once.
         output, attention = block.forward(tokens, need_weights=True, ln1_output=ln1_output)
         pooled = visual.ln_post(output[:, 1:].float()).mean(1) @ visual.proj.float()  # (B, E)
@@ -221,14 +199,8 @@ def feature_gradients(
     valid: Tensor | None = None,
     position_rounding: str = "always",
 ) -> tuple[Tensor, Tensor]:
-    """Return the whole gradient of each label's probability with respect to a ResNet tower's last stage.
-
-    Args:
-        features: (B, C, h, w), see `ModifiedResNet.stages`.
-
-    Returns:
-        gradients (B, K, C, h, w) and probabilities (B, K + M), float32.
-    """
+    """Return gradients (B, K, C, h, w) of each label's probability and probabilities (B, K + M), with respect
+    to the last stage (B, C, h, w) of a ResNet tower."""
     with torch.enable_grad():
         features = features.detach().requires_grad_()
         pooled = model.visual.attnpool(features, position_rounding).float()
@@ -243,13 +215,10 @@ def _softmax_gradients(
     background_features: Tensor,
     valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return dp_k / d activations of all labels k, from one batched vector-Jacobian product.
+    """Return dp_k / d activations of all labels k, (B, K, *activations.shape[1:]), and p.
 
-    Differentiated is log p_k, as logit_k - sum_j p_j logit_j with constant p. The factor p_k follows in
-    float32 and keeps improbable labels from underflow in half precision.
-
-    Returns:
-        (B, K, *activations.shape[1:]) and probabilities (B, K + M), float32.
+    One batched vector-Jacobian product differentiates log p_k as logit_k - sum_j p_j logit_j with constant p.
+    The factor p_k follows in float32 and keeps improbable labels from underflow in half precision.
     """
     num_labels = text_features.shape[1]
     feature = F.normalize(pooled, dim=-1)
@@ -267,11 +236,7 @@ def _softmax_gradients(
 def _logits(
     model: CLIP, feature: Tensor, text_features: Tensor, background_features: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return tau T f / |f|, (B, K + M), -inf at padding, and T, (B, K + M, E) float32.
-
-    Args:
-        feature: (B, E) of unit length.
-    """
+    """Return tau T f / |f|, (B, K + M), -inf at padding, and T, (B, K + M, E); `feature` is f / |f|."""
     backgrounds = background_features.expand(len(text_features), -1, -1)
     candidates = torch.cat([text_features, backgrounds], 1).float()
     logits = model.logit_scale.exp() * (candidates @ feature[:, :, None])[..., 0]

@@ -48,7 +48,7 @@ LABELS_AT_ONCE = 4  # bounds memory: each label needs several arrays of (n, 4C)
 
 
 class LastBlock(NamedTuple):
-    """What `forward` returns, with the symbols of the equations above; y, z and u at the patches only."""
+    """Result of `forward`, with the symbols of the equations above; y, z and u at the patches only."""
 
     visual: VisionTransformer  # whose weights `vjp` needs
     ln1_output: Tensor  # (B, n, C) float32, a at the patches: the activations of Grad-CAM
@@ -91,15 +91,7 @@ def forward(visual: VisionTransformer, tokens: Tensor) -> LastBlock:
 
 @torch.no_grad()
 def vjp(saved: LastBlock, directions: Tensor) -> Tensor:
-    """Return gradients of `directions . feature` with respect to ln_1's output, averaged over patches.
-
-    Args:
-        saved: see `forward`.
-        directions: (B, K, E) float32, e for each label.
-
-    Returns:
-        (B, K, C) float32.
-    """
+    """Return the mean gradients (B, K, C) float32 for directions e of K labels, (B, K, E) float32."""
     return torch.cat([_vjp(saved, chunk) for chunk in directions.split(LABELS_AT_ONCE, 1)], 1)
 
 
@@ -147,8 +139,7 @@ def _attention_sums(saved: LastBlock, head: int, do: Tensor) -> Tensor:
 
 
 def _normalize(layer: LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x^ = (x - mean) / sigma, as in a layer norm before its weight and bias, and 1 / sigma, in
-    float32."""
+    """Return x^ and 1 / sigma(x) in float32."""
     x = x.float()
     variance, mean = torch.var_mean(x, -1, keepdim=True, correction=0)
     rstd = (variance + layer.eps).rsqrt()

@@ -40,7 +40,7 @@ def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
     return (gradients.relu() * activations).sum(-3)
 
 
-# The only registry: flags, checks and `any_model` read it.
+# Flags, checks and `any_model` read this registry.
 METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gradcam": grad_cam,
     "gradcam++": grad_cam_plus_plus,
@@ -52,8 +52,8 @@ METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def min_max_normalize(cams: Tensor) -> Tensor:
     """Return (x - min) / (1e-7 + max(x - min)) of each map x of `cams` (..., h, w), float32.
 
-    The epsilon is that of the reference implementation. Where the range of a map is near or below 1e-7 (raw
-    CAMs of improbable labels), the result stays well below 1; a constant map becomes 0.
+    The epsilon is that of the reference implementation. Maps with a range near or below 1e-7 (raw CAMs of
+    improbable labels) stay well below 1; a constant map becomes 0.
     """
     cams = cams.float()
     cams = cams - cams.amin((-2, -1), keepdim=True)

@@ -1,1 +1,1 @@
-"""Label refinement that is not CLIP's: it needs an image and class probabilities, whoever made them."""
+"""Label refinement from an image and class probabilities, without a network."""

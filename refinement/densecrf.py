@@ -1,12 +1,13 @@
 """The dense CRF: class probabilities refined along the edges of the image.
 
 Fully connected pairwise terms with Gaussian kernels, mean-field inference on the permutohedral lattice
-(Kraehenbuehl and Koltun, NeurIPS 2011). `refinement.presets` holds the published settings.
+(Kraehenbuehl and Koltun, NeurIPS 2011).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,20 +27,17 @@ def densecrf(
     preset: str | Preset = "clip_es",
     backend: str = "auto",
 ) -> np.ndarray:
-    """Return the class posteriors of a dense CRF.
+    """Return the class posteriors of a dense CRF, (C, H, W) float32, summing to 1 over C.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        probabilities: (C, H, W) float, in [0, 1], not necessarily summing to 1; background included.
+        probabilities: (C, H, W) float in [0, 1], not necessarily summing to 1; background included.
         preset: a name in `PRESETS`, or a `Preset`.
-        backend: a name in `BACKENDS`, or "auto" for the fastest one on the device of the arrays.
-
-    Returns:
-        (C, H, W) float32, summing to 1 over C.
+        backend: a name in `BACKENDS`, or "auto": torch on a GPU and numba on a CPU.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown preset or backend, a backend that is not installed, or
-            kernels too narrow for the size of the image.
+        ValueError: shapes do not match, the preset or backend is unknown, the backend is not installed, or
+            kernels are too narrow for the size of the image.
     """
     return densecrf_batch([image], [probabilities], preset, backend)[0]
 
@@ -51,22 +49,15 @@ def densecrf_batch(
     backend: str = "auto",
     device: str | torch.device | None = None,
 ) -> list[np.ndarray | Tensor]:
-    """Return the class posteriors of several images of any sizes and numbers of classes.
+    """Return the class posteriors of images of any sizes and numbers of classes, see `densecrf`.
 
     Args:
-        images: (H, W, 3) uint8 RGB each; arrays or tensors.
-        probabilities: (C, H, W) float each, see `densecrf`.
-        preset: see `densecrf`.
-        backend: a name in `BACKENDS`; "auto" is torch on a GPU and numba on a CPU.
-        device: where the torch backend computes, and where tensors are returned; None is the device of the
-            first probabilities.
+        images, probabilities: arrays or tensors.
+        device: of the torch backend and of returned tensors; None is the device of the first probabilities.
 
     Returns:
-        (C, H, W) float32 each: arrays for probabilities in arrays; tensors on `device` for tensors, which
-        the torch backend never moves to the CPU.
-
-    Raises:
-        ValueError: see `densecrf`.
+        (C, H, W) float32 each: arrays for arrays of probabilities, tensors on `device` for tensors, which the
+        torch backend never moves to the CPU.
     """
     if isinstance(preset, str):
         if preset not in PRESETS:
@@ -78,8 +69,9 @@ def densecrf_batch(
         raise ValueError(f"the CRF got {len(images)} images but {len(probabilities)} arrays of probabilities")
     for image, classes in zip(images, probabilities, strict=True):
         if str(image.dtype).removeprefix("torch.") != "uint8" or image.ndim != 3 or image.shape[2] != 3:
-            shape = tuple(image.shape)
-            raise ValueError(f"the CRF needs an (H, W, 3) uint8 image, got {shape} {image.dtype}")
+            raise ValueError(
+                f"the CRF needs an (H, W, 3) uint8 image, got {tuple(image.shape)} {image.dtype}"
+            )
         size, shape = tuple(image.shape[:2]), tuple(classes.shape)
         if len(shape) != 3 or shape[1:] != size:
             raise ValueError(f"class probabilities are {shape[1:]} but the image is {size} (H, W)")
@@ -94,29 +86,24 @@ def densecrf_batch(
     return BACKENDS[backend](images, probabilities, preset, device)
 
 
-def _per_image(infer: Callable[[np.ndarray, np.ndarray, Preset], np.ndarray]) -> Callable[..., list]:
-    """Return a backend from a function of one guide image (H, W, 3) uint8 and energies (C, H, W)."""
+def _per_image(
+    infer: Callable[[np.ndarray, np.ndarray, Preset], np.ndarray], images, probabilities, preset, device
+) -> list[np.ndarray | Tensor]:
+    """Run a backend of one guide image (H, W, 3) uint8 and energies (C, H, W) on several images."""
+    posteriors = []
+    for pair in zip(images, probabilities, strict=True):
+        image, classes = (x if isinstance(x, np.ndarray) else x.detach().cpu().numpy() for x in pair)
+        posterior = infer(guide_image(image, preset), unary(classes, preset), preset)
+        if not isinstance(pair[1], np.ndarray):
+            import torch
 
-    def as_array(values: np.ndarray | Tensor) -> np.ndarray:
-        return values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
-
-    def backend(images, probabilities, preset, device):
-        posteriors = []
-        for image, classes in zip(images, probabilities, strict=True):
-            energies = unary(as_array(classes), preset)
-            posterior = infer(guide_image(as_array(image), preset), energies, preset)
-            if not isinstance(classes, np.ndarray):
-                import torch
-
-                posterior = torch.from_numpy(posterior).to(device)
-            posteriors.append(posterior)
-        return posteriors
-
-    return backend
+            posterior = torch.from_numpy(posterior).to(device)
+        posteriors.append(posterior)
+    return posteriors
 
 
 def _pydensecrf(image: np.ndarray, energies: np.ndarray, preset: Preset) -> np.ndarray:
-    """The reference: Kraehenbuehl's own code, wrapped."""
+    """Run the reference implementation, Kraehenbuehl's."""
     try:
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError:
@@ -136,7 +123,7 @@ def _pydensecrf(image: np.ndarray, energies: np.ndarray, preset: Preset) -> np.n
 
 
 def _numba(image: np.ndarray, energies: np.ndarray, preset: Preset) -> np.ndarray:
-    """The same on one core, about twice as fast; see `refinement.densecrf_numba`."""
+    """Run `refinement.densecrf_numba`: one core, about twice as fast."""
     try:
         from refinement import densecrf_numba
     except ImportError:
@@ -148,21 +135,15 @@ def _numba(image: np.ndarray, energies: np.ndarray, preset: Preset) -> np.ndarra
     return densecrf_numba.infer(image, energies, preset.kernels(), preset.iterations)
 
 
-def _torch(
-    images: Sequence[np.ndarray | Tensor],
-    probabilities: Sequence[np.ndarray | Tensor],
-    preset: Preset,
-    device: str | torch.device,
-) -> list[np.ndarray | Tensor]:
-    """The same for many images at once on a device; see `refinement.densecrf_torch`."""
+def _torch(images, probabilities, preset, device) -> list[np.ndarray | Tensor]:
+    """Run `refinement.densecrf_torch`: many images at once, on a device."""
     import torch
 
     from refinement import densecrf_torch
 
     def on_device(values: np.ndarray | Tensor) -> Tensor:
-        if isinstance(values, np.ndarray):  # copied: a view may be read-only or have negative strides
-            return torch.tensor(np.ascontiguousarray(values), device=device)
-        return values.to(device)
+        # Arrays are copied: views may be read-only or have negative strides.
+        return torch.as_tensor(values.copy() if isinstance(values, np.ndarray) else values, device=device)
 
     posteriors = densecrf_torch.infer([*map(on_device, images)], [*map(on_device, probabilities)], preset)
     return [
@@ -172,4 +153,8 @@ def _torch(
 
 
 # (images, probabilities, preset, device) -> posteriors, as in `densecrf_batch`
-BACKENDS = {"pydensecrf": _per_image(_pydensecrf), "numba": _per_image(_numba), "torch": _torch}
+BACKENDS = {
+    "pydensecrf": partial(_per_image, _pydensecrf),
+    "numba": partial(_per_image, _numba),
+    "torch": _torch,
+}

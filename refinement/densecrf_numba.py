@@ -2,18 +2,17 @@
 
 One mean-field update is softmax(S B S' q - energies): S' spreads the pixels' probabilities over the lattice
 points around them ("splat"), B blurs along the lattice directions, S gathers ("slice"). S has 3 entries per
-pixel for the smoothness kernel and 6 for the appearance kernel, with normalisation and Potts weights
-multiplied in half on each side, so that both kernels are one sparse matrix and one list of points. It is
-built once; an update then reads it once: slice, softmax and the next splat follow each other pixel by pixel.
+pixel for the smoothness kernel and 6 for the appearance kernel, with half of the normalization and Potts
+weights on each side: both kernels are one sparse matrix, which an update reads once: slice, softmax and the
+next splat follow each other pixel by pixel.
 
-The blur walks each line of neighboring points ("chain") from end to end in place. It skips points without
-neighbors, which are many in a textured image. Class channels are the innermost dimension, padded to one of
-`LANES`, and are computed by one vector instruction (`Lanes`), which the compiler does not find by itself.
+The blur walks each line of neighboring points ("chain") in place. It skips points without neighbors, which
+are many in a textured image. Class channels are the innermost dimension, padded to one of `LANES`, and are
+computed by one vector instruction (`Lanes`), which the compiler does not find by itself.
 
-Everything runs on one core without the GIL, so that threads can refine several images at once. Compiled code
-is cached beside this file, or in the user's cache folder where that is read-only (NUMBA_CACHE_DIR moves it).
-Numba invalidates the cache of a function when its own file changes, not when an imported file does:
-compiled functions must stay in this module.
+Everything runs on one core without the GIL: threads can refine several images at once. Compiled code is
+cached beside this file, or in the user's cache folder if that is read-only (NUMBA_CACHE_DIR moves it). The
+cache is invalidated when this file changes, not when an imported file does: keep all compiled functions here.
 
 Memory at up to 4 classes: 300 to 350 bytes per pixel for photographs, up to 570 for noise.
 """
@@ -52,7 +51,7 @@ class LanesModel(models.PrimitiveModel):
 
 
 def _address(context, builder, signature, arguments, width):
-    """Pointer to row arguments[1] of array arguments[0], whose rows are vectors of `width`."""
+    """Return a pointer to row arguments[1] of array arguments[0], whose rows are vectors of `width`."""
     data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
     row = context.cast(builder, arguments[1], signature.args[1], types.intp)
     start = builder.gep(data, [builder.mul(row, row.type(width))])
@@ -61,7 +60,7 @@ def _address(context, builder, signature, arguments, width):
 
 @intrinsic
 def load(typing, array, row, lanes):
-    """load(array, row, lanes): row `row` of a C-contiguous float32 array; `lanes` is a tuple that long."""
+    """load(array, row, lanes): a row of a C-contiguous float32 array; `lanes` is a tuple of its length."""
 
     def generate(context, builder, signature, arguments):
         return builder.load(_address(context, builder, signature, arguments, lanes.count), align=4)
@@ -86,11 +85,11 @@ def madd(typing, total, weight, vector):
 
     def generate(context, builder, signature, arguments):
         start, factor, value = arguments
-        nothing = ir.Constant(start.type, ir.Undefined)
-        first = builder.insert_element(nothing, factor, ir.Constant(ir.IntType(32), 0))
+        undefined = ir.Constant(start.type, ir.Undefined)
+        first = builder.insert_element(undefined, factor, ir.Constant(ir.IntType(32), 0))
         pattern = ir.Constant(ir.VectorType(ir.IntType(32), start.type.count), [0] * start.type.count)
-        wide = builder.shuffle_vector(first, nothing, pattern)
-        return builder.fadd(start, builder.fmul(wide, value, flags=["contract"]), flags=["contract"])
+        repeated = builder.shuffle_vector(first, undefined, pattern)
+        return builder.fadd(start, builder.fmul(repeated, value, flags=["contract"]), flags=["contract"])
 
     return total(total, types.float32, vector), generate
 
@@ -111,7 +110,7 @@ def _slot(table, keys, key):
 
 
 @njit(**JIT)
-def _grown(keys, count, slots):
+def _enlarge(keys, count, slots):
     """Return a table of `slots` slots for the first `count` keys, and the keys in an array half as long."""
     table = np.full(slots, -1, np.int32)
     larger = np.empty(slots // 2, np.int64)
@@ -123,17 +122,14 @@ def _grown(keys, count, slots):
 
 @njit(**JIT)
 def embed(image, widths, scale, low, strides, points, weights, column, offset):
-    """Find the simplex of each pixel: its lattice points, numbered in order of appearance, and their weights.
+    """Return the packed keys (M,) int64 of an image's lattice points, and write the simplex of each pixel.
 
     Every operation is float32 and in the order of Kraehenbuehl's code, so that the lattice is the same.
 
     Args:
         image: (H, W, d - 2) uint8; widths, scale, low, strides: tuples of d, see `refinement.lattice`.
         points, weights: (H * W, entries) int32 and float32, columns `column` to `column` + d are written.
-        offset: added to the numbers of points.
-
-    Returns:
-        (M,) int64, the packed keys of the lattice points.
+            Points are numbered in order of appearance, from `offset`.
     """
     height, width, colors = image.shape
     d = len(scale)
@@ -197,12 +193,12 @@ def embed(image, widths, scale, low, strides, points, weights, column, offset):
                     packed += jump[np.uint64(ranked[d + 1 - r])]
                     weight = height_of_rank[d - r] - height_of_rank[d + 1 - r]
                 weights[pixel, column + r] = weight
-                if last_key[r] != packed:  # neighbouring pixels often share theirs
+                if last_key[r] != packed:  # neighboring pixels often share it
                     slot = _slot(table, keys, packed)
                     index = table[slot]
                     if index < 0:
                         if 2 * count >= len(table):
-                            table, keys = _grown(keys, count, 2 * len(table))
+                            table, keys = _enlarge(keys, count, 2 * len(table))
                             slot = _slot(table, keys, packed)
                         index = np.int32(count)
                         table[slot] = index
@@ -216,37 +212,34 @@ def embed(image, widths, scale, low, strides, points, weights, column, offset):
 
 @njit(**JIT)
 def link(keys, order, jumps, offset):
-    """Chains of neighbouring points, direction by direction.
+    """Return the chains of two or more points of every direction, (L,) int32; each ends with a ~point.
 
     A step adds a constant to a key, so one walk over the sorted keys finds all successors of a direction.
 
     Args:
-        keys: (M,) int64; order: (M,) what sorts them.
+        keys: (M,) int64; order: (M,), the indices that sort them.
         jumps: (d + 1,) int64, see `refinement.lattice.Packing`.
         offset: added to the numbers of points.
-
-    Returns:
-        (L,) int32: the chains of two points or more, one after the other; the last point of each is ~point.
     """
     count = len(keys)
     ordered = keys[order]
     chains = np.empty(len(jumps) * count, np.int32)
-    successor, followed = np.empty(count, np.int32), np.empty(count, np.bool_)
+    successor, has_predecessor = np.empty(count, np.int32), np.empty(count, np.bool_)
     length = 0
     for jump in jumps:
-        followed[:] = False
+        has_predecessor[:] = False
         candidate = 0
         for point in range(count):
-            wanted = ordered[point] + jump
-            while candidate < count and ordered[candidate] < wanted:
+            next_key = ordered[point] + jump
+            while candidate < count and ordered[candidate] < next_key:
                 candidate += 1
-            if candidate < count and ordered[candidate] == wanted:
+            if candidate < count and ordered[candidate] == next_key:
                 successor[point] = candidate
-                followed[candidate] = True
+                has_predecessor[candidate] = True
             else:
                 successor[point] = -1
         for first in range(count):
-            if followed[first] or successor[first] < 0:
+            if has_predecessor[first] or successor[first] < 0:
                 continue
             point = np.int32(first)
             while point >= 0:
@@ -259,22 +252,18 @@ def link(keys, order, jumps, offset):
 
 @njit(**JIT)
 def _blur(values, chains, lanes, blocks):
-    """Blur in place: each point gets half of its neighbours, one direction after the other.
-
-    Args:
-        values: (points, blocks * lanes) float32; chains: see `link`; lanes: see `load`.
-    """
+    """Add half of its neighbors to each row of values (points, blocks * lanes), direction by direction."""
     half, one = np.float32(0.5), np.float32(1)
     for block in range(blocks):
-        position = 0
-        while position < len(chains):
-            row = np.int64(chains[position]) * blocks + block
+        index = 0
+        while index < len(chains):
+            row = np.int64(chains[index]) * blocks + block
             value = load(values, row, lanes)
             before = madd(value, -one, value)
             ended = False
             while not ended:
-                position += 1
-                point = np.int64(chains[position])
+                index += 1
+                point = np.int64(chains[index])
                 ended = point < 0
                 if ended:
                     point = ~point
@@ -283,23 +272,23 @@ def _blur(values, chains, lanes, blocks):
                 store(values, row, madd(value, half, madd(before, one, after)))
                 before, value, row = value, after, next_row
             store(values, row, madd(value, half, before))
-            position += 1
+            index += 1
 
 
 @njit(**JIT)
-def normalize(points, weights, chains, size, first, last, alpha, compat, lane):
-    """Multiply normalisation and Potts weight into the entries `first` to `last` of `weights`, half of each.
+def normalize(points, weights, chains, size, first, last, alpha, compat):
+    """Multiply half of normalization and Potts weight into the columns `first` to `last` of `weights`.
 
-    The normalisation is that of `pydensecrf`: 1 / sqrt(F(1) + 1e-20) before and after the filter F.
+    The normalization is that of `pydensecrf`: 1 / sqrt(F(1) + 1e-20) before and after the filter F.
 
     Args:
-        size: lattice points in `points`; alpha, compat: see `refinement.lattice.Kernel`; lane: a tuple of 1.
+        size: number of lattice points; alpha, compat: see `refinement.lattice.Kernel`.
     """
     values = np.zeros((size, 1), np.float32)
     for pixel in range(len(points)):
         for r in range(first, last):
             values[np.uint64(points[pixel, r]), 0] += weights[pixel, r]
-    _blur(values, chains, lane, 1)
+    _blur(values, chains, (np.float32(0),), 1)
     gain = np.float32(math.sqrt(alpha * compat))
     for pixel in range(len(points)):
         total = np.float32(0)
@@ -312,10 +301,10 @@ def normalize(points, weights, chains, size, first, last, alpha, compat, lane):
 
 @njit(**JIT_CONTRACT)
 def _softmax(tile, powers, channels):
-    """Softmax of each row of tile (T, lanes) over its first `channels`, in place; `powers` is scratch.
+    """Apply softmax to the first `channels` of each row of tile (T, lanes); `powers` is a buffer like it.
 
     The exponential is 2^k times a polynomial on [-ln 2 / 2, ln 2 / 2] (coefficients as in Cephes' expf,
-    error 1e-7), written so that the compiler vectorises it.
+    error 1e-7), written so that the compiler vectorizes it.
     """
     for i in range(len(tile)):
         highest = tile[i, 0]
@@ -351,13 +340,12 @@ def _softmax(tile, powers, channels):
 
 @njit(**JIT)
 def mean_field(logits, points, weights, chains, size, iterations, lanes, posterior):
-    """Mean-field inference.
+    """Run mean-field inference and write the posterior (C, N) float32.
 
     Args:
-        logits: (N, blocks * lanes) float32, minus the energies; channels that are not used very low.
-        points, weights: (N, entries), see `embed` and `normalize`; chains: see `link`; size: lattice points.
-        lanes: a tuple as long as a vector.
-        posterior: (C, N) float32, filled.
+        logits: (N, blocks * lanes) float32, minus the energies; padding is very low.
+        points, weights: (N, entries), see `embed` and `normalize`; chains: see `link`.
+        size: number of lattice points; lanes: see `load`.
     """
     channels, pixels = posterior.shape
     entries, width = points.shape[1], logits.shape[1]
@@ -394,18 +382,14 @@ def mean_field(logits, points, weights, chains, size, iterations, lanes, posteri
 
 
 def infer(image: np.ndarray, energies: np.ndarray, kernels: list[Kernel], iterations: int) -> np.ndarray:
-    """Class posteriors of one image.
+    """Return the class posteriors (C, H, W) float32 of one image.
 
     Args:
         image: (H, W, 3) uint8, see `refinement.presets.guide_image`.
         energies: (C, H, W) float32.
-        kernels: see `refinement.presets.Preset.kernels`.
-
-    Returns:
-        (C, H, W) float32.
 
     Raises:
-        ValueError: an image too large to number its lattice points.
+        ValueError: the image is too large to number its lattice points.
     """
     channels, height, width = energies.shape
     pixels = height * width
@@ -424,8 +408,7 @@ def infer(image: np.ndarray, energies: np.ndarray, kernels: list[Kernel], iterat
         chains.append(link(keys, np.argsort(keys), np.array(pack.jumps, np.int64), size))
         size += len(keys)
         stop = column + dimensions + 1
-        lane = (np.float32(0),)
-        normalize(points, weights, chains[-1], size, column, stop, kernel.alpha, kernel.compat, lane)
+        normalize(points, weights, chains[-1], size, column, stop, kernel.alpha, kernel.compat)
         column = stop
     lanes = next((width for width in LANES if channels <= width), LANES[-1])
     logits = np.full((pixels, -(-channels // lanes) * lanes), -1e4, np.float32)

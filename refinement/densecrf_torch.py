@@ -1,26 +1,24 @@
 """The dense CRF in tensor operations, for many images at once on a GPU.
 
 The same mathematics as `refinement.densecrf_numba`: an update is softmax(S B S' q - energies) with a sparse
-matrix S of 9 entries per pixel. All images of a group share one lattice, the image's number being the highest
-digit of a point's key; their channels are filled up with impossible classes. Keys are sorted, which numbers
-the points and at the same time brings the entries of S' into the order in which they are summed. Slice, splat
-and blur are each a sum over a bag of rows with weights, `embedding_bag`, which reads the rows where they are.
+matrix S of 9 entries per pixel. All images of a group share one lattice: the image's number is the highest
+digit of a point's key, and channels are padded with impossible classes. Sorting the keys numbers the points
+and orders the entries of S' for summation. Slice, splat and blur are weighted sums of rows, `embedding_bag`.
 
 A lattice point of a plain image gathers many thousand pixels, so S' sums runs of 32 entries first, then runs
-of those sums, and so on: nothing is added atomically and the result does not depend on the order in which
-threads run: it is the same each time, and on a CPU equals that of numba up to the last few bits.
+of those sums, and so on. Without atomic additions the result is the same each time, and on a CPU equals that
+of numba up to the last few bits.
 
-An update moves about 2 kB per pixel (3 classes, photographs with 2.6 lattice points per pixel): about 4 GB
-for a 375 x 500 image and 10 iterations. It takes about 50 kernel launches; building the lattices takes about
-200 and a sort of 9 keys per pixel. Both happen once per group of images. The host waits for the device about
-ten times per group, while the lattice is built, and never in an update.
+An update moves about 2 kB per pixel (3 classes, photographs with 2.6 lattice points per pixel) in about 50
+kernel launches. Building the lattices takes about 200 and a sort of 9 keys per pixel, once per group, and is
+the only step in which the host waits for the device, about ten times.
 
 Memory at 3 classes: 600 to 700 bytes per pixel of a group for photographs, up to 1400 for noise.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -36,34 +34,20 @@ RUN = 32  # entries summed by one thread
 
 
 class Lattice(NamedTuple):
-    """S and B of one kernel.
+    """S and B of one kernel, for N pixels and M lattice points."""
 
-    Attributes:
-        points: (N, d + 1) int32, the lattice points of each pixel.
-        weights: (N, d + 1) float32, with normalisation and Potts weight.
-        pixels, pixel_weights: (N * (d + 1),) int32 and float32, pixel and weight of each entry, sorted by
-            lattice point.
-        runs: where sums of entries start in that order, then where sums of those sums start, and so on;
-            int32. The last has one for each lattice point.
-        neighbours: for each direction (M, 2) int32, the points before and after; M where there is none.
-    """
-
-    points: Tensor
-    weights: Tensor
-    pixels: Tensor
-    pixel_weights: Tensor
-    runs: list[Tensor]
-    neighbours: list[Tensor]
+    points: Tensor  # (N, d + 1) int32, lattice points of each pixel
+    weights: Tensor  # (N, d + 1) float32, with normalization and Potts weight
+    pixels: Tensor  # (N * (d + 1),) int32, pixel of each entry, sorted by lattice point
+    pixel_weights: Tensor  # (N * (d + 1),) float32, weights in that order
+    runs: list[Tensor]  # starts of sums of these entries, of sums of those sums, ..., int32, see `_runs`
+    neighbors: list[Tensor]  # (M, 2) int32 for each direction, points before and after; M is none
 
 
 def _embed(features: Tensor, pack: Packing) -> tuple[Tensor, Tensor]:
-    """The simplex of each pixel; float32 in the order of Kraehenbuehl's code, to make the same lattice.
+    """Return keys and weights, (d + 1, N) int64 and float32, of the simplexes of features (d, N) float32.
 
-    Args:
-        features: (d, N) float32.
-
-    Returns:
-        (d + 1, N) int64 packed keys and float32 weights of the simplex's vertices.
+    Every operation is in the order of Kraehenbuehl's code, so that the lattice is the same.
     """
     device, d = features.device, len(features)
     total, elevated = torch.zeros_like(features[0]), []
@@ -96,27 +80,22 @@ def _embed(features: Tensor, pack: Packing) -> tuple[Tensor, Tensor]:
 
 
 def _runs(point: Tensor, points: int) -> list[Tensor]:
-    """Return where runs of at most RUN sorted entries of one point start, then runs of their sums, and so on.
+    """Return where runs of at most RUN entries of one point start, then runs of their sums, and so on.
 
-    Args:
-        point: (E,) int32, lattice point of each entry, sorted, each of 0..points-1 at least once.
+    `point` is the lattice point of each entry, (E,) int32, sorted, each of 0..points-1 at least once.
     """
     runs, all_points = [], torch.arange(points, device=point.device, dtype=torch.int32)
     while not runs or len(runs[-1]) > points:
         starts = torch.searchsorted(point, all_points, out_int32=True)  # first entry of each point
-        position = torch.arange(len(point), device=point.device, dtype=torch.int32)
-        cuts = ((position - starts.index_select(0, point)) % RUN == 0).nonzero()[:, 0]
+        entry = torch.arange(len(point), device=point.device, dtype=torch.int32)
+        cuts = ((entry - starts.index_select(0, point)) % RUN == 0).nonzero()[:, 0]
         runs.append(cuts.int())
         point = point[cuts]
     return runs
 
 
 def _lattice(features: Tensor, image: Tensor, kernel: Kernel, pack: Packing) -> Lattice:
-    """The lattice of one kernel over all pixels of a group.
-
-    Args:
-        features: (d, N) float32; image: (N,) int64, number of each pixel's image.
-    """
+    """Return the lattice of one kernel for features (d, N) of pixels of several images; image: (N,) int64."""
     device, entries = features.device, len(features) + 1
     keys, weights = _embed(features, pack)  # (d + 1, N)
     keys += image * pack.keys
@@ -129,13 +108,13 @@ def _lattice(features: Tensor, image: Tensor, kernel: Kernel, pack: Packing) -> 
     points = torch.empty_like(point)
     points[order] = point
 
-    neighbours = []
+    neighbors = []
     for jump in pack.jumps:
         after = torch.searchsorted(keys, keys + jump).clamp_(max=size - 1)
         after = torch.where(keys[after] == keys + jump, after, size)
         before = torch.full((size + 1,), size, device=device)
         before[after] = torch.arange(size, device=device)
-        neighbours.append(torch.stack([before[:size], after], 1).int())
+        neighbors.append(torch.stack([before[:size], after], 1).int())
 
     weights = weights.T.contiguous()  # (N, entries)
     lattice = Lattice(
@@ -144,39 +123,32 @@ def _lattice(features: Tensor, image: Tensor, kernel: Kernel, pack: Packing) -> 
         pixels=(order // entries).int(),
         pixel_weights=weights.view(-1)[order],
         runs=_runs(point, size),
-        neighbours=neighbours,
+        neighbors=neighbors,
     )
     total = _filter(lattice, features.new_ones(len(weights), 1)) * kernel.alpha  # (N, 1)
     weights = weights * (math.sqrt(kernel.alpha * kernel.compat) / (total + 1e-20).sqrt())
     return lattice._replace(weights=weights, pixel_weights=weights.view(-1)[order])
 
 
-def _bags(
-    rows: Tensor, values: Tensor, starts: Tensor | None = None, weights: Tensor | None = None
-) -> Tensor:
-    """Sums of values[rows], times weights: over each row of `rows`, or from each start to the next."""
-    return F.embedding_bag(rows, values, starts, mode="sum", per_sample_weights=weights)
-
-
 def _filter(lattice: Lattice, values: Tensor) -> Tensor:
-    """S B S' values, (N, C) each."""
-    values = _bags(lattice.pixels, values, lattice.runs[0], lattice.pixel_weights)
+    """Return S B S' values, (N, C)."""
+    sums = partial(F.embedding_bag, mode="sum")  # of rows of values, over each bag of row numbers
+    values = sums(lattice.pixels, values, lattice.runs[0], per_sample_weights=lattice.pixel_weights)
     for starts in lattice.runs[1:]:
-        values = _bags(torch.arange(len(values), device=starts.device, dtype=torch.int32), values, starts)
-    values = F.pad(values, (0, 0, 0, 1))  # (M + 1, C), the last is what points without neighbour get
-    for pairs in lattice.neighbours:
-        values[:-1].add_(_bags(pairs, values), alpha=0.5)
-    return _bags(lattice.points, values, weights=lattice.weights)
+        values = sums(torch.arange(len(values), device=starts.device, dtype=torch.int32), values, starts)
+    values = F.pad(values, (0, 0, 0, 1))  # (M + 1, C), the last is for missing neighbors
+    for pairs in lattice.neighbors:
+        values[:-1].add_(sums(pairs, values), alpha=0.5)
+    return sums(lattice.points, values, per_sample_weights=lattice.weights)
 
 
 def _features(guides: Sequence[Tensor], widths: Sequence[float]) -> Tensor:
-    """Position and colour over the kernel's widths, of all pixels of all images: (d, N) float32."""
+    """Return position and color of all pixels, divided by the kernel's widths, (d, N) float32."""
     device = guides[0].device
     columns = []
     for guide in guides:
-        height, width, _ = guide.shape
-        y = torch.arange(height, device=device, dtype=torch.float32)[:, None].expand(height, width)
-        x = torch.arange(width, device=device, dtype=torch.float32).expand(height, width)
+        sides = [torch.arange(side, device=device, dtype=torch.float32) for side in guide.shape[:2]]
+        y, x = torch.meshgrid(*sides, indexing="ij")
         columns.append(torch.stack([x, y, *guide.float().unbind(-1)][: len(widths)]).flatten(1))  # (d, H * W)
     # Divided by a tensor: by a number, CUDA would multiply with the reciprocal and round differently.
     return torch.cat(columns, 1) / torch.tensor(widths, device=device, dtype=torch.float32)[:, None]
@@ -202,14 +174,14 @@ def _groups(sizes: Sequence[tuple[int, int]], kernels: Sequence[Kernel]) -> Iter
 
 @cache
 def _half_energies(preset: Preset, device: torch.device) -> Tensor:
-    """(65536,) energy of every float16, computed by NumPy so that every device has the same numbers."""
+    """Return the energy of every float16, (65536,), computed by NumPy: the same on every device."""
     with np.errstate(invalid="ignore"):
         energies = unary(np.arange(2**16, dtype=np.uint16).view(np.float16), preset)
     return torch.from_numpy(energies).to(device)
 
 
 def _unary(probabilities: Tensor, preset: Preset) -> Tensor:
-    """`refinement.presets.unary` on a device."""
+    """Compute `refinement.presets.unary` on a device."""
     if preset.unary_type == "float16":
         bits = probabilities.half().contiguous().view(torch.int16).int() & 0xFFFF
         table = _half_energies(preset, probabilities.device)
@@ -218,7 +190,7 @@ def _unary(probabilities: Tensor, preset: Preset) -> Tensor:
 
 
 def _guide_image(image: Tensor, preset: Preset) -> Tensor:
-    """`refinement.presets.guide_image` on a device."""
+    """Compute `refinement.presets.guide_image` on a device."""
     if preset.image_mode == "raw":
         return image
     bgr = image.flip(-1)
@@ -230,18 +202,7 @@ def _guide_image(image: Tensor, preset: Preset) -> Tensor:
 
 @torch.inference_mode()
 def infer(images: Sequence[Tensor], probabilities: Sequence[Tensor], preset: Preset) -> list[Tensor]:
-    """Class posteriors of images on one device, of any sizes and numbers of classes.
-
-    Args:
-        images: (H, W, 3) uint8 RGB each.
-        probabilities: (C, H, W) float each.
-
-    Returns:
-        (C, H, W) float32 each, on the device.
-
-    Raises:
-        ValueError: an image whose lattice points cannot be numbered.
-    """
+    """Return the class posteriors of images on one device, see `refinement.densecrf.densecrf_batch`."""
     kernels, posteriors = preset.kernels(), []
     for group in _groups([tuple(image.shape[:2]) for image in images], kernels):
         guides = [_guide_image(images[i], preset) for i in group]
@@ -253,7 +214,7 @@ def infer(images: Sequence[Tensor], probabilities: Sequence[Tensor], preset: Pre
 def _mean_field(
     guides: Sequence[Tensor], energies: Sequence[Tensor], kernels: Sequence[Kernel], iterations: int
 ) -> list[Tensor]:
-    """Posteriors of one group: guides (H, W, 3) uint8 and energies (C, H, W) float32 each."""
+    """Return the posteriors of one group: guides (H, W, 3) uint8 and energies (C, H, W) float32 each."""
     device, sizes = guides[0].device, [guide.shape[:2] for guide in guides]
     sides = [max(side) for side in zip(*sizes, strict=True)]
     pixels = [math.prod(size) for size in sizes]

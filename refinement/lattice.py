@@ -1,11 +1,10 @@
 """The permutohedral lattice of a Gaussian kernel: its scale, and how its points are numbered.
 
-A pixel's features (position, perhaps colour), divided by the kernel's widths, are a point of d-dimensional
-space. That space is embedded in the hyperplane of d + 1 coordinates that sum to zero, where the lattice
-points have integer coordinates that are equal modulo d + 1 (Adams, Baek and Davis, "Fast
-high-dimensional filtering using the permutohedral lattice", 2010). The first d of them are a point's key;
-they are packed into one integer as the digits of a mixed radix, so that a step along a lattice direction
-adds a constant to it.
+The features of a pixel (position, perhaps color), divided by the kernel's widths, are a point of a space of d
+dimensions. It is embedded in the hyperplane of d + 1 coordinates that sum to zero, where lattice points have
+integer coordinates equal modulo d + 1 (Adams, Baek and Davis, "Fast high-dimensional filtering using the
+permutohedral lattice", 2010). The first d of them are a point's key, packed into one integer as the digits of
+a mixed radix: a step along a lattice direction adds a constant to it.
 """
 
 import math
@@ -14,9 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-LEVELS = 255  # the highest value of a colour channel
-# float32 places a point within 1/16 of a lattice cell up to here.
-MAX_COORDINATE = 2**20
+LEVELS = 255  # maximum of a color channel
+MAX_COORDINATE = 2**20  # up to here float32 places a point within 1/16 of a lattice cell
 MAX_KEYS = 2**62
 
 
@@ -28,48 +26,38 @@ class Kernel(NamedTuple):
 
     @property
     def alpha(self) -> float:
-        """What filtering is scaled by, so that it keeps a constant as nearly as the lattice can."""
+        """Factor by which a filtered constant is about the constant again."""
         return 1 / (1 + 2.0 ** -len(self.widths))
 
 
 class Packing(NamedTuple):
-    """How the d coordinates of a key become one integer: the sum of (coordinate - low) * stride.
+    """How the d coordinates of a key become one integer: the sum of (coordinate - low) * stride."""
 
-    Attributes:
-        scale: (d,) float32, of each feature on its way to the hyperplane.
-        low: (d,) ints, less than any coordinate of a point or of its neighbours.
-        strides: (d,) ints.
-        keys: how many packed keys there can be.
-    """
-
-    scale: tuple[np.float32, ...]
-    low: tuple[int, ...]
-    strides: tuple[int, ...]
-    keys: int
+    scale: tuple[np.float32, ...]  # (d,), of the features in the embedding
+    low: tuple[int, ...]  # (d,), less than any coordinate of a point or of its neighbors
+    strides: tuple[int, ...]  # (d,)
+    keys: int  # number of possible packed keys
 
     @property
     def jumps(self) -> tuple[int, ...]:
-        """(d + 1,) what a step along each lattice direction adds to a packed key."""
+        """(d + 1,) constants that a step along each lattice direction adds to a packed key."""
         step, total = len(self.strides) + 1, sum(self.strides)
         return tuple(total - step * stride for stride in (*self.strides, 0))
 
 
 def packing(widths: Sequence[float], height: int, width: int) -> Packing:
-    """The packing for images of up to (height, width) pixels.
-
-    Args:
-        widths: of the kernel, see `Kernel`.
+    """Return the packing of a kernel's widths for images of up to (height, width) pixels.
 
     Raises:
         ValueError: the kernel is so narrow, or the image so large, that keys do not fit 62 bits.
     """
     dimensions = len(widths)
-    spread = float(np.float32(math.sqrt(2 / 3) * (dimensions + 1)))  # blur and weights make a unit Gaussian
-    scale = [np.float32(spread / math.sqrt((i + 2) * (i + 1))) for i in range(dimensions)]
+    factor = float(np.float32(math.sqrt(2 / 3) * (dimensions + 1)))  # blur and weights make a unit Gaussian
+    scale = [np.float32(factor / math.sqrt((i + 2) * (i + 1))) for i in range(dimensions)]
     extents = [width - 1, height - 1] + [LEVELS] * (dimensions - 2)
     furthest = [float(s) * extent / w for s, extent, w in zip(scale, extents, widths, strict=True)]
     # Coordinate j is the sum of the scaled features from j on, less j times feature j - 1. A vertex lies
-    # within d + 1 of the pixel's own coordinate, a neighbour of the vertex within another d + 1.
+    # within d + 1 of the pixel's own coordinate, a neighbor of the vertex within another d + 1.
     margin = 2 * (dimensions + 1) + 1
     low, strides, keys = [], [], 1
     for j in range(dimensions):

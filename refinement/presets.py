@@ -1,13 +1,13 @@
-"""Presets of the dense CRF, and what it reads: kernels, energies and the image of the appearance kernel.
+"""Presets of the dense CRF, and its inputs: kernels, energies and the image of the appearance kernel.
 
-Published systems differ in kernels, iterations and inputs. A preset holds all of it. Every backend reads
-this module; `refinement.densecrf` holds the public functions.
+Published systems differ in kernels, iterations and inputs. A preset holds all of it, for every backend.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
+from common.settings import Settings, setting
 from refinement.lattice import Kernel
 
 IMAGE_MODES = ("raw", "bgr", "wrapped")
@@ -18,107 +18,62 @@ MEAN_BGR = np.array([104.008, 116.669, 122.675], np.float32)
 
 
 @dataclass(frozen=True)
-class Preset:
-    """One published way to run the dense CRF.
+class Preset(Settings):
+    """One published way to run the dense CRF. The defaults are those of most systems."""
 
-    Attributes:
-        iterations: mean-field iterations.
-        gaussian_sxy, gaussian_compat: width in pixels and Potts weight of the smoothness kernel.
-        bilateral_sxy, bilateral_srgb, bilateral_compat: width in pixels, width in gray levels and Potts
-            weight of the appearance kernel.
-        clip: lower bound of the probabilities; the energy is at most -log(clip).
-        unary_type: "float16" computes the energies in half precision, as CLIP-ES does. "float32" changes the
-            posterior by up to 3e-2 and few labels.
-        image_mode: "raw" is RGB. "bgr" has the other channel order, which changes the lattice: 1 % of the
-            labels on noisy images. "wrapped" (see `wrapped_bgr`) gives the published numbers of CLIP-ES and
-            DeepLab-v2.
-
-    Raises:
-        ValueError: an unknown type or mode, or a number out of range.
-    """
-
-    iterations: int
-    gaussian_sxy: float
-    gaussian_compat: float
-    bilateral_sxy: float
-    bilateral_srgb: float
-    bilateral_compat: float
-    clip: float = 1e-5
-    unary_type: str = "float32"
-    image_mode: str = "raw"
-
-    def __post_init__(self):
-        if self.unary_type not in UNARY_TYPES:
-            raise ValueError(f"CRF unary type must be {' or '.join(UNARY_TYPES)}, got {self.unary_type!r}")
-        if self.image_mode not in IMAGE_MODES:
-            raise ValueError(f"CRF image mode must be {' or '.join(IMAGE_MODES)}, got {self.image_mode!r}")
-        if min(self.gaussian_sxy, self.bilateral_sxy, self.bilateral_srgb) <= 0:
-            raise ValueError("CRF kernel widths must be above 0")
-        if min(self.gaussian_compat, self.bilateral_compat, self.iterations) < 0:
-            raise ValueError("CRF Potts weights and iterations must not be negative")
+    iterations: int = setting(10, "mean-field iterations", least=0)
+    gaussian_sxy: float = setting(1, "width of the smoothness kernel in pixels", above=0)
+    gaussian_compat: float = setting(3, "Potts weight of the smoothness kernel", least=0)
+    bilateral_sxy: float = setting(67, "width of the appearance kernel in pixels", above=0)
+    bilateral_srgb: float = setting(3, "width of the appearance kernel in gray levels", above=0)
+    bilateral_compat: float = setting(4, "Potts weight of the appearance kernel", least=0)
+    clip: float = setting(1e-5, "lower bound of the probabilities: energies are at most -log(clip)", above=0)
+    unary_type: str = setting(
+        "float32",
+        "type the energies are computed in; float32 instead of CLIP-ES's float16 changes the posterior by up "
+        "to 3e-2 and few labels",
+        choices=UNARY_TYPES,
+    )
+    image_mode: str = setting(
+        "raw",
+        "image of the appearance kernel: raw is RGB; bgr has another lattice, so that 1 % of labels change "
+        "on noisy images; wrapped (see `wrapped_bgr`) gives the published numbers of CLIP-ES and DeepLab-v2",
+        choices=IMAGE_MODES,
+    )
 
     def kernels(self) -> list[Kernel]:
-        """The smoothness kernel, on positions, and the appearance kernel, on positions and colors."""
+        """Return the smoothness kernel, on positions, and the appearance kernel, on positions and colors."""
         position, color = (self.bilateral_sxy,) * 2, (self.bilateral_srgb,) * 3
-        return [
-            Kernel((self.gaussian_sxy,) * 2, self.gaussian_compat),
-            Kernel(position + color, self.bilateral_compat),
-        ]
+        smoothness = Kernel((self.gaussian_sxy,) * 2, self.gaussian_compat)
+        return [smoothness, Kernel(position + color, self.bilateral_compat)]
 
 
-DEEPLAB = Preset(
-    iterations=10,
-    gaussian_sxy=1,
-    gaussian_compat=3,
-    bilateral_sxy=67,
-    bilateral_srgb=3,
-    bilateral_compat=4,
-)
 PRESETS = {
-    "clip_es": replace(DEEPLAB, unary_type="float16", image_mode="wrapped"),
+    "clip_es": Preset(unary_type="float16", image_mode="wrapped"),
     # DeepLab-v2 (deeplab-pytorch) on the plain image, and as its published numbers were computed.
-    "deeplab": replace(DEEPLAB, image_mode="bgr"),
-    "deeplab_published": replace(DEEPLAB, image_mode="wrapped"),
+    "deeplab": Preset(image_mode="bgr"),
+    "deeplab_published": Preset(image_mode="wrapped"),
     # DeepLab-v1 on ResNet-38d, as SEAM's code base tests it.
-    "seam": Preset(
-        iterations=1,
-        gaussian_sxy=3,
-        gaussian_compat=3,
-        bilateral_sxy=32,
-        bilateral_srgb=13,
-        bilateral_compat=10,
-    ),
+    "seam": Preset(iterations=1, gaussian_sxy=3, bilateral_sxy=32, bilateral_srgb=13, bilateral_compat=10),
     # The same network as WeakCLIP's fork (deeplabv1-resnet38) tests it on VOC, and on COCO.
-    "r38_voc": Preset(
-        iterations=10,
-        gaussian_sxy=1,
-        gaussian_compat=3,
-        bilateral_sxy=112,
-        bilateral_srgb=2,
-        bilateral_compat=3,
-    ),
-    "r38_coco": DEEPLAB,
+    "r38_voc": Preset(bilateral_sxy=112, bilateral_srgb=2, bilateral_compat=3),
+    "r38_coco": Preset(),
 }
 
 
 def wrapped_bgr(image: np.ndarray) -> np.ndarray:
-    """Return the CRF image of CLIP-ES and DeepLab-v2: mean-subtracted, cast to 8 bits, negatives wrapped.
+    """Return trunc(BGR - mean) modulo 256, (H, W, 3) uint8, of an RGB image of that shape and type.
 
-    Gray levels just below a channel's mean become distant from those just above it. The cast of the reference
-    implementations is undefined in C and wraps on x86; here it is modulo 256 on every machine.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-
-    Returns:
-        (H, W, 3) uint8 BGR, trunc(value - mean) modulo 256.
+    This is the CRF image of CLIP-ES and DeepLab-v2: gray levels just below a channel's mean become distant
+    from those just above it. The cast to 8 bits of the reference implementations is undefined in C and wraps
+    on x86; here it wraps on every machine.
     """
     shifted = image[..., ::-1].astype(np.float32) - MEAN_BGR
     return (np.trunc(shifted).astype(np.int32) % 256).astype(np.uint8)
 
 
 def guide_image(image: np.ndarray, preset: Preset) -> np.ndarray:
-    """Return the image of the appearance kernel: (H, W, 3) uint8 RGB -> the same shape, see `image_mode`."""
+    """Return the image of the appearance kernel, (H, W, 3) uint8, of an RGB image by `Preset.image_mode`."""
     if preset.image_mode == "wrapped":
         image = wrapped_bgr(image)
     elif preset.image_mode == "bgr":
@@ -127,7 +82,7 @@ def guide_image(image: np.ndarray, preset: Preset) -> np.ndarray:
 
 
 def unary(probabilities: np.ndarray, preset: Preset) -> np.ndarray:
-    """Return the energies -log p in the preset's type: (C, H, W) -> (C, H, W) float32."""
+    """Return the energies -log p, (C, H, W) float32, computed in the preset's type."""
     dtype = np.dtype(preset.unary_type)
     clipped = np.clip(probabilities.astype(dtype), dtype.type(preset.clip), dtype.type(1))
     return -np.log(clipped).astype(np.float32)

@@ -1,1 +1,1 @@
-"""Where users of the pytorch-grad-cam package look for its targets."""
+"""Targets under the module path of the pytorch-grad-cam package."""

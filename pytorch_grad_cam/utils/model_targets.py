@@ -1,4 +1,4 @@
-"""What a CAM explains: a function from one image's output to a scalar."""
+"""Targets of CAMs: functions from one image's output to a scalar."""
 from torch import Tensor
 
 

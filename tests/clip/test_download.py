@@ -58,6 +58,21 @@ def test_wrong_checksum_leaves_nothing(server, tmp_path):
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_truncated_download_leaves_nothing(server, tmp_path, monkeypatch):
+    """Also where the address has no checksum."""
+    folder, address = server
+    (folder / "model.pt").write_bytes(b"weights")
+    send_header = Quiet.send_header
+
+    def longer(handler, key, value):
+        send_header(handler, key, "9" if key == "Content-Length" else value)
+
+    monkeypatch.setattr(Quiet, "send_header", longer)
+    with pytest.raises(OSError, match="stopped at 7 of 9 bytes"):
+        download.fetch(f"{address}/model.pt", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def test_checksum_prefix_in_a_file_name(server, tmp_path):
     folder, address = server
     digest = hashlib.sha256(b"abc").hexdigest()[:8]
