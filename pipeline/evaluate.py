@@ -18,7 +18,7 @@ from segmentation.masks import read_mask
 from segmentation.metrics import joint_counts, scores
 
 ARITHMETIC = ("float16", "float32")
-ONE, INFINITY = 0x3C00, 0x7C00  # the bits of float16's
+INFINITY = 0x7C00  # the bits of float16's
 CLOSE = 2.0**-10  # float16 numbers in [0, 1] are half as far apart at most: what differs by more stays apart
 MASKS = "png"  # the cam type that stands for index masks instead of CAM files
 SUMMARY = ("Mean IoU", "Pixel Accuracy", "Mean Accuracy", "Frequency Weighted IoU")
@@ -59,16 +59,16 @@ def background(top: np.ndarray, score: float, arithmetic: str = "float16") -> np
 def _verdicts(
     backgrounds: tuple[float | None, ...], arithmetic: str
 ) -> tuple[list[int], list[float], np.ndarray]:
-    """Which background scores beat a class, for each score that the best class can have.
+    """Return which background scores beat a class, for each score that the best class can have.
 
-    There are only as many scores as float16 numbers, so all are tried once instead of at every pixel, and
-    what is returned rests on no formula. Between 0 and 1 each background has one edge, the least score that
-    beats it; other numbers, which no CAM holds, have edges too.
+    There are only as many scores as float16 numbers, so all are tried once instead of at every pixel. In
+    [0, 1] each background has one edge, the least score that beats it; other numbers, which no CAM holds,
+    have edges too.
 
     Returns:
         edges (I - 1,) in rising order, as `ordered` writes them: the scores at which a verdict changes; the
         least float32 that are rounded to them, for scores in [0, 1]; and wins (I, B) bool for the intervals
-        they bound: does the background win? A tie is the background's, None never wins.
+        they bound: does the background win? A tie is the background's; None never wins.
     """
     numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
     wins = np.zeros((2**16, len(backgrounds)), bool)
@@ -76,25 +76,18 @@ def _verdicts(
         for index, score in enumerate(backgrounds):
             if score is not None:
                 wins[:, index] = background(numbers, score, arithmetic) >= numbers
-    scores, first = np.unique(ordered(numbers), return_index=True)
-    wins = wins[first]  # in the order of `scores`
-    changes = 1 + np.flatnonzero((wins[1:] != wins[:-1]).any(1))
-    edges = scores[changes].tolist()
-    return edges, [_least(edge) for edge in edges], wins[np.append(0, changes)]
-
-
-def _least(edge: int) -> float:
-    """The least float32 that is rounded to the float16 number of these bits, or to a higher one; of edges
-    outside [0, 1] a number that lies on the same side of [0, 1]."""
-    if not 0 < edge <= ONE:
-        return -1.0 if edge <= 0 else 2.0
-    below, number = np.array([edge - 1, edge], np.int16).view(np.float16).astype(np.float32)
-    middle = (below + number) / 2  # is rounded to the even one of the two
-    return float(middle if np.float16(middle) == number else np.nextafter(middle, number))
+        scores, first = np.unique(ordered(numbers), return_index=True)
+        numbers, wins = numbers[first].astype(np.float32), wins[first]
+        changes = 1 + np.flatnonzero((wins[1:] != wins[:-1]).any(1))
+        below, edges = numbers[changes - 1], numbers[changes]
+        middles = (below + edges) / 2  # are rounded to the even one of the two
+        rounded_up = middles.astype(np.float16) == edges
+        float32_edges = np.where(rounded_up, middles, np.nextafter(middles, edges))
+    return scores[changes].tolist(), float32_edges.tolist(), wins[np.append(0, changes)]
 
 
 def ordered(numbers: np.ndarray) -> np.ndarray:
-    """float16 -> int16 that compare as the numbers do, and much faster; NaN is highest.
+    """Return int16 that compare as float16 numbers do, and much faster; NaN is highest.
 
     What lies in [0, inf] is returned without a copy: its bits are such integers.
     """
@@ -134,7 +127,7 @@ def count_cams(
     if len(cams):
         if cams.dtype == np.float32 and cams.min() >= 0 and cams.max() <= 1:
             edges = float32_edges
-        else:  # NaN is here
+        else:  # float16, or NaN
             cams = ordered(cams.astype(np.float16, copy=False))
         best, top = _argmax(cams.reshape(len(cams), -1))  # (H * W,), (H * W,)
         code = best.astype(np.min_scalar_type(len(cams) * len(wins))) * len(wins)  # and the interval of top
