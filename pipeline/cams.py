@@ -1,7 +1,6 @@
 """Step 1: images and their labels -> class activation maps, one file per image."""
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -252,7 +251,6 @@ class CamStep(Step):
 
     def __post_init__(self):
         self.flow = self.compute_settings.flow()
-        self.store = self.store or partial(store_files, self.output)
 
     def is_done(self, name: str) -> bool:
         """Whether there is a whole CAM file of the labels that the image has now."""
@@ -303,8 +301,15 @@ class CamStep(Step):
         )
 
     def write(self, decoded: LabeledImage, cams: dict[str, np.ndarray]) -> list[str]:
-        self.store(decoded.name, self.files(decoded, cams))
+        self.save(decoded.name, self.files(decoded, cams))
         return decoded.notes + self.notes(cams)
+
+    def save(self, name: str, files: dict[str, bytes]) -> None:
+        """Pass an image's files to `store`, or write them to `output`."""
+        if self.store is None:
+            store_files(self.output, name, files)
+        else:
+            self.store(name, files)
 
     def files(self, decoded: LabeledImage, cams: dict[str, np.ndarray]) -> dict[str, bytes]:
         """Return file suffix -> content; nothing when CAMs are not kept."""

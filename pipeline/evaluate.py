@@ -1,15 +1,14 @@
 """Step 2a: CAM files, or index masks, and ground truth -> scores."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from common.files import replacing
-from pipeline.run import Run, first_few, read_settings
+from pipeline.run import Run, first_few, read_settings, write_json
 from pipeline.step import Decoded, Step
 from segmentation import benchmark as benchmarks
 from segmentation import camfile
@@ -141,8 +140,13 @@ def count_cams(
     joint = joint_counts(truth.ravel(), code, evaluation.benchmark.channels, len(indices) * len(wins))
     joint = joint.reshape(-1, len(indices), len(wins))  # (n, K, I)
     classes = joint @ ~wins  # (n, K, B)
-    rest = joint.sum(1, keepdims=True) @ wins  # (n, 1, B), the background's
-    return _matrices(np.append(indices, 0), np.concatenate([classes, rest], 1))
+    of_background = joint.sum(1, keepdims=True) @ wins  # (n, 1, B)
+    return _matrices(np.append(indices, 0), np.concatenate([classes, of_background], 1))
+
+
+def count_mask(truth: np.ndarray, mask: np.ndarray, channels: int) -> tuple[np.ndarray, int]:
+    """Return what `count_cams` returns, with B = 1, for an index mask (H, W) uint8."""
+    return _matrices(np.arange(256), joint_counts(truth, mask, channels, 256)[..., None])
 
 
 def _argmax(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -166,8 +170,7 @@ def _argmax(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _matrices(indices: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:
-    """Sum (n, C, B) counts of candidates to (B, n, n) matrices by the candidates' (C,) indices; and those of
-    candidates of index 255 at the first background."""
+    """Return what `count_cams` returns, from counts (n, C, B) of candidates and their mask values (C,)."""
     channels, _, backgrounds = counts.shape
     used = counts.any((0, 2))
     unknown = indices[used & (indices >= channels) & (indices != IGNORE)]
@@ -177,6 +180,55 @@ def _matrices(indices: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]
     for candidate in np.flatnonzero(used & (indices < channels)):  # two indices may be equal
         hists[:, :, indices[candidate]] += counts[:, candidate].T
     return hists, int(counts[:, indices == IGNORE, 0].sum())
+
+
+class ScoringStep(Step):
+    """A step that counts how its predictions agree with ground truth.
+
+    Subclasses are dataclasses with a `benchmark` and a `cam_type`, and say what `backgrounds` they try.
+    """
+
+    backgrounds: Sequence[float | None] = (None,)
+
+    def __post_init__(self):
+        channels = self.benchmark.channels
+        self.hists = np.zeros((len(self.backgrounds), channels, channels), np.int64)
+        self.pixels = np.zeros(2, np.int64)
+
+    def count(self, hists: np.ndarray, ignored: int) -> None:
+        """Add what `count_cams` or `count_mask` returned for one image."""
+        self.hists += hists
+        self.pixels += (ignored, int(hists[0].sum()) + ignored)
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return hists (B, n, n) int64 [truth, prediction] for the B background scores, and pixels (2,):
+        those of known truth that are predicted 255 (and left out), and all of known truth."""
+        counts = self.hists, self.pixels
+        self.__post_init__()  # another run counts from zero
+        return counts
+
+    def report(
+        self, run: Run, parts: list, names: Sequence[str], missing: list[str], details: dict, json_file: Any
+    ) -> None:
+        """Print and write the scores of a finished run, see `report_scores`.
+
+        Args:
+            parts: what `finish` returned in each process.
+            names: image ids of the run.
+            missing: those that were left out.
+            details: what else the JSON file is to hold.
+        """
+        hists, pixels = (sum(counts) for counts in zip(*parts, strict=True))
+        results = [benchmark_scores(hist, self.benchmark) for hist in hists]
+        content = {
+            "benchmark": self.benchmark.name,
+            "cam_type": self.cam_type,
+            **details,
+            "images": len(names) - len(run.failures),
+            "failed": [name for name, _ in run.failures],
+            "missing": missing,
+        }
+        report_scores(content, self.backgrounds, results, pixels, self.benchmark, json_file)
 
 
 @dataclass
@@ -189,8 +241,8 @@ class TruthAndPrediction(Decoded):
 
 
 @dataclass
-class Evaluation(Step):
-    """Step 2a, see `pipeline.step.Step`: counts pixels and writes nothing.
+class Evaluation(ScoringStep):
+    """Step 2a: counts pixels and writes nothing.
 
     Attributes:
         benchmark: the data set.
@@ -210,45 +262,37 @@ class Evaluation(Step):
     backgrounds: tuple[float | None, ...] = (1.0, 2.0)
     arithmetic: str = "float16"
 
-    def __post_init__(self):
-        channels = self.benchmark.channels
-        self.hists = np.zeros((len(self.backgrounds), channels, channels), np.int64)
-        self.pixels = np.zeros(2, np.int64)
-
     def decode(self, name: str) -> TruthAndPrediction:
-        truth, class_ids = read_mask(Path(self.gt_root) / f"{name}.png"), None
+        class_ids = None
         if self.cam_type == MASKS:
             prediction = read_mask(Path(self.cam_dir) / f"{name}.png")
         else:
             class_ids, prediction = camfile.read(self.cam_dir, name, self.cam_type, rounded=False)
-        if truth.shape != prediction.shape[-2:]:
-            raise ValueError(
-                f"the ground truth is {truth.shape} but the prediction {prediction.shape[-2:]} (H, W)"
-            )
+        truth = read_truth(self.gt_root, name, prediction.shape[-2:])
         return TruthAndPrediction(name, truth, prediction, class_ids)
 
     def compute(self, batch: list[TruthAndPrediction]) -> list[tuple[np.ndarray, int]]:
-        """Return what `count_cams` returns."""
-        return [self._count(decoded) for decoded in batch]
-
-    def _count(self, decoded: TruthAndPrediction) -> tuple[np.ndarray, int]:
-        if decoded.class_ids is not None:
-            return count_cams(decoded.truth, decoded.class_ids, decoded.prediction, self)
-        channels = self.benchmark.channels
-        counts = joint_counts(decoded.truth, decoded.prediction, channels, 256)
-        return _matrices(np.arange(256), counts[..., None])
+        return [
+            count_mask(decoded.truth, decoded.prediction, self.benchmark.channels)
+            if decoded.class_ids is None
+            else count_cams(decoded.truth, decoded.class_ids, decoded.prediction, self)
+            for decoded in batch
+        ]
 
     def write(self, decoded: TruthAndPrediction, result: tuple[np.ndarray, int]) -> None:
-        hists, ignored = result
-        self.hists += hists
-        self.pixels += (ignored, int(hists[0].sum()) + ignored)
+        self.count(*result)
 
-    def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return hists (B, n, n) int64 [truth, prediction] for the B background scores, and pixels (2,):
-        those of known truth that are predicted 255 (and left out), and all of known truth."""
-        counts = self.hists, self.pixels
-        self.__post_init__()  # another run counts from zero
-        return counts
+
+def read_truth(gt_root: str, name: str, size: tuple[int, int]) -> np.ndarray:
+    """Return the ground truth (H, W) uint8 of an image.
+
+    Raises:
+        ValueError: it cannot be read, or its size is not that of the prediction.
+    """
+    truth = read_mask(Path(gt_root) / f"{name}.png")
+    if truth.shape != size:
+        raise ValueError(f"the ground truth is {truth.shape} but the prediction {size} (H, W)")
+    return truth
 
 
 def evaluate(
@@ -261,7 +305,6 @@ def evaluate(
     """Evaluate, print a table, write JSON.
 
     Args:
-        evaluation: see there.
         names: image ids.
         json_file: where the scores are written, if anywhere.
         allow_missing: leave out images without prediction or ground truth, and report their number.
@@ -273,26 +316,15 @@ def evaluate(
     Raises:
         FileNotFoundError: predictions or ground truth are missing.
     """
-    if evaluation.cam_type == MASKS:
-        names, missing = files_present(names, evaluation.cam_dir, allow_missing, "masks")
-    else:
-        names, missing = files_present(names, evaluation.cam_dir, allow_missing, "CAMs")
+    what = "masks" if evaluation.cam_type == MASKS else "CAMs"
+    names, missing = files_present(names, evaluation.cam_dir, allow_missing, what)
     names, without_truth = files_present(names, evaluation.gt_root, allow_missing, "ground-truth masks")
     run = Run(None)
     parts = run.map(evaluation, names, num_workers)
     code = run.finish()
     if run.rank == 0:
-        hists, pixels = (sum(counts) for counts in zip(*parts, strict=True))
-        results = [benchmark_scores(hist, evaluation.benchmark) for hist in hists]
-        report = {
-            "benchmark": evaluation.benchmark.name,
-            "cam_type": evaluation.cam_type,
-            "arithmetic": evaluation.arithmetic,
-            "images": len(names) - len(run.failures),
-            "failed": [name for name, _ in run.failures],
-            "missing": missing + without_truth,
-        }
-        report_scores(report, evaluation.backgrounds, results, pixels, evaluation.benchmark, json_file)
+        details = {"arithmetic": evaluation.arithmetic}
+        evaluation.report(run, parts, names, missing + without_truth, details, json_file)
     return code
 
 
@@ -335,7 +367,7 @@ def report_scores(
         results: (B,) see `benchmark_scores`.
         pixels: (2,) predicted 255, all.
         benchmark: names what is scored.
-        json_file: where, if anywhere. NaN becomes null.
+        json_file: where, if anywhere.
     """
     classes = scored_names(benchmark)
     best = max(range(len(results)), key=lambda index: (np.nan_to_num(results[index]["Mean IoU"]), -index))
@@ -360,9 +392,7 @@ def report_scores(
     for score, result in zip(backgrounds, results, strict=True):
         named = {classes[index]: iou for index, iou in result["Class IoU"].items()}
         entries.append({"background": score, **result, "Class IoU": named})
-    content = {**report, "ignored": ignored, "best": entries[best], "all": entries}
-    with replacing(json_file) as stream:
-        stream.write(json.dumps(_without_nan(content), indent=2, allow_nan=False).encode() + b"\n")
+    write_json(json_file, {**report, "ignored": ignored, "best": entries[best], "all": entries})
 
 
 def benchmark_of(folder: str | Path, benchmark: str | None) -> tuple[str, Benchmark]:
@@ -386,7 +416,7 @@ def benchmark_of(folder: str | Path, benchmark: str | None) -> tuple[str, Benchm
 def files_present(
     names: Sequence[str], folder: str | Path, allow_missing: bool, what: str
 ) -> tuple[list[str], list[str]]:
-    """Divide images into those that have a file in `folder` and those that lack it.
+    """Divide images into those with a file in `folder` and those without.
 
     Args:
         what: "CAMs", or what PNGs are called.
@@ -396,27 +426,18 @@ def files_present(
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"folder {folder}, which should hold the {what}, does not exist")
-    present, missing = [], []
+    with_file, missing = [], []
     for name in names:
         exists = camfile.exists(folder, name) if what == "CAMs" else (Path(folder) / f"{name}.png").is_file()
-        (present if exists else missing).append(name)
-    if missing and (not allow_missing or not present):
+        (with_file if exists else missing).append(name)
+    if missing and (not allow_missing or not with_file):
         none = " (images without labels have none)" if what == "CAMs" else ""
         raise FileNotFoundError(
             f"{folder} lacks the {what} of {len(missing)} of {len(names)} images: {first_few(missing)}{none}"
             "; make them, or leave these images out by --allow_missing"
         )
-    return present, missing
+    return with_file, missing
 
 
 def _named(score: float | None) -> str:
     return "" if score is None else f"^{score:g}" if score >= 1 else f"{score:g}"
-
-
-def _without_nan(value):
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and np.isnan(value) else value

@@ -116,10 +116,11 @@ class FusedStep(Step):
             values = mask_values(decoded.class_ids, self.benchmark)
             labels = posterior_labels(posterior, values, self.masks.confidence)
         mask = encode_mask(resize_mask(labels, decoded.size), self.benchmark.palette, decoded.class_ids)
+        files = self.cams.files(decoded, cams)
         if self.output is None:
-            self.cams.store(decoded.name, {**self.cams.files(decoded, cams), ".png": mask})
+            self.cams.save(decoded.name, {**files, ".png": mask})
         else:  # the mask last: its file says that the image is done
-            self.cams.store(decoded.name, self.cams.files(decoded, cams))
+            self.cams.save(decoded.name, files)
             store_files(self.output, decoded.name, {".png": mask})
         notes = decoded.notes + self.cams.notes(cams)
         return notes if size == decoded.size else [*notes, shrunk_note(self.masks)]

@@ -1,7 +1,6 @@
 """Labels from scores: files of scores, rules that choose labels, the label file, metrics."""
 
 import hashlib
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 
 from common.files import replacing
 from pipeline.flags import beside_images
-from pipeline.run import first_few
+from pipeline.run import first_few, write_json
 from segmentation import labels
 from segmentation.benchmark import Benchmark
 from segmentation.label_metrics import label_scores
@@ -153,9 +152,7 @@ def report_metrics(
         print(f"mAP of classes with positives: {rest:.6f} ({absent} of {len(classes)} have none)")
     print(f"F1: {result['F1']:.6f}, Precision: {result['Precision']:.6f}, Recall: {result['Recall']:.6f}")
     if json_file:
-        with replacing(json_file) as stream:
-            content = {key: None if value != value else value for key, value in result.items()}  # NaN
-            stream.write(json.dumps(content, indent=2).encode() + b"\n")
+        write_json(json_file, result)
 
 
 def truth_reader(

@@ -8,16 +8,15 @@ import cv2
 import numpy as np
 
 from common.settings import Settings, setting
-from pipeline.evaluate import background, benchmark_scores, files_present, report_scores
+from pipeline.evaluate import ScoringStep, background, count_mask, files_present, read_truth
 from pipeline.processes import device_of
 from pipeline.run import Record, Run, fingerprint, read_settings
-from pipeline.step import Decoded, Step
+from pipeline.step import Decoded
 from refinement.densecrf import BACKENDS, IMAGE_MODES, PRESETS, UNARY_TYPES, Preset, densecrf_batch
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.images import find_image, read_rgb, shrunk
 from segmentation.masks import read_mask, write_mask
-from segmentation.metrics import confusion
 
 
 @dataclass(frozen=True)
@@ -157,14 +156,14 @@ class MaskInput(Decoded):
 
 
 @dataclass
-class MaskStep(Step):
-    """Step 2b, see `pipeline.step.Step`.
+class MaskStep(ScoringStep):
+    """Step 2b: makes masks, and scores them if there is ground truth.
 
     Attributes:
         benchmark: the data set.
         cam_dir: folder of the CAM files.
         image_root: folder of the images.
-        output: folder of the masks; None writes none, and scores the labels before the 255 rule.
+        output: folder of the masks; None writes none, and scores labels of any confidence.
         gt_root: folder of the ground-truth masks; None gives no scores.
         cam_type: maps to take from the CAM files.
         settings: how masks are made.
@@ -179,11 +178,6 @@ class MaskStep(Step):
     cam_type: str = "attn_highres"
     settings: MaskSettings = field(default_factory=MaskSettings)
     device: str = "cpu"
-
-    def __post_init__(self):
-        channels = self.benchmark.channels
-        self.hist = np.zeros((channels, channels), np.int64)  # [truth, prediction]
-        self.pixels = np.zeros(2, np.int64)  # with ground truth: predicted 255 (left out), and all
 
     def is_done(self, name: str) -> bool:
         """Whether there is a mask, and no ground truth to score it with."""
@@ -221,20 +215,11 @@ class MaskStep(Step):
             write_mask(self._file(decoded.name), mask, self.benchmark.palette, decoded.class_ids)
         if self.gt_root is None:
             return decoded.notes
-        truth_file = Path(self.gt_root) / f"{decoded.name}.png"
-        if not truth_file.is_file():  # with --eval_only such images were left out or refused before
+        if not (Path(self.gt_root) / f"{decoded.name}.png").is_file():  # only without --eval_only
             return [*decoded.notes, "images without ground truth"]
-        truth = read_mask(truth_file)
-        self.hist += confusion(truth, mask, self.benchmark.channels)
-        known = truth < self.benchmark.channels
-        self.pixels += (int((mask[known] == IGNORE).sum()), int(known.sum()))
+        truth = read_truth(self.gt_root, decoded.name, mask.shape)
+        self.count(*count_mask(truth, mask, self.benchmark.channels))
         return decoded.notes
-
-    def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return `hist` and `pixels`; zero without ground truth."""
-        counts = self.hist, self.pixels
-        self.__post_init__()  # another run counts from zero
-        return counts
 
     def _file(self, name: str) -> Path:
         return Path(self.output) / f"{name}.png"
@@ -255,7 +240,6 @@ def make_masks(
     published numbers, every pixel is scored.
 
     Args:
-        step: see there.
         names: image ids.
         benchmark_name: recorded in the mask folder, see `segmentation.benchmark.load`.
         json_file: where the scores are written; None: nowhere.
@@ -270,6 +254,8 @@ def make_masks(
         FileNotFoundError: CAMs or folders are missing.
         ValueError: `step.output` is the folder of the CAMs, or holds masks made with other settings.
     """
+    if step.settings.crf_backend == "auto":  # resolved here, to be recorded
+        step = replace(step, settings=step.settings.on(device_of(step.device)))
     if step.output is not None and Path(step.output).resolve() == Path(step.cam_dir).resolve():
         raise ValueError(f"{step.output} holds the CAMs: give the masks a folder of their own")
     names, missing = files_present(names, step.cam_dir, allow_missing, "CAMs")
@@ -293,16 +279,7 @@ def make_masks(
     parts = run.map(step, names, num_workers)
     code = run.finish()
     if run.rank == 0 and step.gt_root is not None:
-        hist, pixels = (sum(counts) for counts in zip(*parts, strict=True))
-        report = {
-            "benchmark": step.benchmark.name,
-            "cam_type": step.cam_type,
-            "confidence": None if step.output is None else step.settings.confidence,
-            "crf": asdict(step.settings.crf),
-            "images": len(names) - len(run.failures),
-            "failed": [name for name, _ in run.failures],
-            "missing": missing,
-        }
-        result = benchmark_scores(hist, step.benchmark)
-        report_scores(report, (None,), [result], pixels, step.benchmark, json_file)
+        confidence = None if step.output is None else step.settings.confidence
+        details = {"confidence": confidence, "crf": asdict(step.settings.crf)}
+        step.report(run, parts, names, missing, details, json_file)
     return code

@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 
 from common.files import replacing
-from pipeline import pictures, records
+from pipeline import figures, records
 from pipeline.evaluate import benchmark_scores, scored_names
 from pipeline.masks import MaskSettings, crf_posterior, mask_values, posterior_labels
 from pipeline.run import command, read_settings
@@ -103,7 +103,7 @@ def mask_entry(mask_dir: str, gt_root: str | None, name: str, benchmark: Benchma
     """Return the figure of a mask, the proportion of ignored pixels, and the mIoU (None without truth)."""
     mask = read_mask(Path(mask_dir) / f"{name}.png")
     return {
-        "figure": pictures.mask_figure(mask, pictures.page_palette(benchmark)),
+        "figure": figures.mask_figure(mask, figures.page_palette(benchmark)),
         "ignored": float((mask == IGNORE).mean()),
         "iou": mask_score(mask_dir, gt_root, name, benchmark) if gt_root is not None else None,
     }
@@ -153,16 +153,16 @@ def sample(
     posterior = crf_posterior(image, cams, settings, add_background=len(values) > len(cams))
     shown = {
         "name": name,
-        "image": pictures.image_figure(image),
+        "image": figures.image_figure(image),
         "cams": [
             {
                 "name": benchmark.classes[index],
-                "initial": pictures.image_figure(pictures.cam_overlay(image, before)),
-                "refined": pictures.image_figure(pictures.cam_overlay(image, after)),
+                "initial": figures.image_figure(figures.cam_overlay(image, before)),
+                "refined": figures.image_figure(figures.cam_overlay(image, after)),
             }
             for index, before, after in zip(class_ids, initial, refined, strict=True)
         ],
-        "crf": pictures.mask_figure(posterior_labels(posterior, values), pictures.page_palette(benchmark)),
+        "crf": figures.mask_figure(posterior_labels(posterior, values), figures.page_palette(benchmark)),
         "mask": mask_entry(results.mask_dir, gt_root, name, benchmark),
         "auto_mask": None,
         "truth": gt_root and mask_entry(gt_root, None, name, benchmark)["figure"],
@@ -187,7 +187,7 @@ def predictions(results: Results, count: int) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "image": pictures.image_figure(read_rgb(find_image(results.val_image_root, name))),
+            "image": figures.image_figure(read_rgb(find_image(results.val_image_root, name))),
             "masks": [
                 {"title": network.title, **mask_entry(network.mask_dir, gt_root, name, benchmark)}
                 for network in results.networks
@@ -230,8 +230,8 @@ def render(results: Results, images: int = 8) -> str:
         scored=_scored(results),
         score_rows=scored_names(benchmark),
         selection=f"{len(selected)} of {len(names)} images, at even steps {order}.",
-        legend=dict(zip(classes, pictures.page_palette(benchmark), strict=False)),
-        cam_colors=pictures.cam_overlay(np.full((1, 9, 3), 160, np.uint8), np.linspace(0, 1, 9)[None])[0],
+        legend=dict(zip(classes, figures.page_palette(benchmark), strict=False)),
+        cam_colors=figures.cam_overlay(np.full((1, 9, 3), 160, np.uint8), np.linspace(0, 1, 9)[None])[0],
         confidence=f"{settings.confidence:g}",
         samples=[sample(results, name, cam_type, settings, tags) for name in selected],
         predictions=predictions(results, images) if results.networks else [],

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -217,6 +218,20 @@ def fingerprint(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest() if made else ""
 
 
+def write_json(file: str | Path, content: Mapping[str, Any]) -> None:
+    """Write JSON; NaN, which it does not have, becomes null."""
+    with replacing(file) as stream:
+        stream.write(json.dumps(_without_nan(content), indent=2).encode() + b"\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def first_few(names: Sequence[str], count: int | None = None) -> str:
     """Return the first few of `names` in one line, "..." after them if there are more.
 
@@ -262,10 +277,12 @@ def _prepare(folder: Path, record: Record, overwrite: bool) -> None:
     sweep(folder)
     for file in check_folder(folder, record, overwrite):
         file.unlink()
-    content = {name: dict(getattr(record, name)) for name in ("settings", "inputs", "info")}
-    with replacing(folder / SETTINGS) as stream:
-        content = {"step": record.step, **content, "versions": _versions()}
-        stream.write(json.dumps(content, indent=2).encode() + b"\n")
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    recorded = {part: getattr(record, part) for part in ("step", "settings", "inputs", "info")}
+    write_json(folder / SETTINGS, {**recorded, "versions": versions})
 
 
 def _check_depth(folder: Path, files: list[Path]) -> None:
@@ -288,14 +305,6 @@ def _compare(folder: Path, last: dict, record: Record) -> None:
         raise ValueError(
             f"{folder} was filled with other settings: {changes}; choose another folder, or --overwrite"
         )
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
 
 
 def write_failures(file: Path, failures: Sequence[tuple[str, str]]) -> None:

@@ -313,3 +313,9 @@ def test_a_resnet_tower_takes_an_affinity(tmp_path):
     assert initial.shape == (3, 96, 128) and initial.max() > 0.9
     with pytest.raises(ValueError, match="--refine none"):
         replace(step, affinity=None).start(0)
+
+
+def test_a_copy_of_a_step_with_another_output_writes_there(voc, tmp_path, parity_file):
+    step = replace(step_of(voc, tmp_path / "first", parity_file("tiny", 1)), output=str(tmp_path / "second"))
+    taken(step, ["es_b"])
+    assert camfile.exists(tmp_path / "second", "es_b") and not (tmp_path / "first").exists()
