@@ -4,10 +4,10 @@ import argparse
 from dataclasses import replace
 
 from common.settings import add_flags, from_args
+from pipeline.cams_cli import add_preset_flag, mask_defaults
 from pipeline.evaluate import benchmark_of
 from pipeline.flags import HelpFormatter, add_benchmark_flag, add_image_flags, count
 from pipeline.masks import MaskSettings, MaskStep, make_masks
-from pipeline.presets import add_preset_flag, mask_defaults
 from pipeline.processes import cores
 from pipeline.run import command
 from segmentation.labels import split_of

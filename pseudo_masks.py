@@ -6,11 +6,10 @@ from pathlib import Path
 
 from common.settings import add_flags, from_args
 from pipeline import shards
-from pipeline.cams_cli import add_cam_flags, add_input_flags, cam_step
+from pipeline.cams_cli import add_cam_flags, add_input_flags, cam_step, mask_defaults
 from pipeline.flags import LABELS_HELP, HelpFormatter
 from pipeline.fused import FusedStep
 from pipeline.masks import MaskSettings
-from pipeline.presets import mask_defaults
 from pipeline.processes import device_of
 from pipeline.run import Record, Run, check_folder, command, fingerprint
 from segmentation import camfile
@@ -76,12 +75,12 @@ def main() -> int:
         cams = replace(cams, labels=from_file(finder.file, len(cams.benchmark.classes)))
     if cam_dir:
         Run(cam_dir, cam_record, args.overwrite)  # its record is then as step 1 would write it
-    run = Run(output, record, args.overwrite, **(shards.RETRY if args.shards else {}))
+    run = Run(output, record, args.overwrite)
     if args.shards:
         step = shards.ShardStep(FusedStep(cams, masks, None), args.output)
-        run.map(step, names, workers, counted=False)
     else:
-        run.map(FusedStep(cams, masks, args.output), names, workers)
+        step = FusedStep(cams, masks, args.output)
+    run.map(step, names, workers)
     return run.finish() or code
 
 

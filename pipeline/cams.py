@@ -104,17 +104,7 @@ def image_cams(
     settings: CamSettings,
     affinity: Affinity | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return the CAMs of one image.
-
-    Args:
-        image: any mode and size.
-        text_features: (K, E), of its labels.
-        background_features: (M, E), of the background prompts.
-        affinity: replaces the attention of the model's own blocks.
-
-    Returns:
-        CAM type -> (K, h, w) float32 in [0, 1] on the patch grid (of the largest scale).
-    """
+    """Return the CAMs of one image of any mode and size, see `batch_cams`; `text_features` are (K, E)."""
     views = resized_views(image, Grid.of(model), settings.cam_scales, settings.max_patches)
     return batch_cams(model, [views], [text_features], background_features, settings, affinity)[0]
 
@@ -140,8 +130,7 @@ def batch_cams(
         For each image CAM type -> (K, h, w) float32 in [0, 1] on the patch grid (of the largest scale).
     """
     counts = [len(features) for features in text_features]
-    padded = pad_sequence(list(text_features), batch_first=True)  # (B, K, E)
-    valid = None
+    padded, valid = pad_sequence(list(text_features), batch_first=True), None  # (B, K, E)
     if min(counts) < max(counts):
         valid = torch.arange(max(counts)) < torch.tensor(counts)[:, None]  # (B, K)
         valid = valid.to(padded.device)
@@ -196,7 +185,7 @@ def _view_cams(
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Return the array as tensor; it is copied to a GPU while that computes another thread's batch."""
+    """Return the array as tensor; a GPU computes another thread's batch meanwhile."""
     tensor = torch.from_numpy(array)
     if device.type == "cpu":
         return tensor
@@ -222,17 +211,13 @@ def store_files(folder: str, name: str, files: dict[str, bytes]) -> None:
 
 @dataclass
 class CamStep(Step):
-    """Step 1, see `pipeline.step.Step`.
+    """Step 1.
 
     Attributes:
-        benchmark: its classes and prompts.
-        image_root: folder of the images.
-        labels: reader of their labels; None: samples bring their own.
+        labels: reader of the images' labels; None: samples bring their own.
         model: see `clip.load`.
-        output: folder of the CAM files; None: `store` puts them elsewhere.
+        output: folder of the CAM files; None if they go elsewhere.
         format: see `segmentation.camfile`; "none" when CAMs are not kept.
-        settings: how CAMs are made.
-        compute_settings: on what.
         affinity: replaces the attention of the model's own blocks; a module-level function if there are
             several processes.
         store: (image name, file suffix -> content) -> None; None: files go to `output`.
@@ -263,11 +248,8 @@ class CamStep(Step):
     def start(self, worker_index: int) -> None:
         rounding = ROUND_WEIGHTS[self.settings.round_weights]
         self.clip = self.compute_settings.load(self.model, rounding, worker_index)
-        if (
-            self.settings.refine != "none"
-            and self.affinity is None
-            and not isinstance(self.clip.visual, VisionTransformer)
-        ):
+        has_affinity = self.affinity is not None or isinstance(self.clip.visual, VisionTransformer)
+        if self.settings.refine != "none" and not has_affinity:
             raise ValueError(
                 "a ResNet tower has no attention between patches to refine CAMs with: use --refine none"
             )
@@ -294,11 +276,9 @@ class CamStep(Step):
         return images_that_fit(self.clip, decoded.patches(self.clip), self.flow.threads, views)
 
     def compute(self, batch: list[LabeledImage]) -> list[dict[str, np.ndarray]]:
-        features = [self.text_features[decoded.class_ids] for decoded in batch]
         views = [decoded.views for decoded in batch]
-        return batch_cams(
-            self.clip, views, features, self.background_features, self.settings, self.affinity
-        )
+        texts = [self.text_features[decoded.class_ids] for decoded in batch]
+        return batch_cams(self.clip, views, texts, self.background_features, self.settings, self.affinity)
 
     def write(self, decoded: LabeledImage, cams: dict[str, np.ndarray]) -> list[str]:
         self.save(decoded.name, self.files(decoded, cams))

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.processes import Outcome
 from pipeline.run import Run, first_few, read_settings, write_json
-from pipeline.step import Decoded, Step
+from pipeline.step import Step
 from segmentation import benchmark as benchmarks
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
@@ -24,11 +25,8 @@ SUMMARY = ("Mean IoU", "Pixel Accuracy", "Mean Accuracy", "Frequency Weighted Io
 
 
 def backgrounds(threshold: float, cam_type: str, has_background: bool = True) -> tuple[float | None, ...]:
-    """Return the background scores that the reference evaluation tries for a value of --cam_eval_thres.
-
-    The value only selects the list: exponents 1 and 2 (1 to 10 for maps without attention refinement)
-    for 1 and more, constants 0.05, 0.10, ..., 0.60 below 1.
-    """
+    """Return what the reference evaluation tries for a value of --cam_eval_thres: exponents 1 and 2 (1 to 10
+    for maps without attention refinement) for 1 and more, constants 0.05, 0.10, ..., 0.60 below 1."""
     if cam_type == MASKS or "bg" in cam_type or not has_background:
         return (None,)
     if threshold >= 1:
@@ -37,15 +35,12 @@ def backgrounds(threshold: float, cam_type: str, has_background: bool = True) ->
 
 
 def background(top: np.ndarray, score: float, arithmetic: str = "float16") -> np.ndarray:
-    """The background's score at each pixel.
+    """Return the background's score at each pixel, of dtype `arithmetic`.
 
     Args:
         top: (...) the highest score of any class.
         score: >= 1: an exponent e, the background is (1 - top)^e; below 1: that constant everywhere.
         arithmetic: "float16" rounds the difference, then the power.
-
-    Returns:
-        (...) of dtype `arithmetic`.
     """
     dtype = np.dtype(arithmetic)
     if score < 1:
@@ -58,16 +53,14 @@ def background(top: np.ndarray, score: float, arithmetic: str = "float16") -> np
 def _verdicts(
     backgrounds: tuple[float | None, ...], arithmetic: str
 ) -> tuple[list[int], list[float], np.ndarray]:
-    """Return which background scores beat a class, for each score that the best class can have.
+    """Return which background scores beat the best class, by intervals of the class's score.
 
-    There are only as many scores as float16 numbers, so all are tried once instead of at every pixel. In
-    [0, 1] each background has one edge, the least score that beats it; other numbers, which no CAM holds,
-    have edges too.
+    There are only as many scores as float16 numbers, so all are tried once instead of at every pixel.
 
     Returns:
-        edges (I - 1,) in rising order, as `ordered` writes them: the scores at which a verdict changes; the
-        least float32 that are rounded to them, for scores in [0, 1]; and wins (I, B) bool for the intervals
-        they bound: does the background win? A tie is the background's; None never wins.
+        edges (I - 1,) of the intervals in rising order, as `ordered` writes them; the least float32 that are
+        rounded to them, for scores in [0, 1]; and wins (I, B) bool. A tie is the background's; None never
+        wins.
     """
     numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
     wins = np.zeros((2**16, len(backgrounds)), bool)
@@ -106,14 +99,14 @@ def count_cams(
     the earlier one in `class_ids`. NaN counts as highest.
 
     Args:
-        truth: (H, W) uint8, indices as the benchmark's masks have them.
+        truth: (H, W) uint8 mask values.
         class_ids: (K,) class indices.
         cams: (K, H, W) float16; (K + 1, H, W) if they have a background channel. float32 counts as if it
             were rounded to float16, but only close rivals are.
 
     Returns:
-        hists (B, n, n) int64 [truth, prediction] for the B background scores, and the pixels of known truth
-        that are predicted 255 at the first of them, which are in no matrix.
+        hists (B, n, n) int64 [truth, prediction] for the B background scores; and the number of pixels of
+        known truth that are predicted 255 at the first of them, which are in no matrix.
 
     Raises:
         ValueError: a pixel of known truth is predicted as a class that the benchmark does not have.
@@ -150,10 +143,8 @@ def count_mask(truth: np.ndarray, mask: np.ndarray, channels: int) -> tuple[np.n
 
 
 def _argmax(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First of the highest maps, and its value: (K, N) -> (N,), (N,).
-
-    float32 maps in [0, 1] are compared as if rounded to float16; their highest value is not rounded.
-    """
+    """Return the first of the highest maps, and its value: (K, N) -> (N,), (N,). float32 maps in [0, 1] are
+    compared as if rounded to float16; their highest value is not rounded."""
     top = maps[0] if len(maps) == 1 else maps[0].copy()
     best = np.zeros(top.shape, np.min_scalar_type(len(maps)))
     for index, channel in enumerate(maps[1:], 1):
@@ -183,10 +174,7 @@ def _matrices(indices: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]
 
 
 class ScoringStep(Step):
-    """A step that counts how its predictions agree with ground truth.
-
-    Subclasses are dataclasses with a `benchmark` and a `cam_type`, and say what `backgrounds` they try.
-    """
+    """A step that compares predictions with ground truth; subclasses have a `benchmark` and a `cam_type`."""
 
     backgrounds: Sequence[float | None] = (None,)
 
@@ -210,13 +198,12 @@ class ScoringStep(Step):
     def report(
         self, run: Run, parts: list, names: Sequence[str], missing: list[str], details: dict, json_file: Any
     ) -> None:
-        """Print and write the scores of a finished run, see `report_scores`.
+        """Print and write the scores of a finished run.
 
         Args:
             parts: what `finish` returned in each process.
-            names: image ids of the run.
-            missing: those that were left out.
-            details: what else the JSON file is to hold.
+            names: image ids of the run; `missing` were left out before.
+            details: what else the JSON file holds.
         """
         hists, pixels = (sum(counts) for counts in zip(*parts, strict=True))
         results = [benchmark_scores(hist, self.benchmark) for hist in hists]
@@ -232,22 +219,11 @@ class ScoringStep(Step):
 
 
 @dataclass
-class TruthAndPrediction(Decoded):
-    """A decoded image: truth (H, W) uint8; CAMs (K, H, W) and class indices (K,), or a mask (H, W)."""
-
-    truth: np.ndarray
-    prediction: np.ndarray
-    class_ids: np.ndarray | None = None
-
-
-@dataclass
 class Evaluation(ScoringStep):
     """Step 2a: counts pixels and writes nothing.
 
     Attributes:
-        benchmark: the data set.
         cam_dir: folder of the CAM files, or of the masks.
-        gt_root: folder of the ground-truth masks.
         cam_type: maps to take from the CAM files; a type with "bg" in its name has a background channel;
             "png" evaluates index masks.
         backgrounds: background scores to try, see `background`; (None,) where there is nothing to try.
@@ -262,25 +238,15 @@ class Evaluation(ScoringStep):
     backgrounds: tuple[float | None, ...] = (1.0, 2.0)
     arithmetic: str = "float16"
 
-    def decode(self, name: str) -> TruthAndPrediction:
-        class_ids = None
+    def decode(self, name: str) -> Outcome:
+        """Read and count an image, after which nothing is left to compute."""
         if self.cam_type == MASKS:
-            prediction = read_mask(Path(self.cam_dir) / f"{name}.png")
+            mask = read_mask(Path(self.cam_dir) / f"{name}.png")
+            self.count(*count_mask(read_truth(self.gt_root, name, mask.shape), mask, self.benchmark.channels))
         else:
-            class_ids, prediction = camfile.read(self.cam_dir, name, self.cam_type, rounded=False)
-        truth = read_truth(self.gt_root, name, prediction.shape[-2:])
-        return TruthAndPrediction(name, truth, prediction, class_ids)
-
-    def compute(self, batch: list[TruthAndPrediction]) -> list[tuple[np.ndarray, int]]:
-        return [
-            count_mask(decoded.truth, decoded.prediction, self.benchmark.channels)
-            if decoded.class_ids is None
-            else count_cams(decoded.truth, decoded.class_ids, decoded.prediction, self)
-            for decoded in batch
-        ]
-
-    def write(self, decoded: TruthAndPrediction, result: tuple[np.ndarray, int]) -> None:
-        self.count(*result)
+            class_ids, cams = camfile.read(self.cam_dir, name, self.cam_type, rounded=False)
+            self.count(*count_cams(read_truth(self.gt_root, name, cams.shape[1:]), class_ids, cams, self))
+        return Outcome(name)
 
 
 def read_truth(gt_root: str, name: str, size: tuple[int, int]) -> np.ndarray:
@@ -329,14 +295,11 @@ def evaluate(
 
 
 def benchmark_scores(hist: np.ndarray, benchmark: Benchmark, absent: str = "drop") -> dict:
-    """Scores of what the benchmark is scored by: its groups of classes where it has them, else its classes.
+    """Return `segmentation.metrics.scores` of the benchmark's groups of classes, or else of its classes.
 
     Args:
         hist: (n, n) [truth, prediction], of the benchmark's masks.
-        absent: see `segmentation.metrics.scores`.
-
-    Returns:
-        See there; the keys of "Class IoU" are indices into `scored_names`.
+        absent: see `scores`, as for what is returned; its class indices are those of `scored_names`.
     """
     if benchmark.groups:
         member = np.eye(len(benchmark.group_names), dtype=np.int64)[benchmark.groups]  # (n, groups)
@@ -345,7 +308,7 @@ def benchmark_scores(hist: np.ndarray, benchmark: Benchmark, absent: str = "drop
 
 
 def scored_names(benchmark: Benchmark) -> list[str]:
-    """What there is an IoU of: groups of classes, or classes with the background before them."""
+    """Return what has an IoU: groups of classes, or classes with the background before them."""
     if benchmark.groups:
         return list(benchmark.group_names)
     return ["background"] * benchmark.has_background + list(benchmark.classes)
@@ -396,10 +359,7 @@ def report_scores(
 
 
 def benchmark_of(folder: str | Path, benchmark: str | None) -> tuple[str, Benchmark]:
-    """Return the benchmark of --benchmark, else the one recorded by the run that filled `folder`.
-
-    Returns:
-        What to call it (see `segmentation.benchmark.load`), and the benchmark.
+    """Return name or file, and the benchmark, of --benchmark, or else of the run that filled `folder`.
 
     Raises:
         FileNotFoundError: no such folder.

@@ -38,8 +38,7 @@ GPU_THREADS = 2
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """How images flow through a step; results do not depend on it, except that the first two may change
-    rounding.
+    """How images flow through a step; the first two may change rounding, nothing else depends on it.
 
     Attributes:
         batch_size: images computed at once; None lets the step choose for each shape.
@@ -57,8 +56,8 @@ class FlowSettings:
     write_workers: int = 0
 
     def on(self, device: torch.device) -> FlowSettings:
-        """Return the settings for a device: a CPU writes where it computes; of a GPU's two threads one
-        stacks and copies a batch while the other's is computed."""
+        """Return the settings for a device: a CPU writes where it computes; a GPU has two threads, one of
+        which stacks and copies a batch while the other's is computed."""
         if device.type == "cpu":
             return replace(self, write_workers=0)
         return replace(self, threads=self.threads or GPU_THREADS)
@@ -74,7 +73,6 @@ def flow(
 
     Args:
         samples: names, or whatever the step's decoder takes.
-        step: see `pipeline.step.Step`; its `flow` says how.
         decode_pool: see `decoding`; for a single flow it need not be given.
 
     Yields:
@@ -86,26 +84,26 @@ def flow(
     """
     settings = step.flow
     limits: dict[Hashable, int] = {}  # of shapes that ran out of memory: half the batch that did
-    running: deque[Future] = deque()
+    blocks: deque[Future] = deque()
     writing: deque[Future] = deque()
     with ExitStack() as stack:
         decode_pool = decode_pool or stack.enter_context(decoding(settings))
         threads, computer, writer = _executors(settings, stack)
         decode = partial(_decode, step.decoder())
         for block in _prefetched(samples, decode, settings, decode_pool):
-            running.append(computer.submit(_block, block, step, limits, writer))
-            if len(running) > 2 * threads:
-                yield from _finished(running.popleft(), writing)
+            blocks.append(computer.submit(_block, block, step, limits, writer))
+            if len(blocks) > 2 * threads:
+                yield from _finished(blocks.popleft(), writing)
             while len(writing) > settings.prefetch:
                 yield writing.popleft().result()
-        while running:
-            yield from _finished(running.popleft(), writing)
+        while blocks:
+            yield from _finished(blocks.popleft(), writing)
         while writing:
             yield writing.popleft().result()
 
 
 class _Inline(Executor):
-    """Runs everything at once, in the calling thread."""
+    """Runs work at once, in the calling thread."""
 
     def submit(self, work: Callable, /, *args, **kwargs) -> Future:
         future: Future = Future()
@@ -172,8 +170,7 @@ def _prefetched(
     settings: FlowSettings,
     decode_pool: Executor | None,
 ) -> Iterator[list[Callable[[], Decoded | Outcome]]]:
-    """Yield blocks of functions that return a decoded sample each. Decoding processes work on the next blocks
-    while the caller is busy with one."""
+    """Yield blocks of functions that return a decoded sample each. Decoding processes are blocks ahead."""
     source = iter(samples)
     blocks = iter(lambda: list(islice(source, settings.prefetch)), [])
     if decode_pool is None:
@@ -273,8 +270,8 @@ def _computed(
 
 
 def _try(batch: list[Decoded], step: Step) -> tuple[list, Outcome | None, bool]:
-    """Return results; or a failure, and whether memory ran out. The error itself is not returned, so that the
-    memory its traceback holds is free."""
+    """Return results; or a failure, and whether memory ran out. The error itself would hold memory by its
+    traceback."""
     try:
         return step.compute(batch), None, False
     except Exception as error:

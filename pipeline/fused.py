@@ -30,10 +30,8 @@ from segmentation.masks import encode_mask, mask_keys
 
 @dataclass
 class FusedStep(Step):
-    """CAMs and masks with one model, see `pipeline.step.Step`.
-
-    On a CPU the dense CRF runs where the mask is written; on a GPU, or with the torch backend, it runs for
-    the whole batch where the CAMs are.
+    """CAMs and masks with one model. The torch backend of the dense CRF runs for a whole batch where the CAMs
+    are; the others run where a mask is written.
 
     Attributes:
         cams: how CAMs are made, and where they are kept; nowhere with format "none".
@@ -84,26 +82,20 @@ class FusedStep(Step):
     @torch.no_grad()
     def _crf(self, batch: list[LabeledImage], grids: list[np.ndarray]) -> list[np.ndarray]:
         """Return the masks of a batch, (H, W) uint8 at the size of the kept images."""
-        images = [torch.tensor(decoded.image, device=self.device) for decoded in batch]
-        probabilities = [
-            self._probabilities(torch.from_numpy(grid).to(self.device), image.shape[:2])
-            for grid, image in zip(grids, images, strict=True)
-        ]
-        masks = []
+        dtype = getattr(torch, self.masks.crf.unary_type)
+        images, probabilities, masks = [], [], []
+        for decoded, grid in zip(batch, grids, strict=True):
+            cams = upsample(torch.from_numpy(grid).to(self.device), decoded.image.shape[:2]).to(dtype)
+            if self.benchmark.has_background:
+                cams = torch.cat([(1 - cams.amax(0, keepdim=True).float()).to(dtype), cams])
+            probabilities.append(cams)  # as in `pipeline.masks.crf_posterior`
+            images.append(torch.tensor(decoded.image, device=self.device))
         posteriors = densecrf_batch(images, probabilities, self.masks.crf, "torch", self.device)
         for decoded, posterior in zip(batch, posteriors, strict=True):
             highest, channel = posterior.max(0)  # (H, W)
             values = torch.from_numpy(mask_values(decoded.class_ids, self.benchmark)).to(self.device)
             masks.append(values[channel].masked_fill(highest < self.masks.confidence, IGNORE))
         return [mask.cpu().numpy() for mask in masks]
-
-    def _probabilities(self, grid: Tensor, size: tuple[int, int]) -> Tensor:
-        """(K, h, w) -> (C, H, W), as `pipeline.masks.crf_posterior` has them."""
-        dtype = getattr(torch, self.masks.crf.unary_type)
-        cams = upsample(grid, size).to(dtype)
-        if not self.benchmark.has_background:
-            return cams
-        return torch.cat([(1 - cams.amax(0, keepdim=True).float()).to(dtype), cams])
 
     def write(
         self, decoded: LabeledImage, result: tuple[dict[str, np.ndarray], np.ndarray | None]

@@ -22,11 +22,8 @@ RULES = ("relative", "absolute", "top")
 
 
 def write_scores(folder: str | Path, scores: Mapping[str, np.ndarray]) -> Path:
-    """Write a file of scores; its name is a hash of its images, so that processes do not collide.
-
-    Args:
-        scores: image name -> (K,) float32.
-    """
+    """Write scores, image name -> (K,) float32, to a file named by a hash of the images, so that processes do
+    not collide; return the file."""
     names = sorted(scores)
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     file = Path(folder) / f"scores-{digest}{SUFFIX}"
@@ -82,11 +79,9 @@ def label_rule(rule: str, threshold: float | None, ratio: float) -> LabelRule:
 
 
 def choose(scores: np.ndarray, threshold: float, rule: str = "relative") -> np.ndarray:
-    """Return which classes are predicted, (n, K) bool.
+    """Return which classes are predicted from scores (n, K), as (n, K) bool.
 
     Args:
-        scores: (n, K).
-        threshold: of the rule.
         rule: "relative": above min + threshold * (max - min) of an image's scores, so none if all are equal;
             "absolute": above the threshold; "top": the `threshold` highest, of equal ones the first.
     """
@@ -146,10 +141,9 @@ def report_metrics(
         row[class_ids] = True
     result = label_scores(values, labeled, classes, choose(values, *rule))
     print(f"mAP: {result['mAP']:.6f}")
-    absent = result["classes without positives"]
+    absent, value = result["classes without positives"], result["mAP of classes with positives"]
     if absent:
-        rest = result["mAP of classes with positives"]
-        print(f"mAP of classes with positives: {rest:.6f} ({absent} of {len(classes)} have none)")
+        print(f"mAP of classes with positives: {value:.6f} ({absent} of {len(classes)} have none)")
     print(f"F1: {result['F1']:.6f}, Precision: {result['Precision']:.6f}, Recall: {result['Recall']:.6f}")
     if json_file:
         write_json(json_file, result)

@@ -77,9 +77,7 @@ class MaskSettings(Settings):
 def crf_posterior(
     image: np.ndarray, cams: np.ndarray, settings: MaskSettings, add_background: bool, device: str = "cpu"
 ) -> np.ndarray:
-    """Return the class posteriors of one image by the dense CRF.
-
-    The background is 1 - the highest CAM, whichever exponent evaluates best; nothing is normalized.
+    """Return the class posteriors of one image by the dense CRF; the background is 1 - the highest CAM.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -92,20 +90,17 @@ def crf_posterior(
     """
     probabilities = cams.astype(settings.crf.unary_type)
     if add_background:
-        rest = background(cams.max(axis=0, initial=0), 1, settings.crf.unary_type)
-        probabilities = np.concatenate([rest[None], probabilities])
+        first = background(cams.max(axis=0, initial=0), 1, settings.crf.unary_type)
+        probabilities = np.concatenate([first[None], probabilities])
     return densecrf_batch([image], [probabilities], settings.crf, settings.crf_backend, device)[0]
 
 
 def posterior_labels(posterior: np.ndarray, values: np.ndarray, confidence: float = 0) -> np.ndarray:
-    """Return the most probable label of each pixel, 255 where its posterior is below `confidence`.
+    """Return the most probable labels (H, W) uint8, 255 where the posterior is below `confidence`.
 
     Args:
         posterior: (C, H, W).
         values: (C,) uint8, see `mask_values`.
-
-    Returns:
-        (H, W) uint8.
     """
     labels = values[posterior.argmax(axis=0)]
     if confidence:
@@ -140,13 +135,13 @@ def resize_mask(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def shrunk_note(settings: MaskSettings) -> str:
-    """Return the note that is counted of images that are too large for the CRF."""
+    """Return the note on images that are too large for the CRF."""
     return f"images shrunk to {settings.crf_max_pixels} pixels for the CRF (--crf_max_pixels)"
 
 
 @dataclass
 class MaskInput(Decoded):
-    """A decoded image: size, class indices, shrunk pixels and CAMs; or its mask, if that is done already."""
+    """A decoded image: size, class indices, shrunk pixels and CAMs; or its mask, if that exists."""
 
     size: tuple[int, int] = (0, 0)
     class_ids: np.ndarray | None = None
@@ -160,13 +155,9 @@ class MaskStep(ScoringStep):
     """Step 2b: makes masks, and scores them if there is ground truth.
 
     Attributes:
-        benchmark: the data set.
-        cam_dir: folder of the CAM files.
-        image_root: folder of the images.
         output: folder of the masks; None writes none, and scores labels of any confidence.
         gt_root: folder of the ground-truth masks; None gives no scores.
         cam_type: maps to take from the CAM files.
-        settings: how masks are made.
         device: of the torch backend, see `pipeline.processes.device_of`.
     """
 
@@ -245,7 +236,6 @@ def make_masks(
         json_file: where the scores are written; None: nowhere.
         allow_missing: leave out images without CAM, and without ground truth where only scores are made.
         overwrite: remove existing masks.
-        num_workers: processes; the files do not depend on it.
 
     Returns:
         The exit code: 1 if an image failed.

@@ -1,8 +1,4 @@
-"""Dividing images among processes: torchrun's ranks, and the processes that a rank starts on its machine.
-
-`work(names, worker_index, *args)` is a generator function: it handles its images and yields one `Outcome` for
-each; its return value is collected. `worker_index` counts the processes of this machine.
-"""
+"""Dividing images among processes: torchrun's ranks, and the processes that a rank starts on its machine."""
 
 import math
 import multiprocessing
@@ -25,9 +21,6 @@ class Outcome(NamedTuple):
     name: str
     failure: str = ""
     notes: tuple[str, ...] = ()
-
-
-Work = Callable[..., Generator[Outcome, None, Any]]
 
 
 def attempt(name: str, work: Callable[..., Any], *args) -> Any:
@@ -53,10 +46,8 @@ def failed(name: str, error: Exception) -> Outcome:
 
 
 def part_of(items: Sequence, index: int, count: int, block: int = 1) -> list:
-    """Return the items of process `index` of `count`: every count-th block of items.
-
-    Parts differ by one block at most. A part may be divided again by the same blocks.
-    """
+    """Return the items of process `index` of `count`: every count-th block of items. A part may be divided
+    again by the same blocks."""
     starts = range(index * block, len(items), count * block)
     return [item for start in starts for item in items[start : start + block]]
 
@@ -68,14 +59,11 @@ def cores() -> int:
 
 
 def device_of(device: str, worker_index: int = 0) -> str:
-    """Resolve --device for one process.
+    """Return the device of one process, "cpu" or "cuda:i".
 
     Args:
         device: "auto" (CUDA where there is any), "cpu", "cuda" (processes take the GPUs in turn) or "cuda:i".
         worker_index: number of the process on this machine.
-
-    Returns:
-        "cpu" or "cuda:i".
 
     Raises:
         ValueError: no such device, or PyTorch sees no GPU.
@@ -101,7 +89,7 @@ def drain(generator: Generator[Outcome, None, Any], take: Callable[[Outcome], No
 
 
 def run(
-    work: Work,
+    work: Callable,
     names: Sequence[str],
     args: tuple,
     processes: int,
@@ -111,7 +99,8 @@ def run(
     """Run `work(names, worker_index, *args)` in several processes of this machine, which divide `names`.
 
     Args:
-        work: a module-level function; with several processes, `args` are pickled.
+        work: a module-level generator function, which yields an `Outcome` for each name. `worker_index`
+            counts the processes of this machine; with several processes, `args` are pickled.
         processes: 1 is this process itself. Several divide the CPU threads, unless OMP_NUM_THREADS is set.
         take: called here with each outcome as it comes.
         block: names that stay together, see `part_of`.
@@ -171,7 +160,7 @@ def _receive(receiver: Connection, worker: BaseProcess) -> tuple[str, Any]:
         ) from None
 
 
-def _worker(sender: Connection, work: Work, names: list, worker_index: int, args: tuple) -> None:
+def _worker(sender: Connection, work: Callable, names: list, worker_index: int, args: tuple) -> None:
     """Send ("outcome", Outcome) for each image, then ("result", what `work` returned) or ("error", error)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
 
