@@ -130,10 +130,8 @@ def batch_cams(
         For each image CAM type -> (K, h, w) float32 in [0, 1] on the patch grid (of the largest scale).
     """
     counts = [len(features) for features in text_features]
-    padded, valid = pad_sequence(list(text_features), batch_first=True), None  # (B, K, E)
-    if min(counts) < max(counts):
-        valid = torch.arange(max(counts)) < torch.tensor(counts)[:, None]  # (B, K)
-        valid = valid.to(padded.device)
+    padded = pad_sequence(list(text_features), batch_first=True)  # (B, K, E)
+    valid = (torch.arange(max(counts)) < torch.tensor(counts)[:, None]).to(padded.device)  # (B, K)
     cams: list[dict[str, list[np.ndarray]]] = [{} for _ in views]
     for same_scale in zip(*views, strict=True):
         by_type = _view_cams(
@@ -150,7 +148,7 @@ def _view_cams(
     model: CLIP,
     pixels: np.ndarray,
     text_features: Tensor,
-    valid: Tensor | None,
+    valid: Tensor,
     background_features: Tensor,
     settings: CamSettings,
     affinity: Affinity | None,
@@ -158,8 +156,8 @@ def _view_cams(
     """Images (B, H', W', 3) -> CAM type -> (1, B, K, h, w), or (2, ...) the mirrored view flipped back."""
     images = clip.normalize(_to_device(pixels, model.device), model.config.mean, model.config.std)
     if settings.flip:  # images are (B, 3, H', W')
-        images, text_features = torch.cat([images, images.flip(-1)]), text_features.repeat(2, 1, 1)
-        valid = None if valid is None else valid.repeat(2, 1)
+        images = torch.cat([images, images.flip(-1)])
+        text_features, valid = text_features.repeat(2, 1, 1), valid.repeat(2, 1)
     result = text_cams(
         model,
         images,

@@ -273,8 +273,7 @@ def evaluate(
     Args:
         names: image ids.
         json_file: where the scores are written, if anywhere.
-        allow_missing: leave out images without prediction or ground truth, and report their number.
-        num_workers: processes.
+        allow_missing: leave out images without prediction or ground truth, and report them.
 
     Returns:
         The exit code: 1 if an image could not be evaluated.
@@ -325,11 +324,10 @@ def report_scores(
     """Print scores as tables, the best background in full, and write them as JSON.
 
     Args:
-        report: what else the JSON file is to hold.
+        report: what else the JSON file holds.
         backgrounds: (B,) what was tried; None where there is nothing to try.
         results: (B,) see `benchmark_scores`.
         pixels: (2,) predicted 255, all.
-        benchmark: names what is scored.
         json_file: where, if anywhere.
     """
     classes = scored_names(benchmark)

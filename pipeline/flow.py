@@ -3,10 +3,9 @@
 Samples come in *blocks*, and no batch reaches over the end of its block. What is computed together
 therefore depends on the blocks alone, not on how many processes divide them or on timing.
 
-On a CPU several blocks are processed at once, each in one thread from decoding to writing: cores never wait
-for each other, weights are shared, and results do not depend on the number of cores. On a GPU two threads
-take turns to feed it batches, while processes decode the next blocks and threads write the last. Memory is
-bounded by the blocks in progress and does not grow with the number of images.
+On a CPU several blocks are processed at once, each in one thread from decoding to writing, so that cores
+never wait for each other. On a GPU two threads take turns to feed it batches, while processes decode the next
+blocks and threads write the last. Memory is bounded by the blocks in progress.
 """
 
 from __future__ import annotations
@@ -86,18 +85,18 @@ def flow(
     limits: dict[Hashable, int] = {}  # of shapes that ran out of memory: half the batch that did
     blocks: deque[Future] = deque()
     writing: deque[Future] = deque()
-    with ExitStack() as stack:
+    with _death_explained(), ExitStack() as stack:
         decode_pool = decode_pool or stack.enter_context(decoding(settings))
         threads, computer, writer = _executors(settings, stack)
         decode = partial(_decode, step.decoder())
         for block in _prefetched(samples, decode, settings, decode_pool):
             blocks.append(computer.submit(_block, block, step, limits, writer))
             if len(blocks) > 2 * threads:
-                yield from _finished(blocks.popleft(), writing)
+                writing.extend(blocks.popleft().result())
             while len(writing) > settings.prefetch:
                 yield writing.popleft().result()
         while blocks:
-            yield from _finished(blocks.popleft(), writing)
+            writing.extend(blocks.popleft().result())
         while writing:
             yield writing.popleft().result()
 
@@ -130,15 +129,6 @@ def _executors(settings: FlowSettings, stack: ExitStack) -> tuple[int, Executor,
         writer = ThreadPoolExecutor(settings.write_workers, "write")
         stack.callback(writer.shutdown, cancel_futures=True)
     return threads, computer, writer
-
-
-def _finished(block: Future, writing: deque[Future]) -> Iterator[Outcome]:
-    """Yield the outcomes of a block; results that are still being written join the queue."""
-    for item in block.result():
-        if isinstance(item, Outcome):
-            yield item
-        else:
-            writing.append(item)
 
 
 # Decoding
@@ -178,8 +168,7 @@ def _prefetched(
         return
     ahead: deque[list] = deque()
     for block in blocks:
-        with _death_explained():  # also of a process that died over an earlier block
-            ahead.append([partial(_result, decode_pool.submit(decode, sample)) for sample in block])
+        ahead.append([decode_pool.submit(decode, sample).result for sample in block])
         if len(ahead) > math.ceil(2 * settings.decode_workers / settings.prefetch):
             yield ahead.popleft()
     yield from ahead
@@ -197,13 +186,9 @@ def _set_up_decoder() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _result(future: Future) -> Decoded | Outcome:
-    with _death_explained():
-        return future.result()
-
-
 @contextmanager
 def _death_explained() -> Iterator[None]:
+    """Raise ChildProcessError where a decoding process died."""
     try:
         yield
     except BrokenProcessPool:
@@ -218,14 +203,14 @@ def _death_explained() -> Iterator[None]:
 
 def _block(
     block: list[Callable[[], Decoded | Outcome]], step: Step, limits: dict[Hashable, int], writer: Executor
-) -> list[Outcome | Future]:
-    """Take one block through the step."""
-    outcomes: list[Outcome | Future] = []
+) -> list[Future]:
+    """Take one block through the step; return a future outcome for each sample."""
+    outcomes: list[Future] = []
     groups: dict[Hashable, list[Decoded]] = {}
     for decode in block:
         decoded = decode()
         if isinstance(decoded, Outcome):
-            outcomes.append(decoded)
+            outcomes.append(_finished(decoded))
         else:
             groups.setdefault(decoded.shape, []).append(decoded)
     for shape, group in groups.items():
@@ -236,10 +221,16 @@ def _block(
             batch, group = group[:size], group[size:]
             for decoded, result in _computed(batch, step, limits):
                 if isinstance(result, Outcome):
-                    outcomes.append(result)
+                    outcomes.append(_finished(result))
                 else:
                     outcomes.append(writer.submit(_written, step, decoded, result))
     return outcomes
+
+
+def _finished(outcome: Outcome) -> Future:
+    future: Future = Future()
+    future.set_result(outcome)
+    return future
 
 
 def _written(step: Step, decoded: Decoded, result: Any) -> Outcome:

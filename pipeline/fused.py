@@ -1,7 +1,4 @@
-"""Steps 1 and 2b in one go: images and labels -> pseudo masks, without large files in between.
-
-Every stage is that of the steps, so the masks are theirs.
-"""
+"""Steps 1 and 2b in one go: images and labels -> the masks of the steps, without large files in between."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +10,7 @@ from torch import Tensor
 
 from pipeline.cams import CamStep, store_files
 from pipeline.decode import Decoder, LabeledImage
-from pipeline.masks import (
-    MaskSettings,
-    crf_posterior,
-    mask_values,
-    posterior_labels,
-    resize_mask,
-    shrunk_note,
-)
+from pipeline.masks import MaskSettings, crf_labels, mask_values, resize_mask, shrunk_note
 from pipeline.step import Step
 from refinement.densecrf import densecrf_batch
 from segmentation import camfile
@@ -72,7 +62,7 @@ class FusedStep(Step):
         return self.cams.batch_size(decoded)
 
     def compute(self, batch: list[LabeledImage]) -> list[tuple[dict[str, np.ndarray], np.ndarray | None]]:
-        """Return CAM type -> maps on the patch grid, and the mask where the CRF runs on the device."""
+        """Return CAM type -> (K, h, w), and the mask if the backend is torch."""
         cams = self.cams.compute(batch)
         masks = [None] * len(batch)
         if self.masks.crf_backend == "torch":
@@ -104,9 +94,8 @@ class FusedStep(Step):
         size = decoded.image.shape[:2]
         if labels is None:
             full = camfile.resize(cams[self.cam_type], size).astype(np.float16)
-            posterior = crf_posterior(decoded.image, full, self.masks, self.benchmark.has_background)
             values = mask_values(decoded.class_ids, self.benchmark)
-            labels = posterior_labels(posterior, values, self.masks.confidence)
+            labels = crf_labels(decoded.image, full, values, self.masks)
         mask = encode_mask(resize_mask(labels, decoded.size), self.benchmark.palette, decoded.class_ids)
         files = self.cams.files(decoded, cams)
         if self.output is None:

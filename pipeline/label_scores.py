@@ -33,11 +33,7 @@ def write_scores(folder: str | Path, scores: Mapping[str, np.ndarray]) -> Path:
 
 
 def read_scores(folder: str | Path, num_classes: int) -> dict[str, np.ndarray]:
-    """Return all scores in a folder: image name -> (K,) float32.
-
-    Raises:
-        ValueError: a file is damaged.
-    """
+    """Return all scores in a folder, image name -> (K,) float32; a damaged file raises ValueError."""
     scores: dict[str, np.ndarray] = {}
     for file in sorted(Path(folder).glob(f"scores-*{SUFFIX}")):
         try:
@@ -59,11 +55,7 @@ class LabelRule(NamedTuple):
 
 
 def label_rule(rule: str, threshold: float | None, ratio: float) -> LabelRule:
-    """Return what --label_rule and --label_threshold ask for; `ratio` is the default of "relative".
-
-    Raises:
-        ValueError: the threshold does not fit the rule.
-    """
+    """Return what --label_rule and --label_threshold ask for; `ratio` is the default of "relative"."""
     if rule == "relative":
         threshold = ratio if threshold is None else threshold
         expected, fits = "from 0 to 1", 0 <= threshold <= 1
@@ -152,11 +144,7 @@ def report_metrics(
 def truth_reader(
     benchmark: Benchmark, split: labels.Split, labels_file: str | None, image_root: str
 ) -> labels.LabelReader | None:
-    """Return the true labels: of a file, of the split file, else the benchmark's; None if there are none.
-
-    Raises:
-        FileNotFoundError, ValueError: `labels_file` cannot be read, or a split names classes out of range.
-    """
+    """Return the true labels: of a file, of the split file, else the benchmark's; None if there are none."""
     if labels_file or any(split.values()):
         return labels.reader(replace(benchmark, labels="file"), split, labels_file)
     if benchmark.labels == "file":

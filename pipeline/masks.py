@@ -108,6 +108,14 @@ def posterior_labels(posterior: np.ndarray, values: np.ndarray, confidence: floa
     return labels
 
 
+def crf_labels(
+    image: np.ndarray, cams: np.ndarray, values: np.ndarray, settings: MaskSettings, device: str = "cpu"
+) -> np.ndarray:
+    """Return the mask (H, W) uint8 that the dense CRF makes of CAMs; see `crf_posterior`, `mask_values`."""
+    posterior = crf_posterior(image, cams, settings, len(values) > len(cams), device)
+    return posterior_labels(posterior, values, settings.confidence)
+
+
 def mask_values(class_ids: Sequence[int], benchmark: Benchmark, cam_type: str = "") -> np.ndarray:
     """Return (C,) uint8, the mask value of each channel of the CRF; the background comes first.
 
@@ -189,17 +197,14 @@ class MaskStep(ScoringStep):
         return MaskInput(name, image.shape[:2], class_ids, small, cams, notes=notes)
 
     def compute(self, batch: list[MaskInput]) -> list[np.ndarray]:
-        """Return index masks (H, W) uint8; without an output folder no pixel is 255."""
-        return [self._mask(decoded) for decoded in batch]
-
-    def _mask(self, decoded: MaskInput) -> np.ndarray:
+        """Return the index mask (H, W) uint8; without an output folder no pixel is 255."""
+        (decoded,) = batch
         if decoded.mask is not None:
-            return decoded.mask
+            return [decoded.mask]
+        settings = replace(self.settings, confidence=0) if self.output is None else self.settings
         values = mask_values(decoded.class_ids, self.benchmark, self.cam_type)
-        add_background = len(values) > len(decoded.cams)
-        posterior = crf_posterior(decoded.image, decoded.cams, self.settings, add_background, self.device)
-        confidence = 0 if self.output is None else self.settings.confidence
-        return resize_mask(posterior_labels(posterior, values, confidence), decoded.size)
+        labels = crf_labels(decoded.image, decoded.cams, values, settings, self.device)
+        return [resize_mask(labels, decoded.size)]
 
     def write(self, decoded: MaskInput, mask: np.ndarray) -> list[str]:
         if self.output is not None and decoded.mask is None:

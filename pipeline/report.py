@@ -5,7 +5,7 @@
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from common.files import replacing
 from pipeline import figures, records
 from pipeline.evaluate import benchmark_scores, scored_names
-from pipeline.masks import MaskSettings, crf_posterior, mask_values, posterior_labels
+from pipeline.masks import MaskSettings, crf_labels, mask_values
 from pipeline.run import command, read_settings
 from segmentation import benchmark as benchmarks
 from segmentation import camfile
@@ -141,7 +141,7 @@ def sample(
     _, refined = camfile.read(results.cam_dir, name, "attn_highres")
     _, cams = camfile.read(results.cam_dir, name, cam_type)
     values = mask_values(class_ids, benchmark, cam_type)
-    posterior = crf_posterior(image, cams, settings, add_background=len(values) > len(cams))
+    labels = crf_labels(image, cams, values, replace(settings, confidence=0))
     entry = {
         "name": name,
         "image": figures.image_figure(image),
@@ -153,7 +153,7 @@ def sample(
             }
             for index, before, after in zip(class_ids, initial, refined, strict=True)
         ],
-        "crf": figures.mask_figure(posterior_labels(posterior, values), figures.page_palette(benchmark)),
+        "crf": figures.mask_figure(labels, figures.page_palette(benchmark)),
         "mask": mask_entry(results.mask_dir, gt_root, name, benchmark),
         "auto_mask": None,
         "truth": gt_root and mask_entry(gt_root, None, name, benchmark)["figure"],

@@ -61,12 +61,11 @@ class Record:
     """What an output folder records of the run that fills it.
 
     Attributes:
-        step: what fills the folder, such as "cams"; no other step may fill or overwrite it.
-        settings: everything the outputs depend on, JSON values; "benchmark" is what
-            `segmentation.benchmark.load` takes, for later steps.
+        step: name such as "cams"; no other step may fill or overwrite the folder.
+        settings: JSON values that the outputs depend on; "benchmark" is what later steps load.
         inputs: sha256 by name of the files they depend on, such as {"model": ...}.
         outputs: file patterns of the outputs, such as ("*.npy", "*.npz").
-        info: recorded beside the settings, not compared with those of the last run.
+        info: not compared with that of the last run.
     """
 
     step: str = ""

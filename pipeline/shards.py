@@ -89,7 +89,7 @@ class ShardStep(Step):
         return self._file(name).is_file()
 
     def done_outcomes(self, name: str) -> Iterator[Outcome]:
-        """Yield the failures of a shard that was made before."""
+        """Yield the failures recorded beside a finished shard."""
         failures = self._file(name).with_suffix(FAILED)
         if failures.is_file():
             for line in failures.read_text().splitlines():
