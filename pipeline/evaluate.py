@@ -142,13 +142,13 @@ def count_mask(truth: np.ndarray, mask: np.ndarray, channels: int) -> tuple[np.n
     return _matrices(np.arange(256), joint_counts(truth, mask, channels, 256)[..., None])
 
 
-def _argmax(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first of the highest maps, and its value: (K, N) -> (N,), (N,). float32 maps in [0, 1] are
+def _argmax(cams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first of the highest CAMs, and its value: (K, N) -> (N,), (N,). float32 CAMs in [0, 1] are
     compared as if rounded to float16; their highest value is not rounded."""
-    top = maps[0] if len(maps) == 1 else maps[0].copy()
-    best = np.zeros(top.shape, np.min_scalar_type(len(maps)))
-    for index, channel in enumerate(maps[1:], 1):
-        if maps.dtype == np.float32:
+    top = cams[0] if len(cams) == 1 else cams[0].copy()
+    best = np.zeros(top.shape, np.min_scalar_type(len(cams)))
+    for index, channel in enumerate(cams[1:], 1):
+        if cams.dtype == np.float32:
             lead = channel - top
             higher = lead > 0
             close = np.flatnonzero(higher & (lead <= CLOSE))
@@ -224,7 +224,7 @@ class Evaluation(ScoringStep):
 
     Attributes:
         cam_dir: folder of the CAM files, or of the masks.
-        cam_type: maps to take from the CAM files; a type with "bg" in its name has a background channel;
+        cam_type: CAMs to take from the files; a type with "bg" in its name has a background channel;
             "png" evaluates index masks.
         backgrounds: background scores to try, see `background`; (None,) where there is nothing to try.
         arithmetic: "float16" compares background and classes in the type CAMs are stored in, as for the

@@ -165,7 +165,7 @@ class MaskStep(ScoringStep):
     Attributes:
         output: folder of the masks; None writes none, and scores labels of any confidence.
         gt_root: folder of the ground-truth masks; None gives no scores.
-        cam_type: maps to take from the CAM files.
+        cam_type: CAMs to take from the files.
         device: of the torch backend, see `pipeline.processes.device_of`.
     """
 

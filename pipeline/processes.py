@@ -72,10 +72,10 @@ def device_of(device: str, worker_index: int = 0) -> str:
 
     from clip import pick_device
 
-    picked = pick_device(device)
-    if picked.type == "cuda" and picked.index is None:
+    resolved = pick_device(device)
+    if resolved.type == "cuda" and resolved.index is None:
         return f"cuda:{worker_index % torch.cuda.device_count()}"
-    return str(picked)
+    return str(resolved)
 
 
 def drain(generator: Generator[Outcome, None, Any], take: Callable[[Outcome], None]) -> Any:
