@@ -6,8 +6,7 @@ from dataclasses import replace
 from common.settings import add_flags, count, from_args
 from pipeline.evaluate import benchmark_of
 from pipeline.flags import HelpFormatter, add_benchmark_flag, add_image_flags
-from pipeline.masks import MaskSettings, MaskStep, make_masks
-from pipeline.presets import add_preset_flag, mask_defaults
+from pipeline.masks import MaskSettings, MaskStep, add_preset_flag, make_masks, mask_defaults
 from pipeline.processes import cores
 from pipeline.run import command
 from segmentation.labels import split_of

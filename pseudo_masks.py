@@ -11,8 +11,7 @@ from pipeline.cams_cli import add_cam_flags, add_input_flags, cam_step
 from pipeline.flags import LABELS_HELP, HelpFormatter
 from pipeline.fused import FusedStep
 from pipeline.label_scores import LabelRule
-from pipeline.masks import MaskSettings
-from pipeline.presets import mask_defaults
+from pipeline.masks import MaskSettings, mask_defaults
 from pipeline.processes import device_of
 from pipeline.run import FAILED, Record, Run, check_folder, command, fingerprint
 from segmentation import camfile
@@ -83,12 +82,12 @@ def main() -> int:
         cams = replace(cams, labels=from_file(tags / LABELS, len(cams.benchmark.classes)))
     if cam_dir:
         Run(cam_dir, cam_record, args.overwrite)  # its record is then as step 1 would write it
-    run = Run(output, record, args.overwrite, **(shards.RETRY if args.shards else {}))
+    run = Run(output, record, args.overwrite)
     if args.shards:
         step = shards.ShardStep(FusedStep(cams, masks, None), args.output)
-        run.map(step, names, workers, counted=False)
     else:
-        run.map(FusedStep(cams, masks, args.output), names, workers)
+        step = FusedStep(cams, masks, args.output)
+    run.map(step, names, workers)
     return run.finish() or code
 
 

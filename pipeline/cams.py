@@ -1,7 +1,6 @@
 """Step 1: images and their labels -> class activation maps, one file per image."""
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,17 +104,7 @@ def image_cams(
     settings: CamSettings,
     affinity: Affinity | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return the CAMs of one image.
-
-    Args:
-        image: any mode and size.
-        text_features: (K, E), of its labels.
-        background_features: (M, E), of the background prompts.
-        affinity: replaces the attention of the model's own blocks.
-
-    Returns:
-        CAM type -> (K, h, w) float32 in [0, 1] on the patch grid (of the largest scale).
-    """
+    """Return the CAMs of one image of any mode and size, see `batch_cams`; `text_features` are (K, E)."""
     views = resized_views(image, Grid.of(model), settings.cam_scales, settings.max_patches)
     return batch_cams(model, [views], [text_features], background_features, settings, affinity)[0]
 
@@ -142,10 +131,7 @@ def batch_cams(
     """
     counts = [len(features) for features in text_features]
     padded = pad_sequence(list(text_features), batch_first=True)  # (B, K, E)
-    valid = None
-    if min(counts) < max(counts):
-        valid = torch.arange(max(counts)) < torch.tensor(counts)[:, None]  # (B, K)
-        valid = valid.to(padded.device)
+    valid = (torch.arange(max(counts)) < torch.tensor(counts)[:, None]).to(padded.device)  # (B, K)
     cams: list[dict[str, list[np.ndarray]]] = [{} for _ in views]
     for same_scale in zip(*views, strict=True):
         by_type = _view_cams(
@@ -162,7 +148,7 @@ def _view_cams(
     model: CLIP,
     pixels: np.ndarray,
     text_features: Tensor,
-    valid: Tensor | None,
+    valid: Tensor,
     background_features: Tensor,
     settings: CamSettings,
     affinity: Affinity | None,
@@ -170,8 +156,8 @@ def _view_cams(
     """Images (B, H', W', 3) -> CAM type -> (1, B, K, h, w), or (2, ...) the mirrored view flipped back."""
     images = clip.normalize(_to_device(pixels, model.device), model.config.mean, model.config.std)
     if settings.flip:  # images are (B, 3, H', W')
-        images, text_features = torch.cat([images, images.flip(-1)]), text_features.repeat(2, 1, 1)
-        valid = None if valid is None else valid.repeat(2, 1)
+        images = torch.cat([images, images.flip(-1)])
+        text_features, valid = text_features.repeat(2, 1, 1), valid.repeat(2, 1)
     result = text_cams(
         model,
         images,
@@ -197,7 +183,7 @@ def _view_cams(
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Return the array as tensor; it is copied to a GPU while that computes another thread's batch."""
+    """Return the array as tensor; a GPU computes another thread's batch meanwhile."""
     tensor = torch.from_numpy(array)
     if device.type == "cpu":
         return tensor
@@ -223,17 +209,13 @@ def store_files(folder: str, name: str, files: dict[str, bytes]) -> None:
 
 @dataclass
 class CamStep(Step):
-    """Step 1, see `pipeline.step.Step`.
+    """Step 1.
 
     Attributes:
-        benchmark: its classes and prompts.
-        image_root: folder of the images.
-        labels: reader of their labels; None: samples bring their own.
+        labels: reader of the images' labels; None: samples bring their own.
         model: see `clip.load`.
-        output: folder of the CAM files; None: `store` puts them elsewhere.
+        output: folder of the CAM files; None if they go elsewhere.
         format: see `segmentation.camfile`; "none" when CAMs are not kept.
-        settings: how CAMs are made.
-        compute_settings: on what.
         affinity: replaces the attention of the model's own blocks; a module-level function if there are
             several processes.
         store: (image name, file suffix -> content) -> None; None: files go to `output`.
@@ -252,7 +234,6 @@ class CamStep(Step):
 
     def __post_init__(self):
         self.flow = self.compute_settings.flow()
-        self.store = self.store or partial(store_files, self.output)
 
     def is_done(self, name: str) -> bool:
         """Whether there is a whole CAM file of the labels that the image has now."""
@@ -265,11 +246,8 @@ class CamStep(Step):
     def start(self, worker_index: int) -> None:
         rounding = ROUND_WEIGHTS[self.settings.round_weights]
         self.clip = self.compute_settings.load(self.model, rounding, worker_index)
-        if (
-            self.settings.refine != "none"
-            and self.affinity is None
-            and not isinstance(self.clip.visual, VisionTransformer)
-        ):
+        has_affinity = self.affinity is not None or isinstance(self.clip.visual, VisionTransformer)
+        if self.settings.refine != "none" and not has_affinity:
             raise ValueError(
                 "a ResNet tower has no attention between patches to refine CAMs with: use --refine none"
             )
@@ -296,15 +274,20 @@ class CamStep(Step):
         return images_that_fit(self.clip, decoded.patches(self.clip), self.flow.threads, views)
 
     def compute(self, batch: list[LabeledImage]) -> list[dict[str, np.ndarray]]:
-        features = [self.text_features[decoded.class_ids] for decoded in batch]
         views = [decoded.views for decoded in batch]
-        return batch_cams(
-            self.clip, views, features, self.background_features, self.settings, self.affinity
-        )
+        texts = [self.text_features[decoded.class_ids] for decoded in batch]
+        return batch_cams(self.clip, views, texts, self.background_features, self.settings, self.affinity)
 
     def write(self, decoded: LabeledImage, cams: dict[str, np.ndarray]) -> list[str]:
-        self.store(decoded.name, self.files(decoded, cams))
+        self.save(decoded.name, self.files(decoded, cams))
         return decoded.notes + self.notes(cams)
+
+    def save(self, name: str, files: dict[str, bytes]) -> None:
+        """Pass an image's files to `store`, or write them to `output`."""
+        if self.store is None:
+            store_files(self.output, name, files)
+        else:
+            self.store(name, files)
 
     def files(self, decoded: LabeledImage, cams: dict[str, np.ndarray]) -> dict[str, bytes]:
         """Return file suffix -> content; nothing when CAMs are not kept."""

@@ -6,19 +6,10 @@ from pathlib import Path
 from clip.download import resolve
 from common.files import sha256
 from common.settings import add_flags, from_args
-from pipeline import shards
+from pipeline import flags, shards
 from pipeline.cams import ROUND_WEIGHTS, CamSettings, CamStep
 from pipeline.compute import ComputeSettings
-from pipeline.flags import (
-    LABELS_HELP,
-    MODEL_HELP,
-    HelpFormatter,
-    add_benchmark_flag,
-    add_image_flags,
-    beside_images,
-    recorded_path,
-)
-from pipeline.presets import add_preset_flag, cam_defaults
+from pipeline.masks import PUBLISHED, add_preset_flag
 from pipeline.run import Record, Run
 from segmentation import benchmark as benchmarks
 from segmentation import camfile, labels
@@ -27,21 +18,18 @@ OUTPUTS = (*(f"*{suffix}" for suffix in camfile.FORMATS.values()), "*.tar", f"*{
 
 
 def main(name: str | None = None) -> int:
-    """Parse the command line and make the CAM files.
+    """Parse the command line, make the CAM files and return the exit code.
 
     Args:
         name: the benchmark; None lets --benchmark choose.
-
-    Returns:
-        The exit code.
     """
     parser = argparse.ArgumentParser(
         description="Step 1: class activation maps of the classes that each image contains, from a frozen "
         "CLIP. The same command continues a stopped run.",
-        formatter_class=HelpFormatter,
+        formatter_class=flags.HelpFormatter,
     )
     flag = parser.add_argument
-    add_input_flags(flag, name, LABELS_HELP)
+    add_input_flags(flag, name, flags.LABELS_HELP)
     flag("--output", "--cam_out_dir", required=True, metavar="DIR", help="folder for the CAM files")
     flag("--cam_format", choices=camfile.FORMATS, default="full", help="full: the public .npy; compact: "
          ".npz, about 120 times smaller, which every script here reads as well")  # fmt: skip
@@ -50,25 +38,22 @@ def main(name: str | None = None) -> int:
     step, names, record = cam_step(
         parser, args, name or args.benchmark, None if args.shards else args.output, args.cam_format
     )
-    run = Run(args.output, record, args.overwrite, **(shards.RETRY if args.shards else {}))
-    workers = step.compute_settings.num_workers
-    if args.shards:
-        run.map(shards.ShardStep(step, args.output), names, workers, counted=False)
-    else:
-        run.map(step, names, workers)
+    run = Run(args.output, record, args.overwrite)
+    whole = shards.ShardStep(step, args.output) if args.shards else step
+    run.map(whole, names, step.compute_settings.num_workers)
     return run.finish()
 
 
 def add_input_flags(flag: Callable, name: str | None, labels_help: str) -> None:
     """Add the flags that name images, labels and model; `name` is the benchmark of a script for one alone."""
     if name is None:
-        add_benchmark_flag(flag)
-    add_image_flags(flag, benchmarks.load(name).split_file if name else "the benchmark's")
+        flags.add_benchmark_flag(flag)
+    flags.add_image_flags(flag, benchmarks.load(name).split_file if name else "the benchmark's")
     flag("--shards", metavar="PATTERN", help="tar shards in place of an image folder, such as "
          "'images-{0000..0099}.tar': <key>.jpg and <key>.cls, class indices as text; the results of each "
          "are written to a shard of its name")  # fmt: skip
     flag("--labels", metavar="FILE", help=labels_help)
-    flag("--model", help=MODEL_HELP)
+    flag("--model", help=flags.MODEL_HELP)
 
 
 def add_cam_flags(parser: argparse.ArgumentParser) -> None:
@@ -88,16 +73,12 @@ def cam_step(
     cam_format: str,
     tagged: bool = False,
 ) -> tuple[CamStep, list[str], Record]:
-    """Return what the flags ask for.
+    """Return the step that the flags ask for, the names of images or shards, and what a CAM folder records.
 
     Args:
         name: the benchmark.
-        output: folder of the CAM files; None when they are not kept, or go to shards.
-        cam_format: see `segmentation.camfile`; "none" when they are not kept.
+        output, cam_format: see `CamStep`; `output` is None for shards.
         tagged: the labels are found by a step before; the step has none yet, and --labels is only recorded.
-
-    Returns:
-        The step; names of images, or of shards; and what a folder of CAMs records.
     """
     benchmark = benchmarks.load(name)
     model = args.model or benchmark.model
@@ -115,7 +96,7 @@ def cam_step(
         if not image_root.is_dir():
             parser.error(f"--image_root: image folder {image_root} does not exist")
         if args.image_root:
-            benchmark = beside_images(benchmark, image_root)
+            benchmark = flags.beside_images(benchmark, image_root)
         if tagged:
             names = list(labels.split_of(benchmark, args.split_file, image_root))
         else:
@@ -123,6 +104,10 @@ def cam_step(
             names, reader = list(split), labels.reader(benchmark, split, args.labels)
     if args.labels:
         label_source = args.labels if tagged else str(Path(args.labels).absolute())
+    defaults = CamSettings(
+        exclude_last_layer=benchmark.name in PUBLISHED[args.preset]["exclude_last_layer"],
+        box_threshold=benchmark.box_threshold,
+    )
     step = CamStep(
         benchmark=benchmark,
         image_root=str(image_root),
@@ -130,12 +115,12 @@ def cam_step(
         model=model,
         output=output,
         format=cam_format,
-        settings=from_args(cam_defaults(args.preset, benchmark), args),
+        settings=from_args(defaults, args),
         compute_settings=from_args(ComputeSettings(), args),
     )
     source = resolve(model)
     settings = {
-        "benchmark": recorded_path(name),
+        "benchmark": flags.recorded_path(name),
         "cam_format": cam_format,
         "precision": step.compute_settings.precision,
         "weights_rounded": source.weights_rounded(ROUND_WEIGHTS[step.settings.round_weights]),

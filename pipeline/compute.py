@@ -61,11 +61,7 @@ class ComputeSettings(Settings):
     )
 
     def flow(self) -> FlowSettings:
-        """Return how images flow; where the user says nothing, a GPU is fed by all other cores.
-
-        Raises:
-            ValueError: no such device.
-        """
+        """Return how images flow; where the user says nothing, a GPU is fed by all other cores."""
         gpu = clip.pick_device(self.device).type == "cuda"
         batch = self.batch_size or (MAX_BATCH if gpu else 1)
         decode_workers = self.decode_workers
@@ -108,11 +104,8 @@ def has_bf16_units(cpuinfo: str | Path = "/proc/cpuinfo") -> bool:
 
 
 def bytes_per_image(model: CLIP, patches: int) -> int:
-    """Return an upper estimate of the memory that a batch needs for each image.
-
-    Quadratic in the patches are the last block's attention of all heads, their sum, and what one head
-    needs; linear are the widest activations, which the gradient holds for several labels.
-    """
+    """Return an upper estimate of the memory that a batch needs for each image: quadratic in the patches for
+    the last block's attention, linear for the widest activations, which the gradient holds for all labels."""
     if not isinstance(model.visual, VisionTransformer):
         return patches * 2**20  # early stages: 64 positions of each stride-32 cell at hundreds of channels
     width = model.config.vision_width
@@ -121,14 +114,10 @@ def bytes_per_image(model: CLIP, patches: int) -> int:
 
 
 def images_that_fit(model: CLIP, patches: int, threads: int, views: int = 1) -> int:
-    """Return the number of images of this size that fit in GPU memory, per thread; on a CPU 1.
-
-    A CPU's cores are busy with one image of usual size, and results are then equal to the last bit whatever a
-    resumed run has left to do.
+    """Return the number of images of so many patches that fit in GPU memory, for each of `threads`; on a CPU
+    1, so that results are equal to the last bit whatever a resumed run has left to do.
 
     Args:
-        patches: of an image.
-        threads: that share the GPU.
         views: of each image, computed together.
     """
     if model.device.type == "cpu":

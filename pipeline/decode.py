@@ -28,7 +28,6 @@ class Grid(NamedTuple):
 
     @staticmethod
     def of(model: CLIP) -> "Grid":
-        """Return the grid of a model."""
         is_vit = isinstance(model.visual, VisionTransformer)
         return Grid(model.visual.patch_size, 1 if is_vit else RESNET_MIN_CELLS)
 
@@ -52,10 +51,7 @@ def shrunk_notes(image: Image.Image, grid: Grid, factor: float, max_patches: int
 
 
 class Sample(NamedTuple):
-    """An image that comes with its content, and perhaps with its labels ("3 17"), from an archive.
-
-    `content` is None for an entry without an image.
-    """
+    """An entry of an archive: the content of an image file and its labels ("3 17"), None if missing."""
 
     name: str
     content: bytes | None
@@ -99,11 +95,8 @@ class Decoder:
 
     Attributes:
         labels: reader of the images' labels; None: samples bring their own.
-        num_classes: of the benchmark.
         image_root: folder of images that come by name.
         stale: folder and suffix of files to remove for images without labels.
-        grid: of the model.
-        scales, max_patches: see `resized_views`.
         kept_pixels: the image itself is kept, shrunk to so many pixels; None: it is not kept.
     """
 
@@ -125,24 +118,21 @@ class Decoder:
             for folder, suffix in self.stale:  # made of labels that the image no longer has
                 (Path(folder) / f"{name}{suffix}").unlink(missing_ok=True)
             return Outcome(name, notes=("images without labels",))
-        image = read_image(self._file(sample))
+        if isinstance(sample, str):
+            file = find_image(self.image_root, sample)
+        else:
+            file = BytesIO(sample.content)
+            file.name = name
+        image = read_image(file)
         notes = shrunk_notes(image, self.grid, max(self.scales), self.max_patches)
         views = resized_views(image, self.grid, self.scales, self.max_patches)
-        kept = None
+        pixels = None
         if self.kept_pixels is not None:
             rgb = image if image.mode == "RGB" else image.convert("RGB")  # which copies even RGB
-            kept = shrunk(np.asarray(rgb), self.kept_pixels)
-        return LabeledImage(name, class_ids, (image.height, image.width), views, kept, notes=notes)
-
-    def _file(self, sample: str | Sample) -> Path | BytesIO:
-        if isinstance(sample, str):
-            return find_image(self.image_root, sample)
-        file = BytesIO(sample.content)
-        file.name = sample.name
-        return file
+            pixels = shrunk(np.asarray(rgb), self.kept_pixels)
+        return LabeledImage(name, class_ids, (image.height, image.width), views, pixels, notes=notes)
 
     def _own_labels(self, sample: Sample) -> list[int]:
-        """Return the labels that a sample brings."""
         name, text = sample.name, sample.labels
         if text is None:
             raise ValueError(

@@ -1,16 +1,16 @@
 """Step 2a: CAM files, or index masks, and ground truth -> scores."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from common.files import replacing
-from pipeline.run import Run, first_few, read_settings
-from pipeline.step import Decoded, Step
+from pipeline.processes import Outcome
+from pipeline.run import Run, first_few, read_settings, write_json
+from pipeline.step import Step
 from segmentation import benchmark as benchmarks
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
@@ -18,18 +18,15 @@ from segmentation.masks import read_mask
 from segmentation.metrics import joint_counts, scores
 
 ARITHMETIC = ("float16", "float32")
-ONE, INFINITY = 0x3C00, 0x7C00  # the bits of float16's
+INFINITY = 0x7C00  # the bits of float16's
 CLOSE = 2.0**-10  # float16 numbers in [0, 1] are half as far apart at most: what differs by more stays apart
 MASKS = "png"  # the cam type that stands for index masks instead of CAM files
 SUMMARY = ("Mean IoU", "Pixel Accuracy", "Mean Accuracy", "Frequency Weighted IoU")
 
 
 def backgrounds(threshold: float, cam_type: str, has_background: bool = True) -> tuple[float | None, ...]:
-    """Return the background scores that the reference evaluation tries for a value of --cam_eval_thres.
-
-    The value only selects the list: exponents 1 and 2 (1 to 10 for maps without attention refinement)
-    for 1 and more, constants 0.05, 0.10, ..., 0.60 below 1.
-    """
+    """Return what the reference evaluation tries for a value of --cam_eval_thres: exponents 1 and 2 (1 to 10
+    for maps without attention refinement) for 1 and more, constants 0.05, 0.10, ..., 0.60 below 1."""
     if cam_type == MASKS or "bg" in cam_type or not has_background:
         return (None,)
     if threshold >= 1:
@@ -38,15 +35,12 @@ def backgrounds(threshold: float, cam_type: str, has_background: bool = True) ->
 
 
 def background(top: np.ndarray, score: float, arithmetic: str = "float16") -> np.ndarray:
-    """The background's score at each pixel.
+    """Return the background's score at each pixel, of dtype `arithmetic`.
 
     Args:
         top: (...) the highest score of any class.
         score: >= 1: an exponent e, the background is (1 - top)^e; below 1: that constant everywhere.
         arithmetic: "float16" rounds the difference, then the power.
-
-    Returns:
-        (...) of dtype `arithmetic`.
     """
     dtype = np.dtype(arithmetic)
     if score < 1:
@@ -59,16 +53,14 @@ def background(top: np.ndarray, score: float, arithmetic: str = "float16") -> np
 def _verdicts(
     backgrounds: tuple[float | None, ...], arithmetic: str
 ) -> tuple[list[int], list[float], np.ndarray]:
-    """Which background scores beat a class, for each score that the best class can have.
+    """Return which background scores beat the best class, by intervals of the class's score.
 
-    There are only as many scores as float16 numbers, so all are tried once instead of at every pixel, and
-    what is returned rests on no formula. Between 0 and 1 each background has one edge, the least score that
-    beats it; other numbers, which no CAM holds, have edges too.
+    There are only as many scores as float16 numbers, so all are tried once instead of at every pixel.
 
     Returns:
-        edges (I - 1,) in rising order, as `ordered` writes them: the scores at which a verdict changes; the
-        least float32 that are rounded to them, for scores in [0, 1]; and wins (I, B) bool for the intervals
-        they bound: does the background win? A tie is the background's, None never wins.
+        edges (I - 1,) of the intervals in rising order, as `ordered` writes them; the least float32 that are
+        rounded to them, for scores in [0, 1]; and wins (I, B) bool. A tie is the background's; None never
+        wins.
     """
     numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
     wins = np.zeros((2**16, len(backgrounds)), bool)
@@ -76,25 +68,18 @@ def _verdicts(
         for index, score in enumerate(backgrounds):
             if score is not None:
                 wins[:, index] = background(numbers, score, arithmetic) >= numbers
-    scores, first = np.unique(ordered(numbers), return_index=True)
-    wins = wins[first]  # in the order of `scores`
-    changes = 1 + np.flatnonzero((wins[1:] != wins[:-1]).any(1))
-    edges = scores[changes].tolist()
-    return edges, [_least(edge) for edge in edges], wins[np.append(0, changes)]
-
-
-def _least(edge: int) -> float:
-    """The least float32 that is rounded to the float16 number of these bits, or to a higher one; of edges
-    outside [0, 1] a number that lies on the same side of [0, 1]."""
-    if not 0 < edge <= ONE:
-        return -1.0 if edge <= 0 else 2.0
-    below, number = np.array([edge - 1, edge], np.int16).view(np.float16).astype(np.float32)
-    middle = (below + number) / 2  # is rounded to the even one of the two
-    return float(middle if np.float16(middle) == number else np.nextafter(middle, number))
+        scores, first = np.unique(ordered(numbers), return_index=True)
+        numbers, wins = numbers[first].astype(np.float32), wins[first]
+        changes = 1 + np.flatnonzero((wins[1:] != wins[:-1]).any(1))
+        below, edges = numbers[changes - 1], numbers[changes]
+        middles = (below + edges) / 2  # are rounded to the even one of the two
+        rounded_up = middles.astype(np.float16) == edges
+        float32_edges = np.where(rounded_up, middles, np.nextafter(middles, edges))
+    return scores[changes].tolist(), float32_edges.tolist(), wins[np.append(0, changes)]
 
 
 def ordered(numbers: np.ndarray) -> np.ndarray:
-    """float16 -> int16 that compare as the numbers do, and much faster; NaN is highest.
+    """Return int16 that compare as float16 numbers do, and much faster; NaN is highest.
 
     What lies in [0, inf] is returned without a copy: its bits are such integers.
     """
@@ -114,14 +99,14 @@ def count_cams(
     the earlier one in `class_ids`. NaN counts as highest.
 
     Args:
-        truth: (H, W) uint8, indices as the benchmark's masks have them.
+        truth: (H, W) uint8 mask values.
         class_ids: (K,) class indices.
         cams: (K, H, W) float16; (K + 1, H, W) if they have a background channel. float32 counts as if it
             were rounded to float16, but only close rivals are.
 
     Returns:
-        hists (B, n, n) int64 [truth, prediction] for the B background scores, and the pixels of known truth
-        that are predicted 255 at the first of them, which are in no matrix.
+        hists (B, n, n) int64 [truth, prediction] for the B background scores; and the number of pixels of
+        known truth that are predicted 255 at the first of them, which are in no matrix.
 
     Raises:
         ValueError: a pixel of known truth is predicted as a class that the benchmark does not have.
@@ -134,7 +119,7 @@ def count_cams(
     if len(cams):
         if cams.dtype == np.float32 and cams.min() >= 0 and cams.max() <= 1:
             edges = float32_edges
-        else:  # NaN is here
+        else:  # float16, or NaN
             cams = ordered(cams.astype(np.float16, copy=False))
         best, top = _argmax(cams.reshape(len(cams), -1))  # (H * W,), (H * W,)
         code = best.astype(np.min_scalar_type(len(cams) * len(wins))) * len(wins)  # and the interval of top
@@ -148,19 +133,22 @@ def count_cams(
     joint = joint_counts(truth.ravel(), code, evaluation.benchmark.channels, len(indices) * len(wins))
     joint = joint.reshape(-1, len(indices), len(wins))  # (n, K, I)
     classes = joint @ ~wins  # (n, K, B)
-    rest = joint.sum(1, keepdims=True) @ wins  # (n, 1, B), the background's
-    return _matrices(np.append(indices, 0), np.concatenate([classes, rest], 1))
+    of_background = joint.sum(1, keepdims=True) @ wins  # (n, 1, B)
+    return _matrices(np.append(indices, 0), np.concatenate([classes, of_background], 1))
 
 
-def _argmax(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First of the highest maps, and its value: (K, N) -> (N,), (N,).
+def count_mask(truth: np.ndarray, mask: np.ndarray, channels: int) -> tuple[np.ndarray, int]:
+    """Return what `count_cams` returns, with B = 1, for an index mask (H, W) uint8."""
+    return _matrices(np.arange(256), joint_counts(truth, mask, channels, 256)[..., None])
 
-    float32 maps in [0, 1] are compared as if rounded to float16; their highest value is not rounded.
-    """
-    top = maps[0] if len(maps) == 1 else maps[0].copy()
-    best = np.zeros(top.shape, np.min_scalar_type(len(maps)))
-    for index, channel in enumerate(maps[1:], 1):
-        if maps.dtype == np.float32:
+
+def _argmax(cams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first of the highest CAMs, and its value: (K, N) -> (N,), (N,). float32 CAMs in [0, 1] are
+    compared as if rounded to float16; their highest value is not rounded."""
+    top = cams[0] if len(cams) == 1 else cams[0].copy()
+    best = np.zeros(top.shape, np.min_scalar_type(len(cams)))
+    for index, channel in enumerate(cams[1:], 1):
+        if cams.dtype == np.float32:
             lead = channel - top
             higher = lead > 0
             close = np.flatnonzero(higher & (lead <= CLOSE))
@@ -173,8 +161,7 @@ def _argmax(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _matrices(indices: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:
-    """Sum (n, C, B) counts of candidates to (B, n, n) matrices by the candidates' (C,) indices; and those of
-    candidates of index 255 at the first background."""
+    """Return what `count_cams` returns, from counts (n, C, B) of candidates and their mask values (C,)."""
     channels, _, backgrounds = counts.shape
     used = counts.any((0, 2))
     unknown = indices[used & (indices >= channels) & (indices != IGNORE)]
@@ -186,24 +173,58 @@ def _matrices(indices: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]
     return hists, int(counts[:, indices == IGNORE, 0].sum())
 
 
+class ScoringStep(Step):
+    """A step that compares predictions with ground truth; subclasses have a `benchmark` and a `cam_type`."""
+
+    backgrounds: Sequence[float | None] = (None,)
+
+    def __post_init__(self):
+        channels = self.benchmark.channels
+        self.hists = np.zeros((len(self.backgrounds), channels, channels), np.int64)
+        self.pixels = np.zeros(2, np.int64)
+
+    def count(self, hists: np.ndarray, ignored: int) -> None:
+        """Add what `count_cams` or `count_mask` returned for one image."""
+        self.hists += hists
+        self.pixels += (ignored, int(hists[0].sum()) + ignored)
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return hists (B, n, n) int64 [truth, prediction] for the B background scores, and pixels (2,):
+        those of known truth that are predicted 255 (and left out), and all of known truth."""
+        counts = self.hists, self.pixels
+        self.__post_init__()  # another run counts from zero
+        return counts
+
+    def report(
+        self, run: Run, parts: list, names: Sequence[str], missing: list[str], details: dict, json_file: Any
+    ) -> None:
+        """Print and write the scores of a finished run.
+
+        Args:
+            parts: what `finish` returned in each process.
+            names: image ids of the run; `missing` were left out before.
+            details: what else the JSON file holds.
+        """
+        hists, pixels = (sum(counts) for counts in zip(*parts, strict=True))
+        results = [benchmark_scores(hist, self.benchmark) for hist in hists]
+        content = {
+            "benchmark": self.benchmark.name,
+            "cam_type": self.cam_type,
+            **details,
+            "images": len(names) - len(run.failures),
+            "failed": [name for name, _ in run.failures],
+            "missing": missing,
+        }
+        report_scores(content, self.backgrounds, results, pixels, self.benchmark, json_file)
+
+
 @dataclass
-class TruthAndPrediction(Decoded):
-    """A decoded image: truth (H, W) uint8; CAMs (K, H, W) and class indices (K,), or a mask (H, W)."""
-
-    truth: np.ndarray
-    prediction: np.ndarray
-    class_ids: np.ndarray | None = None
-
-
-@dataclass
-class Evaluation(Step):
-    """Step 2a, see `pipeline.step.Step`: counts pixels and writes nothing.
+class Evaluation(ScoringStep):
+    """Step 2a: counts pixels and writes nothing.
 
     Attributes:
-        benchmark: the data set.
         cam_dir: folder of the CAM files, or of the masks.
-        gt_root: folder of the ground-truth masks.
-        cam_type: maps to take from the CAM files; a type with "bg" in its name has a background channel;
+        cam_type: CAMs to take from the files; a type with "bg" in its name has a background channel;
             "png" evaluates index masks.
         backgrounds: background scores to try, see `background`; (None,) where there is nothing to try.
         arithmetic: "float16" compares background and classes in the type CAMs are stored in, as for the
@@ -217,45 +238,27 @@ class Evaluation(Step):
     backgrounds: tuple[float | None, ...] = (1.0, 2.0)
     arithmetic: str = "float16"
 
-    def __post_init__(self):
-        channels = self.benchmark.channels
-        self.hists = np.zeros((len(self.backgrounds), channels, channels), np.int64)
-        self.pixels = np.zeros(2, np.int64)
-
-    def decode(self, name: str) -> TruthAndPrediction:
-        truth, class_ids = read_mask(Path(self.gt_root) / f"{name}.png"), None
+    def decode(self, name: str) -> Outcome:
+        """Read and count an image, after which nothing is left to compute."""
         if self.cam_type == MASKS:
-            prediction = read_mask(Path(self.cam_dir) / f"{name}.png")
+            mask = read_mask(Path(self.cam_dir) / f"{name}.png")
+            self.count(*count_mask(read_truth(self.gt_root, name, mask.shape), mask, self.benchmark.channels))
         else:
-            class_ids, prediction = camfile.read(self.cam_dir, name, self.cam_type, rounded=False)
-        if truth.shape != prediction.shape[-2:]:
-            raise ValueError(
-                f"the ground truth is {truth.shape} but the prediction {prediction.shape[-2:]} (H, W)"
-            )
-        return TruthAndPrediction(name, truth, prediction, class_ids)
+            class_ids, cams = camfile.read(self.cam_dir, name, self.cam_type, rounded=False)
+            self.count(*count_cams(read_truth(self.gt_root, name, cams.shape[1:]), class_ids, cams, self))
+        return Outcome(name)
 
-    def compute(self, batch: list[TruthAndPrediction]) -> list[tuple[np.ndarray, int]]:
-        """Return what `count_cams` returns."""
-        return [self._count(decoded) for decoded in batch]
 
-    def _count(self, decoded: TruthAndPrediction) -> tuple[np.ndarray, int]:
-        if decoded.class_ids is not None:
-            return count_cams(decoded.truth, decoded.class_ids, decoded.prediction, self)
-        channels = self.benchmark.channels
-        counts = joint_counts(decoded.truth, decoded.prediction, channels, 256)
-        return _matrices(np.arange(256), counts[..., None])
+def read_truth(gt_root: str, name: str, size: tuple[int, int]) -> np.ndarray:
+    """Return the ground truth (H, W) uint8 of an image.
 
-    def write(self, decoded: TruthAndPrediction, result: tuple[np.ndarray, int]) -> None:
-        hists, ignored = result
-        self.hists += hists
-        self.pixels += (ignored, int(hists[0].sum()) + ignored)
-
-    def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return hists (B, n, n) int64 [truth, prediction] for the B background scores, and pixels (2,):
-        those of known truth that are predicted 255 (and left out), and all of known truth."""
-        counts = self.hists, self.pixels
-        self.__post_init__()  # another run counts from zero
-        return counts
+    Raises:
+        ValueError: it cannot be read, or its size is not that of the prediction.
+    """
+    truth = read_mask(Path(gt_root) / f"{name}.png")
+    if truth.shape != size:
+        raise ValueError(f"the ground truth is {truth.shape} but the prediction {size} (H, W)")
+    return truth
 
 
 def evaluate(
@@ -268,11 +271,9 @@ def evaluate(
     """Evaluate, print a table, write JSON.
 
     Args:
-        evaluation: see there.
         names: image ids.
         json_file: where the scores are written, if anywhere.
-        allow_missing: leave out images without prediction or ground truth, and report their number.
-        num_workers: processes.
+        allow_missing: leave out images without prediction or ground truth, and report them.
 
     Returns:
         The exit code: 1 if an image could not be evaluated.
@@ -280,38 +281,24 @@ def evaluate(
     Raises:
         FileNotFoundError: predictions or ground truth are missing.
     """
-    if evaluation.cam_type == MASKS:
-        names, missing = files_present(names, evaluation.cam_dir, allow_missing, "masks")
-    else:
-        names, missing = files_present(names, evaluation.cam_dir, allow_missing, "CAMs")
+    what = "masks" if evaluation.cam_type == MASKS else "CAMs"
+    names, missing = files_present(names, evaluation.cam_dir, allow_missing, what)
     names, without_truth = files_present(names, evaluation.gt_root, allow_missing, "ground-truth masks")
     run = Run(None)
     parts = run.map(evaluation, names, num_workers)
     code = run.finish()
     if run.rank == 0:
-        hists, pixels = (sum(counts) for counts in zip(*parts, strict=True))
-        results = [benchmark_scores(hist, evaluation.benchmark) for hist in hists]
-        report = {
-            "benchmark": evaluation.benchmark.name,
-            "cam_type": evaluation.cam_type,
-            "arithmetic": evaluation.arithmetic,
-            "images": len(names) - len(run.failures),
-            "failed": [name for name, _ in run.failures],
-            "missing": missing + without_truth,
-        }
-        report_scores(report, evaluation.backgrounds, results, pixels, evaluation.benchmark, json_file)
+        details = {"arithmetic": evaluation.arithmetic}
+        evaluation.report(run, parts, names, missing + without_truth, details, json_file)
     return code
 
 
 def benchmark_scores(hist: np.ndarray, benchmark: Benchmark, absent: str = "drop") -> dict:
-    """Scores of what the benchmark is scored by: its groups of classes where it has them, else its classes.
+    """Return `segmentation.metrics.scores` of the benchmark's groups of classes, or else of its classes.
 
     Args:
         hist: (n, n) [truth, prediction], of the benchmark's masks.
-        absent: see `segmentation.metrics.scores`.
-
-    Returns:
-        See there; the keys of "Class IoU" are indices into `scored_names`.
+        absent: see `scores`, as for what is returned; its class indices are those of `scored_names`.
     """
     if benchmark.groups:
         member = np.eye(len(benchmark.group_names), dtype=np.int64)[benchmark.groups]  # (n, groups)
@@ -320,7 +307,7 @@ def benchmark_scores(hist: np.ndarray, benchmark: Benchmark, absent: str = "drop
 
 
 def scored_names(benchmark: Benchmark) -> list[str]:
-    """What there is an IoU of: groups of classes, or classes with the background before them."""
+    """Return what has an IoU: groups of classes, or classes with the background before them."""
     if benchmark.groups:
         return list(benchmark.group_names)
     return ["background"] * benchmark.has_background + list(benchmark.classes)
@@ -337,12 +324,11 @@ def report_scores(
     """Print scores as tables, the best background in full, and write them as JSON.
 
     Args:
-        report: what else the JSON file is to hold.
+        report: what else the JSON file holds.
         backgrounds: (B,) what was tried; None where there is nothing to try.
         results: (B,) see `benchmark_scores`.
         pixels: (2,) predicted 255, all.
-        benchmark: names what is scored.
-        json_file: where, if anywhere. NaN becomes null.
+        json_file: where, if anywhere.
     """
     classes = scored_names(benchmark)
     best = max(range(len(results)), key=lambda index: (np.nan_to_num(results[index]["Mean IoU"]), -index))
@@ -367,16 +353,11 @@ def report_scores(
     for score, result in zip(backgrounds, results, strict=True):
         named = {classes[index]: iou for index, iou in result["Class IoU"].items()}
         entries.append({"background": score, **result, "Class IoU": named})
-    content = {**report, "ignored": ignored, "best": entries[best], "all": entries}
-    with replacing(json_file) as stream:
-        stream.write(json.dumps(_without_nan(content), indent=2, allow_nan=False).encode() + b"\n")
+    write_json(json_file, {**report, "ignored": ignored, "best": entries[best], "all": entries})
 
 
 def benchmark_of(folder: str | Path, benchmark: str | None) -> tuple[str, Benchmark]:
-    """Return the benchmark of --benchmark, else the one recorded by the run that filled `folder`.
-
-    Returns:
-        What to call it (see `segmentation.benchmark.load`), and the benchmark.
+    """Return name or file, and the benchmark, of --benchmark, or else of the run that filled `folder`.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -393,7 +374,7 @@ def benchmark_of(folder: str | Path, benchmark: str | None) -> tuple[str, Benchm
 def files_present(
     names: Sequence[str], folder: str | Path, allow_missing: bool, what: str
 ) -> tuple[list[str], list[str]]:
-    """Divide images into those that have a file in `folder` and those that lack it.
+    """Divide images into those with a file in `folder` and those without.
 
     Args:
         what: "CAMs", or what PNGs are called.
@@ -403,27 +384,18 @@ def files_present(
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"folder {folder}, which should hold the {what}, does not exist")
-    present, missing = [], []
+    with_file, missing = [], []
     for name in names:
         exists = camfile.find(folder, name) if what == "CAMs" else (Path(folder) / f"{name}.png").is_file()
-        (present if exists else missing).append(name)
-    if missing and (not allow_missing or not present):
+        (with_file if exists else missing).append(name)
+    if missing and (not allow_missing or not with_file):
         none = " (images without labels have none)" if what == "CAMs" else ""
         raise FileNotFoundError(
             f"{folder} lacks the {what} of {len(missing)} of {len(names)} images: {first_few(missing)}{none}"
             "; make them, or leave these images out by --allow_missing"
         )
-    return present, missing
+    return with_file, missing
 
 
 def _named(score: float | None) -> str:
     return "" if score is None else f"^{score:g}" if score >= 1 else f"{score:g}"
-
-
-def _without_nan(value):
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and np.isnan(value) else value

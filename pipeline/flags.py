@@ -43,8 +43,8 @@ def recorded_path(name: str) -> str:
 
 
 def beside_images(benchmark: Benchmark, image_root: str | Path) -> Benchmark:
-    """Return the benchmark with the annotations and masks beside the given images, if there are any; the
-    reference scripts are given only the image folder."""
+    """Return the benchmark with the annotations and masks beside the images, if there are any: the reference
+    scripts have a flag for the image folder alone."""
     folder = {"voc_xml": benchmark.annotation_dir, "masks": benchmark.mask_dir}.get(benchmark.labels)
     root = Path(image_root).absolute()
     for _ in Path(benchmark.image_dir).parts:

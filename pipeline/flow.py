@@ -3,10 +3,9 @@
 Samples come in *blocks*, and no batch reaches over the end of its block. What is computed together
 therefore depends on the blocks alone, not on how many processes divide them or on timing.
 
-On a CPU several blocks are processed at once, each in one thread from decoding to writing: cores never wait
-for each other, weights are shared, and results do not depend on the number of cores. On a GPU two threads
-take turns to feed it batches, while processes decode the next blocks and threads write the last. Memory is
-bounded by the blocks in progress and does not grow with the number of images.
+On a CPU several blocks are processed at once, each in one thread from decoding to writing, so that cores
+never wait for each other. On a GPU two threads take turns to feed it batches, while processes decode the next
+blocks and threads write the last. Memory is bounded by the blocks in progress.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ GPU_THREADS = 2
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """How images flow through a step; results do not depend on it, except that the first two may change
-    rounding.
+    """How images flow through a step; the first two may change rounding, nothing else depends on it.
 
     Attributes:
         batch_size: images computed at once; None lets the step choose for each shape.
@@ -57,8 +55,8 @@ class FlowSettings:
     write_workers: int = 0
 
     def on(self, device: torch.device) -> FlowSettings:
-        """Return the settings for a device: a CPU writes where it computes; of a GPU's two threads one
-        stacks and copies a batch while the other's is computed."""
+        """Return the settings for a device: a CPU writes where it computes; a GPU has two threads, one of
+        which stacks and copies a batch while the other's is computed."""
         if device.type == "cpu":
             return replace(self, write_workers=0)
         return replace(self, threads=self.threads or GPU_THREADS)
@@ -74,7 +72,6 @@ def flow(
 
     Args:
         samples: names, or whatever the step's decoder takes.
-        step: see `pipeline.step.Step`; its `flow` says how.
         decode_pool: see `decoding`; for a single flow it need not be given.
 
     Yields:
@@ -86,26 +83,26 @@ def flow(
     """
     settings = step.flow
     limits: dict[Hashable, int] = {}  # of shapes that ran out of memory: half the batch that did
-    running: deque[Future] = deque()
+    blocks: deque[Future] = deque()
     writing: deque[Future] = deque()
-    with ExitStack() as stack:
+    with _death_explained(), ExitStack() as stack:
         decode_pool = decode_pool or stack.enter_context(decoding(settings))
         threads, computer, writer = _executors(settings, stack)
         decode = partial(_decode, step.decoder())
         for block in _prefetched(samples, decode, settings, decode_pool):
-            running.append(computer.submit(_block, block, step, limits, writer))
-            if len(running) > 2 * threads:
-                yield from _finished(running.popleft(), writing)
+            blocks.append(computer.submit(_block, block, step, limits, writer))
+            if len(blocks) > 2 * threads:
+                writing.extend(blocks.popleft().result())
             while len(writing) > settings.prefetch:
                 yield writing.popleft().result()
-        while running:
-            yield from _finished(running.popleft(), writing)
+        while blocks:
+            writing.extend(blocks.popleft().result())
         while writing:
             yield writing.popleft().result()
 
 
 class _Inline(Executor):
-    """Runs everything at once, in the calling thread."""
+    """Runs work at once, in the calling thread."""
 
     def submit(self, work: Callable, /, *args, **kwargs) -> Future:
         future: Future = Future()
@@ -132,15 +129,6 @@ def _executors(settings: FlowSettings, stack: ExitStack) -> tuple[int, Executor,
         writer = ThreadPoolExecutor(settings.write_workers, "write")
         stack.callback(writer.shutdown, cancel_futures=True)
     return threads, computer, writer
-
-
-def _finished(block: Future, writing: deque[Future]) -> Iterator[Outcome]:
-    """Yield the outcomes of a block; results that are still being written join the queue."""
-    for item in block.result():
-        if isinstance(item, Outcome):
-            yield item
-        else:
-            writing.append(item)
 
 
 # Decoding
@@ -172,8 +160,7 @@ def _prefetched(
     settings: FlowSettings,
     decode_pool: Executor | None,
 ) -> Iterator[list[Callable[[], Decoded | Outcome]]]:
-    """Yield blocks of functions that return a decoded sample each. Decoding processes work on the next blocks
-    while the caller is busy with one."""
+    """Yield blocks of functions that return a decoded sample each. Decoding processes are blocks ahead."""
     source = iter(samples)
     blocks = iter(lambda: list(islice(source, settings.prefetch)), [])
     if decode_pool is None:
@@ -181,8 +168,7 @@ def _prefetched(
         return
     ahead: deque[list] = deque()
     for block in blocks:
-        with _death_explained():  # also of a process that died over an earlier block
-            ahead.append([partial(_result, decode_pool.submit(decode, sample)) for sample in block])
+        ahead.append([decode_pool.submit(decode, sample).result for sample in block])
         if len(ahead) > math.ceil(2 * settings.decode_workers / settings.prefetch):
             yield ahead.popleft()
     yield from ahead
@@ -200,13 +186,9 @@ def _set_up_decoder() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _result(future: Future) -> Decoded | Outcome:
-    with _death_explained():
-        return future.result()
-
-
 @contextmanager
 def _death_explained() -> Iterator[None]:
+    """Raise ChildProcessError where a decoding process died."""
     try:
         yield
     except BrokenProcessPool:
@@ -221,14 +203,14 @@ def _death_explained() -> Iterator[None]:
 
 def _block(
     block: list[Callable[[], Decoded | Outcome]], step: Step, limits: dict[Hashable, int], writer: Executor
-) -> list[Outcome | Future]:
-    """Take one block through the step."""
-    outcomes: list[Outcome | Future] = []
+) -> list[Future]:
+    """Take one block through the step; return a future outcome for each sample."""
+    outcomes: list[Future] = []
     groups: dict[Hashable, list[Decoded]] = {}
     for decode in block:
         decoded = decode()
         if isinstance(decoded, Outcome):
-            outcomes.append(decoded)
+            outcomes.append(_finished(decoded))
         else:
             groups.setdefault(decoded.shape, []).append(decoded)
     for shape, group in groups.items():
@@ -239,10 +221,16 @@ def _block(
             batch, group = group[:size], group[size:]
             for decoded, result in _computed(batch, step, limits):
                 if isinstance(result, Outcome):
-                    outcomes.append(result)
+                    outcomes.append(_finished(result))
                 else:
                     outcomes.append(writer.submit(_written, step, decoded, result))
     return outcomes
+
+
+def _finished(outcome: Outcome) -> Future:
+    future: Future = Future()
+    future.set_result(outcome)
+    return future
 
 
 def _written(step: Step, decoded: Decoded, result: Any) -> Outcome:
@@ -273,8 +261,8 @@ def _computed(
 
 
 def _try(batch: list[Decoded], step: Step) -> tuple[list, Outcome | None, bool]:
-    """Return results; or a failure, and whether memory ran out. The error itself is not returned, so that the
-    memory its traceback holds is free."""
+    """Return results; or a failure, and whether memory ran out. The error itself would hold memory by its
+    traceback."""
     try:
         return step.compute(batch), None, False
     except Exception as error:

@@ -1,7 +1,4 @@
-"""Steps 1 and 2b in one go: images and labels -> pseudo masks, without large files in between.
-
-Every stage is that of the steps, so the masks are theirs.
-"""
+"""Steps 1 and 2b in one go: images and labels -> the masks of the steps, without large files in between."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +10,7 @@ from torch import Tensor
 
 from pipeline.cams import CamStep, store_files
 from pipeline.decode import Decoder, LabeledImage
-from pipeline.masks import (
-    MaskSettings,
-    crf_posterior,
-    mask_values,
-    posterior_labels,
-    resize_mask,
-    shrunk_note,
-)
+from pipeline.masks import MaskSettings, crf_labels, mask_values, resize_mask, shrunk_note
 from pipeline.step import Step
 from refinement.densecrf import densecrf_batch
 from segmentation import camfile
@@ -30,10 +20,8 @@ from segmentation.masks import encode_mask, mask_class_ids
 
 @dataclass
 class FusedStep(Step):
-    """CAMs and masks with one model, see `pipeline.step.Step`.
-
-    On a CPU the dense CRF runs where the mask is written; on a GPU, or with the torch backend, it runs for
-    the whole batch where the CAMs are.
+    """CAMs and masks with one model. The torch backend of the dense CRF runs for a whole batch where the CAMs
+    are; the others run where a mask is written.
 
     Attributes:
         cams: how CAMs are made, and where they are kept; nowhere with format "none".
@@ -74,7 +62,7 @@ class FusedStep(Step):
         return self.cams.batch_size(decoded)
 
     def compute(self, batch: list[LabeledImage]) -> list[tuple[dict[str, np.ndarray], np.ndarray | None]]:
-        """Return CAM type -> maps on the patch grid, and the mask where the CRF runs on the device."""
+        """Return CAM type -> (K, h, w), and the mask if the backend is torch."""
         cams = self.cams.compute(batch)
         masks = [None] * len(batch)
         if self.masks.crf_backend == "torch":
@@ -84,26 +72,20 @@ class FusedStep(Step):
     @torch.no_grad()
     def _crf(self, batch: list[LabeledImage], grids: list[np.ndarray]) -> list[np.ndarray]:
         """Return the masks of a batch, (H, W) uint8 at the size of the kept images."""
-        images = [torch.tensor(decoded.image, device=self.device) for decoded in batch]
-        probabilities = [
-            self._probabilities(torch.from_numpy(grid).to(self.device), image.shape[:2])
-            for grid, image in zip(grids, images, strict=True)
-        ]
-        masks = []
+        dtype = getattr(torch, self.masks.crf.unary_type)
+        images, probabilities, masks = [], [], []
+        for decoded, grid in zip(batch, grids, strict=True):
+            cams = upsample(torch.from_numpy(grid).to(self.device), decoded.image.shape[:2]).to(dtype)
+            if self.benchmark.has_background:
+                cams = torch.cat([(1 - cams.amax(0, keepdim=True).float()).to(dtype), cams])
+            probabilities.append(cams)  # as in `pipeline.masks.crf_posterior`
+            images.append(torch.tensor(decoded.image, device=self.device))
         posteriors = densecrf_batch(images, probabilities, self.masks.crf, "torch", self.device)
         for decoded, posterior in zip(batch, posteriors, strict=True):
             highest, channel = posterior.max(0)  # (H, W)
             values = torch.from_numpy(mask_values(decoded.class_ids, self.benchmark)).to(self.device)
             masks.append(values[channel].masked_fill(highest < self.masks.confidence, IGNORE))
         return [mask.cpu().numpy() for mask in masks]
-
-    def _probabilities(self, grid: Tensor, size: tuple[int, int]) -> Tensor:
-        """(K, h, w) -> (C, H, W), as `pipeline.masks.crf_posterior` has them."""
-        dtype = getattr(torch, self.masks.crf.unary_type)
-        cams = upsample(grid, size).to(dtype)
-        if not self.benchmark.has_background:
-            return cams
-        return torch.cat([(1 - cams.amax(0, keepdim=True).float()).to(dtype), cams])
 
     def write(
         self, decoded: LabeledImage, result: tuple[dict[str, np.ndarray], np.ndarray | None]
@@ -112,14 +94,14 @@ class FusedStep(Step):
         size = decoded.image.shape[:2]
         if labels is None:
             full = camfile.resize(cams[self.cam_type], size).astype(np.float16)
-            posterior = crf_posterior(decoded.image, full, self.masks, self.benchmark.has_background)
             values = mask_values(decoded.class_ids, self.benchmark)
-            labels = posterior_labels(posterior, values, self.masks.confidence)
+            labels = crf_labels(decoded.image, full, values, self.masks)
         mask = encode_mask(resize_mask(labels, decoded.size), self.benchmark.palette, decoded.class_ids)
+        files = self.cams.files(decoded, cams)
         if self.output is None:
-            self.cams.store(decoded.name, {**self.cams.files(decoded, cams), ".png": mask})
+            self.cams.save(decoded.name, {**files, ".png": mask})
         else:  # the mask last: its file says that the image is done
-            self.cams.store(decoded.name, self.cams.files(decoded, cams))
+            self.cams.save(decoded.name, files)
             store_files(self.output, decoded.name, {".png": mask})
         notes = decoded.notes + self.cams.notes(cams)
         return notes if size == decoded.size else [*notes, shrunk_note(self.masks)]

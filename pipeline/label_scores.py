@@ -1,7 +1,6 @@
 """Labels from scores: files of scores, rules that choose labels, the label file, metrics."""
 
 import hashlib
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 
 from common.files import replacing
 from pipeline.flags import beside_images
-from pipeline.run import first_few
+from pipeline.run import first_few, write_json
 from segmentation import labels
 from segmentation.benchmark import Benchmark
 from segmentation.label_metrics import label_scores
@@ -23,11 +22,8 @@ RULES = ("relative", "absolute", "top")
 
 
 def write_scores(folder: str | Path, scores: Mapping[str, np.ndarray]) -> Path:
-    """Write a file of scores; its name is a hash of its images, so that processes do not collide.
-
-    Args:
-        scores: image name -> (K,) float32.
-    """
+    """Write scores, image name -> (K,) float32, to a file named by a hash of the images, so that processes do
+    not collide; return the file."""
     names = sorted(scores)
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     file = Path(folder) / f"scores-{digest}{SUFFIX}"
@@ -37,11 +33,7 @@ def write_scores(folder: str | Path, scores: Mapping[str, np.ndarray]) -> Path:
 
 
 def read_scores(folder: str | Path, num_classes: int) -> dict[str, np.ndarray]:
-    """Return all scores in a folder: image name -> (K,) float32.
-
-    Raises:
-        ValueError: a file is damaged.
-    """
+    """Return all scores in a folder, image name -> (K,) float32; a damaged file raises ValueError."""
     scores: dict[str, np.ndarray] = {}
     for file in sorted(Path(folder).glob(f"scores-*{SUFFIX}")):
         try:
@@ -63,11 +55,7 @@ class LabelRule(NamedTuple):
 
 
 def label_rule(rule: str, threshold: float | None, ratio: float) -> LabelRule:
-    """Return what --label_rule and --label_threshold ask for; `ratio` is the default of "relative".
-
-    Raises:
-        ValueError: the threshold does not fit the rule.
-    """
+    """Return what --label_rule and --label_threshold ask for; `ratio` is the default of "relative"."""
     if rule == "relative":
         threshold = ratio if threshold is None else threshold
         expected, fits = "from 0 to 1", 0 <= threshold <= 1
@@ -83,11 +71,9 @@ def label_rule(rule: str, threshold: float | None, ratio: float) -> LabelRule:
 
 
 def choose(scores: np.ndarray, threshold: float, rule: str = "relative") -> np.ndarray:
-    """Return which classes are predicted, (n, K) bool.
+    """Return which classes are predicted from scores (n, K), as (n, K) bool.
 
     Args:
-        scores: (n, K).
-        threshold: of the rule.
         rule: "relative": above min + threshold * (max - min) of an image's scores, so none if all are equal;
             "absolute": above the threshold; "top": the `threshold` highest, of equal ones the first.
     """
@@ -147,25 +133,18 @@ def report_metrics(
         row[class_ids] = True
     result = label_scores(values, labeled, classes, choose(values, *rule))
     print(f"mAP: {result['mAP']:.6f}")
-    absent = result["classes without positives"]
+    absent, value = result["classes without positives"], result["mAP of classes with positives"]
     if absent:
-        rest = result["mAP of classes with positives"]
-        print(f"mAP of classes with positives: {rest:.6f} ({absent} of {len(classes)} have none)")
+        print(f"mAP of classes with positives: {value:.6f} ({absent} of {len(classes)} have none)")
     print(f"F1: {result['F1']:.6f}, Precision: {result['Precision']:.6f}, Recall: {result['Recall']:.6f}")
     if json_file:
-        with replacing(json_file) as stream:
-            content = {key: None if value != value else value for key, value in result.items()}  # NaN
-            stream.write(json.dumps(content, indent=2).encode() + b"\n")
+        write_json(json_file, result)
 
 
 def truth_reader(
     benchmark: Benchmark, split: labels.Split, labels_file: str | None, image_root: str
 ) -> labels.LabelReader | None:
-    """Return the true labels: of a file, of the split file, else the benchmark's; None if there are none.
-
-    Raises:
-        FileNotFoundError, ValueError: `labels_file` cannot be read, or a split names classes out of range.
-    """
+    """Return the true labels: of a file, of the split file, else the benchmark's; None if there are none."""
     if labels_file or any(split.values()):
         return labels.reader(replace(benchmark, labels="file"), split, labels_file)
     if benchmark.labels == "file":

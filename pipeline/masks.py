@@ -1,6 +1,6 @@
 """Step 2b: CAM files and images -> dense CRF -> pseudo masks, or their scores."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -8,16 +8,15 @@ import cv2
 import numpy as np
 
 from common.settings import Settings, setting
-from pipeline.evaluate import background, benchmark_scores, files_present, report_scores
+from pipeline.evaluate import ScoringStep, background, count_mask, files_present, read_truth
 from pipeline.processes import device_of
 from pipeline.run import Record, Run, fingerprint, read_settings
-from pipeline.step import Decoded, Step
+from pipeline.step import Decoded
 from refinement.densecrf import BACKENDS, IMAGE_MODES, PRESETS, UNARY_TYPES, Preset, densecrf_batch
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.images import find_image, read_rgb, shrunk
 from segmentation.masks import read_mask, write_mask
-from segmentation.metrics import confusion
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,30 @@ class MaskSettings(Settings):
         }
 
 
+# Published pipelines: --confidence, and the benchmarks on which --exclude_last_layer is the default.
+PUBLISHED = {
+    "clip_es": {"confidence": MaskSettings.confidence, "exclude_last_layer": ()},
+    # TagCLIP's copy of CLIP-ES; only its VOC script takes [-8:-1] of the attention maps.
+    "cls_seg": {"confidence": 0.0, "exclude_last_layer": ("voc12",)},
+}
+
+
+def add_preset_flag(flag: Callable) -> None:
+    """Add --preset, which decides where --confidence or --exclude_last_layer are not given."""
+    flag("--preset", choices=PUBLISHED, default="clip_es", help="published defaults: those of CLIP-ES, or of "
+         "CLS-SEG (TagCLIP's segmentation without labels): no pixel of a mask becomes 255, and on voc12 the "
+         "last block's attention is left out; flags that are given take precedence")  # fmt: skip
+
+
+def mask_defaults(preset: str) -> MaskSettings:
+    """Return the mask settings of a preset."""
+    return MaskSettings(confidence=PUBLISHED[preset]["confidence"])
+
+
 def crf_posterior(
     image: np.ndarray, cams: np.ndarray, settings: MaskSettings, add_background: bool, device: str = "cpu"
 ) -> np.ndarray:
-    """Return the class posteriors of one image by the dense CRF.
-
-    The background is 1 - the highest CAM, whichever exponent evaluates best; nothing is normalized.
+    """Return the class posteriors of one image by the dense CRF; the background is 1 - the highest CAM.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -93,25 +110,30 @@ def crf_posterior(
     """
     probabilities = cams.astype(settings.crf.unary_type)
     if add_background:
-        rest = background(cams.max(axis=0, initial=0), 1, settings.crf.unary_type)
-        probabilities = np.concatenate([rest[None], probabilities])
+        first = background(cams.max(axis=0, initial=0), 1, settings.crf.unary_type)
+        probabilities = np.concatenate([first[None], probabilities])
     return densecrf_batch([image], [probabilities], settings.crf, settings.crf_backend, device)[0]
 
 
 def posterior_labels(posterior: np.ndarray, values: np.ndarray, confidence: float = 0) -> np.ndarray:
-    """Return the most probable label of each pixel, 255 where its posterior is below `confidence`.
+    """Return the most probable labels (H, W) uint8, 255 where the posterior is below `confidence`.
 
     Args:
         posterior: (C, H, W).
         values: (C,) uint8, see `mask_values`.
-
-    Returns:
-        (H, W) uint8.
     """
     labels = values[posterior.argmax(axis=0)]
     if confidence:
         labels[posterior.max(axis=0) < confidence] = IGNORE
     return labels
+
+
+def crf_labels(
+    image: np.ndarray, cams: np.ndarray, values: np.ndarray, settings: MaskSettings, device: str = "cpu"
+) -> np.ndarray:
+    """Return the mask (H, W) uint8 that the dense CRF makes of CAMs; see `crf_posterior`, `mask_values`."""
+    posterior = crf_posterior(image, cams, settings, len(values) > len(cams), device)
+    return posterior_labels(posterior, values, settings.confidence)
 
 
 def mask_values(class_ids: Sequence[int], benchmark: Benchmark, cam_type: str = "") -> np.ndarray:
@@ -141,13 +163,13 @@ def resize_mask(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def shrunk_note(settings: MaskSettings) -> str:
-    """Return the note that is counted of images that are too large for the CRF."""
+    """Return the note on images that are too large for the CRF."""
     return f"images shrunk to {settings.crf_max_pixels} pixels for the CRF (--crf_max_pixels)"
 
 
 @dataclass
 class MaskInput(Decoded):
-    """A decoded image: size, class indices, shrunk pixels and CAMs; or its mask, if that is done already."""
+    """A decoded image: size, class indices, shrunk pixels and CAMs; or its mask, if that exists."""
 
     size: tuple[int, int] = (0, 0)
     class_ids: np.ndarray | None = None
@@ -157,17 +179,13 @@ class MaskInput(Decoded):
 
 
 @dataclass
-class MaskStep(Step):
-    """Step 2b, see `pipeline.step.Step`.
+class MaskStep(ScoringStep):
+    """Step 2b: makes masks, and scores them if there is ground truth.
 
     Attributes:
-        benchmark: the data set.
-        cam_dir: folder of the CAM files.
-        image_root: folder of the images.
-        output: folder of the masks; None writes none, and scores the labels before the 255 rule.
+        output: folder of the masks; None writes none, and scores labels of any confidence.
         gt_root: folder of the ground-truth masks; None gives no scores.
-        cam_type: maps to take from the CAM files.
-        settings: how masks are made.
+        cam_type: CAMs to take from the files.
         device: of the torch backend, see `pipeline.processes.device_of`.
     """
 
@@ -179,11 +197,6 @@ class MaskStep(Step):
     cam_type: str = "attn_highres"
     settings: MaskSettings = field(default_factory=MaskSettings)
     device: str = "cpu"
-
-    def __post_init__(self):
-        channels = self.benchmark.channels
-        self.hist = np.zeros((channels, channels), np.int64)  # [truth, prediction]
-        self.pixels = np.zeros(2, np.int64)  # with ground truth: predicted 255 (left out), and all
 
     def is_done(self, name: str) -> bool:
         """Whether there is a mask, and no ground truth to score it with."""
@@ -204,37 +217,25 @@ class MaskStep(Step):
         return MaskInput(name, image.shape[:2], class_ids, small, cams, notes=notes)
 
     def compute(self, batch: list[MaskInput]) -> list[np.ndarray]:
-        """Return index masks (H, W) uint8; without an output folder no pixel is 255."""
-        return [self._mask(decoded) for decoded in batch]
-
-    def _mask(self, decoded: MaskInput) -> np.ndarray:
+        """Return the index mask (H, W) uint8; without an output folder no pixel is 255."""
+        (decoded,) = batch
         if decoded.mask is not None:
-            return decoded.mask
+            return [decoded.mask]
+        settings = replace(self.settings, confidence=0) if self.output is None else self.settings
         values = mask_values(decoded.class_ids, self.benchmark, self.cam_type)
-        add_background = len(values) > len(decoded.cams)
-        posterior = crf_posterior(decoded.image, decoded.cams, self.settings, add_background, self.device)
-        confidence = 0 if self.output is None else self.settings.confidence
-        return resize_mask(posterior_labels(posterior, values, confidence), decoded.size)
+        labels = crf_labels(decoded.image, decoded.cams, values, settings, self.device)
+        return [resize_mask(labels, decoded.size)]
 
     def write(self, decoded: MaskInput, mask: np.ndarray) -> list[str]:
         if self.output is not None and decoded.mask is None:
             write_mask(self._file(decoded.name), mask, self.benchmark.palette, decoded.class_ids)
         if self.gt_root is None:
             return decoded.notes
-        truth_file = Path(self.gt_root) / f"{decoded.name}.png"
-        if not truth_file.is_file():  # with --eval_only such images were left out or refused before
+        if not (Path(self.gt_root) / f"{decoded.name}.png").is_file():  # only without --eval_only
             return [*decoded.notes, "images without ground truth"]
-        truth = read_mask(truth_file)
-        self.hist += confusion(truth, mask, self.benchmark.channels)
-        known = truth < self.benchmark.channels
-        self.pixels += (int((mask[known] == IGNORE).sum()), int(known.sum()))
+        truth = read_truth(self.gt_root, decoded.name, mask.shape)
+        self.count(*count_mask(truth, mask, self.benchmark.channels))
         return decoded.notes
-
-    def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return `hist` and `pixels`; zero without ground truth."""
-        counts = self.hist, self.pixels
-        self.__post_init__()  # another run counts from zero
-        return counts
 
     def _file(self, name: str) -> Path:
         return Path(self.output) / f"{name}.png"
@@ -255,13 +256,11 @@ def make_masks(
     published numbers, every pixel is scored.
 
     Args:
-        step: see there.
         names: image ids.
         benchmark_name: recorded in the mask folder, see `segmentation.benchmark.load`.
         json_file: where the scores are written; None: nowhere.
         allow_missing: leave out images without CAM, and without ground truth where only scores are made.
         overwrite: remove existing masks.
-        num_workers: processes; the files do not depend on it.
 
     Returns:
         The exit code: 1 if an image failed.
@@ -270,6 +269,8 @@ def make_masks(
         FileNotFoundError: CAMs or folders are missing.
         ValueError: `step.output` is the folder of the CAMs, or holds masks made with other settings.
     """
+    if step.settings.crf_backend == "auto":  # resolved here, to be recorded
+        step = replace(step, settings=step.settings.on(device_of(step.device)))
     if step.output is not None and Path(step.output).resolve() == Path(step.cam_dir).resolve():
         raise ValueError(f"{step.output} holds the CAMs: give the masks a folder of their own")
     names, missing = files_present(names, step.cam_dir, allow_missing, "CAMs")
@@ -293,16 +294,7 @@ def make_masks(
     parts = run.map(step, names, num_workers)
     code = run.finish()
     if run.rank == 0 and step.gt_root is not None:
-        hist, pixels = (sum(counts) for counts in zip(*parts, strict=True))
-        report = {
-            "benchmark": step.benchmark.name,
-            "cam_type": step.cam_type,
-            "confidence": None if step.output is None else step.settings.confidence,
-            "crf": asdict(step.settings.crf),
-            "images": len(names) - len(run.failures),
-            "failed": [name for name, _ in run.failures],
-            "missing": missing,
-        }
-        result = benchmark_scores(hist, step.benchmark)
-        report_scores(report, (None,), [result], pixels, step.benchmark, json_file)
+        confidence = None if step.output is None else step.settings.confidence
+        details = {"confidence": confidence, "crf": asdict(step.settings.crf)}
+        step.report(run, parts, names, missing, details, json_file)
     return code

@@ -1,23 +1,18 @@
-"""Dividing images among processes: torchrun's ranks, and the processes that a rank starts on its machine.
-
-`work(names, worker_index, *args)` is a generator function: it handles its images and yields one `Outcome` for
-each; its return value is collected. `worker_index` counts the processes of this machine.
-"""
+"""Dividing images among processes: torchrun's ranks, and the processes that a rank starts on its machine."""
 
 import math
 import multiprocessing
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
-from queue import Empty
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 from common.files import FULL, DiskFull
-
-PATIENCE = 1.0  # seconds between looks at whether the processes still live
 
 
 class Outcome(NamedTuple):
@@ -26,9 +21,6 @@ class Outcome(NamedTuple):
     name: str
     failure: str = ""
     notes: tuple[str, ...] = ()
-
-
-Work = Callable[..., Generator[Outcome, None, Any]]
 
 
 def attempt(name: str, work: Callable[..., Any], *args) -> Any:
@@ -54,10 +46,8 @@ def failed(name: str, error: Exception) -> Outcome:
 
 
 def part_of(items: Sequence, index: int, count: int, block: int = 1) -> list:
-    """Return the items of process `index` of `count`: every count-th block of items.
-
-    Parts differ by one block at most. A part may be divided again by the same blocks.
-    """
+    """Return the items of process `index` of `count`: every count-th block of items. A part may be divided
+    again by the same blocks."""
     starts = range(index * block, len(items), count * block)
     return [item for start in starts for item in items[start : start + block]]
 
@@ -69,14 +59,11 @@ def cores() -> int:
 
 
 def device_of(device: str, worker_index: int = 0) -> str:
-    """Resolve --device for one process.
+    """Return the device of one process, "cpu" or "cuda:i".
 
     Args:
         device: "auto" (CUDA where there is any), "cpu", "cuda" (processes take the GPUs in turn) or "cuda:i".
         worker_index: number of the process on this machine.
-
-    Returns:
-        "cpu" or "cuda:i".
 
     Raises:
         ValueError: no such device, or PyTorch sees no GPU.
@@ -85,10 +72,10 @@ def device_of(device: str, worker_index: int = 0) -> str:
 
     from clip import pick_device
 
-    picked = pick_device(device)
-    if picked.type == "cuda" and picked.index is None:
+    resolved = pick_device(device)
+    if resolved.type == "cuda" and resolved.index is None:
         return f"cuda:{worker_index % torch.cuda.device_count()}"
-    return str(picked)
+    return str(resolved)
 
 
 def drain(generator: Generator[Outcome, None, Any], take: Callable[[Outcome], None]) -> Any:
@@ -102,7 +89,7 @@ def drain(generator: Generator[Outcome, None, Any], take: Callable[[Outcome], No
 
 
 def run(
-    work: Work,
+    work: Callable,
     names: Sequence[str],
     args: tuple,
     processes: int,
@@ -112,9 +99,8 @@ def run(
     """Run `work(names, worker_index, *args)` in several processes of this machine, which divide `names`.
 
     Args:
-        work: a module-level function; with several processes, `args` are pickled.
-        names: image ids.
-        args: further arguments of `work`.
+        work: a module-level generator function, which yields an `Outcome` for each name. `worker_index`
+            counts the processes of this machine; with several processes, `args` are pickled.
         processes: 1 is this process itself. Several divide the CPU threads, unless OMP_NUM_THREADS is set.
         take: called here with each outcome as it comes.
         block: names that stay together, see `part_of`.
@@ -131,72 +117,65 @@ def run(
     if processes == 1:
         return [drain(work(names, first, *args), take)]
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-    queue = context.Queue()
-    parts = [part_of(names, index, processes, block) for index in range(processes)]
-    workers = [  # not daemons, which may not start decoding processes
-        context.Process(target=_child, args=(queue, index, work, part, first + index, args))
-        for index, part in enumerate(parts)
-    ]
+    workers: dict[Connection, BaseProcess] = {}
+    results: dict[Connection, Any] = {}
     threads_are_set = "OMP_NUM_THREADS" in os.environ
-    # Read when a child first loads its libraries.
+    # Read when a worker first loads its libraries.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     try:
-        for worker in workers:
+        for index in range(processes):
+            receiver, sender = context.Pipe(duplex=False)
+            part = part_of(names, index, processes, block)
+            # No daemon, which may not start decoding processes.
+            worker = context.Process(target=_worker, args=(sender, work, part, first + index, args))
             worker.start()
+            sender.close()  # the worker alone holds it, so that its death ends the pipe
+            workers[receiver] = worker
         if not threads_are_set:
             del os.environ["OMP_NUM_THREADS"]
-        return _collect(queue, workers, take)
+        while len(results) < processes:
+            for receiver in wait(workers.keys() - results.keys()):
+                kind, value = _receive(receiver, workers[receiver])
+                if kind == "outcome":
+                    take(value)
+                elif kind == "result":
+                    results[receiver] = value
+                else:
+                    raise value
+        return [results[receiver] for receiver in workers]
     finally:
-        for worker in workers:
-            if worker.is_alive():
-                worker.terminate()
+        for worker in workers.values():
+            worker.terminate()
 
 
-def _collect(queue, workers: list, take: Callable[[Outcome], None]) -> list:
-    results = {}
-    noticed = math.inf  # time when a process was first seen dead before its result arrived
-    while len(results) < len(workers):
-        dead = [w for i, w in enumerate(workers) if i not in results and not w.is_alive()]
-        noticed = min(noticed, time.monotonic()) if dead else math.inf
+def _receive(receiver: Connection, worker: BaseProcess) -> tuple[str, Any]:
+    """Return the next message of a worker, see `_worker`; ChildProcessError if it died."""
+    try:
+        return receiver.recv()
+    except (EOFError, OSError):  # OSError: within a message
+        worker.join()
+        raise ChildProcessError(
+            f"a worker process died (exit code {worker.exitcode}; -9 often means out of memory); "
+            "the same command continues, fewer --num_workers need less memory"
+        ) from None
+
+
+def _worker(sender: Connection, work: Callable, names: list, worker_index: int, args: tuple) -> None:
+    """Send ("outcome", Outcome) for each image, then ("result", what `work` returned) or ("error", error)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
+
+    def send(kind: str, value: Any) -> None:
         try:
-            message = queue.get(timeout=PATIENCE)
-        except Empty:
-            message = None  # the queue holds nothing more from dead processes
-        # Live processes may fill the queue for hours.
-        overdue = any(w.exitcode for w in dead) and time.monotonic() > noticed + PATIENCE
-        if dead and (message is None or overdue):
-            raise ChildProcessError(
-                f"a worker process died (exit code {dead[0].exitcode}; -9 often means out of memory); "
-                "the same command continues, fewer --num_workers need less memory"
-            )
-        if message is None:
-            continue
-        index, kind, value = message
-        if kind == "outcome":
-            take(value)
-        elif kind == "result":
-            results[index] = value
-        else:
-            raise value
-    return [results[index] for index in range(len(workers))]
-
-
-def _child(queue, index: int, work: Work, names: list, worker_index: int, args: tuple) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its children
-    parent = multiprocessing.parent_process()
-
-    def take(outcome: Outcome) -> None:
-        queue.put((index, "outcome", outcome))
-        if not parent.is_alive():  # it was killed; the next run continues
+            sender.send((kind, value))
+        except BrokenPipeError:  # the parent was killed; the next run continues
             os._exit(1)
 
     try:
-        queue.put((index, "result", drain(work(names, worker_index, *args), take)))
+        send("result", drain(work(names, worker_index, *args), partial(send, "outcome")))
     except (ValueError, OSError) as error:
         kinds = (ValueError, DiskFull, ChildProcessError, OSError)  # others may not survive pickling
         kind = next(kind for kind in kinds if isinstance(error, kind))
-        queue.put((index, "error", kind(str(error))))
+        send("error", kind(str(error)))
     except BaseException as error:
         traceback.print_exc(file=sys.stderr)
-        message = f"a worker process failed with {type(error).__name__}: {error}"
-        queue.put((index, "error", ChildProcessError(message)))
+        send("error", ChildProcessError(f"a worker process failed with {type(error).__name__}: {error}"))

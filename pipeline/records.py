@@ -1,7 +1,8 @@
 """Scores and settings that steps wrote to JSON files, prepared for the report page."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ def read_stage(title: str, file: str | Path, classes: Sequence[str]) -> dict[str
         FileNotFoundError: `file` does not exist.
         ValueError: it has no scores, or scores of other classes.
     """
-
-    def stage(content: dict) -> dict[str, Any]:
+    with _reading(file, "evaluation", "scores of these classes") as content:
         best, ignored, note = content["best"], content.get("ignored"), ""
         if ignored:
             note = f"{100 * ignored:.1f} % ignored"
@@ -31,28 +31,20 @@ def read_stage(title: str, file: str | Path, classes: Sequence[str]) -> dict[str
         ious = {name: best["Class IoU"][name] for name in classes}
         return {"title": title, "mean": best["Mean IoU"], "classes": ious, "note": note}
 
-    return _read(file, stage, "evaluation", "scores of these classes")
-
 
 def read_tag_scores(file: str | Path) -> tuple[dict[str, float | None], int]:
-    """Return the TAG_SCORES that `classify.py --json` wrote, None where undefined, and the number of images.
-
-    Raises:
-        FileNotFoundError: `file` does not exist.
-        ValueError: it has no such scores.
-    """
-
-    def scores(content: dict) -> tuple[dict[str, float | None], int]:
+    """Return the TAG_SCORES of `classify.py --json`, None where undefined, and the number of images."""
+    with _reading(file, "classify.py", "scores of tags") as content:
         return {name: content[name] for name in TAG_SCORES}, int(content["images"])
 
-    return _read(file, scores, "classify.py", "scores of tags")
 
-
-def _read(file: str | Path, select: Callable[[dict], Any], writer: str, expected: str) -> Any:
+@contextmanager
+def _reading(file: str | Path, writer: str, expected: str) -> Iterator[dict]:
+    """Yield what a JSON file holds; errors in using it say that it lacks what is expected."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"score file {file} does not exist: {writer} writes it with --json")
     try:
-        return select(json.loads(Path(file).read_text()))
+        yield json.loads(Path(file).read_text())
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file} holds no {expected}: give what {writer} wrote with --json") from None
 
@@ -63,26 +55,26 @@ def tables(steps: Mapping[str, Sequence[dict]], common: str) -> dict[str, dict[s
     Args:
         steps: title -> what `pipeline.run.read_settings` returned for its folders.
     """
-    found = {title: _rows(records) for title, records in steps.items()}
-    if len(found) < 2:
-        return found
-    shared = dict(set.intersection(*(set(rows.items()) for rows in found.values())))
-    shared = {key: value for key, value in next(iter(found.values())).items() if key in shared}
-    own = {title: {key: rows[key] for key in rows if key not in shared} for title, rows in found.items()}
+    all_rows = {title: _rows(records) for title, records in steps.items()}
+    if len(all_rows) < 2:
+        return all_rows
+    first, *others = all_rows.values()
+    shared = {key: text for key, text in first.items() if all(rows.get(key) == text for rows in others)}
+    own = {title: {key: rows[key] for key in rows if key not in shared} for title, rows in all_rows.items()}
     return {common: shared} | own
 
 
 def _rows(records: Sequence[dict]) -> dict[str, str]:
     """Settings without empty ones, and digests of input files."""
-    found: dict[str, str] = {}
+    rows: dict[str, str] = {}
     for record in records:
         digests = {f"sha256 of {name}": digest for name, digest in record.get("inputs", {}).items()}
         for key, value in (record.get("settings", {}) | digests).items():
             # A test records its network as `model`, the training before it as `model.width` and so on.
-            repeated = any(name.startswith(f"{key}.") for name in found)
+            repeated = any(name.startswith(f"{key}.") for name in rows)
             if value not in ("", None, [], {}) and not repeated:
-                found[key] = _text(value)
-    return {key.replace("_", " "): value for key, value in found.items()}
+                rows[key] = _text(value)
+    return {key.replace("_", " "): text for key, text in rows.items()}
 
 
 def _text(value: Any) -> str:

@@ -5,7 +5,7 @@
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ import jinja2
 import numpy as np
 
 from common.files import replacing
-from pipeline import pictures, records
+from pipeline import figures, records
 from pipeline.evaluate import benchmark_scores, scored_names
-from pipeline.masks import MaskSettings, crf_posterior, mask_values, posterior_labels
+from pipeline.masks import MaskSettings, crf_labels, mask_values
 from pipeline.run import command, read_settings
 from segmentation import benchmark as benchmarks
 from segmentation import camfile
@@ -70,13 +70,8 @@ class Results:
 
 
 def mask_score(mask_dir: str, gt_root: str, name: str, benchmark: Benchmark) -> float:
-    """Return the mIoU of one mask over the classes (or groups) of its image, without ignored pixels.
-
-    NaN if all pixels are ignored.
-
-    Raises:
-        FileNotFoundError, ValueError: a mask is missing, cannot be read, or does not fit the ground truth.
-    """
+    """Return the mIoU of one mask over the classes (or groups) of its image, without ignored pixels; NaN if
+    all are ignored."""
     file = Path(mask_dir) / f"{name}.png"
     truth, mask = read_mask(Path(gt_root) / f"{name}.png"), read_mask(file)
     try:
@@ -103,7 +98,7 @@ def mask_entry(mask_dir: str, gt_root: str | None, name: str, benchmark: Benchma
     """Return the figure of a mask, the proportion of ignored pixels, and the mIoU (None without truth)."""
     mask = read_mask(Path(mask_dir) / f"{name}.png")
     return {
-        "figure": pictures.mask_figure(mask, pictures.page_palette(benchmark)),
+        "figure": figures.mask_figure(mask, figures.page_palette(benchmark)),
         "ignored": float((mask == IGNORE).mean()),
         "iou": mask_score(mask_dir, gt_root, name, benchmark) if gt_root is not None else None,
     }
@@ -134,12 +129,8 @@ def sample(
     """Return what the page shows of one training image; figures are data URLs.
 
     Args:
-        name: image id.
         cam_type, settings: how its pseudo mask was made, see `recorded_masks`.
         tags: the labels that step 0 found, if there are masks from them.
-
-    Raises:
-        FileNotFoundError, ValueError: a file or a line is missing or cannot be read.
     """
     benchmark, gt_root = results.benchmark, results.gt_root
     image = read_rgb(find_image(results.image_root, name))
@@ -150,19 +141,19 @@ def sample(
     _, refined = camfile.read(results.cam_dir, name, "attn_highres")
     _, cams = camfile.read(results.cam_dir, name, cam_type)
     values = mask_values(class_ids, benchmark, cam_type)
-    posterior = crf_posterior(image, cams, settings, add_background=len(values) > len(cams))
-    shown = {
+    labels = crf_labels(image, cams, values, replace(settings, confidence=0))
+    entry = {
         "name": name,
-        "image": pictures.image_figure(image),
+        "image": figures.image_figure(image),
         "cams": [
             {
                 "name": benchmark.classes[index],
-                "initial": pictures.image_figure(pictures.cam_overlay(image, before)),
-                "refined": pictures.image_figure(pictures.cam_overlay(image, after)),
+                "initial": figures.image_figure(figures.cam_overlay(image, before)),
+                "refined": figures.image_figure(figures.cam_overlay(image, after)),
             }
             for index, before, after in zip(class_ids, initial, refined, strict=True)
         ],
-        "crf": pictures.mask_figure(posterior_labels(posterior, values), pictures.page_palette(benchmark)),
+        "crf": figures.mask_figure(labels, figures.page_palette(benchmark)),
         "mask": mask_entry(results.mask_dir, gt_root, name, benchmark),
         "auto_mask": None,
         "truth": gt_root and mask_entry(gt_root, None, name, benchmark)["figure"],
@@ -176,9 +167,9 @@ def sample(
                 f"the mask of {name} in {mask_dir} was made of other labels than those in {label_file}: make "
                 "the masks again, or restore the labels"
             )
-        shown["auto_mask"] = mask_entry(mask_dir, gt_root, name, benchmark)
-        shown["auto_mask"]["tags"] = compare_tags(tags[name], class_ids, benchmark.classes)
-    return shown
+        entry["auto_mask"] = mask_entry(mask_dir, gt_root, name, benchmark)
+        entry["auto_mask"]["tags"] = compare_tags(tags[name], class_ids, benchmark.classes)
+    return entry
 
 
 def predictions(results: Results, count: int) -> list[dict[str, Any]]:
@@ -187,7 +178,7 @@ def predictions(results: Results, count: int) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "image": pictures.image_figure(read_rgb(find_image(results.val_image_root, name))),
+            "image": figures.image_figure(read_rgb(find_image(results.val_image_root, name))),
             "masks": [
                 {"title": network.title, **mask_entry(network.mask_dir, gt_root, name, benchmark)}
                 for network in results.networks
@@ -230,8 +221,8 @@ def render(results: Results, images: int = 8) -> str:
         scored=_scored(results),
         score_rows=scored_names(benchmark),
         selection=f"{len(selected)} of {len(names)} images, at even steps {order}.",
-        legend=dict(zip(classes, pictures.page_palette(benchmark), strict=False)),
-        cam_colors=pictures.cam_overlay(np.full((1, 9, 3), 160, np.uint8), np.linspace(0, 1, 9)[None])[0],
+        legend=dict(zip(classes, figures.page_palette(benchmark), strict=False)),
+        cam_colors=figures.cam_overlay(np.full((1, 9, 3), 160, np.uint8), np.linspace(0, 1, 9)[None])[0],
         confidence=f"{settings.confidence:g}",
         samples=[sample(results, name, cam_type, settings, tags) for name in selected],
         predictions=predictions(results, images) if results.networks else [],
@@ -264,10 +255,8 @@ def _scored(results: Results) -> list[dict[str, Any]]:
 
 
 def recorded(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return title and rows of the settings of each step, and the versions of packages.
-
-    Settings that all masks or all networks have in common are in a table of their own.
-    """
+    """Return title and rows of the settings of each step and of the versions of packages; what all masks or
+    all networks have in common is apart."""
     tags, masks = {}, {"Step 2b, pseudo masks": [results.mask_dir]}
     if results.auto_masks:
         mask_dir, label_file = results.auto_masks
@@ -301,7 +290,7 @@ def main() -> None:
     flag("--image_root", "--img_root", required=True, help="image folder")
     flag("--split_file", required=True, help="image ids, one per line")
     flag("--cam_dir", "--cam_out_dir", required=True, help="CAM files of step 1 with --keep_initial")
-    flag("--pseudo_mask_dir", required=True, help="pseudo masks of step 2b")
+    flag("--pseudo_mask_dir", dest="mask_dir", required=True, help="pseudo masks of step 2b")
     flag("--gt_root", help="folder of the ground-truth masks")
     flag("--scores", nargs=3, default=(), metavar=("INITIAL.json", "REFINED.json", "CRF.json"),
          help="files that the evaluations wrote with --json")  # fmt: skip
@@ -320,39 +309,27 @@ def main() -> None:
     flag("--network_crf", nargs="+", metavar="SCORES.json",
          help="scores of each --network after a dense CRF, in the same order")  # fmt: skip
     flag("--val_split_file", help="ids of these images, one per line")
-    flag("--val_img_root", help="their folder (default: --image_root)")
+    flag("--val_img_root", dest="val_image_root", help="their folder (default: --image_root)")
     flag("--val_gt_root", help="folder of their ground-truth masks (default: --gt_root)")
     flag("--val_scores", nargs=2, default=(), metavar=("REFINED.json", "CRF.json"),
          help="scores of steps 2a and 2b, which need labels, on these images")  # fmt: skip
     args = parser.parse_args()
-    val_gt_root, crf_files = args.val_gt_root or args.gt_root, args.network_crf or [None] * len(args.network)
-    if args.network and not (args.val_split_file and val_gt_root):
+    crf_files = args.network_crf or [None] * len(args.network)
+    if args.network and not (args.val_split_file and (args.val_gt_root or args.gt_root)):
         parser.error("--network needs --val_split_file, and --val_gt_root or --gt_root")
     if args.network and len(crf_files) != len(args.network):
         parser.error("--network_crf needs one file for each --network")
-    val_flags = (args.network_crf, args.val_split_file, args.val_img_root, args.val_gt_root, args.val_scores)
-    if any(val_flags) and not args.network:
+    val_files = (args.val_split_file, args.val_image_root, args.val_gt_root, args.val_scores)
+    if (args.network_crf or any(val_files)) and not args.network:
         parser.error("--network_crf and the --val_ flags require --network")
     if (args.auto_tags or args.auto_scores) and not args.auto_masks:
         parser.error("--auto_tags and --auto_scores require --auto_masks")
-    results = Results(
-        benchmark=benchmarks.load(args.benchmark),
-        names=list(read_split(args.split_file)),
-        image_root=args.image_root,
-        cam_dir=args.cam_dir,
-        mask_dir=args.pseudo_mask_dir,
-        gt_root=args.gt_root,
-        scores=args.scores,
-        auto_masks=args.auto_masks,
-        auto_tags=args.auto_tags,
-        auto_scores=args.auto_scores,
-        networks=[Network(*words, file) for words, file in zip(args.network, crf_files, strict=True)],
-        val_names=list(read_split(args.val_split_file)) if args.network else (),
-        val_image_root=args.val_img_root or args.image_root,
-        val_gt_root=val_gt_root,
-        val_scores=args.val_scores,
-        note=args.note,
-    )
+    args.benchmark, args.names = benchmarks.load(args.benchmark), list(read_split(args.split_file))
+    args.networks = [Network(*words, file) for words, file in zip(args.network, crf_files, strict=True)]
+    args.val_names = list(read_split(args.val_split_file)) if args.network else ()
+    args.val_image_root = args.val_image_root or args.image_root
+    args.val_gt_root = args.val_gt_root or args.gt_root
+    results = Results(**{field.name: getattr(args, field.name) for field in fields(Results)})
     page = render(results, args.images)
     with replacing(args.output) as stream:
         stream.write(page.encode())

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -37,13 +38,10 @@ RENAMED = {
 
 
 def command(main: Callable[[], int | None], again: str = "the same command continues") -> None:
-    """Run a script's `main` and exit with its return value.
+    """Run a script's `main` and exit with its return value; after Ctrl-C print `again`, how to continue.
 
     User errors (ValueError, OSError) print one line and exit with code 2; the environment variable
     CLIP_WSSS_DEBUG=1 shows the traceback too. Work that began and cannot continue exits with 1.
-
-    Args:
-        again: printed after Ctrl-C: how to continue.
     """
     try:
         code = main() or 0
@@ -63,12 +61,11 @@ class Record:
     """What an output folder records of the run that fills it.
 
     Attributes:
-        step: what fills the folder, such as "cams"; no other step may fill or overwrite it.
-        settings: everything the outputs depend on, JSON values; "benchmark" is what
-            `segmentation.benchmark.load` takes, for later steps.
+        step: name such as "cams"; no other step may fill or overwrite the folder.
+        settings: JSON values that the outputs depend on; "benchmark" is what later steps load.
         inputs: sha256 by name of the files they depend on, such as {"model": ...}.
         outputs: file patterns of the outputs, such as ("*.npy", "*.npz").
-        info: recorded beside the settings, not compared with those of the last run.
+        info: not compared with that of the last run.
     """
 
     step: str = ""
@@ -83,47 +80,37 @@ class Run:
 
     Args:
         folder: output folder, made if missing; None when the step writes no files.
-        record: see `Record`.
         overwrite: remove the outputs of the last run and start anew.
-        retry: printed with failures: how they are tried again.
 
     Raises:
-        ValueError: `folder` holds outputs of other settings (the message names them), of another step, or of
-            unknown origin.
+        ValueError: see `check_folder`.
     """
 
     def __init__(
-        self,
-        folder: str | Path | None,
-        record: Record | None = None,
-        overwrite: bool = False,
-        retry: str = "the same command tries them again",
+        self, folder: str | Path | None, record: Record | None = None, overwrite: bool = False
     ):
-        self.retry = retry
         self.folder = None if folder is None else Path(folder)
+        self.retry = Step.retry
         self.done = 0
         self.failures: list[tuple[str, str]] = []
-        self.notes: dict[str, tuple[int, list[str]]] = {}  # number of images, and the first few names
+        self.notes: dict[str, list[str]] = {}  # names of images
         self.rank, self.world = rank_and_world()
         if self.folder is not None and self.rank == 0:
-            _prepare(self.folder, record or Record(), overwrite)
-        gather(None)  # no rank may write before the folder is prepared
+            _fill(self.folder, record or Record(), overwrite)
+        gather(None)  # no rank may write before the record
 
-    def map(self, step: Step, names: Sequence[str], num_workers: int = 1, counted: bool = True) -> list:
+    def map(self, step: Step, names: Sequence[str], num_workers: int = 1) -> list:
         """Run a step over images, which processes divide in blocks of `step.flow.prefetch`.
 
         Under torchrun every rank takes its part of `names` and may itself have `num_workers` processes.
 
-        Args:
-            counted: there will be one outcome for each name; False for shards, which hold several images.
-
         Returns:
             What `step.finish` returned in each process; under torchrun those of all ranks, on all ranks.
         """
-        block = step.flow.prefetch
+        self.retry, block = step.retry, step.flow.prefetch
         names = processes.part_of(names, self.rank, self.world, block)
         # Rank 0 shows progress for all; disable=None is quiet when stderr is no terminal.
-        total, disable = len(names) if counted else None, True if self.rank else None
+        total, disable = None if step.several else len(names), True if self.rank else None
         with tqdm(total=total, unit="image", disable=disable) as bar:
 
             def take(outcome: Outcome) -> None:
@@ -139,16 +126,11 @@ class Run:
         if outcome.failure:
             self.failures.append((outcome.name, outcome.failure))
         for note in outcome.notes:
-            self._note(note, 1, [outcome.name])
-
-    def _note(self, note: str, count: int, names: list[str]) -> None:
-        before, first = self.notes.get(note, (0, []))
-        self.notes[note] = before + count, sorted([*first, *names])[:SHOWN]
+            self.notes.setdefault(note, []).append(outcome.name)
 
     def finish(self) -> int:
-        """Print failures and notes; write `failed.txt`, or remove it.
-
-        From here on `failures` holds those of all torchrun ranks.
+        """Print failures and notes of all torchrun ranks; write `failed.txt`, or remove it. From here on
+        `failures` holds those of all ranks.
 
         Returns:
             The exit code: 1 if an image failed, else 0.
@@ -157,11 +139,9 @@ class Run:
         self.failures = failures = sorted(failure for _, failed, _ in parts for failure in failed)
         if self.rank == 0:
             print(f"{sum(done for done, _, _ in parts)} images, {len(failures)} failed", file=sys.stderr)
-            for _, _, notes in parts[1:]:  # those of rank 0 are here
-                for note, (count, names) in notes.items():
-                    self._note(note, count, names)
-            for note, (count, names) in sorted(self.notes.items()):
-                print(f"{note}: {count} ({first_few(names, count)})", file=sys.stderr)
+            for note in sorted({note for _, _, notes in parts for note in notes}):
+                names = sorted(name for _, _, notes in parts for name in notes.get(note, ()))
+                print(f"{note}: {len(names)} ({first_few(names)})", file=sys.stderr)
             for name, message in failures[:SHOWN]:
                 print(f"failed: {name}: {message}", file=sys.stderr)
             if self.folder is not None:
@@ -172,9 +152,9 @@ class Run:
 
 
 def read_settings(folder: str | Path) -> dict:
-    """Return what the run that filled `folder` recorded: "step", "settings", "inputs", "versions".
+    """Return what the run that filled `folder` recorded: "step", "settings", "inputs", "versions"; or {}.
 
-    {} if nothing is recorded. Settings of earlier versions have their present names (`RENAMED`).
+    Settings of earlier versions have their present names (`RENAMED`).
 
     Raises:
         ValueError: the record is damaged.
@@ -209,21 +189,31 @@ def fingerprint(record: Mapping[str, Any]) -> str:
     Args:
         record: see `read_settings`.
     """
-    made = {key: dict(record[key]) for key in ("settings", "inputs") if key in record}
-    if "settings" in made:
+    origin = {part: dict(record[part]) for part in ("settings", "inputs") if part in record}
+    if "settings" in origin:
+        origin["settings"].pop("cam_format", None)
         first_names = {present: first for first, present in RENAMED.items()}
-        made["settings"] = {first_names.get(key, key): value for key, value in made["settings"].items()
-                            if key != "cam_format"}  # fmt: skip
-    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest() if made else ""
+        origin["settings"] = {first_names.get(key, key): value for key, value in origin["settings"].items()}
+    return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest() if origin else ""
 
 
-def first_few(names: Sequence[str], count: int | None = None) -> str:
-    """Return the first few of `names` in one line, "..." after them if there are more.
+def write_json(file: str | Path, content: Mapping[str, Any]) -> None:
+    """Write JSON; NaN, which it does not have, becomes null."""
+    with replacing(file) as stream:
+        stream.write(json.dumps(_without_nan(content), indent=2).encode() + b"\n")
 
-    Args:
-        count: how many there are, if `names` are not all.
-    """
-    return ", ".join(names[:SHOWN]) + (", ..." if (count or len(names)) > SHOWN else "")
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Return the first few of `names` in one line, "..." after them if there are more."""
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def check_folder(folder: str | Path, record: Record, overwrite: bool = False) -> list[Path]:
@@ -233,7 +223,8 @@ def check_folder(folder: str | Path, record: Record, overwrite: bool = False) ->
         The outputs of the last run that it would remove.
 
     Raises:
-        ValueError: see `Run`.
+        ValueError: the folder holds outputs of other settings (the message names them), of another step, or
+            of unknown origin.
     """
     folder = Path(folder)
     last = read_settings(folder)
@@ -244,58 +235,43 @@ def check_folder(folder: str | Path, record: Record, overwrite: bool = False) ->
                 f"{folder} holds {existing[0].name} but no {SETTINGS}: it was not filled by this command, "
                 "choose another folder"
             )
-    elif last.get("step", "") != record.step:
+        return []
+    if last.get("step", "") != record.step:
         raise ValueError(
             f"{folder} is the folder of another step ({last.get('step') or 'unnamed'}, not "
             f"{record.step or 'unnamed'}): choose another folder"
         )
-    elif overwrite:
-        _check_depth(folder, existing)
+    if overwrite:
+        for file in existing:
+            if file.parent != folder:
+                raise ValueError(
+                    f"{folder} also holds {file.relative_to(folder)}, and --overwrite removes nothing from "
+                    "subfolders: move it away, or choose another folder"
+                )
         return existing
-    elif existing:  # settings of a run that failed before its first output do not matter
-        _compare(folder, last, record)
-    return []
-
-
-def _prepare(folder: Path, record: Record, overwrite: bool) -> None:
-    """Remove what an overwriting run replaces, and write the record."""
-    sweep(folder)
-    for file in check_folder(folder, record, overwrite):
-        file.unlink()
-    content = {name: dict(getattr(record, name)) for name in ("settings", "inputs", "info")}
-    with replacing(folder / SETTINGS) as stream:
-        content = {"step": record.step, **content, "versions": _versions()}
-        stream.write(json.dumps(content, indent=2).encode() + b"\n")
-
-
-def _check_depth(folder: Path, files: list[Path]) -> None:
-    """Raise ValueError if some of the files lie in subfolders, whose origin is unknown."""
-    deeper = next((file for file in files if file.parent != folder), None)
-    if deeper is not None:
-        raise ValueError(
-            f"{folder} also holds {deeper.relative_to(folder)}, and --overwrite removes nothing from "
-            "subfolders: move it away, or choose another folder"
-        )
-
-
-def _compare(folder: Path, last: dict, record: Record) -> None:
     before = {**last.get("settings", {}), **last.get("inputs", {})}
     now = {**_with_present_names(record.settings), **record.inputs}
     now = json.loads(json.dumps(now))  # as in the file: tuples become lists
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    if differing:
+    if existing and differing:  # settings of a run that failed before its first output do not matter
         changes = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in differing)
         raise ValueError(
             f"{folder} was filled with other settings: {changes}; choose another folder, or --overwrite"
         )
+    return []
 
 
-def _versions() -> dict[str, str]:
+def _fill(folder: Path, record: Record, overwrite: bool) -> None:
+    """Remove what an overwriting run replaces, and write the record."""
+    sweep(folder)
+    for file in check_folder(folder, record, overwrite):
+        file.unlink()
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    return versions
+    content = {part: getattr(record, part) for part in ("step", "settings", "inputs", "info")}
+    write_json(folder / SETTINGS, {**content, "versions": versions})
 
 
 def write_failures(file: Path, failures: Sequence[tuple[str, str]]) -> None:

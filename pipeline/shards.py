@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
+from typing import ClassVar
 
 from common.files import replacing
 from pipeline.cams import CamStep
@@ -23,7 +24,6 @@ from pipeline.step import Step
 IMAGES = ("jpg", "jpeg", "png")
 LABELS = "cls"
 FAILED = ".failed.txt"  # of one shard's images
-RETRY = {"retry": "remove a shard to try its images again"}  # for `pipeline.run.Run`
 
 
 class DamagedShard(ValueError):
@@ -31,7 +31,7 @@ class DamagedShard(ValueError):
 
 
 def shard_files(pattern: str) -> list[str]:
-    """The shards of a pattern: `images-{0000..0099}.tar`, `images/*.tar`, or WebDataset's `pipe:` commands.
+    """Return the shards of `images-{0000..0099}.tar`, `images/*.tar`, or WebDataset's `pipe:` commands.
 
     Raises:
         FileNotFoundError: there are none, or one is missing.
@@ -53,10 +53,10 @@ def shard_files(pattern: str) -> list[str]:
 
 
 def result_name(shard: str) -> str:
-    """The name of a result shard: `in-000.tar` for `dir/in-000.tar.gz` or `pipe:curl https://host/in-000.tar`.
+    """Return the name of a result shard, such as `in-000.tar` for `pipe:curl https://host/in-000.tar.gz`.
 
     Raises:
-        ValueError: the shard says none.
+        ValueError: the shard names no tar file.
     """
     piped = shard.startswith("pipe:")
     name = r"[^/\s'\"=?&]+" if piped else ".+"
@@ -68,18 +68,19 @@ def result_name(shard: str) -> str:
 
 @dataclass
 class ShardStep(Step):
-    """Makes one result shard of each shard of images, see `pipeline.step.Step`; its names are shards.
+    """Makes one result shard of each shard of images; its names are shards.
 
-    Images that fail are left out of their result shard and listed in a file beside it; while the shard is
-    there they count as failed, and are not tried again.
+    Images that fail are left out of their result shard and listed in a file beside it; while the result shard
+    exists they count as failed, and are not tried again.
 
     Attributes:
         images: the step that the images of a shard are taken through; it must write to its `store`.
-        output: folder of the result shards.
     """
 
     images: CamStep | FusedStep
     output: str
+    several: ClassVar[bool] = True
+    retry: ClassVar[str] = "remove a shard to try its images again"
 
     def __post_init__(self):
         self.flow = replace(self.images.flow, prefetch=1)  # of whole shards
@@ -88,7 +89,7 @@ class ShardStep(Step):
         return self._file(name).is_file()
 
     def done_outcomes(self, name: str) -> Iterator[Outcome]:
-        """Yield the failures of a shard that was made before."""
+        """Yield the failures recorded beside a finished shard."""
         failures = self._file(name).with_suffix(FAILED)
         if failures.is_file():
             for line in failures.read_text().splitlines():
@@ -123,15 +124,16 @@ class ShardStep(Step):
 def _samples(shard: str) -> Iterator[Sample]:
     from webdataset.tariterators import group_by_keys
 
-    seen = set()
+    names = set()
     try:
         for sample in group_by_keys(_members(shard)):
-            if sample["__key__"] in seen:  # webdataset notices only what follows at once
-                raise ValueError(f"it holds {sample['__key__']} twice, apart")
-            seen.add(sample["__key__"])
+            name = sample["__key__"]
+            if name in names:  # webdataset notices only neighbors
+                raise ValueError(f"it holds {name} twice, apart")
+            names.add(name)
             content = next((sample[suffix] for suffix in IMAGES if suffix in sample), None)
             labels = sample[LABELS].decode("utf-8", "replace") if LABELS in sample else None
-            yield Sample(sample["__key__"], content, labels)
+            yield Sample(name, content, labels)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         reason = error.args[0] if error.args else error  # webdataset puts the whole stream behind it
         raise DamagedShard(f"shard {shard} cannot be read: {reason}") from None
@@ -151,19 +153,16 @@ class _Member(tarfile.TarInfo):
 
 
 def _members(shard: str) -> Iterator[dict]:
-    """The files of a shard, as webdataset groups them to samples."""
+    """Yield the files of a shard, as webdataset groups them to samples."""
     from webdataset.gopen import gopen
 
     with gopen(shard) as stream:
         with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as archive:
             for member in archive:
                 archive.members = []  # or it keeps them all
-                if member.isreg() and not member.name.startswith("__"):  # which are of the archive itself
-                    yield {
-                        "fname": member.name,
-                        "data": archive.extractfile(member).read(),
-                        "__url__": shard,
-                    }
+                if member.isreg() and not member.name.startswith("__"):  # these belong to the archive itself
+                    content = archive.extractfile(member).read()
+                    yield {"fname": member.name, "data": content, "__url__": shard}
         while stream.read(2**20):  # what pads it: a command that cannot write to its end would fail
             pass
 
@@ -172,6 +171,6 @@ def _write(file: Path, results: dict[str, dict[str, bytes]]) -> None:
     from webdataset import TarWriter
 
     with replacing(file) as stream, TarWriter(stream, encoder=False, mtime=0) as archive:
-        for name in sorted(results):  # in an order that does not tell which thread was quicker
+        for name in sorted(results):  # whatever order the threads finished in
             entries = {suffix.removeprefix("."): content for suffix, content in results[name].items()}
             archive.write({"__key__": name, **entries})

@@ -1,4 +1,4 @@
-"""The step runner: skip the images that are done, take the others through decode, compute and write."""
+"""The step runner: skips the images that are done, takes the others through decode, compute and write."""
 
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,14 +10,14 @@ from pipeline.processes import Outcome
 
 @dataclass
 class Decoded:
-    """What decoding makes of a sample; the base of what steps decode to.
+    """A decoded sample; the base of what steps decode to.
 
     Attributes:
         name: image id.
         notes: remarks that are counted over all images, such as "images shrunk to ...".
         shape: equal for images that may share a batch.
-        cost: batches are cut from images in descending order of this number, so that padding to the largest
-            of a batch (its number of labels, for example) wastes little.
+        cost: batches are cut in descending order of this number, so that padding to the largest of a batch
+            (its number of labels, for example) wastes little.
     """
 
     name: str
@@ -29,26 +29,27 @@ class Decoded:
 class Step:
     """What a numbered step does with its images, in one process.
 
-    A subclass says what counts as done, and how to decode, compute and write. It is pickled to worker
-    processes before `start`, so models are loaded there. Several threads may call `compute` and `write` at
-    once, except with `flow.threads` 0.
+    Steps are pickled to worker processes before `start`, so models are loaded there. Several threads may call
+    `compute` and `write` at once, except with `flow.threads` 0.
     """
 
     flow = FlowSettings(threads=0)
+    several = False  # whether a name stands for several images
+    retry = "the same command tries them again"  # printed with failures
 
     def is_done(self, name: str) -> bool:
-        """Whether an earlier run has finished this image."""
+        """Return whether an earlier run has finished this image."""
         return False
 
     def done_outcomes(self, name: str) -> Iterable[Outcome]:
-        """What is counted for a name that is done."""
+        """Return what is counted for a name that is done."""
         return [Outcome(name)]
 
     def start(self, worker_index: int) -> None:
-        """Load models; not called when everything is done. `worker_index`: see `pipeline.processes`."""
+        """Load models; not called when everything is done. `worker_index`: see `pipeline.processes.run`."""
 
     def decoder(self) -> Callable[[Any], Decoded | Outcome]:
-        """The function sample -> decoded image, or its outcome when nothing is left to compute. It may
+        """Return the function sample -> decoded image, or its outcome when nothing is left to compute. It may
         raise; it is pickled when there are decoding processes."""
         return self.decode
 
@@ -56,11 +57,11 @@ class Step:
         raise NotImplementedError
 
     def batch_size(self, decoded: Any) -> int:
-        """Images like this one that are computed at once when the user gives no number."""
+        """Return how many images like this one are computed at once when the user gives no number."""
         return 1
 
     def compute(self, batch: list) -> list:
-        """One result for each decoded image; all have one shape."""
+        """Return one result for each decoded image; all have one shape."""
         raise NotImplementedError
 
     def write(self, decoded: Any, result: Any) -> Sequence[str] | None:
@@ -76,14 +77,7 @@ class Step:
 
 
 def run_step(names: Sequence[str], worker_index: int, step: Step) -> Generator[Outcome, None, Any]:
-    """Run a step over images; see `pipeline.processes`.
-
-    Yields:
-        One outcome for each image.
-
-    Returns:
-        What `step.finish` returns.
-    """
+    """Run a step over images: yield one outcome for each, return what `step.finish` returns."""
     missing = []
     for name in names:
         if step.is_done(name):

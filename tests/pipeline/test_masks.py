@@ -53,7 +53,7 @@ def test_golden_masks_without_ground_truth(arrays, step, tmp_path, capsys):
 
 def test_golden_scores(arrays, step, tmp_path):
     step = replace(step, output=None, gt_root=str(tmp_path / "truth"))
-    hist, pixels = drain(run_step(NAMES, 0, step), lambda outcome: None)
+    (hist,), pixels = drain(run_step(NAMES, 0, step), lambda outcome: None)
     assert (hist == arrays["eval_hist"]).all() and pixels.tolist() == [0, hist.sum()]
     assert scores(hist)["Mean IoU"] == pytest.approx(arrays["eval_miou"], abs=1e-12)
     assert not (tmp_path / "masks").exists()
@@ -161,3 +161,9 @@ def test_benchmarks_without_background_and_maps_with_one():
     assert (labels_of(image, np.array([3]), maps, own) == 4).all()
     with pytest.raises(ValueError, match="holds class 20, which voc12 does not have"):
         labels_of(image, np.array([20, 0]), maps, MaskStep(voc12.BENCHMARK, "", "", None))
+
+
+def test_the_record_names_the_backend_that_computes(step, tmp_path):
+    assert step.settings.crf_backend == "auto"
+    make_masks(step, NAMES, "voc12")
+    assert read_settings(tmp_path / "masks")["info"] == {"crf_backend": "numba"}

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from common.files import replacing
-from pipeline import pictures, records, report
+from pipeline import figures, records, report
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark, voc_palette
 from segmentation.masks import read_mask, write_mask
@@ -92,18 +92,18 @@ def score_files(root):
 
 
 class Page(HTMLParser):
-    """The pictures of a page, and whether its tags match."""
+    """The figures of a page, and whether its tags match."""
 
     def __init__(self, page: str):
         super().__init__()
-        self.open, self.pictures, self.text = [], {}, []
+        self.open, self.figures, self.text = [], {}, []
         self.feed(page)
         assert not self.open
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         if tag == "img":
-            self.pictures.setdefault(attributes["alt"].strip(), []).append(attributes["src"])
+            self.figures.setdefault(attributes["alt"].strip(), []).append(attributes["src"])
         elif tag != "meta":
             self.open.append(tag)
 
@@ -117,12 +117,12 @@ class Page(HTMLParser):
 def test_page_shows_every_stage_and_fetches_nothing(results):
     html = report.render(page_of(results, scores=score_files(results)))
     page = Page(html)
-    assert {alt: len(found) for alt, found in page.pictures.items()} == {
+    assert {alt: len(found) for alt, found in page.figures.items()} == {
         "input": 3, "ground truth": 3, "dense CRF": 3, "pseudo mask": 3,
         "initial CAM, <cat> & dog": 2, "refined CAM, <cat> & dog": 2,
         "initial CAM, bird": 2, "refined CAM, bird": 2,
     }  # fmt: skip
-    assert all(src.startswith("data:image/") for found in page.pictures.values() for src in found)
+    assert all(src.startswith("data:image/") for found in page.figures.values() for src in found)
     assert not re.search(r"https?:|<script|<link|@import|url\(", html)
     text = " ".join(" ".join(page.text).split())
     for told in ("57.5", "25.0", "–", "background exponent 1", "background score 0.3", "best pseudo mask"):
@@ -132,7 +132,7 @@ def test_page_shows_every_stage_and_fetches_nothing(results):
 def test_page_without_ground_truth_or_scores(results):
     html = report.render(page_of(results, truth=False), images=2)
     page = Page(html)
-    assert "ground truth" not in page.pictures and len(page.pictures["input"]) == 2
+    assert "ground truth" not in page.figures and len(page.figures["input"]) == 2
     assert "IoU" not in html
 
 
@@ -141,8 +141,8 @@ def test_page_shows_what_networks_predict(results):
     html = report.render(page_of(results, scores=score_files(results), note="briefly", **trained), 2)
     page = Page(html)
     for alt, count in {"input": 4, "ground truth": 4, "pseudo mask": 2, "the sure one 100.0 %": 2}.items():
-        assert len(page.pictures[alt]) == count
-    assert len([alt for alt in page.pictures if re.fullmatch(r"the blank one [1-9].*\d %", alt)]) == 2
+        assert len(page.figures[alt]) == count
+    assert len([alt for alt in page.figures if re.fullmatch(r"the blank one [1-9].*\d %", alt)]) == 2
     assert not re.search(r"https?:|<script|<link|@import|url\(", html)
     text = " ".join(" ".join(page.text).split())
     assert text.count("mIoU, with true labels") == text.count("mIoU, without labels") == 2
@@ -162,9 +162,9 @@ def test_page_shows_masks_from_tags(results):
     html = report.render(page_of(results, scores=score_files(results), **fields))
     page = Page(html)
     shown = ("input", "ground truth", "pseudo mask", "mask from tags", "initial CAM, bird")
-    assert [len(page.pictures[alt]) for alt in shown] == [6, 6, 3, 3, 2]
-    assert len(set(page.pictures["mask from tags"])) == 3
-    assert set(page.pictures["mask from tags"]) <= set(page.pictures["ground truth"])
+    assert [len(page.figures[alt]) for alt in shown] == [6, 6, 3, 3, 2]
+    assert len(set(page.figures["mask from tags"])) == 3
+    assert set(page.figures["mask from tags"]) <= set(page.figures["ground truth"])
     text = " ".join(" ".join(page.text).split())
     for told in (
         "mAP 87.5 %", "F1 50.0 %", "Precision 62.5 %", "Recall – %",
@@ -183,7 +183,7 @@ def test_page_of_masks_from_tags_without_ground_truth_or_scores(results):
     fields = auto_masks(results, auto_tags=None, auto_scores=())
     page = Page(report.render(page_of(results, truth=False, **fields)))
     text = " ".join(" ".join(page.text).split())
-    assert len(page.pictures["mask from tags"]) == 3 and "ground truth" not in page.pictures
+    assert len(page.figures["mask from tags"]) == 3 and "ground truth" not in page.figures
     assert "mask from tags: 0.0 % ignored" in text and "mAP" not in text and "IoU" not in text
 
 
@@ -311,7 +311,7 @@ def test_masks_are_shown_in_the_palettes_colours(results):
     data = base64.b64decode(shown["truth"].partition(",")[2])
     pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert pixels.shape == (213, 320, 3)
-    expected = pictures.page_palette(made.benchmark)[:3]
+    expected = figures.page_palette(made.benchmark)[:3]
     assert {tuple(c) for c in pixels.reshape(-1, 3)} == {tuple(c) for c in expected}
 
 
@@ -357,7 +357,7 @@ def command(results, tmp_path, monkeypatch):
 
 
 def test_command_writes_the_page(command, capsys):
-    assert command().pictures and "page.html" in capsys.readouterr().out
+    assert command().figures and "page.html" in capsys.readouterr().out
 
 
 def test_command_shows_networks(command, results):
@@ -367,7 +367,7 @@ def test_command_shows_networks(command, results):
         "--val_split_file", results / "split.txt", "--val_gt_root", results / "truth",
         "--val_scores", results / "refined.json", scored, "--network_crf", scored, results / "initial.json",
     )  # fmt: skip
-    assert len(page.pictures["A 100.0 %"]) == 3
+    assert len(page.figures["A 100.0 %"]) == 3
     assert "Refined CAM" in page.text and "B" in page.text
     assert sum("57.5 % after a dense CRF" in text for text in page.text) == 2
 
@@ -377,7 +377,7 @@ def test_command_shows_masks_from_tags(command, results):
         "--auto_masks", results / "sure", results / "tags.txt", "--auto_tags", results / "tags.json",
         "--auto_scores", results / "crf.json", results / "masks.json",
     )  # fmt: skip
-    assert len(page.pictures["mask from tags"]) == 3
+    assert len(page.figures["mask from tags"]) == 3
     assert {"Pseudo mask", "Mask from tags", "87.5", "37.5"} <= set(page.text)
 
 

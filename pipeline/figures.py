@@ -19,15 +19,7 @@ PNG = {"format": "PNG", "optimize": True}
 
 
 def cam_overlay(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
-    """Return a CAM in colors over its image in gray.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        cam: (H, W) in [0, 1].
-
-    Returns:
-        (H, W, 3) uint8 RGB.
-    """
+    """Return a CAM (H, W) in [0, 1] in colors over its image in gray; both images (H, W, 3) uint8 RGB."""
     cam = np.float32(cam)
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
     colors = cv2.applyColorMap(np.rint(cam * 255).astype(np.uint8), COLORMAP)[..., ::-1]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline import pictures
+from pipeline import figures
 from segmentation.benchmark import IGNORE, Benchmark
 
 
@@ -10,7 +10,7 @@ def test_ignored_pixels_are_hatched():
     labels = np.full((16, 16), IGNORE, np.uint8)
     labels[:, 8:] = 1
     palette = Benchmark("tiny", ["cat", "bird"]).palette
-    painted = pictures.paint(labels, palette)
+    painted = figures.paint(labels, palette)
     assert len(np.unique(painted[:, :8])) == 2
     assert (painted[:, 8:] == palette[1]).all()
 
@@ -19,5 +19,5 @@ def test_overlay_leaves_the_image_where_there_is_no_activation():
     image = np.full((4, 5, 3), 90, np.uint8)
     cam = np.zeros((4, 5), np.float16)
     cam[2, 2] = 1
-    changed = (pictures.cam_overlay(image, cam) != image).any(-1)
+    changed = (figures.cam_overlay(image, cam) != image).any(-1)
     assert changed.sum() == 1 and changed[2, 2]
