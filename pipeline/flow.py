@@ -30,7 +30,7 @@ from pipeline.processes import Outcome, attempt, failed
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.step import Decoded, Step
+Step = Decoded = Any  # those of pipeline.step, which imports this module
 
 GPU_THREADS = 2
 
