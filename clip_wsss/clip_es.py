@@ -10,7 +10,7 @@ from torch import Tensor
 
 import clip
 from clip.model import CLIP
-from clip_wsss.images import ImageLike, as_list, split_settings, to_pillow
+from clip_wsss.images import ImageLike, as_list, check_names, split_settings, to_pillow
 from clip_wsss.result import Result
 from pipeline.cams import ROUND_WEIGHTS, Affinity, CamSettings, batch_cams
 from pipeline.compute import ComputeSettings, images_that_fit
@@ -65,7 +65,8 @@ class ClipES:
         rounding = ROUND_WEIGHTS[self.settings.round_weights]
         self.clip = model if isinstance(model, CLIP) else self.compute_settings.load(model, rounding)
         self.mask_settings = MaskSettings(**mask).on(str(self.clip.device))
-        self.backgrounds = list(self.benchmark.backgrounds if backgrounds is None else backgrounds)
+        names = self.benchmark.backgrounds if backgrounds is None else backgrounds
+        self.backgrounds = check_names(names, "backgrounds")
         self.affinity = affinity
         self._features: dict[str, Tensor] = {}  # by prompt
 
@@ -93,9 +94,7 @@ class ClipES:
         step = _InMemory(self, image_list, names)
         for outcome in flow(range(len(image_list)), step):
             if outcome.failure:
-                image = image_list[outcome.name]
-                name = image if isinstance(image, str) else outcome.name
-                raise ValueError(f"image {name}: {outcome.failure}")
+                raise ValueError(f"image number {outcome.name}: {outcome.failure}")
         return step.results[0] if single else [step.results[index] for index in range(len(image_list))]
 
     def prompts(self, names: Sequence[str]) -> list[str]:
@@ -116,18 +115,16 @@ class ClipES:
     @staticmethod
     def _names(labels: Any, count: int, single: bool) -> list[list[str]]:
         """Return one list of names for each image."""
-        if isinstance(labels, str):
-            raise TypeError(f"labels must be a list of class names, got the text {labels!r}")
-        labels = list(labels)
-        shared = all(isinstance(name, str) for name in labels)
-        if not shared and single:
-            raise TypeError("labels of one image must be a list of class names")
-        names = [labels] * count if shared else [list(item) for item in labels]
+        is_list = isinstance(labels, Sequence) and not isinstance(labels, str)
+        if single or not is_list or all(isinstance(name, str) for name in labels):
+            names = [check_names(labels, "labels")] * count
+        else:
+            names = [check_names(item, "labels of each image") for item in labels]
         if len(names) != count:
             raise ValueError(f"{len(names)} lists of labels for {count} images: give one for each or all")
         if not all(names):
             raise ValueError("an image has no labels: name at least one class that it contains")
-        return [list(dict.fromkeys(item)) for item in names]
+        return names
 
 
 class _InMemory(Step):

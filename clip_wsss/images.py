@@ -1,6 +1,7 @@
 """Images as users have them: a path, a Pillow image or an array."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,49 @@ ImageLike = str | Path | Image.Image | np.ndarray
 
 
 def to_pillow(image: ImageLike) -> Image.Image:
-    """Return an image in its own mode.
-
-    Args:
-        image: path, Pillow image, or (H, W, 3) or (H, W) uint8 array, RGB or grey.
+    """Return an image in its own mode; an array is RGB or grey.
 
     Raises:
         FileNotFoundError, ValueError: a file that is missing or no image.
-        TypeError: none of these.
     """
     if isinstance(image, Image.Image):
         return image
-    if isinstance(image, str | Path):
-        return read_image(image)
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and (
-        image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
-    ):  # fmt: skip
-        return Image.fromarray(image)
-    what = f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else repr(image)
-    raise TypeError(f"expected a path, a Pillow image or an (H, W, 3) uint8 array, got {what}")
+    return Image.fromarray(image) if isinstance(image, np.ndarray) else read_image(image)
 
 
 def as_list(images: ImageLike | Sequence[ImageLike]) -> tuple[list[ImageLike], bool]:
-    """Return the images, and whether there was a single one."""
+    """Return the images, and whether there was a single one.
+
+    Raises:
+        TypeError: neither paths, nor Pillow images, nor (H, W, 3) or (H, W) uint8 arrays.
+    """
     single = isinstance(images, str | Path | Image.Image | np.ndarray)
-    return ([images] if single else list(images)), single
+    image_list = [images] if single else list(images) if isinstance(images, Sequence) else [images]
+    for image in image_list:
+        if isinstance(image, np.ndarray):
+            fits = image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,))
+            what = f"{image.dtype} array of shape {image.shape}"
+        else:
+            fits, what = isinstance(image, str | Path | Image.Image), type(image).__name__
+        if not fits:
+            raise TypeError(f"expected a path, a Pillow image or an (H, W, 3) uint8 array, got {what}")
+    return image_list, single
+
+
+def check_names(names: Any, what: str) -> list[str]:
+    """Return a list of class names without repetition.
+
+    Args:
+        what: subject of the error, such as "labels".
+
+    Raises:
+        TypeError: not a list of texts.
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"{what} must be a list of class names, got {names!r}")
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        raise TypeError(f"{what} must be a list of class names, got {list(names)!r}")
+    return list(dict.fromkeys(names))
 
 
 def split_settings(owner: str, values: dict[str, Any], *classes: type) -> list[dict[str, Any]]:
@@ -49,6 +68,8 @@ def split_settings(owner: str, values: dict[str, Any], *classes: type) -> list[d
     names = [set(cls.__dataclass_fields__) for cls in classes]
     unknown = sorted(set(values) - set.union(*names))
     if unknown:
-        known = ", ".join(sorted(set.union(*names)))
-        raise TypeError(f"{owner} has no setting {unknown[0]!r}; there are {known}")
+        known = sorted(set.union(*names))
+        close = get_close_matches(unknown[0], known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        raise TypeError(f"{owner} has no setting {unknown[0]!r}; {hint}")
     return [{name: value for name, value in values.items() if name in fields} for fields in names]

@@ -12,7 +12,7 @@ from segmentation.figures import labeled_overlay
 from segmentation.masks import write_mask
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """The segmentation of one image of H x W pixels.
 
@@ -34,6 +34,10 @@ class Result:
     cams: np.ndarray | None = None
     has_background: bool = True
     palette: np.ndarray = field(default_factory=voc_palette)
+
+    def __repr__(self) -> str:
+        height, width = self.mask.shape
+        return f"Result({height} x {width} pixels, names={list(self.names)})"
 
     def overlay(self) -> Image.Image:
         """Return the image with the classes painted over it, and a legend below."""

@@ -46,10 +46,10 @@ class Segmenter:
         device: str = "auto",
         **settings: Any,
     ):
+        (test,) = split_settings("Segmenter", settings, TestConfig)
         recipe = RECIPES.get(read_settings(run).get("step", ""))
         if recipe is None:
             raise ValueError(f"{run} is not the folder of a finished training run: give its run.output")
-        (test,) = split_settings("Segmenter", settings, TestConfig)
         config = read(recipe.config, Path(run) / CONFIG)
         config.test = replace(config.test, **test)
         weights = Path(checkpoint or Path(run) / FINAL)

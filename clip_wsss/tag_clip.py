@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from clip.model import CLIP
-from clip_wsss.images import ImageLike, as_list, split_settings, to_pillow
+from clip_wsss.images import ImageLike, as_list, check_names, split_settings, to_pillow
 from pipeline.compute import ComputeSettings
 from segmentation import benchmark as benchmarks
 from tagclip import Tagger, Tags, TagSettings
@@ -50,8 +50,8 @@ class TagCLIP:
         compute_settings = ComputeSettings(**compute)
         if not isinstance(model, CLIP):
             model = compute_settings.load(model, self.settings.round_weights)
-        self.classes = list(data.classes if classes is None else classes)
-        others = data.tag_backgrounds if backgrounds is None else backgrounds
+        self.classes = check_names(data.classes if classes is None else classes, "classes")
+        others = check_names(data.tag_backgrounds if backgrounds is None else backgrounds, "backgrounds")
         others = [name for name in others if name not in self.classes]
         templates = data.tag_templates or TEMPLATES
         self.tagger = Tagger(model, self.classes, others, templates, self.settings)

@@ -15,10 +15,13 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 SPEC = "setting"  # key of a field's metadata
 METAVARS = {int: "N", float: "X", str: "TEXT"}
+TYPES = {bool: bool, int: Integral, float: Real, str: str}
+WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 T = TypeVar("T")
 
 
@@ -44,13 +47,16 @@ class Spec:
     none: str | None = None
     metavar: str | None = None
 
-    def allows(self, value: Any) -> bool:
-        """Return whether a value, or each item of a list, is in the range."""
-        if isinstance(value, list | tuple):
-            return all(map(self.allows, value))
+    def allows(self, value: Any, hint: Any) -> bool:
+        """Return whether a value is of the annotated type `hint`, and it, or each of a list, in the range."""
+        kind, is_list = _type_of(hint)
+        if is_list:
+            return isinstance(value, list | tuple) and all(self.allows(item, kind) for item in value)
+        if not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind is not bool):
+            return False
         if self.choices is not None:
             return value in self.choices
-        if isinstance(value, bool | str):
+        if kind in (bool, str):
             return True
         low = -math.inf if self.least is None else self.least
         high = math.inf if self.most is None else self.most
@@ -61,9 +67,10 @@ class Spec:
         if self.choices is not None:
             return f"one of {', '.join(self.choices)}"
         kind, is_list = _type_of(hint)
-        text = "numbers" if is_list else "a whole number" if kind is int else "a number"
+        text = "numbers" if is_list else WORDS[kind]
         if self.above is not None:
-            return f"{text} above {self.above:g}"
+            most = "" if self.most is None else f", {self.most:g} or less"
+            return f"{text} above {self.above:g}{most}"
         if self.least is not None and self.most is not None:
             return f"{text} from {self.least:g} to {self.most:g}"
         if self.least is not None:
@@ -88,11 +95,11 @@ class Settings:
     SECTION = ""
 
     def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
         for name, spec, _ in _declared(type(self)):
-            value = getattr(self, name)
-            if value is not None and not spec.allows(value):
-                expected = spec.expected(typing.get_type_hints(type(self))[name])
-                raise ValueError(f"{self.SECTION}{name} must be {expected}, got {value!r}")
+            value, hint = getattr(self, name), hints[name]
+            if not (value is None and _is_optional(hint)) and not spec.allows(value, hint):
+                raise ValueError(f"{self.SECTION}{name} must be {spec.expected(hint)}, got {value!r}")
 
 
 def add_flags(
@@ -116,13 +123,14 @@ def add_flags(
         shown = (show or {}).get(name) or _as_text(default, spec)
         help = spec.help + (f" (default: {shown})" if shown else "")
         options: dict[str, Any] = {"help": help.replace("%", "%%")}
-        kind, _ = _type_of(hints[name])
+        kind, is_list = _type_of(hints[name])
         if kind is bool:
             options["action"] = _Switch
         elif spec.choices is not None:
             options["choices"] = list(spec.choices)
         else:
-            options |= {"type": _parser(hints[name], spec), "metavar": spec.metavar or METAVARS[kind]}
+            metavar = spec.metavar or (f"{METAVARS[kind]},..." if is_list else METAVARS[kind])
+            options |= {"type": _parser(hints[name], spec), "metavar": metavar}
         parser.add_argument(f"--{name}", *spec.aliases, dest=name, default=argparse.SUPPRESS, **options)
 
 
@@ -178,7 +186,7 @@ def _parser(hint: Any, spec: Spec) -> Callable[[str], Any]:
             values = tuple(kind(word) for word in (text.split(",") if is_list else [text]))
         except ValueError:
             values = (math.nan,)
-        if not spec.allows(values):
+        if not spec.allows(values if is_list else values[0], hint):
             more = ", separated by commas" if is_list else f", or {spec.none}" if spec.none else ""
             raise argparse.ArgumentTypeError(f"expected {spec.expected(hint)}{more}")
         return values if is_list else values[0]
@@ -206,6 +214,10 @@ def _as_text(value: Any, spec: Spec) -> str:
     if isinstance(value, list | tuple):
         return ",".join(f"{item:g}" for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _is_optional(hint: Any) -> bool:
+    return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
 
 
 def _type_of(hint: Any) -> tuple[type, bool]:

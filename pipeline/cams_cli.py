@@ -131,4 +131,5 @@ def cam_step(
         "labels": label_source,
         **step.settings.record(),
     }
-    return step, names, Record("cams", settings, {"model": sha256(source.file)}, OUTPUTS)
+    inputs, defaults = {"model": sha256(source.file)}, CamSettings().record()
+    return step, names, Record("cams", settings, inputs, OUTPUTS, defaults=defaults)

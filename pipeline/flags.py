@@ -11,7 +11,15 @@ LABELS_HELP = "file of lines `id index index ...` that replaces the benchmark's 
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults of flags, except of switches and of flags without one."""
+    """Shows required flags in the usage line, and the defaults of flags, except of switches."""
+
+    def add_usage(self, usage, actions, groups, prefix=None) -> None:
+        required = [
+            " ".join([*action.option_strings[:1], str(action.metavar or action.dest)])
+            for action in actions
+            if action.required and action.nargs != "*"
+        ]
+        super().add_usage(usage or " ".join([self._prog, *required, "[options]"]), actions, groups, prefix)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default in (None, False):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +67,7 @@ class Record:
         inputs: sha256 by name of the files they depend on, such as {"model": ...}.
         outputs: file patterns of the outputs, such as ("*.npy", "*.npz").
         info: not compared with that of the last run.
+        defaults: declared defaults of settings; an earlier record without a setting had its default.
     """
 
     step: str = ""
@@ -73,6 +75,7 @@ class Record:
     inputs: Mapping[str, str] = field(default_factory=dict)
     outputs: Sequence[str] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Run:
@@ -249,16 +252,26 @@ def check_folder(folder: str | Path, record: Record, overwrite: bool = False) ->
                     "subfolders: move it away, or choose another folder"
                 )
         return existing
-    before = {**last.get("settings", {}), **last.get("inputs", {})}
-    now = {**_with_present_names(record.settings), **record.inputs}
-    now = json.loads(json.dumps(now))  # as in the file: tuples become lists
+    defaults, settings, inputs = (  # as in the file: tuples become lists
+        json.loads(json.dumps(dict(part))) for part in (record.defaults, record.settings, record.inputs)
+    )
+    before = {**defaults, **last.get("settings", {}), **last.get("inputs", {})}
+    now = {**_with_present_names(settings), **inputs}
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if existing and differing:  # settings of a run that failed before its first output do not matter
-        changes = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in differing)
+        changes = ", ".join(f"{key} (was {_short(before, key)}, now {_short(now, key)})" for key in differing)
         raise ValueError(
             f"{folder} was filled with other settings: {changes}; choose another folder, or --overwrite"
         )
     return []
+
+
+def _short(values: Mapping[str, Any], key: str) -> str:
+    """Return a recorded value for an error message; of a sha256 the first digits."""
+    if key not in values:
+        return "not recorded"
+    text = repr(values[key])
+    return f"sha256 {text[1:9]}..." if re.fullmatch("'[0-9a-f]{64}'", text) else text
 
 
 def _fill(folder: Path, record: Record, overwrite: bool) -> None:

@@ -106,10 +106,22 @@ def text_cams(
     if affinity is not None:
         with torch.no_grad():
             matrix = affinity(images)
-        n = raw[0, 0].numel()
-        if matrix.shape != (len(images), n, n):
-            raise ValueError(f"affinity returned shape {tuple(matrix.shape)}, expected {(len(images), n, n)}")
+        check_affinity(matrix, len(images), raw.shape[-2:])
     return TextCAMs(activation_map(raw), raw, probabilities, matrix)
+
+
+def check_affinity(matrix: Tensor, batch: int, grid: tuple[int, int]) -> None:
+    """Raise ValueError unless an affinity is (B, n, n), finite and non-negative, for n = h * w patches."""
+    if not isinstance(matrix, Tensor):
+        raise ValueError(f"affinity must return a torch tensor, got {type(matrix).__name__}")
+    n = grid[0] * grid[1]
+    if matrix.shape != (batch, n, n):
+        raise ValueError(
+            f"affinity returned shape {tuple(matrix.shape)}, expected {(batch, n, n)}: a row and a column "
+            f"for each of the {grid[0]} x {grid[1]} patches"
+        )
+    if not ((matrix >= 0) & (matrix < torch.inf)).all():
+        raise ValueError("affinity returned values that are negative or not finite")
 
 
 @torch.no_grad()

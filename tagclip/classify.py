@@ -139,7 +139,8 @@ def record_of(step: TagStep, name: str) -> Record:
         "conventions": source.conventions,
         **step.settings.record(),
     }
-    return Record("tags", settings, {"model": sha256(source.file)}, OUTPUTS)
+    inputs = {"model": sha256(source.file)}
+    return Record("tags", settings, inputs, OUTPUTS, defaults=TagSettings().record())
 
 
 def tag(

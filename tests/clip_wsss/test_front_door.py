@@ -92,16 +92,22 @@ def test_labels_of_another_image_in_the_list_exclude_no_background(clip_es, imag
 @pytest.mark.parametrize(
     ("images", "labels", "error", "match"),
     [
-        ("one", "cat", TypeError, "a list of class names, got the text 'cat'"),
+        ("one", "cat", TypeError, "a list of class names, got 'cat'"),
+        ("one", 3, TypeError, "a list of class names, got 3"),
         ("one", [], ValueError, "no labels"),
-        ("one", [["cat"]], TypeError, "labels of one image"),
+        ("one", [["cat"]], TypeError, r"labels must be a list of class names, got \[\['cat'\]\]"),
+        ("one", ["cat", " "], TypeError, "list of class names"),
         ("two", [["cat"]], ValueError, "1 lists of labels for 2 images"),
-        ("missing", ["cat"], ValueError, "nothing.jpg"),
-        ("float", ["cat"], ValueError, "uint8 array, got float64 array"),
+        ("two", [["cat"], "dog"], TypeError, "labels of each image must be a list of class names, got 'dog'"),
+        ("two", [["cat"], [3]], TypeError, r"got \[3\]"),
+        ("missing", ["cat"], ValueError, "image number 0: image nothing.jpg does not exist"),
+        ("float", ["cat"], TypeError, "uint8 array, got float64 array"),
+        ("none", ["cat"], TypeError, "uint8 array, got NoneType"),
     ],
 )
 def test_bad_calls_say_what_is_wrong(images, labels, error, match, clip_es, image):
-    given = {"one": image, "two": [image, image], "missing": "nothing.jpg", "float": np.zeros((4, 4, 3))}
+    given = {"one": image, "two": [image, image], "missing": "nothing.jpg", "float": np.zeros((4, 4, 3)),
+             "none": None}  # fmt: skip
     with pytest.raises(error, match=match):
         clip_es(given[images], labels)
 
@@ -110,10 +116,13 @@ def test_settings_are_keyword_arguments(model, image, result):
     every_pixel = ClipES(model, device="cpu", confidence=0, refine="none")(image, NAMES)
     assert (every_pixel.mask != 255).all()
     assert not np.array_equal(every_pixel.cams, result.cams)
-    with pytest.raises(TypeError, match=r"ClipES has no setting 'confidense'; there are .*confidence"):
+    with pytest.raises(TypeError, match=r"ClipES has no setting 'confidense'; did you mean confidence\?"):
         ClipES(model, confidense=0.5)
-    with pytest.raises(ValueError, match="affinity_layers must be a whole number, 1 or more, got 0"):
-        ClipES(model, affinity_layers=0)
+    for value in (0, 2.5):
+        with pytest.raises(ValueError, match=f"affinity_layers must be a whole number, .* got {value}"):
+            ClipES(model, affinity_layers=value)
+    with pytest.raises(TypeError, match="backgrounds must be a list of class names, got 'grass'"):
+        ClipES(model, backgrounds="grass")
 
 
 def test_backgrounds_and_affinity_are_arguments(model, image, result):

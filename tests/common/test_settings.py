@@ -69,6 +69,12 @@ def test_bad_flags_say_what_is_expected(words, message, capsys):
         ({"share": float("inf")}, "example.share must be a number from 0 to 1, got inf"),
         ({"scales": (1.0, 0.0)}, "example.scales must be numbers from 0.1 to 10, got (1.0, 0.0)"),
         ({"method": "c"}, "example.method must be one of a, b, got 'c'"),
+        ({"count": 2.5}, "example.count must be a whole number, 1 or more, got 2.5"),
+        ({"count": True}, "example.count must be a whole number, 1 or more, got True"),
+        ({"count": None}, "example.count must be a whole number, 1 or more, got None"),
+        ({"share": "0.5"}, "example.share must be a number from 0 to 1, got '0.5'"),
+        ({"scales": 1.0}, "example.scales must be numbers from 0.1 to 10, got 1.0"),
+        ({"flip": "no"}, "example.flip must be True or False, got 'no'"),
     ],
 )
 def test_values_outside_their_range_are_refused(values, message):
