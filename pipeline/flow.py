@@ -25,12 +25,10 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from pipeline.processes import Outcome, attempt, failed
+from pipeline.processes import Decoded, Outcome, attempt, failed
 
 if TYPE_CHECKING:
     import torch
-
-Step = Decoded = Any  # those of pipeline.step, which imports this module
 
 GPU_THREADS = 2
 
@@ -63,7 +61,7 @@ class FlowSettings:
 
 
 def flow(
-    samples: Iterable, step: Step, decode_pool: Executor | None = None
+    samples: Iterable, step: Any, decode_pool: Executor | None = None
 ) -> Generator[Outcome, None, None]:
     """Take every sample through a step.
 
@@ -72,6 +70,7 @@ def flow(
 
     Args:
         samples: names, or whatever the step's decoder takes.
+        step: see `pipeline.step.Step`; its `flow` says how.
         decode_pool: see `decoding`; for a single flow it need not be given.
 
     Yields:
@@ -202,7 +201,7 @@ def _death_explained() -> Iterator[None]:
 
 
 def _block(
-    block: list[Callable[[], Decoded | Outcome]], step: Step, limits: dict[Hashable, int], writer: Executor
+    block: list[Callable[[], Decoded | Outcome]], step: Any, limits: dict[Hashable, int], writer: Executor
 ) -> list[Future]:
     """Take one block through the step; return a future outcome for each sample."""
     outcomes: list[Future] = []
@@ -233,13 +232,13 @@ def _finished(outcome: Outcome) -> Future:
     return future
 
 
-def _written(step: Step, decoded: Decoded, result: Any) -> Outcome:
+def _written(step: Any, decoded: Decoded, result: Any) -> Outcome:
     notes = attempt(decoded.name, step.write, decoded, result)
     return notes if isinstance(notes, Outcome) else Outcome(decoded.name, notes=tuple(notes or ()))
 
 
 def _computed(
-    batch: list[Decoded], step: Step, limits: dict[Hashable, int]
+    batch: list[Decoded], step: Any, limits: dict[Hashable, int]
 ) -> Iterator[tuple[Decoded, Any | Outcome]]:
     """Yield each image of a batch with its result, or with its outcome if it failed."""
     results, failure, out_of_memory = _try(batch, step)
@@ -260,7 +259,7 @@ def _computed(
         yield batch[0], failure
 
 
-def _try(batch: list[Decoded], step: Step) -> tuple[list, Outcome | None, bool]:
+def _try(batch: list[Decoded], step: Any) -> tuple[list, Outcome | None, bool]:
     """Return results; or a failure, and whether memory ran out. The error itself would hold memory by its
     traceback."""
     try:

@@ -6,13 +6,32 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from common.files import FULL, DiskFull
+
+
+@dataclass
+class Decoded:
+    """A decoded sample; the base of what steps decode to.
+
+    Attributes:
+        name: image id.
+        notes: remarks that are counted over all images, such as "images shrunk to ...".
+        shape: equal for images that may share a batch.
+        cost: batches are cut in descending order of this number, so that padding to the largest of a batch
+            (its number of labels, for example) wastes little.
+    """
+
+    name: str
+    notes: list[str] = field(default_factory=list, kw_only=True)
+    shape: ClassVar[Hashable] = None
+    cost: ClassVar[int] = 0
 
 
 class Outcome(NamedTuple):

@@ -1,29 +1,10 @@
 """The step runner: skips the images that are done, takes the others through decode, compute and write."""
 
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any
 
 from pipeline.flow import FlowSettings, flow
-from pipeline.processes import Outcome
-
-
-@dataclass
-class Decoded:
-    """A decoded sample; the base of what steps decode to.
-
-    Attributes:
-        name: image id.
-        notes: remarks that are counted over all images, such as "images shrunk to ...".
-        shape: equal for images that may share a batch.
-        cost: batches are cut in descending order of this number, so that padding to the largest of a batch
-            (its number of labels, for example) wastes little.
-    """
-
-    name: str
-    notes: list[str] = field(default_factory=list, kw_only=True)
-    shape: ClassVar[Hashable] = None
-    cost: ClassVar[int] = 0
+from pipeline.processes import Decoded, Outcome
 
 
 class Step:

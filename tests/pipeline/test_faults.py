@@ -421,7 +421,7 @@ def test_no_room_elsewhere_stops_a_run_too(few, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("pipeline.fused.crf_posterior", full)
+    monkeypatch.setattr("pipeline.fused.crf_labels", full)
     flags = [*flags_of(few), "--output", tmp_path / "masks"]
     code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
     sentence = "error: [Errno 28] No space left on device: make room, and start again to go on\n"
