@@ -356,7 +356,7 @@ def check_group_scores(file, arrays):
     best = json.loads(file.read_text())["best"]
     for name, key in GROUP_SCORES.items():
         assert best[name] == pytest.approx(float(arrays[key]), abs=1e-6), name
-    assert list(best["Class IoU"]) == cocostuff.GROUPS
+    assert list(best["Class IoU"]) == list(cocostuff.GROUPS)
     ious = [np.nan if iou is None else iou for iou in best["Class IoU"].values()]
     np.testing.assert_allclose(ious, arrays["class_iou"], rtol=0, atol=1e-6)  # NaN where NaN is expected
 
@@ -403,7 +403,7 @@ def test_the_crf_is_scored_by_groups(stuff, tmp_path):
     evaluation = Evaluation(cocostuff.BENCHMARK, step.output, step.gt_root, "png", backgrounds=(None,))
     assert evaluate(evaluation, list("012"), tmp_path / "masks.json") == 0
     crf, masks = (json.loads((tmp_path / name).read_text())["best"] for name in ("crf.json", "masks.json"))
-    assert crf == masks and list(crf["Class IoU"]) == cocostuff.GROUPS
+    assert crf == masks and list(crf["Class IoU"]) == list(cocostuff.GROUPS)
     for name in "012":
         values = np.unique(read_mask(tmp_path / "masks" / f"{name}.png"))
         assert set(values) <= set(arrays[f"{name}/keys"])  # classes, not groups
