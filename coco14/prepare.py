@@ -13,10 +13,6 @@ With --year 2017 it expects ROOT/JPEGImages/{train2017,val2017}, keeps masks in
 ROOT/SegmentationClass/{train2017,val2017}, since the names of images do not contain their split, and writes
 {train2017,val2017}.txt. The name of an instances JSON must end in its split (instances_val2017.json), and
 labels come from it where it is given: so do the published ones.
-
-Exit code 0: fine; 1: problems were found (all listed in OUT/problems.txt, those of 2017 in
-OUT/problems2017.txt; what can be written is); 2: wrong usage. A list that is not the published one (by
-sha256; for 2017 by its length) is reported, and is no problem.
 """
 import argparse
 import json

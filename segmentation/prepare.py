@@ -18,6 +18,10 @@ from common.settings import count
 from segmentation.images import find_image, read_image, read_size
 
 PRINTED = 3  # problems of a kind that are printed; the file lists all
+EXIT_CODES = """\
+Exit code 0: fine; 1: problems were found (all listed in the file OUT/*problems*.txt; what can be written is);
+2: wrong usage. A list that is not the published one (by sha256 or length) is reported, and is no problem.
+"""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -143,6 +147,7 @@ def make_parser(package: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m {package}.prepare",
         description=description,
+        epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     flag = parser.add_argument
@@ -153,9 +158,11 @@ def make_parser(package: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(parser: argparse.ArgumentParser, prepare: Callable[..., int], *arguments) -> int:
-    """Return the exit code of `prepare(*arguments)`; OSError and ValueError end with exit code 2 at once."""
+def run(
+    parser: argparse.ArgumentParser, prepare: Callable[[argparse.Namespace], int], args: argparse.Namespace
+) -> int:
+    """Return the exit code of `prepare(args)`; OSError and ValueError end with exit code 2 at once."""
     try:
-        return prepare(*arguments)
+        return prepare(args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
