@@ -22,15 +22,15 @@ from segmentation.benchmark import IGNORE
 from segmentation.labels import Split, mask_labels, read_split
 from segmentation.masks import read_mask, write_mask
 
+PUBLISHED = Path(__file__).with_name("val_ids.txt")  # the rule that selects these images is not documented
 VALUES = 182  # of public masks and split files: official id - 1
 TO_CLASS = np.full(256, IGNORE, np.uint8)
 TO_CLASS[np.array(CATEGORY_IDS) - 1] = np.arange(len(CATEGORY_IDS))
 
 
 def published_names() -> list[str]:
-    """Return the 4,172 images of val2017 that COCO-Stuff is evaluated on (by a rule that is not documented)."""
-    ids = Path(__file__).with_name("val_ids.txt").read_text().split()  # ascending
-    return [f"{int(image_id):012d}" for image_id in ids]
+    """Return the 4,172 images of val2017 that COCO-Stuff is evaluated on, by ascending id."""
+    return [f"{int(line):012d}" for line in PUBLISHED.read_text().split()]
 
 
 def convert(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
