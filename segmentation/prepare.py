@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -24,7 +23,6 @@ Exit code 0: fine; 1: problems were found (all listed in the file OUT/*problems*
 """
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class Problem(NamedTuple):
@@ -79,26 +77,17 @@ def inspect_all(
 ) -> dict[str, list[int] | None]:
     """Inspect every image; return image name -> labels in the order of `items`, and add to `problems`."""
     labels = {}
-    for inspection in parallel_map(inspect, items, workers, description):
-        name, sizes = inspection.name, inspection.sizes
-        problems += inspection.problems
-        if len(set(sizes.values())) > 1:
-            listed = ", ".join(f"{kind} {height} x {width}" for kind, (height, width) in sizes.items())
-            problems.append(Problem("differing sizes", f"{name}: height x width differ: {listed}"))
-        labels[name] = inspection.labels
+    with ProcessPoolExecutor(workers) as pool:  # starts no process before it has work
+        inspections = map(inspect, items) if workers == 1 else pool.map(inspect, items, chunksize=16)
+        progress = tqdm(inspections, total=len(items), desc=description, unit="image", disable=None)
+        for inspection in progress:
+            name, sizes = inspection.name, inspection.sizes
+            problems += inspection.problems
+            if len(set(sizes.values())) > 1:
+                listed = ", ".join(f"{kind} {height} x {width}" for kind, (height, width) in sizes.items())
+                problems.append(Problem("differing sizes", f"{name}: height x width differ: {listed}"))
+            labels[name] = inspection.labels
     return labels
-
-
-def parallel_map(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int, description: str
-) -> Iterator[Result]:
-    """Yield the results of a picklable function in order, from `workers` processes, with a progress bar."""
-    progress = partial(tqdm, total=len(items), desc=description, unit="image", disable=None)
-    if workers == 1:
-        yield from progress(map(function, items))
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from progress(pool.map(function, items, chunksize=16))
 
 
 def write_split(
