@@ -43,8 +43,8 @@ BACKGROUNDS = [
     "valley", "bridge",
 ]  # fmt: skip
 
-_UNRELEASED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # numbered by COCO, annotated nowhere
-CATEGORY_IDS = [i for i in range(1, 91) if i not in _UNRELEASED_IDS]  # [class index] -> official id
+UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # numbered by COCO, annotated nowhere
+CATEGORY_IDS = [i for i in range(1, 91) if i not in UNUSED_IDS]  # [class index] -> official id
 CLASS_INDEX = {category: index for index, category in enumerate(CATEGORY_IDS)}
 
 BENCHMARK = Benchmark(

@@ -6,6 +6,7 @@ between the two.
 
 `python -m cocostuff.prepare --root DIR` checks a copy of the data, makes the masks and writes the split file.
 """
+import coco14
 from segmentation.benchmark import Benchmark
 
 # Group -> its classes by ascending id: things, then stuff, the coarse classes of unsupervised segmentation.
@@ -58,23 +59,10 @@ CLASSES = [
 ]
 
 # What CAMs are prompted with where a bare name serves them less; verbatim, as the published numbers need.
-PROMPTS = {
-    "person": "person with clothes,people,human",
-    "airplane": "aeroplane",
-    "bird": "bird avian",
-    "backpack": "backpack,bag",
-    "umbrella": "umbrella,parasol",
-    "handbag": "handbag,purse",
-    "tie": "necktie",
-    "baseball glove": "glove",
-    "spoon": "dessertspoon",
-    "chair": "chair seat",
-    "tv": "tvmonitor screen",
-    "remote": "remote control",
-    "hair drier": "hairdrier,blowdrier",
-}
+# They are those of COCO; only there the snowboard is misspelled.
+PROMPTS = coco14.PROMPTS | {"airplane": "aeroplane", "tv": "tvmonitor screen", "snowboard": "snowboard"}
 
-UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}  # numbered, annotated nowhere
+UNUSED_IDS = coco14.UNUSED_IDS | {91}  # numbered, annotated nowhere
 CATEGORY_IDS = [i for i in range(1, 183) if i not in UNUSED_IDS]  # [class index] -> official id
 CLASS_INDEX = {category: index for index, category in enumerate(CATEGORY_IDS)}
 

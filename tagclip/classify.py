@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -36,36 +35,27 @@ LABELS = "labels.txt"  # in the output folder
 OUTPUTS = (f"scores-*{SUFFIX}", LABELS)
 
 
-class Dataset(NamedTuple):
-    """A published data set: its benchmark, and where its images and list usually are."""
-
-    benchmark: str
-    image_root: str
-    split_file: str
-
-
 VOC2007, COCO2017 = "./datasets/VOC2007", "./datasets/COCO2017/JPEGImages/val2017"
-DATASETS = {  # the first is the default, as in the reference implementation
-    "voc2007": Dataset("voc12", f"{VOC2007}/JPEGImages", f"{VOC2007}/ImageSets/Main/test.txt"),
-    "voc2012": Dataset("voc12", "./datasets/VOC2012/JPEGImages", "./voc12/val.txt"),
-    "coco2014": Dataset("coco14", "./datasets/COCO2014/JPEGImages/val2014", "./coco14/val.txt"),
-    "coco2017": Dataset("coco14", COCO2017, "./coco14/val2017.txt"),
-    "cocostuff": Dataset("cocostuff", COCO2017, "./cocostuff/val.txt"),
+# Published data set -> its benchmark, image folder and split file; the first is the default, as in the
+# reference implementation.
+DATASETS = {
+    "voc2007": ("voc12", f"{VOC2007}/JPEGImages", f"{VOC2007}/ImageSets/Main/test.txt"),
+    "voc2012": ("voc12", "./datasets/VOC2012/JPEGImages", "./voc12/val.txt"),
+    "coco2014": ("coco14", "./datasets/COCO2014/JPEGImages/val2014", "./coco14/val.txt"),
+    "coco2017": ("coco14", COCO2017, "./coco14/val2017.txt"),
+    "cocostuff": ("cocostuff", COCO2017, "./cocostuff/val.txt"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, tag the images, print the metrics; return the exit code."""
     args = make_parser().parse_args(arguments)
-    published = DATASETS.get(args.benchmark)
-    name = published.benchmark if published else args.benchmark
+    name, image_root, split_file = DATASETS.get(args.benchmark, (args.benchmark, None, None))
     benchmark = benchmarks.load(name)
-    image_root = args.image_root or str(benchmark.path(benchmark.image_dir))
-    if published:
-        benchmark = replace(benchmark, split_file=published.split_file)
-        image_root = args.image_root or published.image_root
+    benchmark = replace(benchmark, split_file=split_file or benchmark.split_file)
+    image_root = args.image_root or image_root or str(benchmark.path(benchmark.image_dir))
     split = labels.split_of(benchmark, args.split_file, image_root)
-    title = args.benchmark if published else benchmark.name
+    title = args.benchmark if args.benchmark in DATASETS else benchmark.name
     output = args.output or f"./output/{title}_tags"
     model = args.model or benchmark.model or "ViT-B/16"
     settings = from_args(default_settings(benchmark), args)

@@ -28,12 +28,7 @@ class Crop(NamedTuple):
 
 
 def candidate_threshold(refined: Tensor, ratio: float) -> Tensor:
-    """Return the score above which a class is cropped; the range it is relative to includes backgrounds.
-
-    Args:
-        refined: (n, C) of one image.
-        ratio: see `TagSettings`.
-    """
+    """Return the score above which a class is cropped; the range of `refined` (n, C) includes backgrounds."""
     low, high = refined.aminmax()
     return low + ratio * (high - low)
 
