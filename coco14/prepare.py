@@ -148,12 +148,7 @@ def inspect(root: Path, part: Part, overlap: Overlap, decode: bool, task: Task) 
 def prepare_split(
     part: Part, args: argparse.Namespace, instances: dict[str, CocoImage] | None
 ) -> list[shared.Problem]:
-    """Make masks if there are annotations, check, and write `out/<split>.txt`; return the problems.
-
-    Args:
-        args: see `main`.
-        instances: the split's annotations, if they were given.
-    """
+    """Make masks if annotations are given, check, and write `out/<split>.txt`; return the problems."""
     folder = part.masks(args.root)
     existing = names_in(folder, part, (".png",))
     if args.labels:

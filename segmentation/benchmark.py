@@ -22,11 +22,10 @@ LABEL_SOURCES = ("voc_xml", "file", "masks", "coco_json")
 @cache
 def voc_palette() -> np.ndarray:
     """Return PASCAL VOC's palette, (256, 3) uint8, read-only: the bits of an index spread over R, G and B."""
-    index = np.arange(256)
+    index, channel = np.ogrid[:256, :3]
     palette = np.zeros((256, 3), np.uint8)
     for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+        palette |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
     palette.flags.writeable = False  # the cache returns the same array to all callers
     return palette
 

@@ -220,11 +220,7 @@ def _outline(kind: Kind, x: float, y: float, radius: float, rng: np.random.Gener
 
 
 def _silhouette(contours: list[np.ndarray], x: float, y: float, size: tuple[int, int]) -> tuple:
-    """Return the pixels of an object around (x, y) in an image of `size`, at least one.
-
-    Returns:
-        window, a pair of slices, and inside, bool of the window's shape.
-    """
+    """Return an object around (x, y): a window, two slices, and its pixels there, bool, at least one."""
     height, width = size
     corners = np.concatenate(contours)
     x0, y0 = np.maximum(np.floor(corners.min(0)).astype(int), 0)
@@ -239,12 +235,7 @@ def _silhouette(contours: list[np.ndarray], x: float, y: float, size: tuple[int,
 
 
 def _visible(instances: np.ndarray, labels: list[int], areas: list[int]) -> list[Drawn]:
-    """Return the objects that are not hidden.
-
-    Args:
-        instances: (H, W) uint8, 0 or the object's number from 1.
-        labels, areas: class of each object, and its number of pixels before others hide it.
-    """
+    """Return the objects that are not hidden; `areas` are their pixels before others hide them."""
     objects = []
     for number, (label, area) in enumerate(zip(labels, areas, strict=True), 1):
         pixels = (instances == number).view(np.uint8)
@@ -273,7 +264,7 @@ def draw(seed: int, index: int, size: tuple[int, int], stream: str = "train") ->
     rng = generator(seed, index, stream)
     background = int(rng.integers(len(BACKGROUNDS)))
     image = _paint(BACKGROUNDS[background], height, width, rng)
-    instances = np.zeros((height, width), np.uint8)
+    instances = np.zeros((height, width), np.uint8)  # 0, or the object's number from 1
     chosen = rng.permutation(len(CLASSES))[: rng.integers(1, MAX_CLASSES + 1)]
     again = rng.integers(0, len(chosen), rng.integers(0, MAX_OBJECTS - len(chosen) + 1))
     labels, areas, placed = [], [], []
