@@ -40,7 +40,7 @@ def validation_split(config: Config, benchmark: Benchmark) -> Split:
     """
     data = config.data
     if not data.val_split:  # the benchmark's own split is the one to train on
-        raise ValueError("the configuration names no data.val_split")
+        raise ValueError("the configuration names no data.val_split: set it, or give --split_file")
     names = list(split_of(benchmark, data.val_split))
     image_dir = data.val_image_dir or data.image_dir or benchmark.path(benchmark.image_dir)
     return Split(names, str(image_dir), str(data.val_label_dir or benchmark.path(benchmark.mask_dir)))

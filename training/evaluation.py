@@ -1,7 +1,7 @@
 """Test of a trained network: images -> masks, with and without CRF, their scores, submissions."""
 
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipeline.processes import Outcome, attempt
 from pipeline.run import SETTINGS, Record, Run, check_folder, read_settings
 from pipeline.step import Decoded, Step
 from refinement.densecrf import PRESETS
-from segmentation.dataset import check_values
+from segmentation.dataset import read_labels
 from segmentation.distributed import rank_and_world, together
 from segmentation.images import UNREADABLE, find_image, read_rgb
 from segmentation.masks import read_mask, write_mask
@@ -23,7 +23,7 @@ from segmentation.metrics import ABSENT, confusion
 from training.segmenter import Segmenter, Setup
 
 MASKS, CRF_MASKS, LOGITS = "masks", "masks_crf", "logits"  # folders of a test
-PATTERNS = {MASKS: "*.png", CRF_MASKS: "*.png", LOGITS: "*.npy"}
+SUFFIXES = {MASKS: ".png", CRF_MASKS: ".png", LOGITS: ".npy"}
 SCORES = {MASKS: "scores.json", CRF_MASKS: "scores_crf.json"}
 LOGIT_TYPES = ("float32", "float16")
 SUBMISSIONS = {"comp5": "comp5_test_cls", "comp6": "comp6_test_cls"}  # VOC's competitions, by training data
@@ -31,17 +31,15 @@ SUBMISSIONS = {"comp5": "comp5_test_cls", "comp6": "comp6_test_cls"}  # VOC's co
 
 @dataclass
 class EvaluationInput(Decoded):
-    """A decoded image (H, W, 3) uint8 RGB; its ground truth (H, W) uint8 or None; the outputs by folder that
-    an earlier test finished."""
+    """A decoded image (H, W, 3) uint8 RGB, and the folders that lack its outputs."""
 
     image: np.ndarray
-    truth: np.ndarray | None
-    finished: dict[str, np.ndarray]
+    missing: list[str]
 
 
 @dataclass
 class Evaluation(Step):
-    """Step 3b, see `pipeline.step.Step`.
+    """Step 3b, see `pipeline.step.Step`: writes missing outputs, then counts the pixels of the masks.
 
     Attributes:
         setup: the network.
@@ -63,106 +61,81 @@ class Evaluation(Step):
     def __post_init__(self):
         if self.save_logits and 1 not in self.setup.protocol.scales:
             raise ValueError("saved logits are those of scale 1: add 1.0 to the scales")
+        self.scored = [MASKS, CRF_MASKS] if self.setup.crf else [MASKS]  # folders of masks
+        self.folders = [*self.scored, LOGITS] if self.save_logits else self.scored
         channels = self.setup.benchmark.channels
         self.hists = np.zeros((len(self.scored), channels, channels), np.int64)
 
-    @property
-    def step(self) -> str:
-        """The step that the output folder records."""
-        return f"{self.setup.recipe.name}.test"
-
-    @property
-    def scored(self) -> list[str]:
-        """Folders of masks."""
-        return [MASKS, CRF_MASKS] if self.setup.crf else [MASKS]
-
-    def files(self, name: str) -> dict[str, Path]:
-        """Return the output files of an image by folder."""
-        files = {folder: Path(self.output) / folder / f"{name}.png" for folder in self.scored}
-        if self.save_logits:
-            files[LOGITS] = Path(self.output) / LOGITS / f"{name}.npy"
-        return files
+    def file(self, folder: str, name: str) -> Path:
+        """Return the output file of an image in one of the folders."""
+        return Path(self.output) / folder / f"{name}{SUFFIXES[folder]}"
 
     def archive(self, submission: str) -> Path:
         """Return the file of a submission, a key of `SUBMISSIONS`."""
         return Path(self.output) / f"{SUBMISSIONS[submission]}.tgz"
 
     def is_done(self, name: str) -> bool:
-        return len(self._finished(name)) == len(self.files(name))
+        return not self._missing(name)
 
-    def done_outcomes(self, name: str) -> list[Outcome]:
-        counted = attempt(name, lambda name: self._count(name, self._truth(name), self._finished(name)), name)
-        return [counted or Outcome(name)]
+    def done_outcomes(self, name: str) -> Iterable[Outcome]:
+        return [attempt(name, self._count, name) or Outcome(name)]
 
     def start(self, worker_index: int) -> None:
         self.segmenter = Segmenter(self.setup, worker_index)
 
     def decode(self, name: str) -> EvaluationInput:
-        truth, image = self._truth(name), read_rgb(find_image(self.image_root, name))
-        if truth is not None:
-            self._check_size(name, truth, image)
-        return EvaluationInput(name, image, truth, self._finished(name))
+        return EvaluationInput(name, read_rgb(find_image(self.image_root, name)), self._missing(name))
 
     def compute(self, batch: list[EvaluationInput]) -> list[dict[str, np.ndarray]]:
-        """Return the outputs by folder that are not finished: labels (H, W) uint8, logits (C, h, w)."""
+        """Return the missing outputs by folder: labels (H, W) uint8, logits (C, h, w)."""
         return [self._segment(decoded) for decoded in batch]
 
     def _segment(self, decoded: EvaluationInput) -> dict[str, np.ndarray]:
-        missing = self.files(decoded.name).keys() - decoded.finished.keys()
         segmented, outputs = self.segmenter(decoded.image), {}
-        if LOGITS in missing:
+        if LOGITS in decoded.missing:
             outputs[LOGITS] = segmented.logits.cpu().numpy().astype(self.save_logits)
-        if MASKS in missing:
+        if MASKS in decoded.missing:
             outputs[MASKS] = segmented.labels
-        if CRF_MASKS in missing:
-            outputs[CRF_MASKS] = self.segmenter.crf_labels(decoded.image, segmented.probabilities)
+        if CRF_MASKS in decoded.missing:
+            outputs[CRF_MASKS] = self.segmenter.labels(decoded.image, segmented)
         return outputs
 
     def write(self, decoded: EvaluationInput, outputs: dict[str, np.ndarray]) -> None:
-        files = self.files(decoded.name)
         for folder, output in outputs.items():
+            file = self.file(folder, decoded.name)
             if folder == LOGITS:
-                with replacing(files[folder]) as stream:
+                with replacing(file) as stream:
                     np.save(stream, output)
             else:
-                write_mask(files[folder], output, self.setup.benchmark.palette)
-        self._count(decoded.name, decoded.truth, decoded.finished | outputs)
+                write_mask(file, output, self.setup.benchmark.palette)
+        self._count(decoded.name)
 
     def finish(self) -> np.ndarray:
         """Return (F, n, n) int64 [truth, prediction] of the F folders of masks; zero without ground truth."""
         return self.hists
 
-    def _truth(self, name: str) -> np.ndarray | None:
-        if self.gt_root is None:
-            return None
-        file = Path(self.gt_root) / f"{name}.png"
-        if not file.is_file():
-            raise FileNotFoundError(f"mask {file} does not exist")
-        truth = read_mask(file)
-        check_values(truth, self.setup.benchmark.channels, file)
-        return truth
+    def _missing(self, name: str) -> list[str]:
+        """Return the folders in which the output of an image is missing or damaged."""
+        return [folder for folder in self.folders if not _is_whole(self.file(folder, name))]
 
-    def _finished(self, name: str) -> dict[str, np.ndarray]:
-        """Return the existing, undamaged outputs by folder: labels (H, W) uint8, or logits, which are not
-        read."""
-        outputs = {}
-        for folder, file in self.files(name).items():
-            with suppress(*UNREADABLE):  # a damaged file is written anew
-                outputs[folder] = np.load(file, mmap_mode="r") if folder == LOGITS else read_mask(file)
-        return outputs
-
-    def _count(self, name: str, truth: np.ndarray | None, outputs: dict[str, np.ndarray]) -> None:
-        if truth is not None:
-            for folder in self.scored:
-                self._check_size(name, truth, outputs[folder])
-            # All or nothing: an image that fails must not be counted in one of the matrices.
+    def _count(self, name: str) -> None:
+        """Count the pixels of an image's masks; in all folders or, if there is an error, in none."""
+        if self.gt_root is not None:
+            masks = [read_mask(self.file(folder, name)) for folder in self.scored]
             channels = self.setup.benchmark.channels
-            self.hists += [confusion(truth, outputs[folder], channels) for folder in self.scored]
+            truth = read_labels(self.gt_root, name, channels, masks[0].shape)
+            self.hists += [confusion(truth, mask, channels) for mask in masks]
 
-    def _check_size(self, name: str, truth: np.ndarray, image: np.ndarray) -> None:
-        if truth.shape != image.shape[:2]:
-            file = Path(self.gt_root) / f"{name}.png"
-            raise ValueError(f"mask {file} is {truth.shape} but its image {image.shape[:2]} (height, width)")
+
+def _is_whole(file: Path) -> bool:
+    try:
+        if file.suffix == ".npy":
+            np.load(file, mmap_mode="r")
+        else:
+            read_mask(file)
+    except UNREADABLE:
+        return False
+    return True
 
 
 def evaluate(
@@ -189,22 +162,49 @@ def evaluate(
         ValueError: a folder holds the outputs of another network or of other settings.
         OSError: a folder is missing.
     """
-    with together():
-        _check_inputs(step, names)
-    run = start_run(step, overwrite)
+    run = start_run(step, names, overwrite)
     if submission and run.rank == 0:
         step.archive(submission).unlink(missing_ok=True)  # an old one must not be mistaken for this one
-    parts = run.map(step, names, num_workers=num_workers)
+    hists = run.map(step, names, num_workers=num_workers)
     code = run.finish()
     if run.rank == 0:
         if step.gt_root is not None:
-            for folder, hist in zip(step.scored, sum(parts), strict=True):
+            for folder, hist in zip(step.scored, sum(hists), strict=True):
                 print_scores(step, folder, hist, len(names), [name for name, _ in run.failures])
         if submission and code == 0:
             pack(step, names, submission)
         elif submission:
             print("no submission was packed, because images failed")
     return code
+
+
+def start_run(step: Evaluation, names: Sequence[str], overwrite: bool) -> Run:
+    """Return the run of a test, after a check that each folder it fills is empty or of the same settings.
+
+    `overwrite` removes everything that a test left, also in folders that this one does not fill, because
+    their files would be taken for this network's. Nothing is removed if there is an error.
+    """
+    root = Path(step.output)
+    with together():
+        _check_inputs(step, names)
+        records = _records(step)
+        stale = []
+        for folder, record in records.items():
+            if folder in step.folders or folder == "":
+                check_folder(root / folder, record, overwrite)
+            elif overwrite and read_settings(root / folder).get("step") == record.step:
+                stale += [*check_folder(root / folder, record, overwrite), root / folder / SETTINGS]
+        if overwrite and read_settings(root).get("step") == records[""].step:
+            stale += [root / file for file in SCORES.values()] + [step.archive(key) for key in SUBMISSIONS]
+    if rank_and_world()[0] == 0:
+        for file in stale:
+            file.unlink(missing_ok=True)
+        for folder in {file.parent for file in stale} - {root}:
+            with suppress(OSError):  # not empty: it also holds other files
+                folder.rmdir()
+    for folder in step.folders:
+        Run(root / folder, records[folder], overwrite)
+    return Run(root, records[""], overwrite)
 
 
 def _check_inputs(step: Evaluation, names: Sequence[str]) -> None:
@@ -218,39 +218,18 @@ def _check_inputs(step: Evaluation, names: Sequence[str]) -> None:
         )
 
 
-def start_run(step: Evaluation, overwrite: bool) -> Run:
-    """Return the run of a test, after a check that each folder it fills is empty or of the same settings.
-
-    `overwrite` removes everything that a test left, also in folders that this one does not fill, because
-    their files would be taken for this network's. Nothing is removed if there is an error.
-    """
-    root, crf = Path(step.output), step.setup.crf
-    with together():
-        base = step.setup.record()
-        settings = base["settings"] | {"images": str(Path(step.image_root).absolute())}
-        crf_settings = {"crf": crf and asdict(PRESETS[crf])}
-        more = {MASKS: {}, CRF_MASKS: crf_settings, LOGITS: {"type": step.save_logits}}
-        records = {
-            folder: Record(f"{step.step} {folder}", settings | more[folder], base["inputs"], (pattern,))
-            for folder, pattern in PATTERNS.items()
-        }
-        records[""] = Record(step.step, settings | {"crf": crf}, base["inputs"])  # of the root
-        filled = [*step.scored, *([LOGITS] if step.save_logits else []), ""]
-        stale = []
-        for folder, record in records.items():
-            if folder in filled:
-                check_folder(root / folder, record, overwrite)
-            elif overwrite and read_settings(root / folder).get("step") == record.step:
-                stale += [*check_folder(root / folder, record, overwrite), root / folder / SETTINGS]
-        if overwrite and read_settings(root).get("step") == step.step:
-            stale += [root / file for file in SCORES.values()] + [step.archive(key) for key in SUBMISSIONS]
-    if rank_and_world()[0] == 0:
-        for file in stale:
-            file.unlink(missing_ok=True)
-        for folder in {file.parent for file in stale} - {root}:
-            with suppress(OSError):  # not empty: it also holds other files
-                folder.rmdir()
-    return [Run(root / folder, records[folder], overwrite) for folder in filled][-1]
+def _records(step: Evaluation) -> dict[str, Record]:
+    """Return what each folder of a test records; the key "" is the root of all."""
+    name, crf = f"{step.setup.recipe.name}.test", step.setup.crf
+    settings, inputs = step.setup.record()
+    settings["images"] = str(Path(step.image_root).absolute())
+    crf_settings = {"crf": crf and asdict(PRESETS[crf])}
+    further = {MASKS: {}, CRF_MASKS: crf_settings, LOGITS: {"type": step.save_logits}}
+    records = {
+        folder: Record(f"{name} {folder}", settings | further[folder], inputs, (f"*{suffix}",))
+        for folder, suffix in SUFFIXES.items()
+    }
+    return records | {"": Record(name, settings | {"crf": crf}, inputs)}
 
 
 def print_scores(
@@ -284,11 +263,11 @@ def pack(step: Evaluation, names: Sequence[str], submission: str) -> None:
     with replacing(target) as stream, tarfile.open(fileobj=stream, mode="w:gz") as archive:
         for name in sorted(names):
             member = f"results/VOC2012/Segmentation/{SUBMISSIONS[submission]}/{name}.png"
-            archive.add(step.files(name)[folder], member, filter=_anonymous)
+            archive.add(step.file(folder, name), member, filter=_without_user)
     print(f"\n{target}: {len(names)} masks of {Path(step.output) / folder}, for VOC's evaluation server")
 
 
-def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+def _without_user(member: tarfile.TarInfo) -> tarfile.TarInfo:
     """Remove user and time from an archive member."""
     member.uid = member.gid = member.mtime = 0
     member.uname = member.gname = ""

@@ -23,16 +23,15 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
         formatter_class=HelpFormatter,
     )
     add_network_flags(parser, recipe)
-    flag = parser.add_argument_group("on which images").add_argument
-    flag("--split_file", help="image ids, one a line (without it: the configuration's data.val_split)")
-    flag("--image_root", "--img_root", help="image folder (without it: the configuration's "
-         "data.val_image_dir)")  # fmt: skip
-    flag("--gt_root", help="folder of true masks (without it: the configuration's data.val_label_dir)")
+    flag = parser.add_argument_group("images").add_argument
+    flag("--split_file", help="image ids, one per line (default: the configuration's data.val_split)")
+    flag("--image_root", "--img_root", help="image folder (default: the configuration's data.val_image_dir)")
+    flag("--gt_root", help="folder of ground-truth masks (default: the configuration's data.val_label_dir)")
     flag("--no_scores", action="store_true", help="there is no ground truth, as for VOC's test split")
-    group = parser.add_argument_group("what is made")
+    group = parser.add_argument_group("outputs")
     flag = group.add_argument
     flag("--output", "--out", metavar="DIR", help="folder for masks, masks_crf, scores.json and "
-         "scores_crf.json (without it: `test` in the run's folder)")  # fmt: skip
+         "scores_crf.json (default: `test` in the run's folder)")  # fmt: skip
     add_flags(group, Evaluation)
     flag("--submission", choices=SUBMISSIONS, help="pack the masks for VOC's evaluation server; comp6 allows "
          "training on other data than VOC's, comp5 does not")  # fmt: skip
@@ -56,8 +55,6 @@ def _step_of(recipe: Recipe, args: argparse.Namespace) -> tuple[Evaluation, list
         val_image_dir=args.image_root or data.val_image_dir,
         val_label_dir=args.gt_root or data.val_label_dir,
     )
-    if not data.val_split:
-        raise ValueError("the configuration names no data.val_split: give --split_file")
     split = validation_split(replace(setup.config, data=data), setup.benchmark)
     gt_root = None if args.no_scores else split.label_dir
     output = args.output or str(Path(args.run) / "test")

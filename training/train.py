@@ -18,11 +18,11 @@ from pipeline.processes import device_of
 from pipeline.run import Record, Run, check_folder, fingerprint, first_few, read_settings
 from segmentation.benchmark import Benchmark
 from segmentation.checkpoints import FINAL, RESUME, checkpoints
-from segmentation.dataset import Batch, TrainingSet, check_files, check_values
+from segmentation.dataset import Batch, TrainingSet, check_files, read_labels
 from segmentation.distributed import gather, rank_and_world, together
 from segmentation.images import find_image, read_rgb
 from segmentation.inference import infer
-from segmentation.masks import overlay, read_mask
+from segmentation.masks import overlay
 from segmentation.metrics import confusion
 from segmentation.trainer import LOGS, Figures, Trainer, Validation
 from training import config as configs
@@ -52,11 +52,9 @@ def validation(
         for name in split.names[rank::world]:
             try:
                 image = read_rgb(find_image(split.image_dir, name))
-                mask_file = Path(split.label_dir) / f"{name}.png"
-                truth = read_mask(mask_file)
-                check_values(truth, channels, mask_file)
-                probabilities = infer(model, network.normalize(image), protocol, device, precision)
-                hist += confusion(truth, probabilities.argmax(0).cpu().numpy(), channels)
+                truth = read_labels(split.label_dir, name, channels, image.shape[:2])
+                segmented = infer(model, network.normalize(image), protocol, device, precision)
+                hist += confusion(truth, segmented.labels, channels)
             except (ValueError, OSError) as error:  # no reason to stop training
                 failed.append(f"{name} ({error})")
         hists, failures = zip(*gather((hist, failed)), strict=True)
