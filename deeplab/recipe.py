@@ -110,7 +110,7 @@ def _build_r38(config: Config, benchmark: Benchmark) -> nn.Module:
 
 def _optimizer_r38(network: nn.Module, config: Config) -> tuple[torch.optim.Optimizer, Schedule]:
     solver = config.solver  # SEAM's rate never reaches 0
-    return sgd(resnet38.parameter_groups(network), solver), schedule(solver, solver.iterations + 1)
+    return sgd(model.parameter_groups(network), solver), schedule(solver, solver.iterations + 1)
 
 
 def _transform_r38(config: Config) -> JitterScaleCrop:
