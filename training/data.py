@@ -1,6 +1,7 @@
-"""Folders and image ids that a configuration names."""
+"""The images and masks that a configuration names."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from segmentation import benchmark as benchmarks
 from segmentation.benchmark import Benchmark
@@ -8,9 +9,8 @@ from segmentation.labels import split_of
 from training.config import Config
 
 
-@dataclass(frozen=True)
-class Split:
-    """Images and their masks: ids, and the two folders; no `label_dir` if masks are not needed."""
+class Split(NamedTuple):
+    """Image ids, and the folders of images and masks; `label_dir` is None if masks are not needed."""
 
     names: list[str]
     image_dir: str
