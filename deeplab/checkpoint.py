@@ -24,7 +24,7 @@ MEAN, VARIANCE = "running_mean", "running_var"  # of batch norm
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a file under the names of our networks, and those of its keys that have no such name."""
+    """The tensors of a file under the names of our networks, and its keys without such a name."""
 
     file: Path | str
     family: Family
@@ -37,10 +37,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Report:
-    """Names of the tensors that were loaded, left at their initial values, and ignored.
-
-    Ignored tensors without a name in our networks have that of the file.
-    """
+    """Names of tensors: loaded, at their initial values, and ignored (these also as the file has them)."""
 
     source: str
     matched: tuple[str, ...]
@@ -115,9 +112,9 @@ def load_init(model: nn.Module, file: str | Path) -> Report:
             f"{weights} lacks {len(norms)} tensors of the backbone's batch norm{_few(norms)}, which training "
             "does not update: take a file that has them all"
         )
-    _check_shapes(weights, state, common)
     both = weights.state.keys() & state.keys()
-    return _load(model, weights, {name for name in both if weights.state[name].shape == state[name].shape})
+    fitting = {name for name in both if weights.state[name].shape == state[name].shape}
+    return _load(model, weights, common | fitting)
 
 
 def load_full(model: nn.Module, file: str | Path) -> Report:
@@ -144,18 +141,17 @@ def load_full(model: nn.Module, file: str | Path) -> Report:
             f"{weights} is not a checkpoint of this model: {len(missing)} tensors are missing{_few(missing)} "
             f"and {len(unknown)} unknown{_few(unknown)}"
         )
-    _check_shapes(weights, state, state)
     return _load(model, weights, state)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a file under its own names."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there: give a file of weights")
+        raise FileNotFoundError(f"{file} does not exist or is no file: give a file of weights")
     if framework := OTHER_FORMATS.get(file.suffix):
         raise ValueError(
-            f"{file} is in {framework}'s own format: where {framework} is installed, write its arrays to an "
-            ".npz by the lines in docs/deeplab_weights.md, and give that"
+            f"{file} has {framework}'s format: where {framework} is installed, write its arrays to an .npz "
+            "file with the lines in docs/deeplab_weights.md, and give that file"
         )
     if file.suffix == ".npz":
         try:
@@ -217,18 +213,15 @@ def _weights_for(model: nn.Module, file: str | Path) -> tuple[Weights, dict[str,
     return weights, state
 
 
-def _check_shapes(weights: Weights, state: Mapping[str, Tensor], names: Iterable[str]) -> None:
+def _load(model: nn.Module, weights: Weights, names: Collection[str]) -> Report:
+    """Copy the named tensors, in the model's precision and to its device."""
+    state = _state_of(model)
     for name in sorted(names):
         in_file, in_model = tuple(weights.state[name].shape), tuple(state[name].shape)
         if in_file != in_model:
             raise ValueError(
                 f"{weights} does not fit the model: {name} is {in_file} in the file, {in_model} in the model"
             )
-
-
-def _load(model: nn.Module, weights: Weights, names: Collection[str]) -> Report:
-    """Copy the named tensors, in the model's precision and to its device."""
-    state = _state_of(model)
     values = {name: weights.state[name].to(state[name].dtype) for name in state if name in names}
     for name, value in values.items():
         if not value.isfinite().all():

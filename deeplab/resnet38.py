@@ -103,15 +103,7 @@ class ResNet38(nn.Module):
 
 
 class LargeFOV(nn.Module):
-    """(B, 3, H, W) -> logits (B, channels, H, W), in training and in evaluation mode.
-
-    Args:
-        backbone: ResNet-38d of this `width`.
-        channels: of the logits, background included.
-        dilation: of the head's 3x3 convolution.
-        freeze_bn: freeze conv1a and the statistics of the backbone's batch norm, not those of the head's.
-            SEAM's code has this option and never uses it.
-    """
+    """(B, 3, H, W) -> logits (B, channels, H, W), in training and in evaluation mode; see `build_r38`."""
 
     def __init__(self, backbone: ResNet38, channels: int, width: int, dilation: int, freeze_bn: bool):
         super().__init__()
@@ -151,10 +143,11 @@ def build_r38(channels: int, blocks: tuple[int, ...] = (3, 3, 6, 3), width: int 
 
     Args:
         channels: of the logits, background included.
-        blocks: residual blocks b2, b3, b4, b5 and those that follow each.
+        blocks: number of residual blocks of the stages b2, b3, b4 and b5.
         width: channels of conv1a; the backbone ends in 64 times that.
-        dilation: of the head, whose field of view it sets.
-        freeze_bn: see `LargeFOV`.
+        dilation: of the head's 3x3 convolution.
+        freeze_bn: freeze conv1a and the statistics of the backbone's batch norm, not those of the head's.
+            SEAM's code has this option and never uses it.
 
     Raises:
         ValueError: invalid blocks.

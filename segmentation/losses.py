@@ -36,8 +36,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, global_count: GlobalCount | No
 def balanced_cross_entropy(logits: Tensor, labels: Tensor, global_count: GlobalCount | None = None) -> Tensor:
     """Return the mean of two means of -log p(label): over background pixels and over foreground pixels.
 
-    AdvCAM and CLIMS train with it from ImageNet weights. A half without labelled pixels adds 0; the
-    reference implementation gives NaN. Arguments and result as of `cross_entropy`.
+    AdvCAM and CLIMS train with it from ImageNet weights. A mean over no pixels is 0, where the reference
+    implementation gives NaN. Arguments and result are those of `cross_entropy`.
     """
     parts = [labels == 0, (labels != 0) & (labels != IGNORE)]
     return _mean_of_means(logits, labels, parts, global_count)
@@ -52,16 +52,13 @@ def pyramid(
     loss: Callable[[Tensor, Tensor, GlobalCount | None], Tensor],
     global_count: GlobalCount | None = None,
 ) -> list[Tensor]:
-    """Return the loss of every output, against labels resized to its size.
+    """Return a scalar for every output: its loss, against labels resized to its size.
 
     Args:
         outputs: (B, C, h, w) each, or a single one.
         labels: (B, H, W) int64.
         loss: one of `LOSSES`.
         global_count: see `GlobalCount`.
-
-    Returns:
-        A scalar for each output; networks of several outputs are trained on the sum.
     """
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
     return [loss(logits, resize_labels(labels, logits.shape[-2:]), global_count) for logits in outputs]

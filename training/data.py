@@ -39,7 +39,7 @@ def validation_split(config: Config, benchmark: Benchmark) -> Split:
         FileNotFoundError, ValueError: as `training_split`, or `data.val_split` is empty.
     """
     data = config.data
-    if not data.val_split:  # the benchmark's own split is the one to train on
+    if not data.val_split:  # the benchmark's split is that of training
         raise ValueError("the configuration names no data.val_split: set it, or give --split_file")
     names = list(split_of(benchmark, data.val_split))
     image_dir = data.val_image_dir or data.image_dir or benchmark.path(benchmark.image_dir)

@@ -74,14 +74,9 @@ class Prediction(Step):
 
 
 def predict(segmenter: Segmenter, image: np.ndarray, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
-    """Segment an image, with the dense CRF if the setup has one.
+    """Return an image (H, W, 3) uint8 RGB with a longer side of `size` pixels, and its labels (h, w) uint8.
 
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        size: longer side that it is resized to; 0 keeps its size.
-
-    Returns:
-        The resized image (h, w, 3) uint8, and its labels (h, w) uint8.
+    `size` 0 keeps the image's size. Labels are those after the dense CRF if the setup has one.
     """
     if size:
         image = resize_by(image, size / max(image.shape[:2]))

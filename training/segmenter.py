@@ -29,13 +29,13 @@ PREDICTED_ONLY = ("r38_voc", "r38_coco")
 
 @dataclass(frozen=True)
 class Setup:
-    """A trained network and how it is used.
+    """A trained network and how it is tested.
 
     Attributes:
-        recipe, config: its method, and the configuration it was trained with.
-        benchmark: whose classes it predicts.
-        checkpoint: file of its weights.
-        protocol: how it is tested.
+        recipe, config: the method, and the configuration of the training.
+        benchmark: the data set whose classes the network predicts.
+        checkpoint: file of the weights.
+        protocol: see there.
         crf: a name in `refinement.densecrf.PRESETS`; None for no CRF.
         precision: a name in `segmentation.inference.PRECISIONS`.
         device: see `pipeline.processes.device_of`.
@@ -79,9 +79,8 @@ class Segmenter:
     def __init__(self, setup: Setup, worker_index: int = 0):
         self.setup, self.network = setup, setup.recipe.network(setup.config)
         self.device = torch.device(device_of(setup.device, worker_index))
-        if self.device.type == "cuda":  # PyTorch's convolutions use TF32 for float32 by default
-            tf32 = setup.precision == "tf32"
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+        # PyTorch's convolutions use TF32 for float32 by default.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = setup.precision == "tf32"
         self.model = self.network.build(setup.config, setup.benchmark)
         setup.recipe.load_trained(self.model, setup.checkpoint)
         layout = torch.channels_last if setup.config.run.channels_last else torch.contiguous_format
@@ -122,7 +121,7 @@ def add_network_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     """Add the flags that select a network and its test protocol."""
     flag = parser.add_argument_group("which network").add_argument
     flag("--run", "--run_dir", metavar="DIR", help=f"folder that {recipe.name}.train filled, with {CONFIG} "
-         f"and {FINAL} (torchrun mistakes --run for one of its own flags: use --run_dir there)")  # fmt: skip
+         f"and {FINAL} (under torchrun, which has a flag --run, use --run_dir)")  # fmt: skip
     flag("--config", metavar="FILE", help="configuration, in place of the run's")
     flag("--checkpoint", metavar="FILE", help=f"weights, in place of the run's {FINAL}")
     flag("overrides", nargs="*", metavar="key=value", help="changes to the configuration")

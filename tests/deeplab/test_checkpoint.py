@@ -453,8 +453,8 @@ def test_files_that_are_no_checkpoints(tmp_path):
         "integers.pth": "torch.int32, not floats",
         "two.pth": "more than one network",
         "caffe.pth": "bn2a_branch2a has no blob bn2a_branch2a/1",
-        "absent.pth": "is not there",
-        ".": "is not there",
+        "absent.pth": "does not exist",
+        ".": "is no file",
     }
     for name, complaint in complaints.items():
         sentence = refused(load_init, net_a(), tmp_path / name)
