@@ -18,13 +18,15 @@ Converted = tuple[dict[str, Tensor], list[str]]
 
 # Attributes in which wrappers and other projects hold the network.
 WRAPPERS = re.compile(r"((module|_orig_mod|model|base|backbone)\.)+")
-# Stages and heads of the two networks.
-STAGES_A = re.compile(r"layer[1-5]\.")
-STAGES_B = re.compile(r"(conv1a|b\d(_\d+)?|bn7)\.")
-HEADS_A = re.compile(r"(aspp|fc)\.")
-HEADS_B = re.compile(r"(conv_fov2?|bn_fov2?|cls_conv)\.")
-# The three convolutions of a residual block, by torchvision's number and by Caffe's branch.
+# Modules of networks A and B -> their prefix in the whole network.
+PREFIXES = {
+    re.compile(r"(layer[1-5]|aspp|fc)\."): "base.",
+    re.compile(r"(conv1a|b\d(_\d+)?|bn7)\."): "backbone.",
+    re.compile(r"(conv_fov2?|bn_fov2?|cls_conv)\."): "",
+}
+# The convolutions of a residual block, by torchvision's numbers and by Caffe's branch.
 PARTS = {"1": "reduce", "2": "conv3x3", "3": "increase"}
+SHORTCUT = {"0": "shortcut.conv", "1": "shortcut.bn"}
 BRANCHES = {"1": "shortcut", "2a": "reduce", "2b": "conv3x3", "2c": "increase"}
 CAFFE_STEM = {
     "conv1": "base.layer1.conv1.conv",
@@ -45,26 +47,19 @@ def own_key(key: str) -> str | None:
     """Return a key of network A or B, given with any prefix, as it is in the whole network: `base....` (A),
     `backbone....` or a key of the head (B); None for any other."""
     key = unwrap(key)
-    if STAGES_A.match(key) or HEADS_A.match(key):
-        return f"base.{key}"
-    if STAGES_B.match(key):
-        return f"backbone.{key}"
-    return key if HEADS_B.match(key) else None
+    return next((prefix + key for pattern, prefix in PREFIXES.items() if pattern.match(key)), None)
 
 
 def torchvision_key(key: str) -> str | None:
     """Return network A's key of one of torchvision's ResNets with bottlenecks; None for the classifier."""
     if match := re.fullmatch(r"(conv|bn)1\.(\w+)", key):
-        return "base.layer1.conv1.{}.{}".format(*match.groups())
+        return f"base.layer1.conv1.{match[1]}.{match[2]}"
     match = re.fullmatch(r"layer(\d)\.(\d+)\.(?:(conv|bn)([123])|downsample\.([01]))\.(\w+)", key)
     if match is None:
         return None
     stage, block, kind, part, shortcut, leaf = match.groups()
-    if shortcut:
-        kind, part = ("conv", "bn")[int(shortcut)], "shortcut"
-    else:
-        part = PARTS[part]
-    return f"base.layer{int(stage) + 1}.block{int(block) + 1}.{part}.{kind}.{leaf}"
+    module = f"{PARTS[part]}.{kind}" if part else SHORTCUT[shortcut]
+    return f"base.layer{int(stage) + 1}.block{int(block) + 1}.{module}.{leaf}"
 
 
 def caffe_layer(layer: str) -> str | None:

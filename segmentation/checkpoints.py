@@ -35,7 +35,7 @@ def write_tensors(content: Mapping[str, Any], file: Path) -> None:
         stream.write(buffer.getbuffer())
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def numbered_checkpoints(folder: Path) -> list[Path]:
     """Return the files `checkpoint_<iteration>.pth` of a folder, oldest first."""
     numbered = [file for file in folder.glob("checkpoint_*.pth") if file.stem.split("_")[1].isdecimal()]
     return sorted(numbered, key=lambda file: int(file.stem.split("_")[1]))

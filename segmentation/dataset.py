@@ -1,4 +1,4 @@
-"""Training samples: files -> what a network reads, in an order that depends on a seed alone."""
+"""Training samples: image and mask files -> batches, in an order that depends on a seed alone."""
 
 import random
 from collections import deque
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """Which images a batch holds: a function of the seed and the batch's number alone.
+    """The images of each batch; they depend on the seed and the batch's number alone.
 
     Attributes:
         images: number of images of the split; each comes once an epoch.
@@ -63,7 +63,7 @@ class Order:
 
     def __post_init__(self):
         if self.images < 1 or self.batch_size < 1:
-            raise ValueError("training needs at least one image, and one in a batch")
+            raise ValueError("training needs at least one image, and a batch at least one")
         if self.drop_last and self.images < self.batch_size:
             raise ValueError(
                 f"the split's {self.images} images do not fill one batch of {self.batch_size}: lower "
@@ -128,7 +128,7 @@ class TrainingSet:
     def batches(
         self, order: Order, numbers: range, rank: int = 0, world: int = 1, threads: int = 1
     ) -> Iterator[Batch]:
-        """Yield the part of rank `rank` in each of the batches `numbers`, read ahead by threads.
+        """Yield the samples of rank `rank` of each of the batches `numbers`, prefetched by threads.
 
         Decoding, resizing and most of NumPy release the interpreter lock, so threads are as fast as processes
         and pass their arrays without a copy.

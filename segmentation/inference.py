@@ -1,4 +1,4 @@
-"""A trained network and an image -> class probabilities at the image's size."""
+"""Inference: a trained network and an image -> class probabilities at the image's size."""
 
 import math
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a network is tested. The defaults are deeplab-pytorch's: the image once, at its own size.
+    """How a network is tested. The defaults are deeplab-pytorch's: the image once, at scale 1.
 
     Attributes:
         scales: multiples of the image's size.
         flip: also use the mirrored image, at every scale.
         average: what is averaged over scales and mirrored images, at the image's size: "probabilities",
-            or "logits" (SEAM), whose mean then goes through the softmax.
+            or "logits" (SEAM), where the softmax is of the mean.
         align_corners: of the bilinear resize of logits to the image's size.
         resize: interpolation of the normalized image, "linear" or "cubic" (SEAM).
         longer_side: pixels of the image's longer side at scale 1 (WeCLIP: 512); None is the image's own.
@@ -127,7 +127,7 @@ def resize_by(pixels: np.ndarray, scale: float, resize: str = "linear") -> np.nd
         ValueError: a side would have no pixels.
     """
     if min(round(side * scale) for side in pixels.shape[:2]) < 1:
-        raise ValueError(f"nothing is left of an image of {pixels.shape[:2]} (H, W) at scale {scale:g}")
+        raise ValueError(f"an image of {pixels.shape[:2]} (H, W) is too small for scale {scale:g}")
     if scale == 1:
         return pixels
     return cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=RESIZES[resize])

@@ -293,7 +293,7 @@ class Trainer:
             checkpoints.write_checkpoint(self.model, file, self.frozen)
             self.last_good = str(file)
             if self.config.keep:
-                for old in checkpoints.checkpoints(self.folder)[: -self.config.keep]:
+                for old in checkpoints.numbered_checkpoints(self.folder)[: -self.config.keep]:
                     old.unlink()
         if complete and self.world.rank == 0:
             (self.folder / RESUME).unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from pipeline.flags import HelpFormatter
 from pipeline.processes import device_of
 from pipeline.run import Record, Run, check_folder, fingerprint, first_few, read_settings
 from segmentation.benchmark import Benchmark
-from segmentation.checkpoints import FINAL, RESUME, checkpoints
+from segmentation.checkpoints import FINAL, RESUME, numbered_checkpoints
 from segmentation.dataset import Batch, TrainingSet, check_files, read_labels
 from segmentation.distributed import gather, rank_and_world, together
 from segmentation.images import find_image, read_rgb
@@ -178,7 +178,7 @@ def check_run_folder(
         inputs["labels"] = fingerprint(read_settings(split.label_dir))
     record = Record(step, settings, inputs, OUTPUTS, info)
     check_folder(folder, record, overwrite)
-    trained = [folder / RESUME, *checkpoints(folder), folder / FINAL]
+    trained = [folder / RESUME, *numbered_checkpoints(folder), folder / FINAL]
     first = next((file for file in trained if file.is_file()), None)
     if first and not resume and not overwrite:
         raise ValueError(
