@@ -1,7 +1,6 @@
 """A trained network: masks of images that nobody labeled."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from pipeline.run import read_settings
 from segmentation.checkpoints import FINAL
 from training import segmenter as trained
 from training.config import CONFIG, TestConfig, read
-from training.data import benchmark_of
-from training.segmenter import Setup, protocol_of
+from training.segmenter import setup_of
 
 RECIPES = {"deeplab.train": DEEPLAB}  # by the step that a run folder records
 
@@ -51,13 +49,8 @@ class Segmenter:
         if recipe is None:
             raise ValueError(f"{run} is not the folder of a finished training run: give its run.output")
         config = read(recipe.config, Path(run) / CONFIG)
-        config.test = replace(config.test, **test)
-        weights = Path(checkpoint or Path(run) / FINAL)
-        if not weights.is_file():
-            raise FileNotFoundError(f"checkpoint {weights} does not exist: finish the training first")
-        self.benchmark = benchmark_of(config)
-        protocol, crf = protocol_of(recipe, config)
-        setup = Setup(recipe, config, self.benchmark, str(weights), protocol, crf, precision, device)
+        setup = setup_of(recipe, config, checkpoint or Path(run) / FINAL, test, precision, device)
+        self.benchmark = setup.benchmark
         self.network = trained.Segmenter(setup)
 
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Result | list[Result]:
@@ -79,9 +72,7 @@ class Segmenter:
 
     def _segment(self, image: np.ndarray) -> Result:
         segmented = self.network(image)
-        mask = segmented.labels
-        if self.network.setup.crf:
-            mask = self.network.crf_labels(image, segmented.probabilities)
+        mask = self.network.labels(image, segmented)
         benchmark, posterior = self.benchmark, segmented.probabilities.cpu().numpy()
         return Result(
             benchmark.classes, mask, posterior, image, None, benchmark.has_background, benchmark.palette
