@@ -146,7 +146,7 @@ def test_misuse_is_told():
         infer(Small().train(), image("misuse", 9, 9), Protocol())
     with pytest.raises(ValueError, match="fp32, tf32, bf16, fp16"):
         infer(Small(), image("misuse", 9, 9), Protocol(), precision="int8")
-    with pytest.raises(ValueError, match="too small for scale 0.5"):
+    with pytest.raises(ValueError, match=r"too small for scale 0.5"):
         infer(Small(), image("misuse", 1, 9), Protocol((0.5,)))
 
 
