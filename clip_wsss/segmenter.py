@@ -1,6 +1,7 @@
 """A trained network: masks of images that nobody labeled."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pipeline.run import read_settings
 from segmentation.checkpoints import FINAL
 from training import segmenter as trained
 from training.config import CONFIG, TestConfig, read
-from training.segmenter import setup_of
+from training.segmenter import Setup
 
 RECIPES = {"deeplab.train": DEEPLAB}  # by the step that a run folder records
 
@@ -49,7 +50,8 @@ class Segmenter:
         if recipe is None:
             raise ValueError(f"{run} is not the folder of a finished training run: give its run.output")
         config = read(recipe.config, Path(run) / CONFIG)
-        setup = setup_of(recipe, config, checkpoint or Path(run) / FINAL, test, precision, device)
+        config.test = replace(config.test, **test)
+        setup = Setup(recipe, config, str(checkpoint or Path(run) / FINAL), precision, device)
         self.benchmark = setup.benchmark
         self.network = trained.Segmenter(setup)
 

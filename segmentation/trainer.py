@@ -123,9 +123,8 @@ class Trainer:
         Raises:
             WorkFailed: a file is missing or wrong, or the loss is not finite; the message says which.
         """
-        total, accumulate = self.optim.iterations, self.optim.accumulate
+        world, total, accumulate = self.world, self.optim.iterations, self.optim.accumulate
         numbers = range(self.done * accumulate, total * accumulate)
-        world = self.world
         batches = self.dataset.batches(self.order, numbers, world.rank, world.size, self.config.workers)
         clock, images = time.monotonic(), 0
         self._set_mode(training=True)
@@ -149,12 +148,12 @@ class Trainer:
                     ) from None
                 bar.update()
                 bar.set_postfix(loss=f"{self.recent[-1]:.4f}", refresh=False)
-                if writer and self._is_due(self.config.log_every):
-                    self._log(writer, losses, images / (time.monotonic() - clock))
-                    clock, images = time.monotonic(), 0
-                if writer and self.figures and self._is_due(self.config.picture_every):
-                    self._log_figures(writer, chunk[-1])
                 if writer:
+                    if self._is_due(self.config.log_every):
+                        self._log(writer, losses, images / (time.monotonic() - clock))
+                        clock, images = time.monotonic(), 0
+                    if self.figures and self._is_due(self.config.picture_every):
+                        self._log_figures(writer, chunk[-1])
                     writer.flush()
                 self._save()  # before validation, which may take longer than a batch system waits
                 self._validate(writer)

@@ -1,7 +1,6 @@
 """A trained network: the flags that select it, and how it segments an image."""
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from common.settings import add_flags, given
 from pipeline.flags import recorded_path
 from pipeline.processes import device_of
 from refinement.densecrf import PRESETS, densecrf_batch
-from segmentation.benchmark import Benchmark
 from segmentation.checkpoints import FINAL
 from segmentation.inference import PRECISIONS, Protocol, Segmented, infer
 from segmentation.transforms import imagenet_denormalize, imagenet_normalize
@@ -27,28 +25,34 @@ from training.recipe import Recipe
 PREDICTED_ONLY = ("r38_voc", "r38_coco")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setup:
-    """A trained network and how it is tested.
+    """A trained network and how it is tested; the attributes `benchmark`, `protocol` and `crf` (a name in
+    `refinement.densecrf.PRESETS`, or None) follow from the configuration.
 
-    Attributes:
+    Args:
         recipe, config: the method, and the configuration of the training.
-        benchmark: the data set whose classes the network predicts.
         checkpoint: file of the weights.
-        protocol: see there.
-        crf: a name in `refinement.densecrf.PRESETS`; None for no CRF.
         precision: a name in `segmentation.inference.PRECISIONS`.
         device: see `pipeline.processes.device_of`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such checkpoint, benchmark or network, or an invalid setting.
     """
 
     recipe: Recipe
     config: Config
-    benchmark: Benchmark
     checkpoint: str
-    protocol: Protocol
-    crf: str | None = None
     precision: str = "fp32"
     device: str = "auto"
+
+    def __post_init__(self):
+        if not Path(self.checkpoint).is_file():
+            raise FileNotFoundError(
+                f"checkpoint {self.checkpoint} does not exist: finish the training, or give another file"
+            )
+        self.benchmark = benchmark_of(self.config)
+        self.protocol, self.crf = protocol_of(self.recipe, self.config)
 
     def record(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Return `settings` and `inputs` of a run's record: what outputs depend on, except images and CRF.
@@ -150,31 +154,6 @@ def protocol_of(recipe: Recipe, config: Config) -> tuple[Protocol, str | None]:
     return replace(network.protocol, scales=scales, flip=flip), crf
 
 
-def setup_of(
-    recipe: Recipe,
-    config: Config,
-    checkpoint: str | Path,
-    test: Mapping[str, Any],
-    precision: str = "fp32",
-    device: str = "auto",
-) -> Setup:
-    """Return the setup of a configuration and a checkpoint.
-
-    Args:
-        test: fields of `TestConfig` that replace the configuration's.
-
-    Raises:
-        FileNotFoundError, ValueError: no such checkpoint or network, or an invalid setting.
-    """
-    if not Path(checkpoint).is_file():
-        raise FileNotFoundError(
-            f"checkpoint {checkpoint} does not exist: finish the training, or give another checkpoint"
-        )
-    config = replace(config, test=replace(config.test, **test))
-    protocol, crf = protocol_of(recipe, config)
-    return Setup(recipe, config, benchmark_of(config), str(checkpoint), protocol, crf, precision, device)
-
-
 def read_setup(recipe: Recipe, args: argparse.Namespace) -> Setup:
     """Return the setup that the flags of `add_network_flags` describe.
 
@@ -186,5 +165,6 @@ def read_setup(recipe: Recipe, args: argparse.Namespace) -> Setup:
     if args.run and not Path(args.run).is_dir():
         raise FileNotFoundError(f"run folder {args.run} does not exist: train first, or give another --run")
     config = read(recipe.config, args.config or Path(args.run) / CONFIG, args.overrides)
-    checkpoint = args.checkpoint or Path(args.run) / FINAL
-    return setup_of(recipe, config, checkpoint, given(TestConfig, args), args.precision, args.device)
+    config.test = replace(config.test, **given(TestConfig, args))
+    checkpoint = args.checkpoint or str(Path(args.run) / FINAL)
+    return Setup(recipe, config, checkpoint, args.precision, args.device)

@@ -82,7 +82,7 @@ class Evaluation(Step):
         return not self._missing(name)
 
     def done_outcomes(self, name: str) -> Iterable[Outcome]:
-        return [attempt(name, self._count, name) or Outcome(name)]
+        return [attempt(name, self._count, name, {}) or Outcome(name)]
 
     def start(self, worker_index: int) -> None:
         self.segmenter = Segmenter(self.setup, worker_index)
@@ -112,7 +112,7 @@ class Evaluation(Step):
                     np.save(stream, output)
             else:
                 write_mask(file, output, self.setup.benchmark.palette)
-        self._count(decoded.name)
+        self._count(decoded.name, outputs)
 
     def finish(self) -> np.ndarray:
         """Return (F, n, n) int64 [truth, prediction] of the F folders of masks; zero without ground truth."""
@@ -122,10 +122,13 @@ class Evaluation(Step):
         """Return the folders in which the output of an image is missing or damaged."""
         return [folder for folder in self.folders if not _is_whole(self.file(folder, name))]
 
-    def _count(self, name: str) -> None:
-        """Count the pixels of an image's masks; in all folders or, if there is an error, in none."""
+    def _count(self, name: str, outputs: dict[str, np.ndarray]) -> None:
+        """Count the pixels of an image's masks, in `outputs` or in files; of none if there is an error."""
         if self.gt_root is not None:
-            masks = [read_mask(self.file(folder, name)) for folder in self.scored]
+            masks = [
+                outputs[folder] if folder in outputs else read_mask(self.file(folder, name))
+                for folder in self.scored
+            ]
             channels = self.setup.benchmark.channels
             truth = read_labels(self.gt_root, name, channels, masks[0].shape)
             self.hists += [confusion(truth, mask, channels) for mask in masks]
@@ -163,7 +166,7 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
     add_flags(group, Evaluation)
     flag("--submission", choices=SUBMISSIONS, help="pack the masks for VOC's evaluation server; comp6 allows "
          "training on other data than VOC's, comp5 does not")  # fmt: skip
-    flag("--overwrite", action="store_true", help="remove the outputs of an earlier test with other settings")
+    flag("--overwrite", action="store_true", help="remove all outputs of an earlier test first")
     flag("--num_workers", type=count, default=1, help="processes; several GPUs are divided among them")
     args = parser.parse_intermixed_args(arguments)
     if not (args.output or args.run):
@@ -230,7 +233,7 @@ def _records(step: Evaluation) -> dict[str, Record]:
 
 
 def _start(step: Evaluation, overwrite: bool) -> Run:
-    """Check and record all folders of a test; `overwrite` removes everything that the last one left.
+    """Check and record all folders of a test; `overwrite` removes all that an earlier test wrote.
 
     That includes files in folders that this test does not fill, which would be taken for its outputs. Nothing
     is removed if there is an error.
