@@ -17,7 +17,7 @@ from bench import data, measure
 from bench.measure import Setting
 from bench.reference import read_cams, reference_cams, write_cams
 from clip.model import CLIP, Config
-from pipeline.cams import REFINED, CamSettings, CamStep
+from pipeline.cams import REFINED, CamSettings, CamStep, store_files
 from pipeline.compute import MAX_BATCH, PREFETCHED_BATCHES
 from pipeline.processes import Outcome
 from pipeline.step import run_step
@@ -252,8 +252,9 @@ def stages(
     def write() -> int:
         folder, image = material.folder / "stage", (data.HEIGHT, data.WIDTH)
         for name, cam in zip(names, maps, strict=True):
-            file = camfile.write(folder, name, range(labels), {REFINED: cam}, image, "compact")
-        return file.stat().st_size
+            content = camfile.encode(range(labels), {REFINED: cam}, image, "compact")
+            store_files(folder, name, {camfile.FORMATS["compact"]: content})
+        return len(content)
 
     timed("write", write, write() / 1e9, "GB/s", measure.copy_rate("cpu") / 1e9)
     return rows

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from pipeline.cams import store_files
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, voc_palette
 from segmentation.masks import write_mask
@@ -88,8 +89,9 @@ def write_cams(folder: Path, count: int, mean: float) -> list[str]:
     for index, name in enumerate(names):
         class_ids = labels_of(index, mean)
         maps = random_cams(random, len(class_ids))
-        for format in camfile.FORMATS:
-            camfile.write(folder / format, name, class_ids, {"attn_highres": maps}, (HEIGHT, WIDTH), format)
+        for format, suffix in camfile.FORMATS.items():
+            content = camfile.encode(class_ids, {"attn_highres": maps}, (HEIGHT, WIDTH), format)
+            store_files(folder / format, name, {suffix: content})
         best = camfile.resize(maps, (HEIGHT, WIDTH))
         best = np.concatenate([np.full((1, HEIGHT, WIDTH), 0.55, np.float32), best])
         truth = np.append(0, np.add(class_ids, 1))[best.argmax(0)].astype(np.uint8)

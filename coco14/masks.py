@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from pycocotools import mask as rle_codec
 
+from coco14 import CLASS_INDEX
 from segmentation.labels import CocoImage
 
 Overlap = Literal["smallest", "first", "last"]
@@ -40,12 +41,11 @@ def rasterize(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, An
         raise ValueError(f"annotation {annotation.get('id')} cannot be rasterized: {error}") from None
 
 
-def paint(image: CocoImage, class_index: dict[int, int], overlap: Overlap = "smallest") -> np.ndarray:
+def paint(image: CocoImage, overlap: Overlap = "smallest") -> np.ndarray:
     """Return the index mask of the objects of an image, crowds included.
 
     Args:
         image: size and annotations.
-        class_index: official category id -> class index.
         overlap: which of several objects gets a pixel: the "smallest" (by rasterized area; of equals, the
             later annotated), or the "first" or "last" annotated.
 
@@ -62,5 +62,5 @@ def paint(image: CocoImage, class_index: dict[int, int], overlap: Overlap = "sma
         objects.reverse()
     mask = np.zeros(image.size, np.uint8)
     for rle, annotation in objects:  # later ones cover earlier ones
-        mask[rle_codec.decode(rle).astype(bool)] = class_index[annotation["category_id"]] + 1
+        mask[rle_codec.decode(rle).astype(bool)] = CLASS_INDEX[annotation["category_id"]] + 1
     return mask

@@ -13,10 +13,6 @@ With --year 2017 it expects ROOT/JPEGImages/{train2017,val2017}, keeps masks in
 ROOT/SegmentationClass/{train2017,val2017}, since the names of images do not contain their split, and writes
 {train2017,val2017}.txt. The name of an instances JSON must end in its split (instances_val2017.json), and
 labels come from it where it is given: so do the published ones.
-
-Exit code 0: fine; 1: problems were found (all listed in OUT/problems.txt, those of 2017 in
-OUT/problems2017.txt; what can be written is); 2: wrong usage. A list that is not the published one (by
-sha256; for 2017 by its length) is reported, and is no problem.
 """
 import argparse
 import json
@@ -25,12 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from coco14 import BENCHMARK, CATEGORY_IDS, CLASS_INDEX, CLASSES
+from coco14 import BENCHMARK, CATEGORY_IDS, CLASSES
 from coco14.masks import OVERLAPS, Overlap, paint
 from common.files import replacing
 from segmentation import prepare as shared
 from segmentation.images import IMAGE_SUFFIXES
-from segmentation.labels import CocoImage, CocoInstances, coco_labels, mask_labels, read_coco_json
+from segmentation.labels import CocoImage, mask_labels, read_coco_json
 from segmentation.masks import read_mask, write_mask
 
 SPLITS = ("train", "val")
@@ -87,8 +83,8 @@ def images_of(root: Path, part: Part) -> set[str]:
     return names_in(root / "JPEGImages" / part.folder, part, IMAGE_SUFFIXES)
 
 
-def read_instances(file: Path, year: str) -> tuple[Part, CocoInstances]:
-    """Return the split of an instances JSON, and its content.
+def read_instances(file: Path, year: str) -> tuple[Part, dict[str, CocoImage]]:
+    """Return the split of an instances JSON, and its images by name.
 
     Raises:
         FileNotFoundError, ValueError: as `read_coco_json`, or it is of no split of this year.
@@ -96,7 +92,7 @@ def read_instances(file: Path, year: str) -> tuple[Part, CocoInstances]:
     instances = read_coco_json(file, len(CLASSES), CATEGORY_IDS)
     for part in (Part(split, year) for split in SPLITS):
         matches = year == "2014" or file.stem.endswith(part.folder)
-        if matches and instances.images and all(map(part.may_hold, instances.images)):
+        if matches and instances and all(map(part.may_hold, instances)):
             return part, instances
     if year == "2014":
         names = " or all ".join(f"COCO_{split}2014_..." for split in SPLITS)
@@ -137,7 +133,7 @@ def inspect(root: Path, part: Part, overlap: Overlap, decode: bool, task: Task) 
     if task.to_paint:
         with shared.collecting(inspection.problems, "annotation"):
             try:
-                mask = paint(task.to_paint, CLASS_INDEX, overlap)
+                mask = paint(task.to_paint, overlap)
             except ValueError as error:
                 raise ValueError(f"image {task.name}: {error}") from None
             write_mask(file, mask, BENCHMARK.palette)
@@ -150,7 +146,7 @@ def inspect(root: Path, part: Part, overlap: Overlap, decode: bool, task: Task) 
 
 
 def prepare_split(
-    part: Part, args: argparse.Namespace, instances: CocoInstances | None
+    part: Part, args: argparse.Namespace, instances: dict[str, CocoImage] | None
 ) -> list[shared.Problem]:
     """Make masks if there are annotations, check, and write `out/<split>.txt`; return the problems.
 
@@ -170,10 +166,10 @@ def prepare_split(
 
     if instances:
         painting = may_paint(folder, part, args.overlap, bool(existing))
-        missing = instances.images.keys() - existing if painting else set()
+        missing = instances.keys() - existing if painting else set()
         tasks = [
             Task(name, image.size, bool(image.annotations), image if name in missing else None)
-            for name, image in instances.images.items()
+            for name, image in instances.items()
         ]
     else:
         tasks = [Task(name) for name in images_of(args.root, part) | existing]
@@ -186,7 +182,7 @@ def prepare_split(
     elif instances:
         print(f"{part}: {folder} holds {len(existing)} masks that were not made here: left as they are")
     if not from_masks:
-        labels = {task.name: coco_labels(instances.images[task.name], CLASS_INDEX) for task in tasks}
+        labels = {task.name: instances[task.name].labels for task in tasks}
     elif without_mask := sum(class_ids is None for class_ids in labels.values()):
         print(f"{part}: {without_mask} images have no readable mask and are left out")
     print(f"{part}: labels from {'the values of the masks' if from_masks else 'the instances JSON'}")
@@ -204,7 +200,7 @@ def prepare(args: argparse.Namespace) -> int:
         if part in done:
             raise ValueError(f"annotation file {file}: the {part} split was given before")
         images = images_of(args.root, part)
-        if images and not images & instances.images.keys():
+        if images and not images & instances.keys():
             raise ValueError(f"annotation file {file} names no image of {part.folder}: is it its own?")
         problems += prepare_split(part, args, instances)
         done.add(part)

@@ -8,10 +8,8 @@ existing masks are compared, and never changed.
 Writes to --out: val.txt, lines `name index index ...` with class indices 0..170, for the 4,172 images that
 COCO-Stuff is evaluated on. The labels are the values of the masks, or those of a public split file
 (--split_182, whose labels count 0..181), which then also says which images there are.
-
-Exit code 0: fine; 1: problems were found (all listed in OUT/problems.txt; what can be written is);
-2: wrong usage.
 """
+import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -88,14 +86,12 @@ def inspect(images: Path, source: Path | None, target: Path, decode: bool, name:
     return inspection
 
 
-def prepare(
-    root: Path, out: Path, source: Path | None, split_182: Path | None, decode: bool = False, workers: int = 1
-) -> int:
-    """Check the copy of COCO-Stuff in `root`, make its masks and write `out/val.txt`; return the exit code.
+def prepare(args: argparse.Namespace) -> int:
+    """Check the copy of COCO-Stuff, make its masks and write `val.txt`; return the exit code.
 
     Args:
-        source: folder of the public masks; None makes none, and needs `split_182`.
-        split_182: public split file; None takes the published images, and their labels from the masks.
+        args: see `main`; without `stuffthingmaps` no masks are made, without `split_182` the images are the
+            published ones, and their labels those of the masks.
 
     Raises:
         OSError, ValueError: the split file cannot be read, or nothing can be written.
@@ -103,22 +99,22 @@ def prepare(
     problems: list[shared.Problem] = []
     split: Split = {}
     names = published_names()
-    if split_182:
-        split, problems = convert_split(read_split(split_182, VALUES), split_182)
+    if args.split_182:
+        split, problems = convert_split(read_split(args.split_182, VALUES), args.split_182)
         if split.keys() != set(names):
-            print(f"{split_182} lists other images than the {len(names)} published ones")
+            print(f"{args.split_182} lists other images than the {len(names)} published ones")
         names = list(split)
-    target = root / BENCHMARK.mask_dir
-    look = partial(inspect, root / BENCHMARK.image_dir, source, target, decode)
-    labels = shared.inspect_all(look, names, workers, "checking val", problems)
-    if not split_182:
+    target = args.root / BENCHMARK.mask_dir
+    look = partial(inspect, args.root / BENCHMARK.image_dir, args.stuffthingmaps, target, args.check_images)
+    labels = shared.inspect_all(look, names, args.num_workers, "checking val", problems)
+    if not args.split_182:
         split = {name: class_ids for name, class_ids in labels.items() if class_ids}
-    if source:
+    if args.stuffthingmaps:
         print(f"masks of {len(CLASSES)} classes are in {target}")
     if missing := len(names) - len(split):
         print(f"{missing} images have no readable mask, or no class in it, and are left out of the list")
-    shared.write_split(out / "val.txt", split)
-    return shared.report(problems, out / "problems.txt")
+    shared.write_split(args.out / "val.txt", split)
+    return shared.report(problems, args.out / "problems.txt")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -142,8 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
         source = None
     elif source.resolve() == (args.root / BENCHMARK.mask_dir).resolve():
         parser.error(f"--stuffthingmaps {source} is the folder of converted masks: give the published ones")
-    options = (source, args.split_182, args.check_images, args.num_workers)
-    return shared.run(parser, prepare, args.root, args.out, *options)
+    args.stuffthingmaps = source
+    return shared.run(parser, prepare, args)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,7 @@ def replacing(file: str | Path) -> Iterator[BinaryIO]:
         with suppress(OSError):  # above all: it is not there
             temporary.unlink()
         if isinstance(error, OSError) and error.errno in FULL:
-            raise DiskFull(
-                f"no space is left to write {file}: make room, and start again to go on"
-            ) from None
+            raise DiskFull(f"no space is left to write {file}: make room, and start again to go on") from None
         raise
 
 
@@ -55,13 +53,11 @@ def sweep(folder: str | Path) -> None:
 
 def sha256(file: Path | str) -> str:
     """Return the hexadecimal sha256 of a file."""
+    digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        if hasattr(hashlib, "file_digest"):  # Python 3.11
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-        digest = hashlib.sha256()
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
-        return digest.hexdigest()
+    return digest.hexdigest()
 
 
 def check_outputs(read: Sequence[str | None], written: Sequence[str | None]) -> None:

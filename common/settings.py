@@ -39,9 +39,9 @@ class Spec:
     """
 
     help: str
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
     choices: Collection[str] | None = None
     aliases: Sequence[str] = ()
     none: str | None = None
@@ -50,6 +50,8 @@ class Spec:
     def allows(self, value: Any, hint: Any) -> bool:
         """Return whether a value is of the annotated type `hint`, and it, or each of a list, in the range."""
         kind, is_list = _type_of(hint)
+        if value is None:
+            return isinstance(hint, types.UnionType)
         if is_list:
             return isinstance(value, list | tuple) and all(self.allows(item, kind) for item in value)
         if not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind is not bool):
@@ -58,9 +60,7 @@ class Spec:
             return value in self.choices
         if kind in (bool, str):
             return True
-        low = -math.inf if self.least is None else self.least
-        high = math.inf if self.most is None else self.most
-        return math.isfinite(value) and low <= value <= high and (self.above is None or value > self.above)
+        return math.isfinite(value) and self.above < value and self.least <= value <= self.most
 
     def expected(self, hint: Any) -> str:
         """Return the range in words, such as "a whole number, 1 or more"; `hint` is the annotation."""
@@ -68,14 +68,13 @@ class Spec:
             return f"one of {', '.join(self.choices)}"
         kind, is_list = _type_of(hint)
         text = "numbers" if is_list else WORDS[kind]
-        if self.above is not None:
-            most = "" if self.most is None else f", {self.most:g} or less"
-            return f"{text} above {self.above:g}{most}"
-        if self.least is not None and self.most is not None:
+        if math.isfinite(self.least) and math.isfinite(self.most):
             return f"{text} from {self.least:g} to {self.most:g}"
-        if self.least is not None:
-            return f"{text}, {self.least:g} or more"
-        return text if self.most is None else f"{text}, {self.most:g} or less"
+        if math.isfinite(self.above):
+            text += f" above {self.above:g}"
+        if math.isfinite(self.least):
+            text += f", {self.least:g} or more"
+        return f"{text}, {self.most:g} or less" if math.isfinite(self.most) else text
 
 
 def setting(default: Any, help: str, **options: Any) -> Any:
@@ -95,10 +94,9 @@ class Settings:
     SECTION = ""
 
     def __post_init__(self):
-        hints = typing.get_type_hints(type(self))
-        for name, spec, _ in _declared(type(self)):
-            value, hint = getattr(self, name), hints[name]
-            if not (value is None and _is_optional(hint)) and not spec.allows(value, hint):
+        for name, spec, hint, _ in _declared(type(self)):
+            value = getattr(self, name)
+            if not spec.allows(value, hint):
                 raise ValueError(f"{self.SECTION}{name} must be {spec.expected(hint)}, got {value!r}")
 
 
@@ -116,27 +114,26 @@ def add_flags(
         omit: names of settings without a flag.
         show: name -> text shown as the default where another rule decides, such as "the benchmark's".
     """
-    hints = typing.get_type_hints(cls)
-    for name, spec, default in _declared(cls):
+    for name, spec, hint, default in _declared(cls):
         if name in omit:
             continue
         shown = (show or {}).get(name) or _as_text(default, spec)
         help = spec.help + (f" (default: {shown})" if shown else "")
         options: dict[str, Any] = {"help": help.replace("%", "%%")}
-        kind, is_list = _type_of(hints[name])
+        kind, is_list = _type_of(hint)
         if kind is bool:
             options["action"] = _Switch
         elif spec.choices is not None:
             options["choices"] = list(spec.choices)
         else:
             metavar = spec.metavar or (f"{METAVARS[kind]},..." if is_list else METAVARS[kind])
-            options |= {"type": _parser(hints[name], spec), "metavar": metavar}
+            options |= {"type": _parser(hint, spec), "metavar": metavar}
         parser.add_argument(f"--{name}", *spec.aliases, dest=name, default=argparse.SUPPRESS, **options)
 
 
 def given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of `cls` that were given as flags: name -> value."""
-    return {name: getattr(args, name) for name, _, _ in _declared(cls) if hasattr(args, name)}
+    return {name: getattr(args, name) for name, *_ in _declared(cls) if hasattr(args, name)}
 
 
 def from_args(base: T, args: argparse.Namespace) -> T:
@@ -194,11 +191,12 @@ def _parser(hint: Any, spec: Spec) -> Callable[[str], Any]:
     return parse
 
 
-def _declared(cls: type) -> Iterator[tuple[str, Spec, Any]]:
-    """Yield name, spec and default of each setting."""
+def _declared(cls: type) -> Iterator[tuple[str, Spec, Any, Any]]:
+    """Yield name, spec, annotation and default of each setting."""
+    hints = typing.get_type_hints(cls)
     for declared in fields(cls):
         if SPEC in declared.metadata:
-            yield declared.name, declared.metadata[SPEC], _default(declared)
+            yield declared.name, declared.metadata[SPEC], hints[declared.name], _default(declared)
 
 
 def _default(declared: Field) -> Any:
@@ -214,10 +212,6 @@ def _as_text(value: Any, spec: Spec) -> str:
     if isinstance(value, list | tuple):
         return ",".join(f"{item:g}" for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _is_optional(hint: Any) -> bool:
-    return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
 
 
 def _type_of(hint: Any) -> tuple[type, bool]:

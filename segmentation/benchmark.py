@@ -136,7 +136,7 @@ def load(name: str) -> Benchmark:
             shapes.
 
     Raises:
-        ValueError: unnames name, unreadable file, unnames or wrongly typed field.
+        ValueError: unknown name, unreadable file, unknown or wrongly typed field.
     """
     if name.endswith((".yaml", ".yml")):
         return _read_yaml(Path(name))

@@ -15,7 +15,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from common.files import replacing
 from segmentation.images import size_within
 
 FORMATS = {"full": ".npy", "compact": ".npz"}
@@ -65,25 +64,6 @@ def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     for source, target in zip(maps, resized, strict=True):
         cv2.resize(source, (width, height), target, interpolation=cv2.INTER_LINEAR)
     return resized
-
-
-def write(
-    folder: str | Path,
-    name: str,
-    class_ids: Sequence[int] | np.ndarray,
-    cams: Mapping[str, np.ndarray],
-    size: tuple[int, int],
-    format: str = "full",
-) -> Path:
-    """Write the CAMs of one image to `folder`; return the file, which appears whole or not at all.
-
-    Other arguments: `encode`.
-    """
-    content = encode(class_ids, cams, size, format)
-    file = Path(folder) / f"{name}{FORMATS[format]}"
-    with replacing(file) as stream:
-        stream.write(content)
-    return file
 
 
 def encode(

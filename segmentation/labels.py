@@ -46,9 +46,8 @@ def reader(benchmark: Benchmark, split: Split, labels_file: str | Path | None = 
         return partial(_painted_labels, folder, benchmark.has_background, num_classes)
     if benchmark.labels == "coco_json":
         file = benchmark.path(benchmark.annotation_file)
-        images, class_index = read_coco_json(file, num_classes, benchmark.category_ids)
-        table = {name: coco_labels(image, class_index) for name, image in images.items()}
-        return partial(_look_up, table, str(file))
+        images = read_coco_json(file, num_classes, benchmark.category_ids)
+        return partial(_look_up, {name: image.labels for name, image in images.items()}, str(file))
     if not any(split.values()):
         raise ValueError(
             f"the split file gives no labels, and benchmark {benchmark.name} has no other source of them: "
@@ -241,17 +240,13 @@ class CocoImage(NamedTuple):
 
     size: tuple[int, int]  # (height, width)
     annotations: list[dict[str, Any]]  # as they stand in the file, in its order
+    labels: list[int]  # the classes annotated, crowds included, ascending
 
 
-class CocoInstances(NamedTuple):
-    """An instances file; every annotation is of a category in `class_index`."""
-
-    images: dict[str, CocoImage]  # by image name: the file name without folder and suffix
-    class_index: dict[int, int]  # official category id -> class index
-
-
-def read_coco_json(path: str | Path, num_classes: int, category_ids: Sequence[int] = ()) -> CocoInstances:
-    """Return the images and annotations of a COCO instances file.
+def read_coco_json(
+    path: str | Path, num_classes: int, category_ids: Sequence[int] = ()
+) -> dict[str, CocoImage]:
+    """Return the images of a COCO instances file by name: the file name without folder and suffix.
 
     Args:
         category_ids: the official id of each class; empty: the classes are the categories of the file in
@@ -268,7 +263,7 @@ def read_coco_json(path: str | Path, num_classes: int, category_ids: Sequence[in
         images = {}
         for item in content["images"]:
             size = int(item["height"]), int(item["width"])
-            images[item["id"]] = (Path(item["file_name"]).stem, CocoImage(size, []))
+            images[item["id"]] = (Path(item["file_name"]).stem, CocoImage(size, [], []))
         declared = sorted(int(item["id"]) for item in content["categories"])
         for item in content["annotations"]:
             if item["category_id"] not in declared:
@@ -284,9 +279,6 @@ def read_coco_json(path: str | Path, num_classes: int, category_ids: Sequence[in
             f"annotation file {path} declares {len(declared)} categories that do not match the {num_classes} "
             "classes of the benchmark"
         )
-    return CocoInstances(dict(images.values()), {category: index for index, category in enumerate(ids)})
-
-
-def coco_labels(image: CocoImage, class_index: dict[int, int]) -> list[int]:
-    """Return the classes annotated in an image, crowds included, ascending."""
-    return sorted({class_index[annotation["category_id"]] for annotation in image.annotations})
+    for _, image in images.values():
+        image.labels.extend(sorted({ids.index(item["category_id"]) for item in image.annotations}))
+    return dict(images.values())

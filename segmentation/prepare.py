@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -18,9 +17,12 @@ from common.settings import count
 from segmentation.images import find_image, read_image, read_size
 
 PRINTED = 3  # problems of a kind that are printed; the file lists all
+EXIT_CODES = """\
+Exit code 0: fine; 1: problems were found (all listed in the file OUT/*problems*.txt; what can be written is);
+2: wrong usage. A list that is not the published one (by sha256 or length) is reported, and is no problem.
+"""
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class Problem(NamedTuple):
@@ -75,26 +77,17 @@ def inspect_all(
 ) -> dict[str, list[int] | None]:
     """Inspect every image; return image name -> labels in the order of `items`, and add to `problems`."""
     labels = {}
-    for inspection in parallel_map(inspect, items, workers, description):
-        name, sizes = inspection.name, inspection.sizes
-        problems += inspection.problems
-        if len(set(sizes.values())) > 1:
-            listed = ", ".join(f"{kind} {height} x {width}" for kind, (height, width) in sizes.items())
-            problems.append(Problem("differing sizes", f"{name}: height x width differ: {listed}"))
-        labels[name] = inspection.labels
+    with ProcessPoolExecutor(workers) as pool:  # starts no process before it has work
+        inspections = map(inspect, items) if workers == 1 else pool.map(inspect, items, chunksize=16)
+        progress = tqdm(inspections, total=len(items), desc=description, unit="image", disable=None)
+        for inspection in progress:
+            name, sizes = inspection.name, inspection.sizes
+            problems += inspection.problems
+            if len(set(sizes.values())) > 1:
+                listed = ", ".join(f"{kind} {height} x {width}" for kind, (height, width) in sizes.items())
+                problems.append(Problem("differing sizes", f"{name}: height x width differ: {listed}"))
+            labels[name] = inspection.labels
     return labels
-
-
-def parallel_map(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int, description: str
-) -> Iterator[Result]:
-    """Yield the results of a picklable function in order, from `workers` processes, with a progress bar."""
-    progress = partial(tqdm, total=len(items), desc=description, unit="image", disable=None)
-    if workers == 1:
-        yield from progress(map(function, items))
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from progress(pool.map(function, items, chunksize=16))
 
 
 def write_split(
@@ -143,6 +136,7 @@ def make_parser(package: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m {package}.prepare",
         description=description,
+        epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     flag = parser.add_argument
@@ -153,9 +147,11 @@ def make_parser(package: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(parser: argparse.ArgumentParser, prepare: Callable[..., int], *arguments) -> int:
-    """Return the exit code of `prepare(*arguments)`; OSError and ValueError end with exit code 2 at once."""
+def run(
+    parser: argparse.ArgumentParser, prepare: Callable[[argparse.Namespace], int], args: argparse.Namespace
+) -> int:
+    """Return the exit code of `prepare(args)`; OSError and ValueError end with exit code 2 at once."""
     try:
-        return prepare(*arguments)
+        return prepare(args)
     except (OSError, ValueError) as error:
         parser.error(str(error))

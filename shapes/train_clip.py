@@ -12,7 +12,7 @@ would not localize:
    separate from the patches in all blocks but the last, so that all it contains of the image comes
    through the last block's attention.
 2. patches against names: the log-sum-exp over patches of patch-to-name similarities says whether
-   a name is image_logits in the image.
+   the image shows a name.
 3. mean patch feature against captions and names, the score that CLIP-ES differentiates.
 4. attention between patches (mean over heads and the last 8 blocks) should join patches of similar color
    that the model itself gives the same name among those of the caption. Attention of a large CLIP

@@ -5,6 +5,7 @@ shape and texture matter. Edges are crisp, as the dense CRF expects of object bo
 pixels takes about half a millisecond, so that training can draw its images on the fly.
 """
 import colorsys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -106,12 +107,6 @@ def _waves(y: np.ndarray, x: np.ndarray, period: float, angle: float) -> np.ndar
     return np.sin((y + 1.5 * np.sin(x * (1 / period) + angle)) * (2 * np.pi / (1.3 * period)))
 
 
-TEXTURES = {
-    "plain": _plain, "stripes": _stripes, "checks": _checks, "dots": _dots,
-    "bricks": _bricks, "waves": _waves,
-}
-
-
 @dataclass(frozen=True)
 class Kind:
     """What objects of a class, or backgrounds of a name, look like.
@@ -124,34 +119,34 @@ class Kind:
     hue: float
     saturation: float
     value: float
-    texture: str
+    texture: Callable[[np.ndarray, np.ndarray, float, float], np.ndarray]
     shape: str = ""  # of a class, see SHAPES
     grain: int = 1
 
 
 CLASSES = (
-    Kind("ball", 0, 0.80, 0.80, "stripes", "disc"),
-    Kind("heart", 0, 0.80, 0.80, "dots", "heart"),
-    Kind("box", 28, 0.85, 0.85, "bricks", "square"),
-    Kind("cross", 325, 0.50, 0.90, "plain", "cross"),
-    Kind("kite", 54, 0.85, 0.88, "checks", "diamond"),
-    Kind("star", 54, 0.85, 0.88, "waves", "star"),
-    Kind("tree", 140, 0.80, 0.50, "dots", "triangle"),
-    Kind("leaf", 140, 0.80, 0.50, "plain", "leaf"),
-    Kind("ring", 222, 0.80, 0.80, "stripes", "ring"),
-    Kind("drop", 222, 0.80, 0.80, "plain", "drop"),
-    Kind("moon", 180, 0.55, 0.85, "checks", "moon"),
-    Kind("flower", 278, 0.65, 0.75, "dots", "flower"),
+    Kind("ball", 0, 0.80, 0.80, _stripes, "disc"),
+    Kind("heart", 0, 0.80, 0.80, _dots, "heart"),
+    Kind("box", 28, 0.85, 0.85, _bricks, "square"),
+    Kind("cross", 325, 0.50, 0.90, _plain, "cross"),
+    Kind("kite", 54, 0.85, 0.88, _checks, "diamond"),
+    Kind("star", 54, 0.85, 0.88, _waves, "star"),
+    Kind("tree", 140, 0.80, 0.50, _dots, "triangle"),
+    Kind("leaf", 140, 0.80, 0.50, _plain, "leaf"),
+    Kind("ring", 222, 0.80, 0.80, _stripes, "ring"),
+    Kind("drop", 222, 0.80, 0.80, _plain, "drop"),
+    Kind("moon", 180, 0.55, 0.85, _checks, "moon"),
+    Kind("flower", 278, 0.65, 0.75, _dots, "flower"),
 )
 BACKGROUNDS = (
-    Kind("grass", 88, 0.45, 0.58, "plain", grain=12),
-    Kind("sand", 40, 0.30, 0.80, "plain", grain=8),
-    Kind("water", 200, 0.35, 0.62, "waves"),
-    Kind("brick", 14, 0.40, 0.55, "bricks"),
-    Kind("snow", 210, 0.04, 0.95, "plain", grain=3),
-    Kind("night", 235, 0.45, 0.22, "plain", grain=5),
-    Kind("wood", 26, 0.50, 0.42, "stripes"),
-    Kind("road", 230, 0.04, 0.42, "plain", grain=10),
+    Kind("grass", 88, 0.45, 0.58, _plain, grain=12),
+    Kind("sand", 40, 0.30, 0.80, _plain, grain=8),
+    Kind("water", 200, 0.35, 0.62, _waves),
+    Kind("brick", 14, 0.40, 0.55, _bricks),
+    Kind("snow", 210, 0.04, 0.95, _plain, grain=3),
+    Kind("night", 235, 0.45, 0.22, _plain, grain=5),
+    Kind("wood", 26, 0.50, 0.42, _stripes),
+    Kind("road", 230, 0.04, 0.42, _plain, grain=10),
 )
 
 
@@ -197,7 +192,7 @@ def _paint(kind: Kind, height: int, width: int, rng: np.random.Generator) -> np.
     )
     y, x = np.ogrid[:height, :width]
     y, x = y.astype(np.float32), x.astype(np.float32)
-    field = TEXTURES[kind.texture](y, x, 5 + 1.2 * period, np.pi * angle)
+    field = kind.texture(y, x, 5 + 1.2 * period, np.pi * angle)
     grain = rng.integers(-kind.grain, kind.grain, (height, width), np.int8, endpoint=True)
     reach = CONTRAST + kind.grain
     levels = (CONTRAST * field).astype(np.intp) + grain  # within +- reach
@@ -295,12 +290,8 @@ def draw(seed: int, index: int, size: tuple[int, int], stream: str = "train") ->
         instances[window][inside] = len(labels)
     objects = _visible(instances, labels, areas)
     mask = np.array([0, *(label + 1 for label in labels)], np.uint8)[instances]
-    names = [CLASSES[label].name for label in dict.fromkeys(drawn.label for drawn in objects)]
-    return Scene(image, mask, objects, background, describe(names, BACKGROUNDS[background].name, rng))
-
-
-def describe(names: list[str], background: str, rng: np.random.Generator) -> str:
-    """Return one of CAPTION_TEMPLATES filled with the names, such as "ball, kite and ring on sand"."""
-    *first, last = names
-    phrase = f"{', '.join(first)} and {last}" if first else last
-    return CAPTION_TEMPLATES[rng.integers(len(CAPTION_TEMPLATES))].format(f"{phrase} on {background}")
+    *first, last = (CLASSES[label].name for label in dict.fromkeys(drawn.label for drawn in objects))
+    phrase = f"{', '.join(first)} and {last}" if first else last  # such as "ball, kite and ring"
+    template = CAPTION_TEMPLATES[rng.integers(len(CAPTION_TEMPLATES))]
+    caption = template.format(f"{phrase} on {BACKGROUNDS[background].name}")
+    return Scene(image, mask, objects, background, caption)

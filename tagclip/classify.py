@@ -29,7 +29,7 @@ from segmentation import benchmark as benchmarks
 from segmentation import labels
 from segmentation.benchmark import Benchmark
 from segmentation.distributed import gather
-from tagclip.config import PRESETS, TagSettings
+from tagclip.config import COCOSTUFF, TagSettings
 from tagclip.step import TagStep
 
 LABELS = "labels.txt"  # in the output folder
@@ -67,15 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     split = labels.split_of(benchmark, args.split_file, image_root)
     title = args.benchmark if published else benchmark.name
     output = args.output or f"./output/{title}_tags"
+    model = args.model or benchmark.model or "ViT-B/16"
     settings = from_args(default_settings(benchmark), args)
-    step = TagStep(
-        benchmark,
-        str(image_root),
-        args.model or benchmark.model or "ViT-B/16",
-        output,
-        settings,
-        from_args(ComputeSettings(), args),
-    )
+    compute_settings = from_args(ComputeSettings(), args)
+    step = TagStep(benchmark, str(image_root), model, output, settings, compute_settings)
     rule = label_rule(args.label_rule, args.label_threshold, settings.ratio)
     label_file = args.save_file or f"./output/{title}_val_tagclip.txt" if args.save_file is not None else None
     read = [args.split_file or benchmark.split_file, args.labels]
@@ -125,7 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def default_settings(benchmark: Benchmark) -> TagSettings:
     """Return the settings published for this kind of benchmark: with a background class, or without."""
-    return PRESETS["tagclip" if benchmark.has_background else "cocostuff"]
+    return TagSettings() if benchmark.has_background else COCOSTUFF
 
 
 def record_of(step: TagStep, name: str) -> Record:
@@ -167,6 +162,4 @@ def tag(
 def published_step(cams: CamStep, output: str) -> TagStep:
     """Return the step that finds the labels of a CAM step: its images and model, published settings."""
     settings = replace(default_settings(cams.benchmark), max_patches=cams.settings.max_patches)
-    return TagStep(
-        cams.benchmark, cams.image_root, cams.model, output, settings, cams.compute_settings
-    )
+    return TagStep(cams.benchmark, cams.image_root, cams.model, output, settings, cams.compute_settings)

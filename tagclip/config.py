@@ -1,4 +1,4 @@
-"""The settings of TagCLIP; the defaults are the published ones, stated for any tower."""
+"""The settings of TagCLIP."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -9,8 +9,7 @@ from common.settings import Settings, setting
 
 @dataclass(frozen=True)
 class TagSettings(Settings):
-    """How images are tagged. For the 12 blocks of ViT-B/16 the defaults are those of the reference
-    implementation."""
+    """How images are tagged. The defaults are the published ones of ViT-B/16, stated for any tower."""
 
     affinity_layers: int | None = setting(
         3,
@@ -101,7 +100,4 @@ class TagSettings(Settings):
         return {"weights_rounded": values.pop("round_weights"), **values}
 
 
-PRESETS = {
-    "tagclip": TagSettings(),
-    "cocostuff": TagSettings(affinity_layers=None, ratio=0.1),
-}
+COCOSTUFF = TagSettings(affinity_layers=None, ratio=0.1)  # as published for it

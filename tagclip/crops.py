@@ -60,9 +60,8 @@ def crops(
     most = (height, width) if settings.include_edge else (height - 1, width - 1)
     cropped = []
     for class_id, map_cells in zip(class_ids, cells.T.reshape(-1, height, width).cpu().numpy(), strict=True):
-        (top, bottom), (left, right) = (
-            _extent(map_cells.any(axis), end) for axis, end in ((1, most[0]), (0, most[1]))
-        )
+        top, bottom = _extent(map_cells.any(1), most[0])
+        left, right = _extent(map_cells.any(0), most[1])
         if top < bottom and left < right:
             box = top, left, bottom, right
             cropped.append(Crop(class_id, box, map_cells[top:bottom, left:right]))

@@ -16,6 +16,7 @@ from pipeline.step import run_step
 from refinement.densecrf import PRESETS
 from segmentation import camfile
 from segmentation.masks import read_mask, write_mask
+from tests.camfiles import write_cams
 from tests.conftest import CASES, golden, parity_image
 from tests.processes import Command, here
 
@@ -45,7 +46,7 @@ def data(arrays, tmp_path_factory):
         stored = golden(f"case_{case}")
         maps = {"attn_highres": stored["attn_highres"].astype(np.float32)}
         for format in camfile.FORMATS:
-            camfile.write(root / format, image, stored["keys"], maps, size, format)
+            write_cams(root / format, image, stored["keys"], maps, size, format)
         parity_image(image, size).save(root / "images" / f"{image}.png")
         write_mask(root / "truth" / f"{image}.png", arrays[f"gt_{case}"], voc12.BENCHMARK.palette)
     (root / "full" / "settings.json").write_text('{"settings": {"benchmark": "voc12"}}')

@@ -7,11 +7,8 @@ image with a mask in SegmentationClassAug that is not in val.
 
 With --year 2007 it writes 2007_{train,val,test}.txt instead: the lists of ImageSets/Main, lines
 `name index index ...`. Train and val come in one archive and test in another, so one of them is enough.
-
-Exit code 0: fine; 1: problems were found (all listed in OUT/problems.txt, those of 2007 in
-OUT/2007_problems.txt; what can be written is); 2: wrong usage. A list that is not the published one (by
-sha256; for 2007 by its length) is reported, and is no problem.
 """
+import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -111,28 +108,29 @@ def inspect(root: Path, decode: bool, item: tuple[str, list[str]]) -> shared.Ins
     return inspection
 
 
-def prepare(root: Path, out: Path, year: str, decode: bool = False, workers: int = 1) -> int:
-    """Check the copy of VOC in `root` and write its lists to `out`; return the exit code.
+def prepare(args: argparse.Namespace) -> int:
+    """Check the copy of VOC and write its lists, see `main`; return the exit code.
 
     Raises:
         FileNotFoundError: VOC2007 without any of its lists.
     """
     problems: list[shared.Problem] = []
-    if year == "2012":
-        splits = read_splits(root, problems)
+    is_2012 = args.year == "2012"
+    if is_2012:
+        splits = read_splits(args.root, problems)
         folders = mask_folders(splits)
     else:
-        splits = read_splits_2007(root, problems)
+        splits = read_splits_2007(args.root, problems)
         folders = {name: [] for names in splits.values() for name in names}  # few have masks: none is checked
-    look = partial(inspect, root, decode)
-    labels = shared.inspect_all(look, sorted(folders.items()), workers, "checking", problems)
+    look = partial(inspect, args.root, args.check_images)
+    labels = shared.inspect_all(look, sorted(folders.items()), args.num_workers, "checking", problems)
     for split, names in splits.items():
         labeled = {name: labels[name] for name in names if labels[name] is not None}
-        listed = dict.fromkeys(names, ()) if year == "2012" else labeled
-        shared.write_split(out / f"{split}.txt", listed, *PUBLISHED[split])
-        if year == "2012":
-            shared.write_split(out / f"{split}_labels.txt", labeled)
-    return shared.report(problems, out / ("problems.txt" if year == "2012" else "2007_problems.txt"))
+        listed = dict.fromkeys(names, ()) if is_2012 else labeled
+        shared.write_split(args.out / f"{split}.txt", listed, *PUBLISHED[split])
+        if is_2012:
+            shared.write_split(args.out / f"{split}_labels.txt", labeled)
+    return shared.report(problems, args.out / ("problems.txt" if is_2012 else "2007_problems.txt"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -145,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
         inner = [args.root / path for path in (voc, f"VOCdevkit/{voc}") if (args.root / path).is_dir()]
         hint = f"; is it {inner[0]}?" if inner else ""
         parser.error(f"--root {args.root} is no copy of {voc}: it has no JPEGImages folder{hint}")
-    return shared.run(parser, prepare, args.root, args.out, args.year, args.check_images, args.num_workers)
+    return shared.run(parser, prepare, args)
 
 
 if __name__ == "__main__":

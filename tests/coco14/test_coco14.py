@@ -60,9 +60,8 @@ def run_lengths(mask):
 
 
 def objects(*pairs):
-    return CocoImage(
-        (HEIGHT, WIDTH), [{"id": i, "category_id": c, "segmentation": s} for i, (c, s) in enumerate(pairs)]
-    )
+    annotations = [{"id": i, "category_id": c, "segmentation": s} for i, (c, s) in enumerate(pairs)]
+    return CocoImage((HEIGHT, WIDTH), annotations, [])
 
 
 @settings(deadline=None, max_examples=50)
@@ -72,27 +71,27 @@ def test_run_lengths_are_exact(seed, height, width):
     compressed = rle_codec.encode(np.asfortranarray(mask))
     compressed["counts"] = compressed["counts"].decode()  # as JSON holds it
     for shape in (run_lengths(mask), compressed):
-        image = CocoImage((height, width), [{"id": 1, "category_id": 90, "segmentation": shape}])
-        np.testing.assert_array_equal(paint(image, CLASS_INDEX), mask * 80)
+        image = CocoImage((height, width), [{"id": 1, "category_id": 90, "segmentation": shape}], [])
+        np.testing.assert_array_equal(paint(image), mask * 80)
 
 
 def test_polygons_cover_their_pixels():
     expected = np.zeros((HEIGHT, WIDTH), np.uint8)
     expected[1:4, 2:6] = expected[5:7, 8:10] = 1
     image = objects((1, box(2, 1, 6, 4) + box(8, 5, 10, 7)))
-    np.testing.assert_array_equal(paint(image, CLASS_INDEX), expected)
+    np.testing.assert_array_equal(paint(image), expected)
 
 
 def test_points_and_lines_cover_nothing():
-    assert not paint(objects((1, [[1, 1, 5, 5]]), (2, [])), CLASS_INDEX).any()
-    assert paint(objects(), CLASS_INDEX).shape == (HEIGHT, WIDTH)
+    assert not paint(objects((1, [[1, 1, 5, 5]]), (2, []))).any()
+    assert paint(objects()).shape == (HEIGHT, WIDTH)
 
 
 def test_whose_a_pixel_is():
     image = objects((2, box(2, 2, 6, 6)), (1, box(0, 0, 8, 8)), (3, box(4, 4, 7, 7)))
-    centre = {overlap: paint(image, CLASS_INDEX, overlap)[5, 5] for overlap in OVERLAPS}
+    centre = {overlap: paint(image, overlap)[5, 5] for overlap in OVERLAPS}
     assert centre == {"smallest": 3, "first": 2, "last": 3}
-    corner = {overlap: paint(image, CLASS_INDEX, overlap)[3, 3] for overlap in OVERLAPS}
+    corner = {overlap: paint(image, overlap)[3, 3] for overlap in OVERLAPS}
     assert corner == {"smallest": 2, "first": 2, "last": 1}
 
 
@@ -100,7 +99,7 @@ def test_whose_a_pixel_is():
 @given(st.permutations(range(4)))
 def test_the_smallest_object_never_vanishes(order):
     shapes = [(1, box(0, 0, 10, 8)), (2, box(0, 0, 8, 6)), (3, box(1, 1, 5, 4)), (4, box(2, 2, 4, 3))]
-    painted = paint(objects(*(shapes[i] for i in order)), CLASS_INDEX)
+    painted = paint(objects(*(shapes[i] for i in order)))
     assert set(np.unique(painted)) == {1, 2, 3, 4}
 
 

@@ -31,6 +31,7 @@ from segmentation import camfile
 from segmentation.benchmark import Benchmark
 from segmentation.masks import read_mask, write_mask
 from segmentation.metrics import confusion, scores
+from tests.camfiles import write_cams
 from tests.conftest import golden, parity_image
 
 PALETTE = voc12.BENCHMARK.palette
@@ -50,7 +51,7 @@ def folders(arrays, tmp_path_factory):
         maps = arrays[f"cams{index}"]
         grid = {"attn_highres": maps.astype(np.float32)}
         format = "full" if index % 2 else "compact"
-        camfile.write(root / "cams", str(index), arrays[f"keys{index}"], grid, maps.shape[1:], format)
+        write_cams(root / "cams", str(index), arrays[f"keys{index}"], grid, maps.shape[1:], format)
         write_mask(root / "truth" / f"{index}.png", arrays[f"gt{index}"], PALETTE)
     return root
 
@@ -209,7 +210,7 @@ def test_keys_that_repeat_are_one_class_and_keys_that_are_none_fail():
 def test_memory_does_not_depend_on_how_many_images_there_are(tmp_path):
     random = np.random.default_rng(0)
     maps = {"attn_highres": random.random((2, 20, 30), np.float32)}
-    camfile.write(tmp_path, "image", [3, 9], maps, (200, 300), "compact")
+    write_cams(tmp_path, "image", [3, 9], maps, (200, 300), "compact")
     write_mask(tmp_path / "image.png", random.integers(0, 21, (200, 300)).astype(np.uint8), PALETTE)
     evaluation = Evaluation(voc12.BENCHMARK, str(tmp_path), str(tmp_path))
 
@@ -345,7 +346,7 @@ def stuff(tmp_path_factory):
         maps = arrays[f"{name}/attn_highres"]
         for format in camfile.FORMATS:
             grid = {"attn_highres": maps.astype(np.float32)}
-            camfile.write(root / format, name, arrays[f"{name}/keys"], grid, maps.shape[1:], format)
+            write_cams(root / format, name, arrays[f"{name}/keys"], grid, maps.shape[1:], format)
         truth, unknown = convert(arrays[f"{name}/truth"])
         assert not unknown
         write_mask(root / "truth" / f"{name}.png", truth, PALETTE)
@@ -356,7 +357,7 @@ def check_group_scores(file, arrays):
     best = json.loads(file.read_text())["best"]
     for name, key in GROUP_SCORES.items():
         assert best[name] == pytest.approx(float(arrays[key]), abs=1e-6), name
-    assert list(best["Class IoU"]) == cocostuff.GROUPS
+    assert list(best["Class IoU"]) == list(cocostuff.GROUPS)
     ious = [np.nan if iou is None else iou for iou in best["Class IoU"].values()]
     np.testing.assert_allclose(ious, arrays["class_iou"], rtol=0, atol=1e-6)  # NaN where NaN is expected
 
@@ -403,7 +404,7 @@ def test_the_crf_is_scored_by_groups(stuff, tmp_path):
     evaluation = Evaluation(cocostuff.BENCHMARK, step.output, step.gt_root, "png", backgrounds=(None,))
     assert evaluate(evaluation, list("012"), tmp_path / "masks.json") == 0
     crf, masks = (json.loads((tmp_path / name).read_text())["best"] for name in ("crf.json", "masks.json"))
-    assert crf == masks and list(crf["Class IoU"]) == cocostuff.GROUPS
+    assert crf == masks and list(crf["Class IoU"]) == list(cocostuff.GROUPS)
     for name in "012":
         values = np.unique(read_mask(tmp_path / "masks" / f"{name}.png"))
         assert set(values) <= set(arrays[f"{name}/keys"])  # classes, not groups

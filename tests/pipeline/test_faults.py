@@ -27,6 +27,7 @@ from pipeline.step import Decoded, Step
 from segmentation import camfile
 from segmentation.distributed import gather
 from segmentation.masks import read_mask
+from tests.camfiles import write_cams
 from tests.conftest import parity_image
 from tests.processes import ROOT, Process, Started, ranks, torchrun
 from tests.processes import script as run_script
@@ -206,7 +207,7 @@ def test_a_killed_rank_ends_an_evaluation(tmp_path, capsys, monkeypatch):
     cams, truth = tmp_path / "cams", tmp_path / "truth"
     truth.mkdir()
     grid = np.random.default_rng(0).random((2, 20, 30), np.float32)
-    file = camfile.write(cams, "0", [0, 2], {"attn_highres": grid}, (1500, 2000), "compact")
+    file = write_cams(cams, "0", [0, 2], {"attn_highres": grid}, (1500, 2000), "compact")
     Image.fromarray(np.zeros((1500, 2000), np.uint8)).save(truth / "0.png")
     names = [str(number) for number in range(60)]
     for name in names[1:]:
@@ -521,7 +522,7 @@ def test_bad_files_at_evaluation_are_counted(tmp_path, capsys, monkeypatch):
     names = ["good", "cut", "other_size", "bad_truth"]
     for name in names:
         maps = {"attn_highres": np.full((1, 4, 5), 0.9, np.float32)}
-        camfile.write(cams, name, [1], maps, (40, 50), "compact")
+        write_cams(cams, name, [1], maps, (40, 50), "compact")
         size = (50, 40) if name == "other_size" else (40, 50)
         Image.fromarray(np.full(size, 2, np.uint8)).save(truth / f"{name}.png")
     (cams / "cut.npz").write_bytes((cams / "cut.npz").read_bytes()[:300])

@@ -14,9 +14,9 @@ from pipeline.masks import MaskInput, MaskSettings, MaskStep, crf_posterior, mak
 from pipeline.processes import drain
 from pipeline.run import read_settings
 from pipeline.step import run_step
-from segmentation import camfile
 from segmentation.masks import read_mask, write_mask
 from segmentation.metrics import scores
+from tests.camfiles import write_cams
 from tests.conftest import golden, parity_image
 
 NAMES = ["es_crf0", "es_crf1", "es_crf2"]
@@ -32,7 +32,7 @@ def step(arrays, tmp_path):
     for index, name in enumerate(NAMES):
         maps = arrays[f"cams{index}"]
         grid = {"attn_highres": maps.astype(np.float32)}
-        camfile.write(tmp_path / "cams", name, arrays[f"keys{index}"], grid, maps.shape[1:])
+        write_cams(tmp_path / "cams", name, arrays[f"keys{index}"], grid, maps.shape[1:])
         write_mask(tmp_path / "truth" / f"{name}.png", arrays[f"gt{index}"], voc12.BENCHMARK.palette)
         (tmp_path / "images").mkdir(exist_ok=True)
         parity_image(name, maps.shape[1:]).save(tmp_path / "images" / f"{name}.png")

@@ -13,9 +13,9 @@ from PIL import Image
 
 from common.files import replacing
 from pipeline import figures, records, report
-from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark, voc_palette
 from segmentation.masks import read_mask, write_mask
+from tests.camfiles import write_cams
 
 CLASSES = ["<cat> & dog", "bird"]
 LABELS = {"one": [1], "both": [0, 1], "tall": [0]}
@@ -33,7 +33,7 @@ def results(tmp_path_factory):
         size = SIZES[name]
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(root / "images" / f"{name}.jpg")
         maps = rng.random((len(keys), 3, 4), np.float32)
-        camfile.write(root / "cams", name, keys, {"highres": maps, "attn_highres": maps[:, ::-1]}, size)
+        write_cams(root / "cams", name, keys, {"highres": maps, "attn_highres": maps[:, ::-1]}, size)
         for folder, values in (("masks", [0, 1, 2, IGNORE]), ("truth", [0, 1, 2])):
             write_mask(root / folder / f"{name}.png", rng.choice(values, size).astype(np.uint8), palette)
         write_mask(root / "sure" / f"{name}.png", read_mask(root / "truth" / f"{name}.png"), palette)
@@ -398,7 +398,7 @@ def test_flags_that_need_others_say_so(command, capsys, words, told):
 
 
 def test_cams_without_the_initial_map_are_said(results, tmp_path):
-    camfile.write(tmp_path, "one", [1], {"attn_highres": np.ones((1, 2, 2), np.float32)}, SIZES["one"])
+    write_cams(tmp_path, "one", [1], {"attn_highres": np.ones((1, 2, 2), np.float32)}, SIZES["one"])
     made = replace(page_of(results, names=["one"]), cam_dir=str(tmp_path))
     with pytest.raises(ValueError, match="--keep_initial"):
         report.render(made)

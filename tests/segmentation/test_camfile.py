@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segmentation import camfile
+from tests.camfiles import write_cams
 from tests.conftest import golden
 
 
@@ -35,7 +36,7 @@ def test_full_holds_what_compact_gives(tmp_path_factory, labels, grid, size, zer
     keys = random.permutation(20)[:labels]
     folder = tmp_path_factory.mktemp("cams")
     for format in camfile.FORMATS:
-        camfile.write(folder / format, "a", keys, {"attn_highres": maps, "highres": maps / 2}, size, format)
+        write_cams(folder / format, "a", keys, {"attn_highres": maps, "highres": maps / 2}, size, format)
     full, compact = (camfile.read(folder / format, "a") for format in camfile.FORMATS)
     assert full[0].dtype == np.int64 and (full[0] == keys).all() and (compact[0] == keys).all()
     assert full[1].dtype == np.float16 and full[1].shape == (labels, *size)
@@ -45,7 +46,7 @@ def test_full_holds_what_compact_gives(tmp_path_factory, labels, grid, size, zer
 
 
 def test_full_is_the_public_format(tmp_path):
-    file = camfile.write(tmp_path, "a", [3, 1], {"attn_highres": np.ones((2, 2, 2), np.float32)}, (4, 6))
+    file = write_cams(tmp_path, "a", [3, 1], {"attn_highres": np.ones((2, 2, 2), np.float32)}, (4, 6))
     content = np.load(file, allow_pickle=True).item()
     assert file.name == "a.npy" and set(content) == {"keys", "attn_highres"}
     assert content["keys"].dtype == np.int64 and content["keys"].tolist() == [3, 1]
@@ -55,7 +56,7 @@ def test_full_is_the_public_format(tmp_path):
 def test_the_same_maps_give_the_same_bytes(tmp_path):
     maps = {"attn_highres": np.random.default_rng(0).random((2, 3, 3), np.float32)}
     for format in camfile.FORMATS:
-        one, two = (camfile.write(tmp_path / part, "a", [0, 1], maps, (9, 9), format) for part in "xy")
+        one, two = (write_cams(tmp_path / part, "a", [0, 1], maps, (9, 9), format) for part in "xy")
         assert one.read_bytes() == two.read_bytes()
         assert sorted(os.listdir(one.parent))[-1] == one.name  # and no temporary file is left
 
@@ -63,7 +64,7 @@ def test_the_same_maps_give_the_same_bytes(tmp_path):
 def test_names_may_have_folders(tmp_path):
     maps = {"attn_highres": np.ones((1, 1, 1), np.float32)}
     assert not camfile.find(tmp_path, "2012/a.b")
-    camfile.write(tmp_path, "2012/a.b", [0], maps, (2, 2), "compact")
+    write_cams(tmp_path, "2012/a.b", [0], maps, (2, 2), "compact")
     assert camfile.find(tmp_path, "2012/a.b")
     assert camfile.read(tmp_path, "2012/a.b")[1].shape == (1, 2, 2)
 
@@ -72,9 +73,9 @@ def test_names_may_have_folders(tmp_path):
 def test_keys_alone(tmp_path, format):
     assert camfile.class_ids_of(tmp_path, "a") is None
     maps = {"attn_highres": np.ones((2, 2, 2), np.float32)}
-    file = camfile.write(tmp_path, "a", [7, 2], maps, (4, 6), format)
+    file = write_cams(tmp_path, "a", [7, 2], maps, (4, 6), format)
     assert camfile.class_ids_of(tmp_path, "a") == [7, 2]
-    camfile.write(tmp_path, "none", [], {"attn_highres": np.ones((0, 2, 2), np.float32)}, (4, 6), format)
+    write_cams(tmp_path, "none", [], {"attn_highres": np.ones((0, 2, 2), np.float32)}, (4, 6), format)
     assert camfile.class_ids_of(tmp_path, "none") == []
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"a\.np. cannot be read"):
@@ -150,7 +151,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, function, argument):
 def test_damaged_and_wrong_files_are_reported(tmp_path):
     maps = {"attn_highres": np.ones((1, 2, 2), np.float32)}
     for format, suffix in camfile.FORMATS.items():
-        file = camfile.write(tmp_path, format, [0], maps, (4, 4), format)
+        file = write_cams(tmp_path, format, [0], maps, (4, 4), format)
         whole = file.read_bytes()
         for end in (0, 5, len(whole) // 2, len(whole) - 1):
             file.write_bytes(whole[:end])
@@ -172,6 +173,6 @@ def test_damaged_and_wrong_files_are_reported(tmp_path):
     refuse("does not hold 2 maps", {"keys": [0], "bg_highres": np.zeros((1, 2, 2))}, "bg_highres")
     refuse("is damaged", {"keys": ["cat"], "attn_highres": np.zeros((1, 2, 2))})
     with pytest.raises(ValueError, match="full or compact"):
-        camfile.write(tmp_path, "c", [0], maps, (4, 4), "tiny")
+        write_cams(tmp_path, "c", [0], maps, (4, 4), "tiny")
     with pytest.raises(ValueError, match="does not hold 2 maps"):
-        camfile.write(tmp_path, "c", [0, 1], maps, (4, 4))
+        write_cams(tmp_path, "c", [0, 1], maps, (4, 4))

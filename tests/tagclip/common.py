@@ -9,8 +9,7 @@ from PIL import Image
 
 import clip
 from clip.model import CLIP
-from tagclip import TagSettings
-from tagclip.config import PRESETS
+from tagclip.config import COCOSTUFF, TagSettings
 from tests import conftest, weights
 
 golden = partial(conftest.golden, system="tagclip")
@@ -19,9 +18,9 @@ STUFF = [entry["name"] for entry in NAMES["coco_stuff"]]
 
 #: Set of the goldens -> number of classes, names, settings.
 SETS = {
-    "voc": (20, NAMES["voc"] + NAMES["voc_background"], PRESETS["tagclip"]),
-    "coco": (80, NAMES["coco"] + NAMES["coco_background"], PRESETS["tagclip"]),
-    "stuff": (171, STUFF, PRESETS["cocostuff"]),
+    "voc": (20, NAMES["voc"] + NAMES["voc_background"], TagSettings()),
+    "coco": (80, NAMES["coco"] + NAMES["coco_background"], TagSettings()),
+    "stuff": (171, STUFF, COCOSTUFF),
 }
 
 #: Image -> (H, W).

@@ -13,6 +13,7 @@ from pipeline.cams_cli import main
 from pytorch_grad_cam import text_cams
 from pytorch_grad_cam.affinity import box_masks, refine
 from segmentation import camfile
+from tests.camfiles import write_cams
 from tests.conftest import parity_image
 from tests.tagclip.common import golden
 from voc12 import BENCHMARK as VOC12
@@ -74,7 +75,7 @@ def test_maps_as_stored(case, model, tmp_path):
 
     def stored(settings):
         maps = image_cams(model, image, text, backgrounds, settings)
-        camfile.write(tmp_path, "image", reference["keys"], maps, image.size[::-1])
+        write_cams(tmp_path, "image", reference["keys"], maps, image.size[::-1])
         return camfile.read(tmp_path, "image", REFINED)[1]
 
     assert difference(stored(settings), reference["attn_highres"]) <= 2e-3
