@@ -14,8 +14,7 @@ from pipeline.run import read_settings
 from segmentation.checkpoints import FINAL
 from training import segmenter as trained
 from training.config import CONFIG, TestConfig, read
-from training.data import benchmark_of
-from training.segmenter import Setup, protocol_of
+from training.segmenter import Setup
 
 RECIPES = {"deeplab.train": DEEPLAB}  # by the step that a run folder records
 
@@ -52,12 +51,8 @@ class Segmenter:
             raise ValueError(f"{run} is not the folder of a finished training run: give its run.output")
         config = read(recipe.config, Path(run) / CONFIG)
         config.test = replace(config.test, **test)
-        weights = Path(checkpoint or Path(run) / FINAL)
-        if not weights.is_file():
-            raise FileNotFoundError(f"checkpoint {weights} does not exist: finish the training first")
-        self.benchmark = benchmark_of(config)
-        protocol, crf = protocol_of(recipe, config)
-        setup = Setup(recipe, config, self.benchmark, str(weights), protocol, crf, precision, device)
+        setup = Setup(recipe, config, str(checkpoint or Path(run) / FINAL), precision, device)
+        self.benchmark = setup.benchmark
         self.network = trained.Segmenter(setup)
 
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Result | list[Result]:
@@ -79,9 +74,7 @@ class Segmenter:
 
     def _segment(self, image: np.ndarray) -> Result:
         segmented = self.network(image)
-        mask = segmented.labels
-        if self.network.setup.crf:
-            mask = self.network.crf_labels(image, segmented.probabilities)
+        mask = self.network.labels(image, segmented)
         benchmark, posterior = self.benchmark, segmented.probabilities.cpu().numpy()
         return Result(
             benchmark.classes, mask, posterior, image, None, benchmark.has_background, benchmark.palette

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from clip.checkpoint import read_state
 from deeplab.keymaps import FAMILIES, STRIDE_IN, Family, family_of, own_key, unwrap
 
-ENOUGH = 0.9  # of the backbone's tensors, of model and file together, that both must have
-FOREIGN = {".caffemodel": "Caffe", ".params": "MXNet"}  # files that only these frameworks read
+MIN_COMMON = 0.9  # of the backbone tensors of model and file together, the part that both must have
+OTHER_FORMATS = {".caffemodel": "Caffe", ".params": "MXNet"}  # files that only these frameworks read
 NETWORKS = {"base.": "DeepLab-v2 on ResNet-101", "backbone.": "DeepLab-v1 on ResNet-38d"}  # by prefix
 BACKBONES = ("base.layer", "backbone.")
 CLASSIFIERS = ("base.aspp.c0.weight", "base.fc.weight", "cls_conv.weight")  # first axis: the classes
@@ -24,7 +24,7 @@ MEAN, VARIANCE = "running_mean", "running_var"  # of batch norm
 
 @dataclass(frozen=True)
 class Weights:
-    """A file of weights: its tensors in our names, and those of its keys that have no place in them."""
+    """The tensors of a file under the names of our networks, and its keys without such a name."""
 
     file: Path | str
     family: Family
@@ -37,8 +37,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Report:
-    """Which tensors were loaded, left at their initial values, and ignored; names are ours, of ignored keys
-    the file's."""
+    """Names of tensors: loaded, at their initial values, and ignored (these also as the file has them)."""
 
     source: str
     matched: tuple[str, ...]
@@ -56,13 +55,14 @@ class Report:
 
 
 def family(source: str | Path | Mapping[str, Tensor]) -> str:
-    """Return the name of the family (`keymaps.FAMILIES`) of a file's or a state dict's keys.
+    """Return the name of the family (`keymaps.FAMILIES`) of a file or state dict; raises as `read`.
 
-    Build the network for its weights with `stride_in=STRIDE_IN.get(family, "reduce")`; checkpoints in our own
-    names do not show where the stride is, and need what they were trained with. Raises as `read`.
+    Build the network for its weights with `stride_in=STRIDE_IN.get(family, "reduce")`. Checkpoints in our own
+    names do not show where the stride is, and need the `stride_in` that they were trained with.
     """
-    state = source if isinstance(source, Mapping) else _tensors(Path(source))
-    return _family(state, "the state dict" if state is source else source).name
+    if isinstance(source, Mapping):
+        return _family(source, "the state dict").name
+    return _family(_tensors(Path(source)), source).name
 
 
 def read(file: str | Path) -> dict[str, Tensor]:
@@ -91,64 +91,67 @@ def load_init(model: nn.Module, file: str | Path) -> Report:
 
     Raises:
         FileNotFoundError, ValueError: as `read`; or the file is of the other network, of another depth
-            (less than `ENOUGH`) or of other widths, lacks batch norm of the backbone, or holds invalid
+            (less than `MIN_COMMON`) or of other widths, lacks batch norm of the backbone, or holds invalid
             numbers such as NaN.
     """
-    weights, own = _read_for(model, file)
-    theirs, ours = ({name for name in state if _backbone(name)} for state in (weights.state, own))
-    if len(theirs & ours) < ENOUGH * len(theirs | ours):
+    weights, state = _weights_for(model, file)
+    in_file, in_model = (
+        {name for name in names if name.startswith(BACKBONES) and not name.endswith(COUNTER)}
+        for names in (weights.state, state)
+    )
+    common, surplus, missing = in_file & in_model, in_file - in_model, in_model - in_file
+    if len(common) < MIN_COMMON * len(in_file | in_model):
         raise ValueError(
-            f"{weights} and the model have {len(theirs & ours)} of {len(theirs | ours)} backbone tensors in "
-            f"common: only the file has {len(theirs - ours)}{_few(theirs - ours)}, only the model "
-            f"{len(ours - theirs)}{_few(ours - theirs)}; take weights of a network of the same depth"
+            f"{weights} and the model have {len(common)} of {len(in_file | in_model)} backbone tensors in "
+            f"common: only the file has {len(surplus)}{_few(surplus)}, only the model {len(missing)}"
+            f"{_few(missing)}; take weights of a network of the same depth"
         )
-    lost = {name for name in ours - theirs if f"{name.rpartition('.')[0]}.{MEAN}" in own}
-    if lost:
+    norms = {name for name in missing if f"{name.rpartition('.')[0]}.{MEAN}" in state}
+    if norms:
         raise ValueError(
-            f"{weights} lacks {len(lost)} tensors of the backbone's batch norm{_few(lost)}, which training "
-            "does not make up for: take a file that has them all"
+            f"{weights} lacks {len(norms)} tensors of the backbone's batch norm{_few(norms)}, which training "
+            "does not update: take a file that has them all"
         )
-    _check_shapes(weights, own, theirs & ours)
-    matched = [name for name in own if name in weights.state and weights.state[name].shape == own[name].shape]
-    return _load(model, weights, matched)
+    both = weights.state.keys() & state.keys()
+    fitting = {name for name in both if weights.state[name].shape == state[name].shape}
+    return _load(model, weights, common | fitting)
 
 
 def load_full(model: nn.Module, file: str | Path) -> Report:
     """Load a trained network: the file must have exactly the model's tensors.
 
-    Arguments and errors as of `load_init`; another number of classes or of tensors is one too.
+    Arguments and errors are those of `load_init`; another number of classes or of tensors is an error, too.
     """
-    weights, own = _read_for(model, file)
-    state = weights.state
-    if not any(name in state for name in own if not name.startswith(BACKBONES)):
+    weights, state = _weights_for(model, file)
+    loaded = weights.state
+    if not any(name in loaded for name in state if not name.startswith(BACKBONES)):
         raise ValueError(
-            f"{weights} has the backbone but not the head of {_network(own)}: it can start a training, but "
+            f"{weights} has the backbone but not the head of {_network(state)}: it can start a training, but "
             "not predict"
         )
     for name in CLASSIFIERS:
-        if name in state and name in own and len(state[name]) != len(own[name]):
+        if name in loaded and name in state and len(loaded[name]) != len(state[name]):
             raise ValueError(
-                f"{weights} was trained for {len(state[name])} classes, background included, the model has "
-                f"{len(own[name])}: take a checkpoint of the same classes"
+                f"{weights} was trained for {len(loaded[name])} classes, background included, the model has "
+                f"{len(state[name])}: take a checkpoint of the same classes"
             )
-    missing, surplus = own.keys() - state.keys(), {*weights.dropped, *(state.keys() - own.keys())}
-    if missing or surplus:
+    missing, unknown = state.keys() - loaded.keys(), {*weights.dropped, *(loaded.keys() - state.keys())}
+    if missing or unknown:
         raise ValueError(
             f"{weights} is not a checkpoint of this model: {len(missing)} tensors are missing{_few(missing)} "
-            f"and {len(surplus)} unknown{_few(surplus)}"
+            f"and {len(unknown)} unknown{_few(unknown)}"
         )
-    _check_shapes(weights, own, own)
-    return _load(model, weights, list(own))
+    return _load(model, weights, state)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a file under its own names."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there: give a file of weights")
-    if framework := FOREIGN.get(file.suffix):
+        raise FileNotFoundError(f"{file} does not exist or is no file: give a file of weights")
+    if framework := OTHER_FORMATS.get(file.suffix):
         raise ValueError(
-            f"{file} is in {framework}'s own format: where {framework} is installed, write its arrays to an "
-            ".npz by the lines in docs/deeplab_weights.md, and give that"
+            f"{file} has {framework}'s format: where {framework} is installed, write its arrays to an .npz "
+            "file with the lines in docs/deeplab_weights.md, and give that file"
         )
     if file.suffix == ".npz":
         try:
@@ -162,71 +165,64 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _family(state: Mapping[str, Tensor], source: object) -> Family:
-    found = family_of(state)
-    if found is None:
+    family = family_of(state)
+    if family is None:
         raise ValueError(
-            f"{source} holds no weights that are known here ({', '.join(known.name for known in FAMILIES)}): "
+            f"{source} holds no weights of a known family ({', '.join(known.name for known in FAMILIES)}): "
             f"it has {len(state)} tensors{_few(state)}, none like base.layer2.block1.reduce.conv.weight or "
             "backbone.b2.conv_branch2a.weight"
         )
-    return found
+    return family
 
 
 def _weights(file: str | Path) -> Weights:
     tensors = _tensors(Path(file))
-    found = _family(tensors, file)
+    family = _family(tensors, file)
     if len({unwrap(key) for key in tensors}) < len(tensors):
-        raise ValueError(f"{file} holds more than one network: save the one that is meant alone")
+        raise ValueError(f"{file} holds more than one network: save only the one to load")
     try:
-        state, dropped = found.convert(tensors)
+        state, dropped = family.convert(tensors)
     except ValueError as error:
         raise ValueError(f"{file} is not a whole checkpoint: {error}") from None
     for key, value in state.items():
         if not (value.is_floating_point() or key.endswith(COUNTER)):
             raise ValueError(f"{file} is not a checkpoint: {key} holds {value.dtype}, not floats")
-    for key in [key for key in state if key.endswith(MEAN)]:  # files older than the counter
+    for key in [key for key in state if key.endswith(MEAN)]:  # PyTorch before 0.4.1 had no counter
         state.setdefault(key.replace(MEAN, COUNTER), torch.zeros((), dtype=torch.long))
-    return Weights(file, found, state, dropped)
+    return Weights(file, family, state, dropped)
 
 
-def _own(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's own tensors under their names in the whole network."""
+def _state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's tensors under their names in the whole network, without prefixes of wrappers."""
     return {own_key(key) or key: value for key, value in model.state_dict().items()}
-
-
-def _backbone(name: str) -> bool:
-    return name.startswith(BACKBONES) and not name.endswith(COUNTER)
 
 
 def _network(names: Iterable[str]) -> str:
     return next(title for name in names for prefix, title in NETWORKS.items() if name.startswith(prefix))
 
 
-def _read_for(model: nn.Module, file: str | Path) -> tuple[Weights, dict[str, Tensor]]:
-    """Return the weights of a file and the model's own tensors, both of the same network."""
-    weights, own = _weights(file), _own(model)
-    theirs, ours = _network(weights.state), _network(own)
-    if theirs != ours:
+def _weights_for(model: nn.Module, file: str | Path) -> tuple[Weights, dict[str, Tensor]]:
+    """Return the weights of a file and the tensors of the model, both of the same network."""
+    weights, state = _weights(file), _state_of(model)
+    in_file, in_model = _network(weights.state), _network(state)
+    if in_file != in_model:
         raise ValueError(
-            f"{weights} holds weights of {theirs}, but the model is {ours}: take that network, or weights of "
-            "this one"
+            f"{weights} holds weights of {in_file}, but the model is {in_model}: load other weights, or set "
+            "another network"
         )
-    return weights, own
+    return weights, state
 
 
-def _check_shapes(weights: Weights, own: Mapping[str, Tensor], names: Iterable[str]) -> None:
+def _load(model: nn.Module, weights: Weights, names: Collection[str]) -> Report:
+    """Copy the named tensors, in the model's precision and to its device."""
+    state = _state_of(model)
     for name in sorted(names):
-        theirs, ours = tuple(weights.state[name].shape), tuple(own[name].shape)
-        if theirs != ours:
+        in_file, in_model = tuple(weights.state[name].shape), tuple(state[name].shape)
+        if in_file != in_model:
             raise ValueError(
-                f"{weights} does not fit the model: {name} is {theirs} in the file, {ours} in the model"
+                f"{weights} does not fit the model: {name} is {in_file} in the file, {in_model} in the model"
             )
-
-
-def _load(model: nn.Module, weights: Weights, matched: Collection[str]) -> Report:
-    """Copy the matched tensors, in the model's precision and to its device."""
-    own = _own(model)
-    values = {name: weights.state[name].to(own[name].dtype) for name in matched}
+    values = {name: weights.state[name].to(state[name].dtype) for name in state if name in names}
     for name, value in values.items():
         if not value.isfinite().all():
             raise ValueError(f"{weights} holds NaN or infinity in {name}: take another checkpoint")
@@ -234,12 +230,12 @@ def _load(model: nn.Module, weights: Weights, matched: Collection[str]) -> Repor
             raise ValueError(f"{weights} holds variances below 0 in {name}: take another checkpoint")
     with torch.no_grad():
         for name, value in values.items():
-            own[name].copy_(value)
-    left = [name for name in own if name not in set(matched)]
-    ignored = [*weights.dropped, *(name for name in weights.state if name not in set(matched))]
+            state[name].copy_(value)
+    initial = [name for name in state if name not in values]
+    ignored = [*weights.dropped, *(name for name in weights.state if name not in values)]
     return Report(
         str(weights),
-        *(tuple(key for key in keys if not key.endswith(COUNTER)) for keys in (matched, left, ignored)),
+        *(tuple(key for key in keys if not key.endswith(COUNTER)) for keys in (values, initial, ignored)),
         note=_stride_note(model, STRIDE_IN.get(weights.family.name)),
     )
 

@@ -1,10 +1,11 @@
 """Names of tensors in public weight files -> names of our networks. Pure functions, no files.
 
-Ours are those of deeplab-pytorch, `base.layer1.conv1.conv.weight`, and of SEAM's retraining code,
-`backbone.b2.conv_branch2a.weight`; in files of both only prefixes differ. Numbers of blocks are free.
+Network A has the names of deeplab-pytorch, such as `base.layer1.conv1.conv.weight`; network B those of SEAM's
+retraining code, such as `backbone.b2.conv_branch2a.weight`. Files of these projects differ in prefixes alone.
 """
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,20 +13,27 @@ from torch import Tensor
 
 from segmentation.transforms import IMAGENET_STD
 
-# A state dict under our names, and the keys of the file that have no counterpart.
+# A state dict under the names of our networks, and the keys of the file that have no counterpart.
 Converted = tuple[dict[str, Tensor], list[str]]
 
-# Attributes under which wrappers, and projects that hold one network in another, keep the network.
+# Attributes in which wrappers and other projects hold the network.
 WRAPPERS = re.compile(r"((module|_orig_mod|model|base|backbone)\.)+")
-# Stages and heads of the two networks.
-STAGES_A = re.compile(r"layer[1-5]\.")
-STAGES_B = re.compile(r"(conv1a|b\d(_\d+)?|bn7)\.")
-HEADS_A = re.compile(r"(aspp|fc)\.")
-HEADS_B = re.compile(r"(conv_fov2?|bn_fov2?|cls_conv)\.")
-# The three convolutions of a residual block, by torchvision's number and by Caffe's branch.
+# Modules of networks A and B -> their prefix in the whole network.
+PREFIXES = {
+    re.compile(r"(layer[1-5]|aspp|fc)\."): "base.",
+    re.compile(r"(conv1a|b\d(_\d+)?|bn7)\."): "backbone.",
+    re.compile(r"(conv_fov2?|bn_fov2?|cls_conv)\."): "",
+}
+# The convolutions of a residual block, by torchvision's numbers and by Caffe's branch.
 PARTS = {"1": "reduce", "2": "conv3x3", "3": "increase"}
+SHORTCUT = {"0": "shortcut.conv", "1": "shortcut.bn"}
 BRANCHES = {"1": "shortcut", "2a": "reduce", "2b": "conv3x3", "2c": "increase"}
-SHARED = ("res075", "res05")  # branches of the multi-scale Caffe model with the weights of the main one
+CAFFE_STEM = {
+    "conv1": "base.layer1.conv1.conv",
+    "bn_conv1": "base.layer1.conv1.bn",
+    "scale_conv1": "base.layer1.conv1.bn",
+}
+COPIES = ("res075", "res05")  # branches of the multi-scale Caffe model with the weights of the main one
 MXNET_LEAVES = {"weight": "weight", "beta": "bias", "gamma": "weight", "moving_mean": "running_mean",
                 "moving_var": "running_var"}  # fmt: skip
 
@@ -36,55 +44,46 @@ def unwrap(key: str) -> str:
 
 
 def own_key(key: str) -> str | None:
-    """Return the key in the whole network, of a key of one of our networks with any prefix: `base....`
-    (network A), `backbone....` or a key of the head (network B); None for any other."""
+    """Return a key of network A or B, given with any prefix, as it is in the whole network: `base....` (A),
+    `backbone....` or a key of the head (B); None for any other."""
     key = unwrap(key)
-    if STAGES_A.match(key) or HEADS_A.match(key):
-        return f"base.{key}"
-    if STAGES_B.match(key):
-        return f"backbone.{key}"
-    return key if HEADS_B.match(key) else None
+    return next((prefix + key for pattern, prefix in PREFIXES.items() if pattern.match(key)), None)
 
 
 def torchvision_key(key: str) -> str | None:
     """Return network A's key of one of torchvision's ResNets with bottlenecks; None for the classifier."""
     if match := re.fullmatch(r"(conv|bn)1\.(\w+)", key):
-        return "base.layer1.conv1.{}.{}".format(*match.groups())
+        return f"base.layer1.conv1.{match[1]}.{match[2]}"
     match = re.fullmatch(r"layer(\d)\.(\d+)\.(?:(conv|bn)([123])|downsample\.([01]))\.(\w+)", key)
     if match is None:
         return None
     stage, block, kind, part, shortcut, leaf = match.groups()
-    if shortcut:
-        kind, part = ("conv", "bn")[int(shortcut)], "shortcut"
-    else:
-        part = PARTS[part]
-    return f"base.layer{int(stage) + 1}.block{int(block) + 1}.{part}.{kind}.{leaf}"
+    module = f"{PARTS[part]}.{kind}" if part else SHORTCUT[shortcut]
+    return f"base.layer{int(stage) + 1}.block{int(block) + 1}.{module}.{leaf}"
 
 
 def caffe_layer(layer: str) -> str | None:
     """Return network A's module of a layer of Caffe's ResNets or of the public DeepLab models.
 
-    Batch norm is two layers in Caffe, `bn...` and `scale...`, and one module here. Blocks count a, b, c
-    or a, b1, b2. Layers without a counterpart, such as the classifier `fc1000`, give None.
+    Batch norm is two layers in Caffe, `bn...` and `scale...`, and one module here. Blocks are named a, b, c
+    or a, b1, b2. The result is None for layers without a counterpart, such as the classifier `fc1000`.
     """
-    kinds = {"res": "conv", "bn": "bn", "scale": "bn"}
-    if layer == "conv1":
-        return "base.layer1.conv1.conv"
-    if layer in ("bn_conv1", "scale_conv1"):
-        return "base.layer1.conv1.bn"
+    if layer in CAFFE_STEM:
+        return CAFFE_STEM[layer]
     if match := re.fullmatch(r"(res|bn|scale)([2-5])([a-z])(\d*)_branch(1|2[abc])", layer):
         kind, stage, letter, number, branch = match.groups()
         if number and letter != "b":
             return None
         block = int(number) + 1 if number else ord(letter) - ord("a") + 1
-        return f"base.layer{stage}.block{block}.{BRANCHES[branch]}.{kinds[kind]}"
+        return f"base.layer{stage}.block{block}.{BRANCHES[branch]}.{'conv' if kind == 'res' else 'bn'}"
     if match := re.fullmatch(r"fc[^_]*_[^_]+_(c\d+)", layer):
         return f"base.aspp.{match[1]}"
     return "base.fc" if re.fullmatch(r"fc[^_]*_[^_]+", layer) else None
 
 
 def mxnet_key(key: str) -> str | None:
-    """Return network B's key of a name in MXNet's ImageNet file of ResNet-38; None for the classifier."""
+    """Return network B's key of a name in MXNet's ImageNet file of ResNet-38 (Wu et al., "Wider or Deeper");
+    None for the classifier."""
     key = key.removeprefix("arg:").removeprefix("aux:")  # as mxnet.nd.load gives them
     match = re.fullmatch(r"(\w+?)_(weight|beta|gamma|moving_mean|moving_var)", key)
     if match is None:
@@ -107,11 +106,6 @@ def rename(state: Mapping[str, Any], key_of: Callable[[str], str | None]) -> Con
     return renamed, [key for key in state if key_of(key) is None]
 
 
-def own(state: Mapping[str, Any]) -> Converted:
-    """Convert checkpoints of our networks and of the public projects with the same names."""
-    return rename(state, own_key)
-
-
 def torchvision(state: Mapping[str, Any]) -> Converted:
     """Convert torchvision's ResNets to network A, whose images are BGR of 0 to 255 minus the mean.
 
@@ -126,10 +120,10 @@ def torchvision(state: Mapping[str, Any]) -> Converted:
 
 
 def bgr_stem(weight: Tensor) -> Tensor:
-    """Return the first convolution (out, 3, k, k) for BGR of 0 to 255, of one for standardized RGB.
+    """Return a first convolution (out, 3, k, k) for standardized RGB as one for BGR of 0 to 255.
 
     Raises:
-        ValueError: not three input channels.
+        ValueError: the number of input channels is not three.
     """
     if weight.ndim != 4 or weight.shape[1] != 3:
         raise ValueError(f"conv1.weight has shape {tuple(weight.shape)}, not that of a filter of RGB images")
@@ -149,34 +143,31 @@ def caffe(blobs: Mapping[str, Any]) -> Converted:
     """
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in blobs.items():
-        layer, _, position = key.rpartition("/")
-        if not any(branch in layer for branch in SHARED):
-            layers.setdefault(layer, {})[position] = torch.as_tensor(value)
+        layer, _, index = key.rpartition("/")
+        if not any(branch in layer for branch in COPIES):
+            layers.setdefault(layer, {})[index] = torch.as_tensor(value)
 
     state, dropped = {}, []
     for layer, values in layers.items():
         module = caffe_layer(layer)
         if module is None:
-            dropped += [f"{layer}/{position}" for position in values]
+            dropped += [f"{layer}/{index}" for index in values]
         elif layer.startswith("bn"):
-            mean, variance, total = (
-                _blob(layer, values, position, "batch norm").double() for position in "012"
-            )
+            mean, variance, total = (_blob(layer, values, index, "batch norm").double() for index in "012")
             factor = 1 / total.flatten()[0] if total.any() else 0  # as in Caffe
             state[f"{module}.running_mean"] = mean.flatten() * factor
             state[f"{module}.running_var"] = variance.flatten() * factor
+            scale = layer.replace("bn", "scale", 1)
+            if scale not in layers:
+                raise ValueError(f"batch norm layer {layer} has no layer {scale}")
         elif layer.startswith("scale"):
-            for position, leaf in enumerate(("weight", "bias")):
-                state[f"{module}.{leaf}"] = _blob(layer, values, str(position), "scale").flatten()
+            state[f"{module}.weight"] = _blob(layer, values, "0", "scale").flatten()
+            state[f"{module}.bias"] = _blob(layer, values, "1", "scale").flatten()
         else:
             state[f"{module}.weight"] = _blob(layer, values, "0", "convolution")
             if "1" in values:
                 state[f"{module}.bias"] = values["1"].flatten()
 
-    for layer in layers:
-        module = caffe_layer(layer)
-        if layer.startswith("bn") and module and f"{module}.weight" not in state:
-            raise ValueError(f"batch norm layer {layer} has no layer {layer.replace('bn', 'scale', 1)}")
     for key in [key for key in state if key.endswith(".conv.bias")]:
         mean = key.replace("conv.bias", "bn.running_mean")
         if mean in state:
@@ -184,31 +175,27 @@ def caffe(blobs: Mapping[str, Any]) -> Converted:
     return state, dropped
 
 
-def _blob(layer: str, values: dict[str, Tensor], position: str, kind: str) -> Tensor:
-    if position not in values:
-        raise ValueError(f"{kind} layer {layer} has no blob {layer}/{position}")
-    return values[position]
-
-
-def mxnet(state: Mapping[str, Any]) -> Converted:
-    """Convert MXNet's ResNet-38 of ImageNet (Wu et al., "Wider or Deeper") to network B's backbone."""
-    return rename(state, mxnet_key)
+def _blob(layer: str, values: dict[str, Tensor], index: str, kind: str) -> Tensor:
+    if index not in values:
+        raise ValueError(f"{kind} layer {layer} has no blob {layer}/{index}")
+    return values[index]
 
 
 class Family(NamedTuple):
-    """One layout of names: it converts files with any key like `pattern`, wrappers aside."""
+    """One layout of names: that of files in which a key without prefixes of wrappers matches `pattern`."""
 
     name: str
     pattern: re.Pattern[str]
     convert: Callable[[Mapping[str, Any]], Converted]
 
 
+OWN_NAMES = partial(rename, key_of=own_key)
 FAMILIES = (
-    Family("deeplab-pytorch", re.compile(r"layer[2-5]\.block\d+\.\w+\.conv\.weight"), own),
-    Family("resnet38d", re.compile(r"b\d(_\d+)?\.conv_branch\w+\.weight"), own),
+    Family("deeplab-pytorch", re.compile(r"layer[2-5]\.block\d+\.\w+\.conv\.weight"), OWN_NAMES),
+    Family("resnet38d", re.compile(r"b\d(_\d+)?\.conv_branch\w+\.weight"), OWN_NAMES),
     Family("torchvision", re.compile(r"layer[1-4]\.\d+\.conv[123]\.weight"), torchvision),
     Family("caffe", re.compile(r"res[2-5]([a-z]|b\d+)_branch(1|2[abc])/0"), caffe),
-    Family("mxnet", re.compile(r"(arg:)?res\d(a|b\d+)_branch\w+_weight"), mxnet),
+    Family("mxnet", re.compile(r"(arg:)?res\d(a|b\d+)_branch\w+_weight"), partial(rename, key_of=mxnet_key)),
 )
 # `stride_in` of the network that a family's weights were trained in, if the family shows it.
 STRIDE_IN = {"torchvision": "conv3x3", "caffe": "reduce"}

@@ -1,8 +1,7 @@
-"""DeepLab-v2 on ResNet-101 with the multi-scale wrapper (Chen et al., 2016), and DeepLab-v1's shell.
+"""DeepLab-v2 on ResNet-101 with the multi-scale wrapper (Chen et al., 2016).
 
-Names, order and shapes of the state dict are those of the public deeplab-pytorch, so that its files load
-as they are. Images are BGR minus the mean, see `segmentation.transforms.caffe_normalize`; logits have an
-eighth of the image's size.
+Names, order and shapes of the state dict are those of deeplab-pytorch. Images are BGR minus the mean, see
+`segmentation.transforms.caffe_normalize`; logits have an eighth of the image's size.
 """
 from collections import OrderedDict
 
@@ -16,10 +15,11 @@ STRIDES_IN = ("reduce", "conv3x3")
 
 
 class ConvBnReLU(nn.Module):
-    """Convolution without bias, batch normalisation and, unless told otherwise, ReLU.
+    """Convolution without bias, batch normalization and, by default, ReLU.
 
-    PyTorch's batch norm keeps its input for the backward pass even if it is frozen. A frozen one is therefore
-    computed as a factor and a term per channel while gradients are recorded, which halves training's memory.
+    PyTorch's batch norm keeps its input for the backward pass even if it is frozen. While gradients are
+    recorded, a frozen one is therefore computed as a factor and a term per channel, which halves the memory
+    of training.
     """
 
     def __init__(self, into: int, out: int, kernel: int, stride: int, padding: int, dilation: int,
@@ -38,14 +38,14 @@ class ConvBnReLU(nn.Module):
             shift = self.bn.bias - self.bn.running_mean * scale
             scale, shift = (part.to(x.dtype)[:, None, None] for part in (scale, shift))  # (C, 1, 1)
             x = torch.addcmul(shift, x, scale)
-        return F.relu_(x) if self.relu else x  # in place: nothing above keeps its result
+        return F.relu_(x) if self.relu else x  # in place: the backward pass of addcmul needs no result
 
 
 class Bottleneck(nn.Module):
     """Residual block 1x1, 3x3, 1x1; the first of a stage (`first`) has a convolved shortcut.
 
-    The stride is in the first 1x1, as in Caffe's ResNets, or (`stride_in` "conv3x3") in the 3x3, as in
-    torchvision's. Both have the same weights.
+    The stride is in the first 1x1 convolution, as in Caffe's ResNets, or with `stride_in` "conv3x3" in the
+    3x3, as in torchvision's. The weights have the same names and shapes.
     """
 
     def __init__(self, into: int, out: int, stride: int, dilation: int, first: bool, stride_in: str):
@@ -60,16 +60,6 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         branch = self.increase(self.conv3x3(self.reduce(x)))
         return F.relu_(branch.add_(self.shortcut(x)))
-
-
-class Stem(nn.Sequential):
-    """(B, 3, H, W) -> (B, width, ~H/4, ~W/4); the pool rounds up, as Caffe's does: 240 -> 120 -> 61."""
-
-    def __init__(self, width: int):
-        super().__init__(OrderedDict(
-            conv1=ConvBnReLU(3, width, 7, 2, 3, 1),
-            pool=nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True),
-        ))
 
 
 class ASPP(nn.Module):
@@ -100,11 +90,14 @@ def check_blocks(blocks: tuple[int, ...]) -> None:
 
 
 def backbone(blocks: tuple[int, ...], width: int, stride_in: str) -> OrderedDict[str, nn.Module]:
-    """layer1 (the stem) to layer5: (B, 3, H, W) -> (B, 32 * width, ~H/8, ~W/8)."""
+    """Return layer1 (the stem) to layer5: (B, 3, H, W) -> (B, 32 * width, ~H/8, ~W/8)."""
     check_blocks(blocks)
     if stride_in not in STRIDES_IN:
         raise ValueError(f"stride_in must be one of {', '.join(STRIDES_IN)}, not {stride_in!r}")
-    layers = OrderedDict(layer1=Stem(width))
+    # The pool rounds up, as Caffe's does: 240 -> 120 -> 61.
+    pool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
+    stem = nn.Sequential(OrderedDict(conv1=ConvBnReLU(3, width, 7, 2, 3, 1), pool=pool))
+    layers = OrderedDict(layer1=stem)
     into = width
     stages = zip(blocks, (1, 2, 1, 1), (1, 1, 2, 4), strict=True)  # strides, dilations
     for position, (count, stride, dilation) in enumerate(stages):
@@ -120,35 +113,17 @@ def backbone(blocks: tuple[int, ...], width: int, stride_in: str) -> OrderedDict
     return layers
 
 
-class DeepLabV2(nn.Sequential):
-    """(B, 3, H, W) -> logits (B, channels, ~H/8, ~W/8)."""
-
-    def __init__(self, channels: int, blocks: tuple[int, ...] = (3, 4, 23, 3),
-                 rates: tuple[int, ...] = (6, 12, 18, 24), width: int = 64, stride_in: str = "reduce"):
-        super().__init__(backbone(blocks, width, stride_in))
-        self.aspp = ASPP(32 * width, channels, rates)
-
-
-class DeepLabV1(nn.Sequential):
-    """The same stages under one 1x1 convolution: what the public COCO initialisation is stored as."""
-
-    def __init__(self, channels: int, blocks: tuple[int, ...] = (3, 4, 23, 3), width: int = 64,
-                 stride_in: str = "reduce"):
-        super().__init__(backbone(blocks, width, stride_in))
-        self.fc = nn.Conv2d(32 * width, channels, 1)
-
-
 class MSC(nn.Module):
     """Runs `base` on the image and on rescaled copies of it, and fuses by the maximum.
 
-    In training mode it returns a list, and all of it gets a loss: the logits of the image, those of each copy
+    In training mode it returns a list, and each item gets a loss: the logits of the image, those of each copy
     at their own size, and their maximum at the first one's size. In evaluation mode it returns the maximum.
     Without `scales` there is one output, that of `base`.
 
     Args:
         base: (B, 3, H, W) -> (B, channels, h, w).
         scales: factors of the copies' size, in this order.
-        freeze_bn: keep batch norm in evaluation mode always, as the published recipes do.
+        freeze_bn: always keep batch norm in evaluation mode, as the published recipes do.
     """
 
     def __init__(self, base: nn.Module, scales: tuple[float, ...] = (0.5, 0.75), freeze_bn: bool = True):
@@ -182,7 +157,8 @@ class MSC(nn.Module):
 def rescale(x: Tensor, scale: float) -> Tensor:
     """(B, 3, H, W) -> (B, 3, floor(H * scale), floor(W * scale)), bilinear; at least one pixel.
 
-    Samples by the given scale, not by the ratio of the rounded sizes, as deeplab-pytorch since PyTorch 1.6.
+    Source positions follow from the scale, not from the rounded sizes, as in deeplab-pytorch since PyTorch
+    1.6.
     """
     size = [int(side * scale) for side in x.shape[-2:]]
     if min(size) < 1:  # an image one pixel wide; PyTorch refuses an empty result
@@ -191,7 +167,7 @@ def rescale(x: Tensor, scale: float) -> Tensor:
 
 
 def freeze_statistics(module: nn.Module) -> None:
-    """Let all batch norm of a module use its running statistics and keep them."""
+    """Put all batch norm of a module into evaluation mode."""
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             part.eval()
@@ -220,17 +196,24 @@ def build_v2(channels: int, blocks: tuple[int, ...] = (3, 4, 23, 3), rates: tupl
     Raises:
         ValueError: invalid blocks, rates, scales or stride_in.
     """
-    return MSC(DeepLabV2(channels, blocks, rates, width, stride_in), scales, freeze_bn)
+    layers = backbone(blocks, width, stride_in)
+    layers["aspp"] = ASPP(32 * width, channels, rates)
+    return MSC(nn.Sequential(layers), scales, freeze_bn)
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
-    """Return the trained parameters, see `deeplab.recipe.sgd`: convolutions of the backbone, weights and
-    biases of the head. Batch norm is not trained."""
-    convolutions = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Conv2d)]
-    body = [part for name, part in convolutions if "layer" in name]
-    head = [part for name, part in convolutions if "layer" not in name]
+    """Return the trained parameters of either network, see `deeplab.recipe.sgd`.
+
+    The groups are the convolutions of the backbone, and the weights and biases of those of the head. Batch
+    norm is not trained.
+    """
+    body, head = [], []
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Conv2d) and part.weight.requires_grad:
+            (body if "layer" in name or "backbone" in name else head).append(part)
+    biases = [part.bias for part in head if part.bias is not None]
     return [
         {"params": [part.weight for part in body], "rate": 1, "weight_decay": True},
         {"params": [part.weight for part in head], "rate": 10, "weight_decay": True},
-        {"params": [part.bias for part in head], "rate": 20, "weight_decay": False},
+        {"params": biases, "rate": 20, "weight_decay": False},
     ]

@@ -1,4 +1,4 @@
-"""Step 3c, segment images of one's own: python -m deeplab.predict --help"""
+"""Step 3c, segment images without labels: python -m deeplab.predict --help"""
 
 from functools import partial
 

@@ -1,6 +1,7 @@
 """The two DeepLab networks: how each is built, fed, trained and tested as published."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,35 +29,26 @@ from training.recipe import Network, Recipe
 
 
 def sgd(groups: Sequence[Mapping[str, Any]], solver: OptimConfig) -> torch.optim.SGD:
-    """Return SGD over parameter groups.
-
-    Args:
-        groups: dicts of `params`, `rate` (factor of the learning rate) and `weight_decay` (whether there is
-            any); groups without parameters are left out.
-        solver: see there.
-    """
-    return torch.optim.SGD(
-        [
-            {
-                "params": group["params"],
-                "lr": group["rate"] * solver.learning_rate,
-                "weight_decay": solver.weight_decay * group["weight_decay"],
-            }
-            for group in groups
-            if group["params"]
-        ],
-        lr=solver.learning_rate,
-        momentum=solver.momentum,
-    )
+    """Return SGD over parameter groups: dicts of `params`, `rate` (factor of the learning rate) and
+    `weight_decay` (whether there is any)."""
+    options = [
+        {
+            "params": group["params"],
+            "lr": group["rate"] * solver.learning_rate,
+            "weight_decay": group["weight_decay"] * solver.weight_decay,
+        }
+        for group in groups
+    ]
+    return torch.optim.SGD(options, lr=solver.learning_rate, momentum=solver.momentum)
 
 
 def schedule(solver: OptimConfig, max_iterations: int) -> Schedule:
-    """Return the poly schedule of a configuration; the rate is 0 at `max_iterations`."""
+    """Return the poly schedule; the rate is 0 at `max_iterations`."""
     return lambda rate, done: rate * poly(done, max_iterations, solver.power, solver.decay_every)
 
 
 def objective(config: Config) -> Objective:
-    """Return the losses of all outputs of the network, each at its own size, against masks."""
+    """Return the losses of all outputs of the network, each against the masks at its own size."""
     loss = LOSSES[config.solver.loss]
 
     def losses(network: nn.Module, batch: Batch, global_count: GlobalCount) -> dict[str, torch.Tensor]:
@@ -67,7 +59,7 @@ def objective(config: Config) -> Objective:
 
 
 def resolve(config: Config, recorded: Mapping[str, Any] | None) -> None:
-    """Set `model.stride_in` as the initial weights, or the run that is resumed, need it."""
+    """Set `model.stride_in` as the initial weights or the resumed run need it."""
     if config.model.init and config.model.stride_in is None:
         if recorded is None:
             config.model.stride_in = STRIDE_IN.get(family(config.model.init))
@@ -75,8 +67,16 @@ def resolve(config: Config, recorded: Mapping[str, Any] | None) -> None:
             config.model.stride_in = recorded.get("model.stride_in")
 
 
+def _optimizer(
+    network: nn.Module, config: Config, extra_iterations: int = 0
+) -> tuple[torch.optim.Optimizer, Schedule]:
+    solver = config.solver
+    max_iterations = solver.iterations + extra_iterations
+    return sgd(model.parameter_groups(network), solver), schedule(solver, max_iterations)
+
+
 def _without_defaults(**arguments: Any) -> dict[str, Any]:
-    """Return the arguments of a builder that the configuration sets."""
+    """Return the arguments that the configuration sets; the others have the builder's defaults."""
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in arguments.items()
@@ -86,13 +86,8 @@ def _without_defaults(**arguments: Any) -> dict[str, Any]:
 
 def _build_v2(config: Config, benchmark: Benchmark) -> nn.Module:
     c = config.model
-    chosen = _without_defaults(blocks=c.blocks, rates=c.rates, freeze_bn=c.freeze_bn, stride_in=c.stride_in)
-    return model.build_v2(benchmark.channels, width=c.width, scales=tuple(c.scales), **chosen)
-
-
-def _optimizer_v2(network: nn.Module, config: Config) -> tuple[torch.optim.Optimizer, Schedule]:
-    solver = config.solver
-    return sgd(model.parameter_groups(network), solver), schedule(solver, solver.iterations)
+    options = _without_defaults(blocks=c.blocks, rates=c.rates, freeze_bn=c.freeze_bn, stride_in=c.stride_in)
+    return model.build_v2(benchmark.channels, width=c.width, scales=tuple(c.scales), **options)
 
 
 def _transform_v2(config: Config) -> ScaleCrop:
@@ -104,13 +99,8 @@ def _build_r38(config: Config, benchmark: Benchmark) -> nn.Module:
     c = config.model
     if len(c.rates) > 1:
         raise ValueError(f"deeplab_v1_r38 has one dilation, but model.rates are {c.rates}")
-    chosen = _without_defaults(blocks=c.blocks, dilation=next(iter(c.rates), None), freeze_bn=c.freeze_bn)
-    return resnet38.build_r38(benchmark.channels, width=c.width, **chosen)
-
-
-def _optimizer_r38(network: nn.Module, config: Config) -> tuple[torch.optim.Optimizer, Schedule]:
-    solver = config.solver  # SEAM's rate never reaches 0
-    return sgd(resnet38.parameter_groups(network), solver), schedule(solver, solver.iterations + 1)
+    options = _without_defaults(blocks=c.blocks, dilation=next(iter(c.rates), None), freeze_bn=c.freeze_bn)
+    return resnet38.build_r38(benchmark.channels, width=c.width, **options)
 
 
 def _transform_r38(config: Config) -> JitterScaleCrop:
@@ -121,7 +111,7 @@ def _transform_r38(config: Config) -> JitterScaleCrop:
 NETWORKS = {
     "deeplab_v2": Network(
         build=_build_v2,
-        optimizer=_optimizer_v2,
+        optimizer=_optimizer,
         transform=_transform_v2,
         normalize=caffe_normalize,
         denormalize=caffe_denormalize,
@@ -131,7 +121,7 @@ NETWORKS = {
     ),
     "deeplab_v1_r38": Network(
         build=_build_r38,
-        optimizer=_optimizer_r38,
+        optimizer=partial(_optimizer, extra_iterations=1),  # SEAM's rate never reaches 0
         transform=_transform_r38,
         normalize=imagenet_normalize,
         denormalize=imagenet_denormalize,

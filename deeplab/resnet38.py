@@ -1,20 +1,20 @@
 """DeepLab-v1 (LargeFOV) on ResNet-38d, the wide pre-activation network of Wu, Shen and van den Hengel.
 
-Names, order and shapes of the state dict are those of SEAM's segmentation code base. Images are
-standardised RGB, see `segmentation.transforms.imagenet_normalize`; logits have the image's size.
+Names, order and shapes of the state dict are those of SEAM's retraining code. Images are standardized RGB,
+see `segmentation.transforms.imagenet_normalize`; logits have the image's size.
 """
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplab.model import check_blocks, freeze_affine, freeze_statistics
 
-BN = {"eps": 1e-5, "momentum": 3e-4}  # as SEAM's code base has it
+BN = {"eps": 1e-5, "momentum": 3e-4}  # SEAM's
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions after batch norm and ReLU each; returns the sum and the activated input.
+    """Two 3x3 convolutions, each after batch norm and ReLU; returns the sum and the activated input.
 
-    A shortcut that has to change shape convolves the activated input, the others hand on the raw one.
+    The shortcut is the input itself or, if the shape changes, a convolution of the activated input.
     """
 
     def __init__(self, into: int, middle: int, out: int, stride: int = 1, first_dilation: int = 1,
@@ -84,34 +84,26 @@ class ResNet38(nn.Module):
         self.bn7 = nn.BatchNorm2d(4 * into, **BN)
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> [conv4, conv5, conv6]: what b5, b6 and the head see, after batch norm and ReLU.
+        """(B, 3, H, W) -> [conv4, conv5, conv6]: inputs of b5, b6 and the head, after batch norm and ReLU.
 
         They have 8, 16 and 64 times `width` channels and an eighth of the image's size.
         """
-        kept = []
+        features = []
         x = self.conv1a(x)
         for name, block in self.named_children():
             if name in ("conv1a", "bn7"):
                 continue
             x, activated = block(x)
             if name in ("b5", "b6"):
-                kept.append(activated)
-        return [*kept, F.relu_(self.bn7(x))]
+                features.append(activated)
+        return [*features, F.relu_(self.bn7(x))]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stages(x)[-1]
 
 
 class LargeFOV(nn.Module):
-    """(B, 3, H, W) -> logits (B, channels, H, W), in training and in evaluation mode.
-
-    Args:
-        backbone: ResNet-38d of this `width`.
-        channels: of the logits, background included.
-        dilation: of the head's 3x3 convolution.
-        freeze_bn: freeze conv1a and the backbone's batch norm; batch norm of the head keeps learning
-            statistics. The published code contains this option and never uses it.
-    """
+    """(B, 3, H, W) -> logits (B, channels, H, W), in training and in evaluation mode; see `build_r38`."""
 
     def __init__(self, backbone: ResNet38, channels: int, width: int, dilation: int, freeze_bn: bool):
         super().__init__()
@@ -151,25 +143,13 @@ def build_r38(channels: int, blocks: tuple[int, ...] = (3, 3, 6, 3), width: int 
 
     Args:
         channels: of the logits, background included.
-        blocks: residual blocks b2, b3, b4, b5 and those that follow each.
+        blocks: number of residual blocks of the stages b2, b3, b4 and b5.
         width: channels of conv1a; the backbone ends in 64 times that.
-        dilation: of the head, whose field of view it sets.
-        freeze_bn: see `LargeFOV`.
+        dilation: of the head's 3x3 convolution.
+        freeze_bn: freeze conv1a and the statistics of the backbone's batch norm, not those of the head's.
+            SEAM's code has this option and never uses it.
 
     Raises:
         ValueError: invalid blocks.
     """
     return LargeFOV(ResNet38(blocks, width), channels, width, dilation, freeze_bn)
-
-
-def parameter_groups(model: LargeFOV) -> list[dict]:
-    """Return the trained parameters, see `deeplab.recipe.sgd`: convolutions of the backbone, except a frozen
-    conv1a, and of the head. Batch norm is not trained; the second group, the backbone's biases, is empty."""
-    groups = [{"params": [], "rate": rate, "weight_decay": rate in (1, 10)} for rate in (1, 2, 10, 20)]
-    for name, part in model.named_modules():
-        if isinstance(part, nn.Conv2d) and part.weight.requires_grad:
-            weights, biases = groups[:2] if "backbone" in name else groups[2:]
-            weights["params"].append(part.weight)
-            if part.bias is not None:
-                biases["params"].append(part.bias)
-    return groups

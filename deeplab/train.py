@@ -1,4 +1,4 @@
-"""Step 3, a network learns from masks: python -m deeplab.train --help"""
+"""Step 3, train a network on masks: python -m deeplab.train --help"""
 
 from functools import partial
 

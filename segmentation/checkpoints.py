@@ -1,4 +1,4 @@
-"""Files of a training run: networks in the form that public projects read, and what resuming needs."""
+"""Files of a training run: checkpoints that public projects can read, and resume files."""
 
 import io
 from collections.abc import Collection, Mapping
@@ -15,11 +15,7 @@ FINAL = "checkpoint_final.pth"
 
 
 def trained_state(model: nn.Module, frozen: Collection[str] = ()) -> dict[str, Tensor]:
-    """Return the state dict of a network without its frozen submodules.
-
-    Args:
-        frozen: names of submodules, such as "clip".
-    """
+    """Return the state dict of a network without its submodules named in `frozen`, such as "clip"."""
     prefixes = tuple(f"{name}." for name in frozen)
     return {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
 
@@ -31,18 +27,15 @@ def write_checkpoint(model: nn.Module, file: Path, frozen: Collection[str] = ())
 
 
 def write_tensors(content: Mapping[str, Any], file: Path) -> None:
-    """Write with `torch.save`; the file appears whole or not at all.
-
-    Raises:
-        DiskFull: the disk is full. torch hides this behind a RuntimeError, so it writes into memory first.
-    """
+    """Write with `torch.save`; the file appears whole or not at all. Raise DiskFull if the disk is full."""
+    # torch reports a full disk as RuntimeError, so it writes into memory first.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with replacing(file) as stream:
         stream.write(buffer.getbuffer())
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def numbered_checkpoints(folder: Path) -> list[Path]:
     """Return the files `checkpoint_<iteration>.pth` of a folder, oldest first."""
     numbered = [file for file in folder.glob("checkpoint_*.pth") if file.stem.split("_")[1].isdecimal()]
     return sorted(numbered, key=lambda file: int(file.stem.split("_")[1]))

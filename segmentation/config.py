@@ -8,8 +8,8 @@ from segmentation.inference import PRECISIONS
 
 @dataclass
 class OptimConfig(Settings):
-    """Section `solver`: what the trained weights depend on. Methods add what their optimizer, schedule and
-    losses need. The defaults are deeplab-pytorch's for VOC12."""
+    """Section `solver`: what the trained weights depend on. Methods add settings of their optimizer, schedule
+    and losses. The defaults are deeplab-pytorch's for VOC12."""
 
     SECTION = "solver."
 

@@ -1,4 +1,4 @@
-"""Training samples: files -> what a network reads, in an order that depends on a seed alone."""
+"""Training samples: image and mask files -> batches, in an order that depends on a seed alone."""
 
 import random
 from collections import deque
@@ -30,7 +30,7 @@ class Draw(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Samples; arrays where they are read, tensors on the training device where an objective gets them.
+    """Samples: arrays when they are read, tensors on the training device when an objective gets them.
 
     Attributes:
         images: (B, 3, H, W) float32.
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """Which images a batch holds: a function of the seed and the batch's number alone.
+    """The images of each batch; they depend on the seed and the batch's number alone.
 
     Attributes:
         images: number of images of the split; each comes once an epoch.
@@ -63,7 +63,7 @@ class Order:
 
     def __post_init__(self):
         if self.images < 1 or self.batch_size < 1:
-            raise ValueError("training needs at least one image, and one in a batch")
+            raise ValueError("training needs at least one image, and a batch at least one")
         if self.drop_last and self.images < self.batch_size:
             raise ValueError(
                 f"the split's {self.images} images do not fill one batch of {self.batch_size}: lower "
@@ -72,9 +72,10 @@ class Order:
 
     def batch(self, number: int) -> list[Draw]:
         """Return the samples of batch `number`, counted from 0 on over all epochs."""
-        whole, rest = divmod(self.images, self.batch_size)
-        epoch, place = divmod(number, whole + bool(rest and not self.drop_last))
-        start = place * self.batch_size
+        full_batches, remainder = divmod(self.images, self.batch_size)
+        batches_per_epoch = full_batches + bool(remainder and not self.drop_last)
+        epoch, batch_in_epoch = divmod(number, batches_per_epoch)
+        start = batch_in_epoch * self.batch_size
         shuffled = _shuffled(self.images, self.seed, epoch)[start : start + self.batch_size]
         return [Draw(epoch, start + offset, index) for offset, index in enumerate(shuffled)]
 
@@ -116,25 +117,18 @@ class TrainingSet:
             FileNotFoundError, ValueError: a file is missing or invalid; the message names it.
         """
         name = self.names[draw.index]
-        image_file = find_image(self.image_dir, name)
-        image = read_rgb(image_file)
-        mask = np.zeros(image.shape[:2], np.uint8)
-        if self.label_dir is not None:
-            mask_file = Path(self.label_dir) / f"{name}.png"
-            mask = read_mask(mask_file)
-            if image.shape[:2] != mask.shape:
-                raise ValueError(
-                    f"mask {mask_file} is {mask.shape} but image {image_file} {image.shape[:2]} (height, "
-                    "width)"
-                )
-            check_values(mask, self.channels, mask_file)
+        image = read_rgb(find_image(self.image_dir, name))
+        if self.label_dir is None:
+            mask = np.zeros(image.shape[:2], np.uint8)
+        else:
+            mask = read_labels(self.label_dir, name, self.channels, image.shape[:2])
         generator = random.Random(f"sample {self.seed} {draw.epoch} {draw.position}")
         return self.transform(image, mask, generator)
 
     def batches(
         self, order: Order, numbers: range, rank: int = 0, world: int = 1, threads: int = 1
     ) -> Iterator[Batch]:
-        """Yield the part of rank `rank` in each of the batches `numbers`, read ahead by threads.
+        """Yield the samples of rank `rank` of each of the batches `numbers`, prefetched by threads.
 
         Decoding, resizing and most of NumPy release the interpreter lock, so threads are as fast as processes
         and pass their arrays without a copy.
@@ -144,13 +138,14 @@ class TrainingSet:
         """
 
         def start(number: int) -> tuple[list[str], list[Future]]:
-            draws = order.batch(number)
+            draws, read = order.batch(number), self.sample
             # A rank without a sample (of the last, smaller batch of an epoch) computes on an ignored one,
             # because it has to take part in every exchange of gradients.
-            read, own = self.sample, draws[rank::world]
-            if not own:
-                read, own = self._ignored, draws[:1]
-            return [self.names[draw.index] for draw in own], [pool.submit(read, draw) for draw in own]
+            if rank >= len(draws):
+                draws, read = draws[:1], self._ignored
+            else:
+                draws = draws[rank::world]
+            return [self.names[draw.index] for draw in draws], [pool.submit(read, draw) for draw in draws]
 
         pool = ThreadPoolExecutor(threads)
         pending: deque[tuple[list[str], list[Future]]] = deque()
@@ -170,11 +165,10 @@ class TrainingSet:
 
     def _collate(self, names: list[str], samples: list[Future]) -> Batch:
         images, labels = zip(*(sample.result() for sample in samples), strict=True)
-        extras = {key: [function(name) for name in names] for key, function in self.extras.items()}
-        extras = {
-            key: np.stack(values) if isinstance(values[0], np.ndarray) else values
-            for key, values in extras.items()
-        }
+        extras = {}
+        for key, function in self.extras.items():
+            values = [function(name) for name in names]
+            extras[key] = np.stack(values) if isinstance(values[0], np.ndarray) else values
         return Batch(np.stack(images), np.stack(labels), names, extras)
 
 
@@ -186,13 +180,22 @@ def check_files(names: Sequence[str], image_dir: str | Path, label_dir: str | Pa
             raise FileNotFoundError(f"mask {mask_file} of image {name} does not exist")
 
 
-def check_values(mask: np.ndarray, channels: int, file: str | Path) -> None:
-    """Raise ValueError if a mask (H, W) uint8 holds a value that is neither a class nor 255."""
-    allowed = np.zeros(256, bool)
-    allowed[:channels] = allowed[IGNORE] = True
-    wrong = ~allowed[mask]
-    if wrong.any():
+def read_labels(folder: str | Path, name: str, channels: int, size: tuple[int, int]) -> np.ndarray:
+    """Return the mask `<name>.png` of an image of `size` (H, W): (H, W) uint8, in [0, channels) or 255.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or unreadable, or has another size or value.
+    """
+    file = Path(folder) / f"{name}.png"
+    if not file.is_file():
+        raise FileNotFoundError(f"mask {file} does not exist")
+    mask = read_mask(file)
+    if mask.shape != size:
+        raise ValueError(f"mask {file} is {mask.shape} but its image {size} (height, width)")
+    wrong = mask[(mask >= channels) & (mask != IGNORE)]
+    if wrong.size:
         raise ValueError(
-            f"mask {file} holds {mask[wrong][0]}, which is neither one of the {channels} classes (0 to "
+            f"mask {file} holds {wrong[0]}, which is neither one of the {channels} classes (0 to "
             f"{channels - 1}) nor {IGNORE}"
         )
+    return mask

@@ -1,6 +1,6 @@
 """Processes that work together: torchrun's ranks, what they exchange, and the signals that stop them.
 
-The default group is gloo's, for numbers and objects of the CPU; tensors on GPUs are summed by NCCL.
+The default process group is gloo, for values on the CPU; tensors on GPUs are reduced by NCCL.
 """
 
 import atexit
@@ -13,20 +13,19 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # steps that compute no tensors should not wait for torch
+if TYPE_CHECKING:  # importing torch takes seconds, and not every step needs it
     import torch
     from torch import Tensor
-
 
 LOST = "another of torchrun's processes died: start again to go on"
 
 
 class WorkFailed(OSError):
-    """Work that had begun cannot go on; the command line was right."""
+    """Work that had begun cannot continue, for another reason than its arguments."""
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Return this process's rank and the number of ranks under torchrun; (0, 1) without torchrun."""
+    """Return the rank of this process and the number of ranks; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -39,7 +38,7 @@ def _start() -> None:
 
 
 def gather(value: Any) -> list:
-    """Return `value` of every torchrun rank, in rank order; waits until all ranks call it."""
+    """Return the `value` of every rank, in rank order; waits until all ranks call it."""
     world = rank_and_world()[1]
     if world == 1:
         return [value]
@@ -56,7 +55,8 @@ def gather(value: Any) -> list:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Context of a block that fails on all ranks if it fails on any; rank 0 raises ValueError or OSError."""
+    """Context of a block that fails on all ranks if it fails on any: rank 0 raises the ValueError or OSError,
+    the others exit with code 1."""
     failure = None
     try:
         yield
@@ -69,9 +69,9 @@ def together() -> Iterator[None]:
 
 
 def exit_after_rank_0() -> None:
-    """On other ranks than 0: wait until rank 0 has printed the error and exited, then exit with 1.
+    """On ranks other than 0: wait until rank 0 has printed the error and exited, then exit with code 1.
 
-    torchrun ends all others as soon as one exits, and rank 0 must get to print the error.
+    torchrun terminates all ranks as soon as one exits, so rank 0, which prints the error, must be first.
     """
     if rank_and_world()[0]:
         with suppress(ChildProcessError):
@@ -84,12 +84,12 @@ def stopping(twice: bool = False) -> Iterator[threading.Event]:
     """Context in which SIGTERM and SIGINT set an event; a second SIGINT interrupts at once.
 
     Args:
-        twice: each signal may arrive twice, as under torchrun, which passes on a Ctrl-C that its processes
-            got from the terminal already; a second SIGINT then does nothing more.
+        twice: ignore a second SIGINT: torchrun passes on a Ctrl-C that its processes also got from the
+            terminal.
     """
     event = threading.Event()
     numbers = (signal.SIGTERM, signal.SIGINT)
-    in_main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    in_main = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
     previous = {number: signal.getsignal(number) for number in numbers} if in_main else {}
 
     def stop(number, _):
@@ -107,11 +107,11 @@ def stopping(twice: bool = False) -> Iterator[threading.Event]:
 
 
 class World:
-    """The ranks that train one network: this rank's number, and sums over all ranks."""
+    """The ranks that train one network; `rank` is this process's number, `size` their number."""
 
     def __init__(self, device: "torch.device"):
         self.rank, self.size = rank_and_world()
-        self.group = None  # gloo's
+        self.group = None  # of tensors on the training device; None is the default group
         if self.size > 1:
             from torch import distributed
 
@@ -119,19 +119,11 @@ class World:
             if device.type == "cuda":
                 self.group = distributed.new_group(backend="nccl")
 
-    def total(self, values: "Tensor") -> "Tensor":
-        """Return the sum of `values` over the ranks; tensors on the training device."""
-        return self._reduced(values, "sum", self.group)
+    def mean(self, values: "Tensor") -> "Tensor":
+        """Return the mean of tensors over the ranks, which are on the CPU or on the training device."""
+        return self._reduced(values, "sum") / self.size
 
-    def global_count(self, counts: "Tensor") -> "Tensor":
-        """Return `counts` (n,) summed over the ranks, divided by the number of ranks.
-
-        If each rank divides its sums by it, the mean over the ranks, to which gradients are averaged, is the
-        sum of all ranks / the count of all ranks.
-        """
-        return self.total(counts) / self.size
-
-    def same(self, values: Iterable["Tensor"]) -> None:
+    def copy_from_rank_0(self, values: Iterable["Tensor"]) -> None:
         """Overwrite tensors on the training device with those of rank 0."""
         if self.size > 1:
             from torch import distributed
@@ -139,22 +131,18 @@ class World:
             for value in values:
                 distributed.broadcast(value, 0, self.group)
 
-    def mean(self, values: "Tensor") -> "Tensor":
-        """Return the mean over the ranks; CPU tensors."""
-        return self._reduced(values, "sum") / self.size
-
     def any(self, *flags: bool) -> list[bool]:
         """Return, for each flag, whether it is set on any rank."""
         import torch
 
         return self._reduced(torch.tensor(flags, dtype=torch.uint8), "max").bool().tolist()
 
-    def _reduced(self, values: "Tensor", operation: str, group: Any = None) -> "Tensor":
+    def _reduced(self, values: "Tensor", operation: str) -> "Tensor":
         if self.size == 1:
             return values
         from torch import distributed
 
-        values = values.clone()
+        values, group = values.clone(), self.group if values.is_cuda else None
         try:
             distributed.all_reduce(values, getattr(distributed.ReduceOp, operation.upper()), group)
         except RuntimeError as error:  # a connection broke

@@ -10,7 +10,7 @@ from segmentation.benchmark import IGNORE
 from segmentation.masks import overlay
 
 OPACITY = 0.5  # of the classes over the image, as in deeplab-pytorch's demo
-TEXT, SWATCH, MARGIN, ROW = 15, 14, 8, 24  # pixels of the legend
+TEXT, SWATCH, MARGIN, ROW = 15, 14, 8, 24  # sizes in the legend, in pixels
 
 
 def labeled_overlay(
@@ -20,10 +20,10 @@ def labeled_overlay(
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        labels: (H, W) uint8 mask; 255 is not painted.
+        labels: (H, W) uint8; 255 is not painted.
         names: name of each mask value, background included.
         palette: (256, 3) uint8.
-        has_background: 0 is background and is not painted.
+        has_background: whether 0 is the background, which is not painted.
 
     Returns:
         (H + legend, W or the width of the longest name, 3) uint8 RGB.
@@ -36,7 +36,7 @@ def labeled_overlay(
     entries = [
         (names[value], tuple(palette[value].tolist())) for value in np.unique(labels) if value not in clear
     ]
-    return with_legend(painted, entries or [("nothing but background", (255, 255, 255))])
+    return with_legend(painted, entries or [("background only", (255, 255, 255))])
 
 
 def with_legend(image: np.ndarray, entries: Sequence[tuple[str, tuple[int, int, int]]]) -> np.ndarray:

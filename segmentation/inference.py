@@ -1,8 +1,8 @@
-"""A trained network and an image -> class probabilities at the image's size."""
+"""Inference: a trained network and an image -> class probabilities at the image's size."""
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -17,13 +17,13 @@ PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a network is tested. The defaults are deeplab-pytorch's: the image once, at its own size.
+    """How a network is tested. The defaults are deeplab-pytorch's: the image once, at scale 1.
 
     Attributes:
         scales: multiples of the image's size.
         flip: also use the mirrored image, at every scale.
         average: what is averaged over scales and mirrored images, at the image's size: "probabilities",
-            or "logits" (SEAM), whose mean then goes through the softmax.
+            or "logits" (SEAM), where the softmax is of the mean.
         align_corners: of the bilinear resize of logits to the image's size.
         resize: interpolation of the normalized image, "linear" or "cubic" (SEAM).
         longer_side: pixels of the image's longer side at scale 1 (WeCLIP: 512); None is the image's own.
@@ -48,88 +48,67 @@ class Protocol:
             raise ValueError(f"resize must be one of {', '.join(RESIZES)}, got {self.resize!r}")
 
 
+class Segmented(NamedTuple):
+    """Result for one image: probabilities (C, H, W) float32, summing to 1 over C, and the network's logits at
+    scale 1, (C, h, w) float32, both on its device; the logits are None if the protocol has no scale 1."""
+
+    probabilities: Tensor
+    logits: Tensor | None
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(H, W) uint8: the most probable class of each pixel."""
+        return self.probabilities.argmax(0).to(torch.uint8).cpu().numpy()
+
+
+@torch.inference_mode()
 def infer(
     model: nn.Module,
     image: np.ndarray,
     protocol: Protocol,
     device: str | torch.device = "cpu",
     precision: str = "fp32",
-) -> Tensor:
-    """Return the class probabilities of an image.
+) -> Segmented:
+    """Return the class probabilities of an image, averaged over scales and mirrored images.
 
     Args:
-        model: in eval mode, on `device`, in any memory format; see `scale_logits`.
+        model: (B, 3, h, w) -> logits (B, C, h', w'); in eval mode, on `device`, in any memory format.
         image: (3, H, W) float32, normalized as in training.
         protocol: scales, flip and how they are averaged.
         device: where the model is.
         precision: a name in `PRECISIONS`: type of the network's products; the softmax is float32.
 
-    Returns:
-        (C, H, W) float32 on `device`, summing to 1 over C.
-
     Raises:
-        ValueError: see `scale_logits`.
-    """
-    passes = scale_logits(model, image, protocol, device, precision)
-    return combine((logits for _, logits in passes), image.shape[1:], protocol)
-
-
-def scale_logits(
-    model: nn.Module,
-    image: np.ndarray,
-    protocol: Protocol,
-    device: str | torch.device = "cpu",
-    precision: str = "fp32",
-) -> Iterator[tuple[float, Tensor]]:
-    """Yield the network's logits at each scale, as `combine` needs them.
-
-    Args:
-        model: (B, 3, h, w) -> logits (B, C, h', w'); see `infer` for the other arguments.
-
-    Yields:
-        The scale, and (1, C, h', w') float32; (2, C, h', w') with flip, the second still mirrored.
-
-    Raises:
-        ValueError: the model is in training mode, the precision is unknown, or nothing is left of the image
-            at a scale.
+        ValueError: the model is in training mode, the precision is unknown, or the image is too small for a
+            scale.
     """
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() before inference")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     device, dtype = torch.device(device), PRECISIONS[precision]
-    unit = 1 if protocol.longer_side is None else protocol.longer_side / max(image.shape[1:])
+    size = image.shape[1:]
+    unit = 1 if protocol.longer_side is None else protocol.longer_side / max(size)
+    total, count, unscaled = None, 0, None
     for scale in protocol.scales:
         pixels = rescale(image, scale * unit, protocol.resize)
         batch = torch.from_numpy(pixels)[None].to(device)  # (1, 3, h, w)
         if protocol.flip:
             batch = torch.cat([batch, batch.flip(-1)])  # (2, 3, h, w)
-        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = model(batch).float()  # (B, C, h', w')
-        yield scale, logits
-
-
-@torch.inference_mode()
-def combine(passes: Iterable[Tensor], size: tuple[int, int], protocol: Protocol) -> Tensor:
-    """Return the average of what `scale_logits` yields.
-
-    Args:
-        passes: (1, C, h', w') logits of each scale; (2, C, h', w') with flip.
-        size: (H, W) of the image.
-
-    Returns:
-        (C, H, W) float32 probabilities.
-    """
-    total, count = None, 0
-    for logits in passes:
+        if scale == 1:
+            unscaled = logits[0]
         full = F.interpolate(logits, size, mode="bilinear", align_corners=protocol.align_corners)
         if protocol.average == "probabilities":
             full = full.softmax(1)  # (B, C, H, W)
-        full = torch.cat([full[:1], full[1:].flip(-1)]) if len(full) > 1 else full
+        if protocol.flip:
+            full = torch.cat([full[:1], full[1:].flip(-1)])
         added = full.sum(0)  # (C, H, W)
-        total, count = added if total is None else total.add_(added), count + len(full)
+        total = added if total is None else total.add_(added)
+        count += len(full)
     mean = total / count
-    return mean if protocol.average == "probabilities" else mean.softmax(0)
+    return Segmented(mean if protocol.average == "probabilities" else mean.softmax(0), unscaled)
 
 
 def rescale(image: np.ndarray, scale: float, resize: str = "linear") -> np.ndarray:
@@ -142,16 +121,13 @@ def resize_by(pixels: np.ndarray, scale: float, resize: str = "linear") -> np.nd
     """Resize an image (H, W, 3) of uint8 or float32 by a factor, with OpenCV.
 
     Sides are rounded, halves to the even number. Source positions follow from the factor, not from the
-    rounded sides, with half-pixel centers; there is no antialiasing.
-
-    Args:
-        resize: a name in `RESIZES`.
+    rounded sides, with half-pixel centers; there is no antialiasing. `resize` is a name in `RESIZES`.
 
     Raises:
-        ValueError: nothing would be left.
+        ValueError: a side would have no pixels.
     """
     if min(round(side * scale) for side in pixels.shape[:2]) < 1:
-        raise ValueError(f"nothing is left of an image of {pixels.shape[:2]} (H, W) at scale {scale:g}")
+        raise ValueError(f"an image of {pixels.shape[:2]} (H, W) is too small for scale {scale:g}")
     if scale == 1:
         return pixels
     return cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=RESIZES[resize])

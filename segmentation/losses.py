@@ -1,8 +1,8 @@
 """Losses for masks whose ignored pixels (255) do not count.
 
-Means are over the labelled pixels of the whole batch. Where the batch is split over processes, each process
-divides its sum by `global_count(its count)`. A mean of the processes' means would weigh a pixel by the number
-of labelled pixels beside it.
+Means are over the labelled pixels of the whole batch. If the batch is split over processes, each process
+divides its sum by `global_count(its count)`. A mean of the processes' means would depend on how many of the
+pixels of each process are labelled.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,8 +14,8 @@ from torch import Tensor
 from segmentation.benchmark import IGNORE
 from segmentation.transforms import resize_labels
 
-# Pixel counts of this process (n,) float64 -> what it divides its sums by: the count over all processes / the
-# number of processes, so that the averaged gradients are those of the whole batch.
+# Pixel counts of this process (n,) float64 -> their mean over all processes (`World.mean`), which divides the
+# process's sums. The average of the processes' gradients is then the gradient of the whole batch.
 GlobalCount = Callable[[Tensor], Tensor]
 
 
@@ -36,8 +36,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, global_count: GlobalCount | No
 def balanced_cross_entropy(logits: Tensor, labels: Tensor, global_count: GlobalCount | None = None) -> Tensor:
     """Return the mean of two means of -log p(label): over background pixels and over foreground pixels.
 
-    AdvCAM and CLIMS train with it from ImageNet weights. A half without labelled pixels adds 0; the
-    reference implementation gives NaN. Arguments and result as of `cross_entropy`.
+    AdvCAM and CLIMS train with it from ImageNet weights. A mean over no pixels is 0, where the reference
+    implementation gives NaN. Arguments and result are those of `cross_entropy`.
     """
     parts = [labels == 0, (labels != 0) & (labels != IGNORE)]
     return _mean_of_means(logits, labels, parts, global_count)
@@ -52,16 +52,13 @@ def pyramid(
     loss: Callable[[Tensor, Tensor, GlobalCount | None], Tensor],
     global_count: GlobalCount | None = None,
 ) -> list[Tensor]:
-    """Return the loss of every output, against labels resized to its size.
+    """Return a scalar for every output: its loss, against labels resized to its size.
 
     Args:
         outputs: (B, C, h, w) each, or a single one.
         labels: (B, H, W) int64.
         loss: one of `LOSSES`.
         global_count: see `GlobalCount`.
-
-    Returns:
-        A scalar for each output; networks of several outputs are trained on the sum.
     """
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
     return [loss(logits, resize_labels(labels, logits.shape[-2:]), global_count) for logits in outputs]
@@ -72,7 +69,7 @@ def _mean_of_means(
 ) -> Tensor:
     """Return the mean over `parts`, (B, h, w) bool each, of the mean of -log p; a part without pixels adds 0.
 
-    It does not wait for a GPU, and adds in a fixed order; F.cross_entropy's own reduction does not.
+    Unlike the reduction of F.cross_entropy, it does not synchronize with the GPU and adds in a fixed order.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()

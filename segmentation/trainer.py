@@ -1,8 +1,8 @@
 """Training a segmentation network: one loop for all methods, in one process or under torchrun.
 
-An iteration is `accumulate` batches and one step of the optimizer. It is a function of the seed and of its
-number, so a stopped run that is resumed gives the same weights as one that was not stopped: to the last bit
-on the same machine, with the same number of threads and ranks.
+An iteration is `accumulate` batches and one step of the optimizer. It depends on the seed and its number
+alone. A run that was stopped and resumed therefore gives the same weights as an uninterrupted one, to the
+last bit on the same machine with the same number of threads and ranks.
 """
 
 import sys
@@ -21,14 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from segmentation.checkpoints import (
-    FINAL,
-    RESUME,
-    checkpoints,
-    trained_state,
-    write_checkpoint,
-    write_tensors,
-)
+from segmentation import checkpoints
+from segmentation.checkpoints import FINAL, RESUME, trained_state
 from segmentation.config import OptimConfig, RunConfig
 from segmentation.dataset import Batch, Order, TrainingSet
 from segmentation.distributed import WorkFailed, World, exit_after_rank_0, gather, stopping
@@ -36,12 +30,12 @@ from segmentation.inference import PRECISIONS
 from segmentation.losses import GlobalCount
 from segmentation.schedules import Schedule
 
-LOGS = "logs"  # folder of TensorBoard's
+LOGS = "logs"  # TensorBoard's folder
 AVERAGED = 20  # iterations whose mean loss is logged, as in deeplab-pytorch
 
 # (network, batch of tensors, global_count) -> named losses, whose sum is minimized. Sums over pixels are
-# divided by global_count(number of pixels), see `World.global_count`. An objective that keeps state, equal on
-# all ranks, also has `state_dict()` and `load_state_dict(state)`; resume files hold it.
+# divided by global_count(number of pixels), see `GlobalCount`. An objective with state, which must be equal
+# on all ranks, also has `state_dict()` and `load_state_dict(state)` for resume files.
 Objective = Callable[[nn.Module, Batch, GlobalCount], dict[str, Tensor]]
 
 # The network, in eval mode -> scores to log; called on every rank.
@@ -55,15 +49,11 @@ class Trainer:
     """One run: `Trainer(...)`, then `run()`.
 
     Args:
-        model: network on its device. Frozen batch norm is its own business: `train()` must leave it frozen.
+        model: network on its device. If batch norm is frozen, the network's `train()` must leave it frozen.
         optimizer: over the trained parameters. The rate of each group is its base rate.
-        schedule: learning rate of each group as a function of its base rate and the completed iterations.
-        objective: see `Objective`.
-        dataset: see `TrainingSet`.
-        optim, run: see there.
+        schedule, objective, dataset, optim, run, validation, figures: see their types.
         frozen: names of the model's submodules that are not trained: their parameters get no gradients, they
             stay in eval mode, and no checkpoint or resume file holds them.
-        validation, figures: see there.
 
     The folder `run.output` gets `checkpoint_<iteration>.pth` and `checkpoint_final.pth` (state dicts of the
     network alone), `resume.pt` during training, and TensorBoard logs in `logs`.
@@ -100,7 +90,7 @@ class Trainer:
         cv2.setNumThreads(0)  # the threads of `TrainingSet.batches` read samples
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = run.precision == "tf32"
         torch.backends.cudnn.benchmark = not run.deterministic  # all training images have one size
-        if run.deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports for seconds
+        if run.deterministic != torch.are_deterministic_algorithms_enabled():  # the call takes seconds
             torch.use_deterministic_algorithms(run.deterministic, warn_only=True)
         if run.sync_batchnorm and on_gpu and self.world.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.world.group)
@@ -114,18 +104,18 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
         if run.compile:
             model.compile()
-        self.model = self.network = model  # `network` is what is called: DDP's wrapper, if there is one
+        self.model = self.network = model  # `network` is what is called: with several ranks DDP's wrapper
         if self.world.size > 1:
             self.network = DistributedDataParallel(
                 model, device_ids=[self.device.index] if on_gpu else None, process_group=self.world.group
             )
         self.done = 0  # completed iterations
-        self.recent: deque[float] = deque(maxlen=AVERAGED)  # their losses
+        self.recent: deque[float] = deque(maxlen=AVERAGED)  # losses of the last iterations
         self.validated = 0  # iteration of the last validation
         self.last_good = "none yet"
 
     def run(self) -> bool:
-        """Train to the end, or until SIGTERM or SIGINT, after which the iteration ends and is saved.
+        """Train to the end. After SIGTERM or SIGINT, finish the iteration, save and return.
 
         Returns:
             Whether training is complete.
@@ -133,23 +123,19 @@ class Trainer:
         Raises:
             WorkFailed: a file is missing or wrong, or the loss is not finite; the message says which.
         """
-        total, accumulate = self.optim.iterations, self.optim.accumulate
+        world, total, accumulate = self.world, self.optim.iterations, self.optim.accumulate
         numbers = range(self.done * accumulate, total * accumulate)
-        world = self.world
         batches = self.dataset.batches(self.order, numbers, world.rank, world.size, self.config.workers)
         clock, images = time.monotonic(), 0
         self._set_mode(training=True)
-        bar = tqdm(
-            total=total, initial=self.done, unit="iteration", disable=True if world.rank else None
-        )
-        # An earlier process may have logged iterations after the one that is resumed: they are purged.
+        bar = tqdm(total=total, initial=self.done, unit="iteration", disable=True if world.rank else None)
+        # Purge what an earlier process logged after the iteration that is resumed.
         logs = nullcontext() if world.rank else SummaryWriter(self.folder / LOGS, purge_step=self.done + 1)
         with stopping(twice=world.size > 1) as stop, logs as writer, bar:
-            self._validate(writer)  # if the run ended before or during it
+            self._validate(writer)  # if the last run ended before or during validation
             while self.done < total:
                 chunk = self._next(batches, stop)
                 if chunk is None:
-                    self.check_finite()
                     self.save_resume()
                     return False
                 images += sum(len(self.order.batch(self.done * accumulate + n)) for n in range(accumulate))
@@ -162,15 +148,19 @@ class Trainer:
                     ) from None
                 bar.update()
                 bar.set_postfix(loss=f"{self.recent[-1]:.4f}", refresh=False)
-                if writer and _due(self.done, self.config.log_every):
-                    self._log(writer, losses, images / (time.monotonic() - clock))
-                    clock, images = time.monotonic(), 0
-                self._log_figures(writer, chunk[-1])
                 if writer:
+                    if self._is_due(self.config.log_every):
+                        self._log(writer, losses, images / (time.monotonic() - clock))
+                        clock, images = time.monotonic(), 0
+                    if self.figures and self._is_due(self.config.picture_every):
+                        self._log_figures(writer, chunk[-1])
                     writer.flush()
                 self._save()  # before validation, which may take longer than a batch system waits
                 self._validate(writer)
         return True
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.done % every == 0
 
     def _set_mode(self, training: bool) -> None:
         self.network.train(training)
@@ -186,7 +176,6 @@ class Trainer:
             failure = str(error)
         stopped, failed = self.world.any(stop.is_set(), bool(failure))
         if failed:
-            self.check_finite()
             self.save_resume()  # the user may repair the file and resume
             self._fail(next(filter(None, gather(failure))))
         return None if stopped else chunk
@@ -200,7 +189,7 @@ class Trainer:
         done = self.done
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(group["initial_lr"], done)
-        # Dropout is a function of the iteration too, so there is no generator to save.
+        # Dropout depends only on the seed and the iteration, so no generator state is saved.
         torch.manual_seed(hash_seed(self.optim.seed, done, self.world.rank))
         self.optimizer.zero_grad(set_to_none=True)
         summed: dict[str, Tensor] = {}
@@ -212,7 +201,7 @@ class Trainer:
             batch = self._on_device(batch)
             with sync:
                 with autocast:
-                    losses = self.objective(self.network, batch, self.world.global_count)
+                    losses = self.objective(self.network, batch, self.world.mean)
                 self.scaler.scale(sum(losses.values()) / len(chunk)).backward()
             for name, loss in losses.items():
                 summed[name] = summed.get(name, 0) + loss.detach()
@@ -262,9 +251,7 @@ class Trainer:
         if self.device.type == "cuda":
             writer.add_scalar("gpu_memory_gb", torch.cuda.max_memory_allocated() / 2**30, self.done)
 
-    def _log_figures(self, writer: SummaryWriter | None, batch: Batch) -> None:
-        if not (writer and self.figures and _due(self.done, self.config.picture_every)):
-            return
+    def _log_figures(self, writer: SummaryWriter, batch: Batch) -> None:
         self._set_mode(training=False)
         with torch.inference_mode():
             for name, figure in self.figures(self.model, self._on_device(batch)).items():
@@ -272,11 +259,12 @@ class Trainer:
         self._set_mode(training=True)
 
     def _validate(self, writer: SummaryWriter | None) -> None:
-        """Validate if this iteration requires it and it was not done yet."""
-        due = self.done > self.validated and _due(self.done, self.config.validate_every)
+        """Validate if it is due and was not done after this iteration yet."""
+        due = self.done > self.validated and self._is_due(self.config.validate_every)
         if not (self.validation and due):
             return
-        self.world.same(self.model.buffers())  # live batch norm differs between ranks; rank 0's is saved
+        # Statistics of batch norm differ between ranks; checkpoints hold those of rank 0.
+        self.world.copy_from_rank_0(self.model.buffers())
         self._set_mode(training=False)
         torch.backends.cudnn.benchmark = False  # whole images have many sizes
         with torch.inference_mode():
@@ -296,23 +284,23 @@ class Trainer:
     def _save(self) -> None:
         """Write what is due: a checkpoint, the final one, the resume file."""
         complete = self.done == self.optim.iterations
-        save = complete or _due(self.done, self.config.save_every)
-        if save or _due(self.done, self.config.resume_every):
+        save = complete or self._is_due(self.config.save_every)
+        if save:
             self.check_finite()
         if save and self.world.rank == 0:
             file = self.folder / (FINAL if complete else f"checkpoint_{self.done}.pth")
-            write_checkpoint(self.model, file, self.frozen)
+            checkpoints.write_checkpoint(self.model, file, self.frozen)
             self.last_good = str(file)
+            if self.config.keep:
+                for old in checkpoints.numbered_checkpoints(self.folder)[: -self.config.keep]:
+                    old.unlink()
         if complete and self.world.rank == 0:
             (self.folder / RESUME).unlink(missing_ok=True)
-        elif not complete and (save or _due(self.done, self.config.resume_every)):
+        elif not complete and (save or self._is_due(self.config.resume_every)):
             self.save_resume()
-        if save and self.config.keep and self.world.rank == 0:
-            for old in checkpoints(self.folder)[: -self.config.keep]:
-                old.unlink()
 
     def check_finite(self) -> None:
-        """Raise WorkFailed if a parameter or statistic is not finite, so that none such is saved."""
+        """Raise WorkFailed if a parameter or statistic is not finite, on any rank."""
         state = trained_state(self.model, self.frozen)
         finite = all(bool(value.isfinite().all()) for value in state.values())
         if self.world.any(not finite)[0]:  # live batch norm differs between ranks
@@ -322,7 +310,8 @@ class Trainer:
             )
 
     def save_resume(self) -> None:
-        """Write everything that `load_resume` needs."""
+        """Write what `load_resume` reads; all ranks call it. Raise WorkFailed as `check_finite`."""
+        self.check_finite()
         if self.world.rank:
             return
         state = {
@@ -336,10 +325,10 @@ class Trainer:
         }
         if hasattr(self.objective, "state_dict"):
             state["objective"] = self.objective.state_dict()
-        write_tensors(state, self.folder / RESUME)
+        checkpoints.write_tensors(state, self.folder / RESUME)
 
     def load_resume(self) -> bool:
-        """Continue from the resume file, if there is one; all ranks read it.
+        """Continue from the resume file and return True; return False if there is none.
 
         Raises:
             ValueError: the file is damaged or of another network.
@@ -350,7 +339,7 @@ class Trainer:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
             if state["model"].keys() != trained_state(self.model, self.frozen).keys():
-                raise ValueError("the tensors are others")
+                raise ValueError("the file holds other tensors")
             self.model.load_state_dict(state["model"], strict=False)  # frozen submodules are not in it
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
@@ -370,7 +359,3 @@ def hash_seed(*parts: int) -> int:
     """Return a seed of 64 bits from several numbers."""
     low, high = np.random.SeedSequence(parts).generate_state(2, np.uint32).tolist()
     return low | high << 32
-
-
-def _due(done: int, every: int) -> bool:
-    return every > 0 and done % every == 0

@@ -1,8 +1,8 @@
 """Image and mask -> the input and target of a segmentation network.
 
-`ScaleCrop` and `JitterScaleCrop` draw training samples: functions of image (H, W, 3) uint8 RGB, label
-(H, W) uint8 and a random generator, which return (3, crop, crop) float32, normalized, and (crop, crop) int64.
-Padding is 0 (the mean) and 255. They raise ValueError if image and label differ in size.
+`ScaleCrop` and `JitterScaleCrop` draw training samples. They take an image (H, W, 3) uint8 RGB, its labels
+(H, W) uint8 and a random generator, and return (3, crop, crop) float32, normalized and padded with 0 (the
+mean), and (crop, crop) int64, padded with 255. They raise ValueError if image and labels differ in size.
 """
 
 import math
@@ -16,16 +16,13 @@ from torch import Tensor
 
 from segmentation.benchmark import IGNORE
 
-# Caffe's ImageNet means (B, G, R), as in DeepLab-v2.
-CAFFE_MEAN = np.array([104.008, 116.669, 122.675])
-
-# torchvision's ImageNet statistics (R, G, B).
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
+CAFFE_MEAN = np.array([104.008, 116.669, 122.675])  # Caffe's ImageNet means (B, G, R), as in DeepLab-v2
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # torchvision's ImageNet statistics (R, G, B)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def caffe_normalize(image: np.ndarray) -> np.ndarray:
-    """Return (3, H, W) float32 BGR minus mean, as Caffe has it, of (H, W, 3) RGB, uint8 or float32."""
+    """Return (3, H, W) float32 BGR minus `CAFFE_MEAN`, of (H, W, 3) RGB, uint8 or float32."""
     bgr = np.float64(image[..., ::-1]) - CAFFE_MEAN  # in double precision, then rounded once
     return np.ascontiguousarray(bgr.transpose(2, 0, 1), np.float32)
 
@@ -44,10 +41,9 @@ def imagenet_normalize(image: np.ndarray) -> np.ndarray:
 
 
 def imagenet_denormalize(image: np.ndarray) -> np.ndarray:
-    """Return the image (H, W, 3) uint8 RGB that SEAM's CRF reads, of a standardized (3, H, W) float32.
+    """Return (H, W, 3) uint8 RGB, as SEAM's CRF reads it: the inverse of `imagenet_normalize`, truncated.
 
-    It is the inverse of `imagenet_normalize` in float32, truncated: a third to half of the values are 1 below
-    the original ones.
+    A third to half of the values are 1 below the original ones.
     """
     unit = image.transpose(1, 2, 0) * np.float32(IMAGENET_STD) + np.float32(IMAGENET_MEAN)
     return np.clip(unit * np.float32(255), 0, 255).astype(np.uint8)
@@ -58,9 +54,9 @@ class ScaleCrop:
     """Training samples of DeepLab-v2 as deeplab-pytorch draws them: a scale, a crop, a flip.
 
     Attributes:
-        crop: side of the sample.
+        crop: side of the sample in pixels.
         scales: one of these is drawn.
-        base: longer side at scale 1; None is that of the image.
+        base: longer side at scale 1 in pixels; None is that of the image.
         flip: half of the samples are mirrored.
     """
 
@@ -76,7 +72,7 @@ class ScaleCrop:
     def __call__(
         self, image: np.ndarray, label: np.ndarray, draw: random.Random
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw scale, top, left and flip, in this order. The padding is on the right and below the image."""
+        """Draw scale, top, left and flip, in this order; padding is right of and below the image."""
         height, width = _common_size(image, label)
         if self.base is not None:
             longer = max(height, width)
@@ -87,15 +83,12 @@ class ScaleCrop:
         left = draw.randint(0, max(width - self.crop, 0))
         mirrored = self.flip and draw.random() < 0.5
 
-        seen = slice(top, top + self.crop), slice(left, left + self.crop)
-        resized = cv2.resize(np.float32(image), (width, height), interpolation=cv2.INTER_LINEAR)
-        rows, columns = (
-            nearest_index(out, side)[part]
-            for out, side, part in zip((height, width), label.shape, seen, strict=True)
-        )
-        return _padded(
-            caffe_normalize(resized[seen]), label[np.ix_(rows, columns)], self.crop, (0, 0), mirrored
-        )
+        window = slice(top, top + self.crop), slice(left, left + self.crop)
+        image = cv2.resize(np.float32(image), (width, height), interpolation=cv2.INTER_LINEAR)
+        rows = nearest_index(height, len(label))[window[0]]
+        columns = nearest_index(width, label.shape[1])[window[1]]
+        sample = _padded(caffe_normalize(image[window]), label[np.ix_(rows, columns)], self.crop)
+        return tuple(part[..., ::-1].copy() for part in sample) if mirrored else sample
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ class JitterScaleCrop:
     """Training samples of DeepLab-v1 on ResNet-38d as SEAM's code base draws them.
 
     Attributes:
-        crop: side of the sample.
+        crop: side of the sample in pixels.
         scale_range: the scale is drawn uniformly from it.
         jitter: of hue, saturation and value, see `jitter_hsv`.
         flip: half of the samples are mirrored.
@@ -121,41 +114,34 @@ class JitterScaleCrop:
     def __call__(
         self, image: np.ndarray, label: np.ndarray, draw: random.Random
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw jitter, flip, scale, horizontal and vertical place, in this order. A side shorter than the
-        crop is placed at random in it."""
+        """Draw jitter, flip, scale, left and top, in this order; the side of a padding is random."""
         size = _common_size(image, label)
         image = jitter_hsv(image, draw, self.jitter)
         if self.flip and draw.random() < 0.5:
             image, label = cv2.flip(image, 1), cv2.flip(label, 1)
         least, most = self.scale_range
         scale = max(draw.random() * (most - least) + least, 1 / min(size))  # no side of 0 pixels
-        # With factors instead of a size, the scale itself decides where pixels are sampled.
+        # With factors instead of a size, source positions follow from the scale, not from rounded sides.
         factors = {"dsize": None, "fx": scale, "fy": scale}
         image = cv2.resize(image, **factors, interpolation=cv2.INTER_CUBIC)
         label = cv2.resize(label, **factors, interpolation=cv2.INTER_NEAREST)
 
         height, width = label.shape
-        left, x = self._place(width, draw)
-        top, y = self._place(height, draw)
-        seen = slice(top, top + self.crop), slice(left, left + self.crop)
-        return _padded(imagenet_normalize(image[seen]), label[seen], self.crop, (y, x))
+        left, x = self._offsets(width, draw)
+        top, y = self._offsets(height, draw)
+        window = slice(top, top + self.crop), slice(left, left + self.crop)
+        return _padded(imagenet_normalize(image[window]), label[window], self.crop, y, x)
 
-    def _place(self, side: int, draw: random.Random) -> tuple[int, int]:
-        """Offsets in the image and in the sample, one of which is 0."""
+    def _offsets(self, side: int, draw: random.Random) -> tuple[int, int]:
+        """Return an offset in the image and one in the sample, one of which is 0."""
         offset = draw.randrange(abs(side - self.crop) + 1)
         return (offset, 0) if side > self.crop else (0, offset)
 
 
 def jitter_hsv(image: np.ndarray, draw: random.Random, most: int = 10) -> np.ndarray:
-    """Shift hue (OpenCV's, 0 to 179, a circle), saturation and value by up to `most` steps each.
+    """Return an image (H, W, 3) uint8 RGB with hue, saturation and value shifted by up to `most` steps each.
 
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        draw: random generator; three `randint`.
-        most: largest shift, in steps.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
+    Steps are OpenCV's: hue is cyclic, 0 to 179; saturation and value are clipped to 0 to 255.
     """
     hue, saturation, value = (draw.randint(-most, most) for _ in range(3))
     steps = np.arange(256)
@@ -172,27 +158,22 @@ def _common_size(image: np.ndarray, label: np.ndarray) -> tuple[int, int]:
 
 
 def _padded(
-    image: np.ndarray, label: np.ndarray, crop: int, corner: tuple[int, int], mirrored: bool = False
+    image: np.ndarray, label: np.ndarray, crop: int, y: int = 0, x: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return image (3, h, w) and label (h, w) at (y, x) of (3, crop, crop) zeros and (crop, crop) of 255."""
-    (y, x), (height, width) = corner, label.shape
+    height, width = label.shape
     images = np.zeros((3, crop, crop), np.float32)
     labels = np.full((crop, crop), IGNORE, np.int64)
     images[:, y : y + height, x : x + width] = image
     labels[y : y + height, x : x + width] = label
-    if mirrored:
-        images, labels = images[..., ::-1].copy(), labels[..., ::-1].copy()
     return images, labels
 
 
 def nearest_index(out: int, size: int) -> np.ndarray:
-    """Return which of `size` source pixels Pillow's NEAREST puts at each of `out` pixels.
+    """Return (out,) int64: which of `size` source pixels Pillow's NEAREST takes for each of `out` pixels.
 
-    Pillow sums source positions step by step in double precision, starting at half a step; the product
-    (i + 0.5) * step rounds to other pixels at common factors such as 0.75 and 1.25.
-
-    Returns:
-        (out,) int64.
+    Pillow sums source positions step by step in double precision, starting at half a step. The product
+    (i + 0.5) * step would round to other pixels at common factors such as 0.75 and 1.25.
     """
     steps = np.full(out, size / out)
     steps[0] /= 2
@@ -200,14 +181,9 @@ def nearest_index(out: int, size: int) -> np.ndarray:
 
 
 def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return labels at another size, resized as Pillow's NEAREST does, on their device.
+    """Return labels (B, H, W) of any type, resized to `size` (h, w) as by Pillow's NEAREST, on their device.
 
-    Args:
-        labels: (B, H, W) of any type.
-        size: (h, w).
-
-    Returns:
-        (B, h, w); the labels themselves if they have that size.
+    Labels of that size are returned as they are.
     """
     if labels.shape[-2:] == size:
         return labels

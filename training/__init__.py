@@ -1,1 +1,1 @@
-"""What trained methods share above the trainer: configuration, run folder; commands train, test, predict."""
+"""Trained methods, above the trainer: configuration, run folder; commands train, test and predict."""

@@ -21,7 +21,7 @@ CRFS = ("none", "auto", *PRESETS)
 
 @dataclass
 class DataConfig(Settings):
-    """Section `data`: images and masks. Empty values are the benchmark's own."""
+    """Section `data`: images and masks. Empty values are the benchmark's."""
 
     SECTION = "data."
 
@@ -55,12 +55,12 @@ class TestConfig(Settings):
     scales: list[float] | None = setting(None, "multiples of the image's size whose results are averaged",
                                          above=0, metavar="S,S,...")  # fmt: skip
     flip: bool | None = setting(None, "average with the mirrored image")
-    crf: str | None = setting(None, "dense CRF after the network; auto is the network's own", choices=CRFS)
+    crf: str | None = setting(None, "dense CRF after the network; auto is the network's preset", choices=CRFS)
 
 
 @dataclass
 class Config:
-    """Everything about a run. A method's configuration is a subclass with its own sections."""
+    """The configuration of a run. Methods have subclasses with further sections."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -73,10 +73,8 @@ C = TypeVar("C", bound=Config)
 
 
 def read(kind: type[C], file: str | Path | None, overrides: Sequence[str] = ()) -> C:
-    """Return the defaults, changed by a YAML file, changed by words such as `solver.learning_rate=2e-4`.
-
-    Args:
-        kind: the method's configuration.
+    """Return the defaults of a configuration class, changed by a YAML file and then by words such as
+    `solver.learning_rate=2e-4`.
 
     Raises:
         ValueError: no such file, an unknown key, or a value of the wrong type or outside its range; the
@@ -105,7 +103,7 @@ def read(kind: type[C], file: str | Path | None, overrides: Sequence[str] = ()) 
 
 
 def _message(error: Exception) -> str:
-    """Return the first line of an error, and the key, which OmegaConf has elsewhere."""
+    """Return the first line of an error, with the key, which OmegaConf keeps apart."""
     first, key = str(error).splitlines()[0], getattr(error, "full_key", None)
     return f"{first} ({key})" if key and key not in first else first
 

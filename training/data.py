@@ -1,6 +1,7 @@
-"""Folders and image ids that a configuration names."""
+"""The images and masks that a configuration names."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from segmentation import benchmark as benchmarks
 from segmentation.benchmark import Benchmark
@@ -8,9 +9,8 @@ from segmentation.labels import split_of
 from training.config import Config
 
 
-@dataclass(frozen=True)
-class Split:
-    """Images and their masks: ids, and the two folders; no `label_dir` if masks are not needed."""
+class Split(NamedTuple):
+    """Image ids, and the folders of images and masks; `label_dir` is None if masks are not needed."""
 
     names: list[str]
     image_dir: str
@@ -39,8 +39,8 @@ def validation_split(config: Config, benchmark: Benchmark) -> Split:
         FileNotFoundError, ValueError: as `training_split`, or `data.val_split` is empty.
     """
     data = config.data
-    if not data.val_split:  # the benchmark's own split is the one to train on
-        raise ValueError("the configuration names no data.val_split")
+    if not data.val_split:  # the benchmark's split is that of training
+        raise ValueError("the configuration names no data.val_split: set it, or give --split_file")
     names = list(split_of(benchmark, data.val_split))
     image_dir = data.val_image_dir or data.image_dir or benchmark.path(benchmark.image_dir)
     return Split(names, str(image_dir), str(data.val_label_dir or benchmark.path(benchmark.mask_dir)))

@@ -1,8 +1,8 @@
-"""Command `predict` of a method: masks and overlays of a user's own images."""
+"""Command `predict` of a method: masks and overlays of images without labels."""
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -74,21 +74,13 @@ class Prediction(Step):
 
 
 def predict(segmenter: Segmenter, image: np.ndarray, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
-    """Segment an image, with the dense CRF if the setup has one.
+    """Return an image (H, W, 3) uint8 RGB with a longer side of `size` pixels, and its labels (h, w) uint8.
 
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        size: longer side that it is resized to; 0 keeps its size.
-
-    Returns:
-        The resized image (h, w, 3) uint8, and its labels (h, w) uint8.
+    `size` 0 keeps the image's size. Labels are those after the dense CRF if the setup has one.
     """
     if size:
         image = resize_by(image, size / max(image.shape[:2]))
-    segmented = segmenter(image)
-    if segmenter.setup.crf:
-        return image, segmenter.crf_labels(image, segmented.probabilities)
-    return image, segmented.labels
+    return image, segmenter.labels(image, segmenter(image))
 
 
 def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
@@ -100,11 +92,11 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", help="an image, or a folder of images")
     add_network_flags(parser, recipe)
-    group = parser.add_argument_group("what is made")
+    group = parser.add_argument_group("outputs")
     add_flags(group, Prediction)
     flag = group.add_argument
     flag("--output", "--out", metavar="DIR", help="folder for masks/<name>.png, at the size of the image, "
-         "and overlays/<name>.png (without it: `predict` in the run's folder)")  # fmt: skip
+         "and overlays/<name>.png (default: `predict` in the run's folder)")  # fmt: skip
     flag("--num_workers", type=count, default=1, help="processes; several GPUs are divided among them")
     args = parser.parse_intermixed_args(arguments)
     if not (args.output or args.run):
@@ -123,18 +115,14 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
 
 
 def check_output(step: Prediction, image_files: Sequence[str]) -> Record:
-    """Return what the run records, if its folder may be used.
-
-    Raises:
-        ValueError: the folder holds the images themselves, or files of unknown origin.
-    """
+    """Return what the run records; raise ValueError if the folder holds the images or unknown files."""
     outputs = {output.resolve() for file in image_files for output in step.files(file).values()}
     if outputs & {Path(file).resolve() for file in image_files}:
         raise ValueError(f"the images themselves would be replaced in {step.output}: give another --output")
-    record = Record(f"{step.setup.recipe.name}.predict", **step.setup.record())
-    record.settings.update(crf=step.setup.crf, size=step.size)
+    settings, inputs = step.setup.record()
+    settings |= {"crf": step.setup.crf, "size": step.size}
     # Images are always predicted anew: earlier outputs of this command do not matter, those of others do.
     patterns = () if read_settings(step.output) else (f"{MASKS}/*.png", f"{OVERLAYS}/*.png")
-    record = replace(record, outputs=patterns)
+    record = Record(f"{step.setup.recipe.name}.predict", settings, inputs, patterns)
     check_folder(step.output, record)
     return record

@@ -1,10 +1,10 @@
-"""What a trained method hands to `training`: one value, its recipe.
+"""The recipe of a trained method: all that `training` needs to know of it.
 
 A method's folder holds `recipe.py` with its `RECIPE`, and commands that bind it:
 
     main = partial(training.train.main, RECIPE)
 
-Several processes test a network, and get the recipe pickled: its functions belong to modules, not to lambdas.
+Recipes are pickled for worker processes, so their functions must not be lambdas.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,13 +31,13 @@ class Network:
     Attributes:
         build: (configuration, benchmark) -> the network with random weights, its frozen submodules loaded.
         optimizer: (network, configuration) -> optimizer, whose groups have their base rates, and schedule.
-        transform: configuration -> how training samples are drawn.
+        transform: configuration -> transform of training samples.
         normalize: (H, W, 3) uint8 RGB -> (3, H, W) float32, the input of the network.
         denormalize: the inverse, for figures.
-        protocol: how it is tested.
-        crf: preset of `refinement.densecrf` that belongs to it.
+        protocol: how the network is tested.
+        crf: its preset in `refinement.densecrf.PRESETS`.
         unused: keys of the configuration that have no effect with it.
-        frozen: names of submodules that are not trained and stay out of checkpoints.
+        frozen: names of submodules that are not trained and not saved in checkpoints.
     """
 
     build: Callable[[Config, Benchmark], nn.Module]
@@ -51,7 +51,7 @@ class Network:
     frozen: Sequence[str] = ()
 
 
-def _nothing(*_) -> dict:
+def _empty(*_) -> dict:
     return {}
 
 
@@ -67,11 +67,11 @@ class Recipe:
         objective: configuration -> what is minimized.
         load_initial: (network, file) -> loads the weights to start from; returns a report to print.
         load_trained: (network, file) -> loads a checkpoint; raises ValueError if it does not fit.
-        resolve: (configuration, recorded settings of the run that is resumed, else None) -> sets what the
-            configuration leaves to the initial weights.
+        resolve: (configuration, recorded settings of the resumed run or None) -> sets values that depend on
+            the initial weights.
         frozen_files: configuration -> files of frozen weights by name; outputs record their sha256.
-        extras: (configuration, benchmark) -> see `segmentation.dataset.TrainingSet.extras`.
-        needs_masks: the training reads masks; without, it reads images and `extras` alone.
+        extras: (configuration, benchmark) -> `segmentation.dataset.TrainingSet.extras`.
+        needs_masks: whether training reads masks besides images and `extras`.
     """
 
     name: str
@@ -81,16 +81,16 @@ class Recipe:
     objective: Callable[[Config], Objective]
     load_initial: Callable[[nn.Module, str], object]
     load_trained: Callable[[nn.Module, str], object]
-    resolve: Callable[[Config, Mapping[str, Any] | None], object] = _nothing
-    frozen_files: Callable[[Config], Mapping[str, str]] = _nothing
-    extras: Callable[[Config, Benchmark], Mapping[str, Callable[[str], Any]]] = _nothing
+    resolve: Callable[[Config, Mapping[str, Any] | None], object] = _empty
+    frozen_files: Callable[[Config], Mapping[str, str]] = _empty
+    extras: Callable[[Config, Benchmark], Mapping[str, Callable[[str], Any]]] = _empty
     needs_masks: bool = True
 
     def network(self, config: Config) -> Network:
         """Return the network of a configuration.
 
         Raises:
-            ValueError: there is none of that name, or a key that has no effect with it is set.
+            ValueError: no such network, or a key that has no effect with it is set.
         """
         name, defaults = config.model.network, self.config()
         if name not in self.networks:

@@ -1,10 +1,9 @@
-"""A trained network in use: the flags that name it, and how it segments an image."""
+"""A trained network: the flags that select it, and how it segments an image."""
 
 import argparse
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,43 +14,48 @@ from common.settings import add_flags, given
 from pipeline.flags import recorded_path
 from pipeline.processes import device_of
 from refinement.densecrf import PRESETS, densecrf_batch
-from segmentation.benchmark import Benchmark
 from segmentation.checkpoints import FINAL
-from segmentation.inference import PRECISIONS, Protocol, combine, scale_logits
+from segmentation.inference import PRECISIONS, Protocol, Segmented, infer
 from segmentation.transforms import imagenet_denormalize, imagenet_normalize
 from training.config import CONFIG, Config, TestConfig, read
 from training.data import benchmark_of
 from training.recipe import Recipe
 
-# In WeakCLIP's fork of deeplabv1-resnet38 only the classes that win somewhere in the image enter the CRF.
-WINNERS_ONLY = ("r38_voc", "r38_coco")
+# In WeakCLIP's fork of deeplabv1-resnet38 only classes that are the best at some pixel enter the CRF.
+PREDICTED_ONLY = ("r38_voc", "r38_coco")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setup:
-    """A trained network and how it is used.
+    """A trained network and how it is tested; the attributes `benchmark`, `protocol` and `crf` (a name in
+    `refinement.densecrf.PRESETS`, or None) follow from the configuration.
 
-    Attributes:
-        recipe, config: its method, and the configuration it was trained with.
-        benchmark: whose classes it predicts.
-        checkpoint: file of its weights.
-        protocol: how it is tested.
-        crf: a name in `refinement.densecrf.PRESETS`; None for no CRF.
+    Args:
+        recipe, config: the method, and the configuration of the training.
+        checkpoint: file of the weights.
         precision: a name in `segmentation.inference.PRECISIONS`.
         device: see `pipeline.processes.device_of`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such checkpoint, benchmark or network, or an invalid setting.
     """
 
     recipe: Recipe
     config: Config
-    benchmark: Benchmark
     checkpoint: str
-    protocol: Protocol
-    crf: str | None = None
     precision: str = "fp32"
     device: str = "auto"
 
-    def record(self) -> dict[str, dict[str, Any]]:
-        """Return what outputs depend on, except images and CRF: `settings` and `inputs` of a run's record.
+    def __post_init__(self):
+        if not Path(self.checkpoint).is_file():
+            raise FileNotFoundError(
+                f"checkpoint {self.checkpoint} does not exist: finish the training, or give another file"
+            )
+        self.benchmark = benchmark_of(self.config)
+        self.protocol, self.crf = protocol_of(self.recipe, self.config)
+
+    def record(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return `settings` and `inputs` of a run's record: what outputs depend on, except images and CRF.
 
         Raises:
             OSError: a file of weights cannot be read.
@@ -66,28 +70,11 @@ class Setup:
             "precision": self.precision,
         }
         files = {"checkpoint": self.checkpoint, **self.recipe.frozen_files(self.config)}
-        return {"settings": settings, "inputs": {name: sha256(file) for name, file in files.items()}}
-
-
-class Segmented(NamedTuple):
-    """Result for one image: probabilities (C, H, W) float32 on the network's device, and the network's output
-    at scale 1, (C, h, w) float32; None if the protocol has no scale 1."""
-
-    probabilities: Tensor
-    logits: Tensor | None
-
-    @property
-    def labels(self) -> np.ndarray:
-        """(H, W) uint8: the most probable class of each pixel."""
-        return on_cpu(self.probabilities.argmax(0))
+        return settings, {name: sha256(file) for name, file in files.items()}
 
 
 class Segmenter:
-    """The network of a setup, loaded.
-
-    Args:
-        setup: see there.
-        worker_index: of this process on its machine; chooses its GPU.
+    """The network of a setup, loaded; `worker_index` of the process selects its GPU.
 
     Raises:
         ValueError, OSError: the checkpoint cannot be read or is of another network; or no such device.
@@ -96,9 +83,8 @@ class Segmenter:
     def __init__(self, setup: Setup, worker_index: int = 0):
         self.setup, self.network = setup, setup.recipe.network(setup.config)
         self.device = torch.device(device_of(setup.device, worker_index))
-        if self.device.type == "cuda":  # PyTorch's convolutions use TF32 for float32 by default
-            tf32 = setup.precision == "tf32"
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+        # PyTorch's convolutions use TF32 for float32 by default.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = setup.precision == "tf32"
         self.model = self.network.build(setup.config, setup.benchmark)
         setup.recipe.load_trained(self.model, setup.checkpoint)
         layout = torch.channels_last if setup.config.run.channels_last else torch.contiguous_format
@@ -106,62 +92,46 @@ class Segmenter:
 
     def __call__(self, image: np.ndarray) -> Segmented:
         """Segment an image (H, W, 3) uint8 RGB."""
-        protocol, unscaled = self.setup.protocol, []
+        pixels = self.network.normalize(image)  # (3, H, W)
+        return infer(self.model, pixels, self.setup.protocol, self.device, self.setup.precision)
 
-        def passes() -> Iterator[Tensor]:
-            pixels = self.network.normalize(image)  # (3, H, W)
-            scaled = scale_logits(self.model, pixels, protocol, self.device, self.setup.precision)
-            for scale, logits in scaled:
-                if scale == 1:
-                    unscaled.append(logits[0])
-                yield logits
-
-        probabilities = combine(passes(), image.shape[:2], protocol)
-        return Segmented(probabilities, unscaled[0] if unscaled else None)
-
-    def crf_labels(self, image: np.ndarray, probabilities: Tensor) -> np.ndarray:
-        """Return the labels after the setup's dense CRF, see `crf_labels`."""
-        return crf_labels(image, probabilities, self.setup.crf)
+    def labels(self, image: np.ndarray, segmented: Segmented) -> np.ndarray:
+        """Return the labels (H, W) uint8 of a segmented image, after the dense CRF if the setup has one."""
+        if self.setup.crf is None:
+            return segmented.labels
+        return crf_labels(image, segmented.probabilities, self.setup.crf)
 
 
 def crf_labels(image: np.ndarray, probabilities: Tensor, preset: str) -> np.ndarray:
-    """Return the labels of an image after a dense CRF.
+    """Return the labels (H, W) uint8 of an image after a dense CRF.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         probabilities: (C, H, W) float32, on the device where the CRF runs.
         preset: a name in `refinement.densecrf.PRESETS`.
-
-    Returns:
-        (H, W) uint8.
     """
     class_ids = torch.arange(len(probabilities), device=probabilities.device)
-    if preset in WINNERS_ONLY:
+    if preset in PREDICTED_ONLY:
         class_ids = probabilities.argmax(0).unique()  # (K,)
         probabilities = probabilities[class_ids]
         probabilities = probabilities / probabilities.sum(0)  # as the softmax of their logits alone
     if preset == "seam":  # its CRF reads the network's input, converted back to 8 bits
         image = imagenet_denormalize(imagenet_normalize(image))
     (posterior,) = densecrf_batch([image], [probabilities], PRESETS[preset])
-    return on_cpu(class_ids[posterior.argmax(0)])
-
-
-def on_cpu(labels: Tensor) -> np.ndarray:
-    """Return class indices as (H, W) uint8 array."""
-    return labels.to(torch.uint8).cpu().numpy()
+    return class_ids[posterior.argmax(0)].to(torch.uint8).cpu().numpy()
 
 
 def add_network_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
-    """Add the flags that name a network and say how it is used."""
+    """Add the flags that select a network and its test protocol."""
     flag = parser.add_argument_group("which network").add_argument
     flag("--run", "--run_dir", metavar="DIR", help=f"folder that {recipe.name}.train filled, with {CONFIG} "
-         f"and {FINAL} (torchrun mistakes --run for one of its own flags: use --run_dir there)")  # fmt: skip
+         f"and {FINAL} (under torchrun, which has a flag --run, use --run_dir)")  # fmt: skip
     flag("--config", metavar="FILE", help="configuration, in place of the run's")
     flag("--checkpoint", metavar="FILE", help=f"weights, in place of the run's {FINAL}")
     flag("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
     group = parser.add_argument_group(
-        "how it is used (without a flag: as the configuration's `test` section says, and what that leaves "
-        "open as published for the network)"
+        "how it is tested (default: the configuration's `test` section; its empty values are the network's "
+        "published protocol)"
     )
     add_flags(group, TestConfig)
     group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the network's products")
@@ -169,7 +139,7 @@ def add_network_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
 
 
 def protocol_of(recipe: Recipe, config: Config) -> tuple[Protocol, str | None]:
-    """Return how a network is tested: the configuration's `test`, and where that is null, as published.
+    """Return how a network is tested: the configuration's `test` section; its null values are as published.
 
     Returns:
         The protocol, and a name in `refinement.densecrf.PRESETS`; None for no CRF.
@@ -185,7 +155,7 @@ def protocol_of(recipe: Recipe, config: Config) -> tuple[Protocol, str | None]:
 
 
 def read_setup(recipe: Recipe, args: argparse.Namespace) -> Setup:
-    """Return the network that the flags of `add_network_flags` name.
+    """Return the setup that the flags of `add_network_flags` describe.
 
     Raises:
         ValueError, OSError: a file is missing or damaged, or a required flag is missing.
@@ -195,13 +165,6 @@ def read_setup(recipe: Recipe, args: argparse.Namespace) -> Setup:
     if args.run and not Path(args.run).is_dir():
         raise FileNotFoundError(f"run folder {args.run} does not exist: train first, or give another --run")
     config = read(recipe.config, args.config or Path(args.run) / CONFIG, args.overrides)
-    checkpoint = Path(args.checkpoint or Path(args.run) / FINAL)
-    if not checkpoint.is_file():
-        raise FileNotFoundError(
-            f"checkpoint {checkpoint} does not exist: finish the training, or give --checkpoint FILE"
-        )
     config.test = replace(config.test, **given(TestConfig, args))
-    protocol, crf = protocol_of(recipe, config)
-    return Setup(
-        recipe, config, benchmark_of(config), str(checkpoint), protocol, crf, args.precision, args.device
-    )
+    checkpoint = args.checkpoint or str(Path(args.run) / FINAL)
+    return Setup(recipe, config, checkpoint, args.precision, args.device)

@@ -1,4 +1,4 @@
-"""Command `train` of a method: a trainer as the configuration says, in a run folder that can be resumed."""
+"""Command `train` of a method: trains a network in a run folder, from which it can be resumed."""
 
 import argparse
 import os
@@ -17,12 +17,12 @@ from pipeline.flags import HelpFormatter
 from pipeline.processes import device_of
 from pipeline.run import Record, Run, check_folder, fingerprint, first_few, read_settings
 from segmentation.benchmark import Benchmark
-from segmentation.checkpoints import FINAL, RESUME, checkpoints
-from segmentation.dataset import Batch, TrainingSet, check_files, check_values
+from segmentation.checkpoints import FINAL, RESUME, numbered_checkpoints
+from segmentation.dataset import Batch, TrainingSet, check_files, read_labels
 from segmentation.distributed import gather, rank_and_world, together
 from segmentation.images import find_image, read_rgb
 from segmentation.inference import infer
-from segmentation.masks import overlay, read_mask
+from segmentation.masks import overlay
 from segmentation.metrics import confusion
 from segmentation.trainer import LOGS, Figures, Trainer, Validation
 from training import config as configs
@@ -32,16 +32,16 @@ from training.recipe import Network, Recipe
 from training.segmenter import protocol_of
 
 OUTPUTS = ("checkpoint_*.pth", RESUME)
-SHOWN = 3  # samples of an example figure
+NUM_SHOWN = 3  # samples of an example figure
 AGAIN = "the same command with --resume continues from what was saved last"
 
 
 def validation(
     split: Split, network: Network, benchmark: Benchmark, device: str, precision: str
 ) -> Validation:
-    """Return a function that scores a network on a split, whose images are shared among the ranks.
+    """Return a function that scores a network on a split, whose images are divided among the ranks.
 
-    Each image is used once, at its own size; the published protocol (command `test`) may use it many times.
+    Each image is segmented once, at scale 1; the published protocol (command `test`) may have more scales.
     """
     protocol = replace(network.protocol, scales=(1.0,), flip=False)
     rank, world = rank_and_world()
@@ -52,12 +52,10 @@ def validation(
         for name in split.names[rank::world]:
             try:
                 image = read_rgb(find_image(split.image_dir, name))
-                mask_file = Path(split.label_dir) / f"{name}.png"
-                truth = read_mask(mask_file)
-                check_values(truth, channels, mask_file)
-                probabilities = infer(model, network.normalize(image), protocol, device, precision)
-                hist += confusion(truth, probabilities.argmax(0).cpu().numpy(), channels)
-            except (ValueError, OSError) as error:  # no reason to stop training
+                truth = read_labels(split.label_dir, name, channels, image.shape[:2])
+                segmented = infer(model, network.normalize(image), protocol, device, precision)
+                hist += confusion(truth, segmented.labels, channels)
+            except (ValueError, OSError) as error:  # training continues
                 failed.append(f"{name} ({error})")
         hists, failures = zip(*gather((hist, failed)), strict=True)
         failures = [failure for part in failures for failure in part]
@@ -73,7 +71,7 @@ def figures(network: Network, benchmark: Benchmark) -> Figures:
     """Return a function that draws one example figure: samples in rows; input, label and prediction."""
 
     def draw(model: nn.Module, batch: Batch) -> dict[str, np.ndarray]:
-        images, labels = batch.images[:SHOWN], batch.labels[:SHOWN]
+        images, labels = batch.images[:NUM_SHOWN], batch.labels[:NUM_SHOWN]
         logits = nn.functional.interpolate(model(images).float(), labels.shape[-2:], mode="bilinear")
         rows = []
         for image, *masks in zip(images, labels, logits.argmax(1), strict=True):
@@ -89,39 +87,33 @@ def figures(network: Network, benchmark: Benchmark) -> Figures:
 def prepare(
     recipe: Recipe, config: Config, overwrite: bool = False, resume: bool = False
 ) -> Trainer | None:
-    """Return the trainer of a configuration, its network initialized or resumed, its folder checked.
+    """Return the trainer of a configuration, with its network initialized or resumed and its folder checked.
 
     Returns:
-        None if the run to be resumed is complete.
+        The trainer, or None if the run to resume is complete.
 
     Raises:
         FileNotFoundError, ValueError: something is missing or does not fit; no file was changed.
     """
+    folder = Path(config.run.output)
     with together():
         network, benchmark = recipe.network(config), benchmark_of(config)
         # A resumed network has its weights, and does not need the file that it started from.
-        started = resume and (Path(config.run.output) / RESUME).is_file()
-        recipe.resolve(config, read_settings(config.run.output).get("settings", {}) if started else None)
+        started = resume and (folder / RESUME).is_file()
+        recipe.resolve(config, read_settings(folder).get("settings", {}) if started else None)
         split = training_split(config, benchmark, recipe.needs_masks)
-        protocol_of(recipe, config)  # raises now what testing would raise days later
+        protocol_of(recipe, config)  # an invalid protocol is an error now, not after days of training
         record = check_run_folder(recipe, config, split, overwrite, resume, started)
-        if resume and (Path(config.run.output) / FINAL).is_file():
+        if resume and (folder / FINAL).is_file():
             return None
-        check_files(split.names, split.image_dir, split.label_dir)
-        dataset = TrainingSet(
-            split.names,
-            split.image_dir,
-            split.label_dir,
-            benchmark.channels,
-            network.transform(config),
-            config.solver.seed,
-            recipe.extras(config, benchmark),
-        )
+        check_files(*split)
+        transform, extras = network.transform(config), recipe.extras(config, benchmark)
+        dataset = TrainingSet(*split, benchmark.channels, transform, config.solver.seed, extras)
         device = torch.device(device_of(config.run.device, int(os.environ.get("LOCAL_RANK", 0))))
         validate = None
         if config.data.val_split and config.run.validate_every:
             val = validation_split(config, benchmark)
-            check_files(val.names, val.image_dir, val.label_dir)
+            check_files(*val)
             validate = validation(val, network, benchmark, str(device), config.run.precision)
         torch.manual_seed(config.solver.seed)
         model = network.build(config, benchmark)
@@ -139,16 +131,16 @@ def prepare(
             figures(network, benchmark),
         )
         resumed = resume and trainer.load_resume()
-        run = Run(config.run.output, record, overwrite)
+        run = Run(folder, record, overwrite)
     if run.rank == 0:
         if report:
             print(report, file=sys.stderr)
         if not resume:
-            for events in (run.folder / LOGS).glob("events.out.tfevents*"):
+            for events in (folder / LOGS).glob("events.out.tfevents*"):
                 events.unlink()
         elif not resumed:
-            print(f"nothing to resume in {run.folder}: starting at iteration 0", file=sys.stderr)
-        with replacing(run.folder / configs.CONFIG) as stream:
+            print(f"nothing to resume in {folder}: starting at iteration 0", file=sys.stderr)
+        with replacing(folder / configs.CONFIG) as stream:
             stream.write(configs.to_yaml(config).encode())
     return trainer
 
@@ -156,14 +148,14 @@ def prepare(
 def check_run_folder(
     recipe: Recipe, config: Config, split: Split, overwrite: bool, resume: bool, started: bool
 ) -> Record:
-    """Return what the run records if its folder may be used; changes nothing.
+    """Return what the run records; changes nothing.
 
     Args:
-        started: the run has a resume file; its recorded initial weights count, their file may be gone.
+        started: the run has a resume file. The recorded initial weights are kept: their file may be gone.
 
     Raises:
-        ValueError: the folder holds another run, or this one and neither `resume` nor `overwrite` is set; or
-            files that no run wrote.
+        ValueError: the folder holds another run, or files that no run wrote, or this run and neither `resume`
+            nor `overwrite` is set.
     """
     folder, step = Path(config.run.output), f"{recipe.name}.train"
     if folder.resolve() in (Path(path).resolve() for path in (split.image_dir, split.label_dir) if path):
@@ -186,7 +178,7 @@ def check_run_folder(
         inputs["labels"] = fingerprint(read_settings(split.label_dir))
     record = Record(step, settings, inputs, OUTPUTS, info)
     check_folder(folder, record, overwrite)
-    trained = [folder / RESUME, *checkpoints(folder), folder / FINAL]
+    trained = [folder / RESUME, *numbered_checkpoints(folder), folder / FINAL]
     first = next((file for file in trained if file.is_file()), None)
     if first and not resume and not overwrite:
         raise ValueError(

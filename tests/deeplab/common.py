@@ -4,6 +4,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from deeplab.model import backbone
 from segmentation.transforms import caffe_normalize, imagenet_normalize
 from tests import conftest
 from tests.weights import parity_array, parity_image
@@ -37,6 +38,15 @@ def summary(values) -> np.ndarray:
     shown = np.zeros(16)
     shown[: len(index)] = flat[index]
     return np.concatenate([[flat.sum(), np.sqrt((flat**2).sum())], shown])
+
+
+def build_v1(
+    channels: int, blocks: tuple[int, ...] = (3, 4, 23, 3), width: int = 64
+) -> torch.nn.Sequential:
+    """DeepLab-v1, in which the public COCO initialization is stored: the stages of v2, a 1x1 convolution."""
+    layers = backbone(blocks, width, "reduce")
+    layers["fc"] = torch.nn.Conv2d(32 * width, channels, 1)
+    return torch.nn.Sequential(layers)
 
 
 def fill_a(model, seed: int = 0, stem: str = "base.layer1.conv1.conv.weight"):

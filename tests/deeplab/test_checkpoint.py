@@ -12,11 +12,11 @@ import torchvision
 
 from deeplab.checkpoint import family, load_full, load_init, read
 from deeplab.keymaps import STRIDE_IN, bgr_stem
-from deeplab.model import DeepLabV1, build_v2
+from deeplab.model import build_v2
 from deeplab.resnet38 import build_r38
 from segmentation.checkpoints import write_checkpoint
 from segmentation.transforms import CAFFE_MEAN, IMAGENET_MEAN, caffe_normalize, imagenet_normalize
-from tests.deeplab.common import golden
+from tests.deeplab.common import build_v1, golden
 from tests.weights import fill_module, parity_image
 
 KEYS = golden("state_dict_keys.json")
@@ -184,7 +184,7 @@ def test_checkpoint_that_was_saved_on_a_gpu(tmp_path, monkeypatch):
 
 def test_coco_initialisation(tmp_path):
     """A v1 network of 91 classes, without prefix: its backbone starts a v2 network, its head does not."""
-    source = fill_module(DeepLabV1(91, (1, 2, 2, 1), 4), 1)
+    source = fill_module(build_v1(91, (1, 2, 2, 1), 4), 1)
     torch.save(source.state_dict(), tmp_path / "coco.pth")
     model = net_a(21)
     head = {key: value.clone() for key, value in model.state_dict().items() if "aspp" in key}
@@ -200,7 +200,7 @@ def test_coco_initialisation(tmp_path):
         "ignored (base.fc.bias, base.fc.weight)"
     )
     assert "can start a training, but not predict" in refused(load_full, net_a(21), tmp_path / "coco.pth")
-    load_full(DeepLabV1(91, (1, 2, 2, 1), 4), tmp_path / "coco.pth")  # it is a whole network of its own
+    load_full(build_v1(91, (1, 2, 2, 1), 4), tmp_path / "coco.pth")  # it is a whole network of its own
 
 
 def test_imagenet_files_of_network_b(tmp_path):
@@ -453,8 +453,8 @@ def test_files_that_are_no_checkpoints(tmp_path):
         "integers.pth": "torch.int32, not floats",
         "two.pth": "more than one network",
         "caffe.pth": "bn2a_branch2a has no blob bn2a_branch2a/1",
-        "absent.pth": "is not there",
-        ".": "is not there",
+        "absent.pth": "does not exist",
+        ".": "is no file",
     }
     for name, complaint in complaints.items():
         sentence = refused(load_init, net_a(), tmp_path / name)

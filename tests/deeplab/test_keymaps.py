@@ -9,7 +9,6 @@ from deeplab.keymaps import (
     caffe,
     caffe_layer,
     family_of,
-    mxnet,
     mxnet_key,
     own_key,
     rename,
@@ -201,5 +200,5 @@ def test_caffe_blobs_that_are_absent(absent, complaint):
 
 
 def test_mxnet_leaves_out_the_classifier():
-    state, dropped = mxnet({"arg:bn7_gamma": np.ones(2), "arg:linear1000_weight": np.ones(1)})
+    state, dropped = rename({"arg:bn7_gamma": np.ones(2), "arg:linear1000_weight": np.ones(1)}, mxnet_key)
     assert list(state) == ["backbone.bn7.weight"] and dropped == ["arg:linear1000_weight"]

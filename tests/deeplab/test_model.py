@@ -7,10 +7,10 @@ import torch.nn.functional as F
 
 from deeplab import model as network_a
 from deeplab import resnet38 as network_b
-from deeplab.model import DeepLabV1, build_v2, parameter_groups, rescale
+from deeplab.model import build_v2, parameter_groups, rescale
 from deeplab.resnet38 import build_r38
 from tests.conftest import relative
-from tests.deeplab.common import fill_a, golden, input_a
+from tests.deeplab.common import build_v1, fill_a, golden, input_a
 
 SIZES = [(65, 65), (97, 65), (57, 81), (33, 34)]
 SMALL = (1, 1, 1, 1)
@@ -75,7 +75,7 @@ def test_other_heads_depths_and_batches(plain, msc):
     image = input_a("dl:v2s", 49, 61)
     small_rates = fill_a(build_v2(3, (1, 2, 2, 1), rates=(3, 6, 9, 12)), seed=1)
     assert relative(small_rates.base(image), plain["v2s_1221_49x61_logits"]) < 1e-4
-    shell = fill_a(DeepLabV1(7, SMALL), seed=2, stem="layer1.conv1.conv.weight")
+    shell = fill_a(build_v1(7, SMALL), seed=2, stem="layer1.conv1.conv.weight")
     assert relative(shell(image), plain["v1_49x61_logits"]) < 1e-4
     assert relative(net().eval().base(pair()), plain["batch2_41x57_logits"]) < 1e-4
     three = fill_a(build_v2(5, SMALL, scales=(0.5, 0.75, 1.25)))
@@ -148,7 +148,7 @@ def summarised(parameters, names):
 def test_state_dict_is_the_public_one():
     expected = golden("state_dict_keys.json")
     with torch.device("meta"):
-        v2, v1 = build_v2(21), DeepLabV1(91)
+        v2, v1 = build_v2(21), build_v1(91)
     found = {key: list(value.shape) for key, value in v2.state_dict().items()}
     assert list(found.items()) == list(expected["deeplabv2_resnet101_msc_21"].items())
     shell = {key: list(value.shape) for key, value in v1.state_dict().items()}
@@ -220,7 +220,7 @@ def test_what_training_moves(build, network, frozen):
     outputs = outputs if isinstance(outputs, list) else [outputs]
     sum(F.cross_entropy(output, torch.ones_like(output[:, 0]).long()) for output in outputs).backward()
 
-    trained = {parameter for group in network.parameter_groups(model) for parameter in group["params"]}
+    trained = {parameter for group in parameter_groups(model) for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         moved = parameter.grad is not None and bool(parameter.grad.any())
         assert moved == (parameter in trained) == parameter.requires_grad, name

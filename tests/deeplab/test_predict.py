@@ -31,9 +31,10 @@ TOY = Benchmark("toy", ["one", "two", "three", "four"])
 def setup(tmp_path_factory):
     """Golden network A: 5 classes, full width, one block a stage."""
     folder = tmp_path_factory.mktemp("demo")
-    config = configs.read(Config, None, ["model.blocks=[1,1,1,1]"])
+    (folder / "toy.yaml").write_text("{name: toy, classes: [one, two, three, four]}\n")
+    config = configs.read(Config, None, ["model.blocks=[1,1,1,1]", f"data.benchmark={folder}/toy.yaml"])
     torch.save(fill_a(RECIPE.network(config).build(config, TOY)).state_dict(), folder / "weights.pth")
-    return Setup(RECIPE, config, TOY, str(folder / "weights.pth"), Protocol(), device="cpu")
+    return Setup(RECIPE, config, str(folder / "weights.pth"), device="cpu")
 
 
 @pytest.fixture
@@ -63,7 +64,9 @@ def test_golden_demo(setup):
     expected = golden("a_demo")
     image = parity_image("dl:demo", 70, 131)
     for crf, key in [(None, "label"), ("deeplab", "label_crf")]:
-        segmenter = Segmenter(replace(setup, crf=crf))
+        test = replace(setup.config.test, crf=crf)
+        segmenter = Segmenter(replace(setup, config=replace(setup.config, test=test)))
+        assert segmenter.setup.crf == crf and segmenter.setup.protocol == Protocol()
         shown, labels = predict(segmenter, image, 97)
         np.testing.assert_array_equal(shown[..., ::-1], expected["raw"])  # the demo's is BGR
         assert (labels != expected[key]).mean() <= 1e-3
@@ -129,7 +132,8 @@ def test_bad_pictures_are_left_out_and_listed(run, pictures):
     for folder in ("masks", "overlays"):
         assert sorted(file.name for file in (run / "predict" / folder).iterdir()) == ["a.png", "b.png"]
     failed = (run / "predict" / "failed.txt").read_text()
-    assert failed.count("\n") == 3 and failed.count("cannot be read") == 2 and "nothing is left" in failed
+    assert failed.count("\n") == 3 and failed.count("cannot be read") == 2
+    assert "is too small for scale" in failed
 
 
 def figure_of(image, labels, benchmark):
@@ -180,7 +184,7 @@ def test_mistakes_are_told(run, pictures, tmp_path):
     Image.new("RGB", (9, 9)).save(pictures / "a.jpg")
     with pytest.raises(ValueError, match=r"a.jpg and a.png have the same name"):
         image_files(str(pictures))
-    with pytest.raises(ValueError, match="nothing is left"):
+    with pytest.raises(ValueError, match=r"too small for scale 0.032"):
         resize_by(np.zeros((3, 2000, 3), np.uint8), 64 / 2000)
 
 

@@ -30,7 +30,7 @@ from tests import processes
 from tests.deeplab.common import fill_a, golden
 from tests.weights import fill_module, parity_image
 from training import config as configs
-from training import evaluation
+from training import test as command_test
 from training.segmenter import crf_labels, protocol_of
 
 SIZES = {"im0": (60, 80), "im1": (75, 50), "im2": (64, 64)}
@@ -185,7 +185,7 @@ def test_processes_and_resuming_give_the_same_files(tiny, tree, monkeypatch):
 def test_finished_masks_are_scored_without_a_network(tiny, tree, monkeypatch):
     assert tiny() == 0
     before = summary(tree / "run" / "test" / "scores.json")
-    monkeypatch.setattr(evaluation, "Segmenter", None)
+    monkeypatch.setattr(command_test, "Segmenter", None)
     assert tiny() == 0
     assert summary(tree / "run" / "test" / "scores.json") == before
 

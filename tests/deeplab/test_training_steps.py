@@ -126,7 +126,8 @@ def run_b(output, frozen, dtype):
     start, lrs = parameters(model), []
     solver = OptimConfig(iterations=5, batch_size=3, accumulate=1, learning_rate=1e-3, decay_every=1)
     trainer, seen = trainer_of("deeplab_v1_r38", model, solver, output)
-    sizes = [len(group["params"]) for group in network_b.parameter_groups(model)]
+    body, weights, biases = (len(group["params"]) for group in network_a.parameter_groups(model))
+    sizes = [body, 0, weights, biases]  # SEAM has a group for the backbone's biases, of which there are none
     run = {"names": list(start), "group_sizes": sizes}
     for step in range(3):
         images = [input_b(f"r38:t{step}_{image}", 41, 41) for image in range(3)]

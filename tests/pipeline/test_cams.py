@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,12 @@ FLAGS = {
     "precision": (["--precision", "bf16"], {"precision": "bf16"}),
     "patches": (["--max_patches", "20"], {"max_patches": 20}),
 }
+
+
+def test_every_setting_is_among_these_flags():
+    tested = {flags[0].removeprefix("--") for flags, _ in FLAGS.values()}
+    untested = {field.name for field in fields(CamSettings)} - tested
+    assert untested == {"keep_initial"}  # tested with what it adds to the files
 
 
 @pytest.mark.parametrize("flag", FLAGS)

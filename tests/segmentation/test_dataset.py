@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from segmentation.benchmark import voc_palette
-from segmentation.dataset import Batch, Draw, Order, TrainingSet, check_files, check_values
+from segmentation.dataset import Batch, Draw, Order, TrainingSet, check_files, read_labels
 from segmentation.masks import write_mask
 from segmentation.transforms import JitterScaleCrop, ScaleCrop
 from tests import training_world
@@ -125,7 +125,8 @@ def save(pixels: np.ndarray):
 
 
 SPOILT = {
-    "other size": (save(np.zeros((40, 51), np.uint8)), r"mask .*image_0.png is \(40, 51\) but image .*52\)"),
+    "other size": (save(np.zeros((40, 51), np.uint8)),
+                   r"mask .*image_0.png is \(40, 51\) but its image .*52\)"),
     "16 bits": (save(np.zeros((40, 52), np.uint16)), "mask .*image_0.png has mode I;16"),
     "RGB": (save(np.zeros((40, 52, 3), np.uint8)), "mask .*image_0.png has mode RGB"),
     "no class": (save(np.full((40, 52), 21, np.uint8)), "mask .*image_0.png holds 21.*21 classes"),
@@ -154,7 +155,10 @@ def test_all_files_are_looked_for(world, tmp_path):
         check_files(names, world / "JPEGImages", tmp_path)
 
 
-def test_values_of_a_mask():
-    check_values(np.array([[0, 3, 255]], np.uint8), 4, "m.png")
+def test_values_of_a_mask(tmp_path):
+    labels = np.array([[0, 3, 255]], np.uint8)
+    write_mask(tmp_path / "m.png", labels, voc_palette())
+    np.testing.assert_array_equal(read_labels(tmp_path, "m", 4, (1, 3)), labels)
+    write_mask(tmp_path / "m.png", np.array([[0, 4, 255]], np.uint8), voc_palette())
     with pytest.raises(ValueError, match=r"m.png holds 4, .* 4 classes \(0 to 3\) nor 255"):
-        check_values(np.array([[0, 4, 255]], np.uint8), 4, "m.png")
+        read_labels(tmp_path, "m", 4, (1, 3))

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from deeplab.resnet38 import build_r38
-from segmentation.inference import Protocol, combine, infer, rescale, scale_logits
+from segmentation.inference import Protocol, rescale
+from segmentation.inference import infer as segment
 from segmentation.transforms import imagenet_normalize
 from tests.deeplab.common import golden, input_b
 from tests.weights import fill_module, parity_array, parity_image
@@ -27,6 +28,22 @@ class Small(nn.Module):
     def forward(self, batch):
         self.seen.append(tuple(batch.shape))
         return 20 * self.layer(batch)
+
+
+class Constant(nn.Module):
+    """Gives the same logits for every image."""
+
+    def __init__(self, logits: torch.Tensor):
+        super().__init__()
+        self.logits = logits
+        self.eval()
+
+    def forward(self, batch):
+        return self.logits
+
+
+def infer(*arguments, **options) -> torch.Tensor:
+    return segment(*arguments, **options).probabilities
 
 
 def image(name: str, height: int, width: int) -> np.ndarray:
@@ -79,10 +96,13 @@ def test_a_mirrored_image_gives_mirrored_probabilities():
 
 def test_the_default_is_the_network_s_logits_at_image_size():
     model, picture = Small(), image("plain", 25, 39)
-    ((scale, logits),) = scale_logits(model, picture, Protocol())
-    assert (scale, tuple(logits.shape)) == (1.0, (1, 4, 4, 5))
-    expected = F.interpolate(logits, (25, 39), mode="bilinear", align_corners=False).softmax(1)[0]
-    torch.testing.assert_close(infer(model, picture, Protocol()), expected, atol=1e-6, rtol=0)
+    probabilities, logits = segment(model, picture, Protocol())
+    assert logits.shape == (4, 4, 5)
+    expected = F.interpolate(logits[None], (25, 39), mode="bilinear", align_corners=False).softmax(1)[0]
+    torch.testing.assert_close(probabilities, expected, atol=1e-6, rtol=0)
+    of_several = segment(model, picture, Protocol((0.5, 1.0, 2.0), flip=True)).logits
+    torch.testing.assert_close(of_several, logits, atol=1e-5, rtol=0)
+    assert segment(model, picture, Protocol((0.5,))).logits is None
 
 
 def test_averages_differ():
@@ -126,7 +146,7 @@ def test_misuse_is_told():
         infer(Small().train(), image("misuse", 9, 9), Protocol())
     with pytest.raises(ValueError, match="fp32, tf32, bf16, fp16"):
         infer(Small(), image("misuse", 9, 9), Protocol(), precision="int8")
-    with pytest.raises(ValueError, match="nothing is left"):
+    with pytest.raises(ValueError, match=r"too small for scale 0.5"):
         infer(Small(), image("misuse", 1, 9), Protocol((0.5,)))
 
 
@@ -148,7 +168,7 @@ def test_logits_of_one_pass_are_combined_as_published():
     for name, size, classes in [("sq", (48, 48), 5), ("wide", (37, 61), 21)]:
         small = [-(-side // 8) for side in size]
         logits = torch.from_numpy(parity_array(f"dl:crfl_{name}", (1, classes, *small), scale=2.0))
-        found = combine([logits], size, Protocol())
+        found = infer(Constant(logits), np.zeros((3, *size), np.float32), Protocol())
         np.testing.assert_allclose(found[:, ::4, ::4], expected[f"{name}_prob"], atol=1e-6)
 
 

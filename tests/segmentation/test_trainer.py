@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from segmentation import trainer as training_loop
-from segmentation.checkpoints import FINAL, RESUME, checkpoints, write_checkpoint
+from segmentation.checkpoints import FINAL, RESUME, numbered_checkpoints, write_checkpoint
 from segmentation.config import OptimConfig, RunConfig
 from segmentation.dataset import TrainingSet
 from segmentation.distributed import WorkFailed, stopping
@@ -306,7 +306,7 @@ def test_a_loss_that_is_no_number_stops_before_it_does_harm(world, tmp_path):
     assert told.startswith("training stopped: the loss of iteration 8 is nan; its images: ")
     names = [trainer.dataset.names[draw.index] for batch in (14, 15) for draw in trainer.order.batch(batch)]
     assert f"its images: {', '.join(names)}; last good checkpoint: {tmp_path / 'checkpoint_5.pth'};" in told
-    assert [file.name for file in checkpoints(tmp_path)] == ["checkpoint_5.pth"]
+    assert [file.name for file in numbered_checkpoints(tmp_path)] == ["checkpoint_5.pth"]
     state = state_of(tmp_path / RESUME)
     assert state["iteration"] == 6 and all(value.isfinite().all() for value in state["model"].values())
     assert events(tmp_path)["loss/train"][-1][0] == 7  # what led there can be seen
@@ -329,7 +329,7 @@ def test_weights_that_are_no_numbers_are_not_saved(world, tmp_path, what):
 
     with pytest.raises(WorkFailed, match=r"after iteration [45] the weights are no longer finite; last good"):
         start(world, tmp_path, rooted, validate_every=0, resume_every=2 if what == "to save" else 3).run()
-    assert checkpoints(tmp_path) == []
+    assert numbered_checkpoints(tmp_path) == []
     state = state_of(tmp_path / RESUME)
     assert state["iteration"] < 5 and all(value.isfinite().all() for value in state["model"].values())
 
@@ -354,7 +354,7 @@ def test_a_bad_file_stops_training_and_keeps_what_was_done(world, undisturbed, t
 
 def test_so_many_checkpoints_are_kept(world, tmp_path):
     start(world, tmp_path, save_every=2, keep=2, resume_every=0, validate_every=0, picture_every=0).run()
-    assert [file.name for file in checkpoints(tmp_path)] == ["checkpoint_8.pth", "checkpoint_10.pth"]
+    assert [file.name for file in numbered_checkpoints(tmp_path)] == ["checkpoint_8.pth", "checkpoint_10.pth"]
     assert (tmp_path / FINAL).is_file() and not (tmp_path / RESUME).exists()
 
 
