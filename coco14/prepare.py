@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from coco14 import BENCHMARK, CATEGORY_IDS, CLASSES
 from coco14.masks import OVERLAPS, Overlap, paint
-from common.files import replacing
+from common.files import write_file
 from segmentation import prepare as shared
 from segmentation.images import IMAGE_SUFFIXES
 from segmentation.labels import CocoImage, mask_labels, read_coco_json
@@ -119,8 +119,7 @@ def may_paint(folder: Path, part: Part, overlap: Overlap, existing: bool) -> boo
                 f"give that again, or delete them and {record.name}"
             )
     elif not existing:
-        with replacing(record) as stream:
-            stream.write(json.dumps({"overlap": overlap}).encode())
+        write_file(record, json.dumps({"overlap": overlap}))
     return record.is_file()
 
 

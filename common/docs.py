@@ -8,7 +8,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
-from common.files import replacing
+from common.files import write_file
 from common.settings import rows
 
 BLOCK = re.compile(r"(<!-- settings (\S+):(\S+) ?(\S*) -->\n).*?(<!-- end settings -->)", re.DOTALL)
@@ -32,8 +32,7 @@ def main() -> None:
     for file in sorted((Path(__file__).parents[1] / "docs").glob("*.md")):
         text = file.read_text()
         if text != page(text):
-            with replacing(file) as stream:
-                stream.write(page(text).encode())
+            write_file(file, page(text))
             print(f"wrote {file}")
 
 

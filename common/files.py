@@ -42,6 +42,12 @@ def replacing(file: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
+def write_file(file: str | Path, content: str | bytes) -> None:
+    """Write `file` as `replacing` does; text as UTF-8."""
+    with replacing(file) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+
+
 def sweep(folder: str | Path) -> None:
     """Remove temporary files in and below `folder` whose processes ran on this machine and have ended."""
     name = re.compile(rf".+\.{re.escape(_machine())}-(\d+)\.tmp")

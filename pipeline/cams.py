@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 import clip
 from clip.model import CLIP, VisionTransformer
 from clip.positions import POSITION_ROUNDINGS
-from common.files import replacing
+from common.files import write_file
 from common.settings import Settings, setting
 from pipeline.compute import ComputeSettings, images_that_fit
 from pipeline.decode import Decoder, Grid, LabeledImage, resized_views
@@ -203,8 +203,7 @@ def _average(views: list[np.ndarray]) -> np.ndarray:
 def store_files(folder: str, name: str, files: dict[str, bytes]) -> None:
     """Write the files of one image, suffix -> content; each appears whole or not at all."""
     for suffix, content in files.items():
-        with replacing(Path(folder) / f"{name}{suffix}") as stream:
-            stream.write(content)
+        write_file(Path(folder) / f"{name}{suffix}", content)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.files import replacing
+from common.files import replacing, write_file
 from pipeline.flags import beside_images
 from pipeline.run import first_few, write_json
 from segmentation import labels
@@ -101,8 +101,7 @@ def write_labels(file: str | Path, scores: dict[str, np.ndarray], rule: LabelRul
     """Write lines `name index index ...`, which every script takes as --labels and as --split_file."""
     chosen = chosen_labels(np.stack([*scores.values()]), *rule) if scores else []
     lines = [" ".join([name, *map(str, row)]) + "\n" for name, row in zip(scores, chosen, strict=True)]
-    with replacing(file) as stream:
-        stream.write("".join(lines).encode())
+    write_file(file, "".join(lines))
     mean = sum(map(len, chosen)) / max(1, len(chosen))
     print(f"{file}: {len(lines)} images, {mean:.2f} labels each", file=sys.stderr)
 

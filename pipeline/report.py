@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from common.files import replacing
+from common.files import write_file
 from pipeline import figures, records
 from pipeline.evaluate import benchmark_scores, scored_names
 from pipeline.masks import MaskSettings, crf_labels, mask_values
@@ -331,8 +331,7 @@ def main() -> None:
     args.val_gt_root = args.val_gt_root or args.gt_root
     results = Results(**{field.name: getattr(args, field.name) for field in fields(Results)})
     page = render(results, args.images)
-    with replacing(args.output) as stream:
-        stream.write(page.encode())
+    write_file(args.output, page)
     print(f"wrote {args.output}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.files import DiskFull, replacing, sweep
+from common.files import DiskFull, sweep, write_file
 from pipeline import processes
 from pipeline.processes import Outcome
 from pipeline.step import Step, run_step
@@ -202,8 +202,7 @@ def fingerprint(record: Mapping[str, Any]) -> str:
 
 def write_json(file: str | Path, content: Mapping[str, Any]) -> None:
     """Write JSON; NaN, which it does not have, becomes null."""
-    with replacing(file) as stream:
-        stream.write(json.dumps(_without_nan(content), indent=2).encode() + b"\n")
+    write_file(file, json.dumps(_without_nan(content), indent=2) + "\n")
 
 
 def _without_nan(value: Any) -> Any:
@@ -292,5 +291,4 @@ def write_failures(file: Path, failures: Sequence[tuple[str, str]]) -> None:
     if not failures:
         file.unlink(missing_ok=True)
         return
-    with replacing(file) as stream:
-        stream.write("".join(f"{name}\t{message}\n" for name, message in failures).encode())
+    write_file(file, "".join(f"{name}\t{message}\n" for name, message in failures))

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from common.files import replacing
+from common.files import write_file
 from segmentation.benchmark import IGNORE
 from segmentation.images import UNREADABLE, decode
 
@@ -43,9 +43,7 @@ def write_mask(
     file: str | Path, labels: np.ndarray, palette: np.ndarray, class_ids: Sequence[int] | None = None
 ) -> None:
     """Write an index mask to `file`, which appears whole or not at all; other arguments: `encode_mask`."""
-    content = encode_mask(labels, palette, class_ids)
-    with replacing(file) as stream:
-        stream.write(content)
+    write_file(file, encode_mask(labels, palette, class_ids))
 
 
 def encode_mask(labels: np.ndarray, palette: np.ndarray, class_ids: Sequence[int] | None = None) -> bytes:

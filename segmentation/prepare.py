@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from common.files import DiskFull, replacing
+from common.files import DiskFull, write_file
 from common.settings import count
 from segmentation.images import find_image, read_image, read_size
 
@@ -101,8 +101,7 @@ def write_split(
         sha256: of the published list; None compares the number of lines alone.
     """
     content = "".join(" ".join([name, *map(str, labels)]) + "\n" for name, labels in split.items()).encode()
-    with replacing(file) as stream:
-        stream.write(content)
+    write_file(file, content)
     verdict = ""
     if sha256 and sha256 == hashlib.sha256(content).hexdigest():
         verdict = "; sha256 is the published one"
@@ -119,8 +118,7 @@ def report(problems: Sequence[Problem], file: Path) -> int:
         file.unlink(missing_ok=True)
         print("no problems found")
         return 0
-    with replacing(file) as stream:
-        stream.write("".join(f"{kind}: {sentence}\n" for kind, sentence in problems).encode())
+    write_file(file, "".join(f"{kind}: {sentence}\n" for kind, sentence in problems))
     for kind, number in Counter(problem.kind for problem in problems).items():
         print(f"{kind}: {number}")
         for problem in [problem for problem in problems if problem.kind == kind][:PRINTED]:

@@ -17,7 +17,7 @@ from lxml.builder import E
 from PIL import Image
 from tqdm import tqdm
 
-from common.files import replacing
+from common.files import write_file
 from segmentation.benchmark import voc_palette
 from segmentation.masks import write_mask
 from shapes.world import CLASSES, DIFFICULT_BELOW, Drawn, Scene, draw, generator
@@ -85,8 +85,7 @@ def write(root: Path, train: int, val: int, sides: tuple[int, int] = (96, 160), 
 
 
 def _write_lines(file: Path, lines: Iterable[str]) -> None:
-    with replacing(file) as stream:
-        stream.write("".join(f"{line}\n" for line in lines).encode())
+    write_file(file, "".join(f"{line}\n" for line in lines))
 
 
 def _sides(text: str) -> tuple[int, int]:

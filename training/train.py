@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.files import replacing, sha256
+from common.files import sha256, write_file
 from pipeline.evaluate import benchmark_scores
 from pipeline.flags import HelpFormatter
 from pipeline.processes import device_of
@@ -140,8 +140,7 @@ def prepare(
                 events.unlink()
         elif not resumed:
             print(f"nothing to resume in {folder}: starting at iteration 0", file=sys.stderr)
-        with replacing(folder / configs.CONFIG) as stream:
-            stream.write(configs.to_yaml(config).encode())
+        write_file(folder / configs.CONFIG, configs.to_yaml(config))
     return trainer
 
 
