@@ -225,7 +225,7 @@ def test_folders_that_hold_a_run(world, undisturbed, tmp_path, capsys):
     code, told = told_by(capsys, words(world, undisturbed, "--overwrite", "run.precision=fp8"))
     assert code == 2 and "precision must be one of" in told
     code, told = told_by(capsys, words(world, undisturbed, "--overwrite", "model.init=absent.pth"))
-    assert code == 2 and "absent.pth is not there" in told
+    assert code == 2 and "absent.pth does not exist" in told
     with pytest.raises(SystemExit) as caught:
         training_world.trained(words(world, undisturbed, "--overwrite", "--resume"))
     assert caught.value.code == 2 and content(undisturbed) == before
