@@ -41,7 +41,7 @@ python generate_cams.py --benchmark shapes --image_root $IMAGES --split_file $TR
 
 # Step 2b: the dense CRF turns the maps into pseudo masks; pixels of low confidence are 255, ignored in training
 python eval_cam_with_crf.py --benchmark shapes --cam_dir $OUTPUT/cams --image_root $IMAGES --split_file $TRAIN \
-    --output $OUTPUT/pseudo_masks
+    --num_workers 1 --output $OUTPUT/pseudo_masks # two would compile the CRF twice
 
 # Step 3, in the background: DeepLab learns from the pseudo masks, then segments new images without any label.
 # Published: 71.1 % (VOC 2012 val). Here: a small network from random weights, trained for about a minute.
@@ -49,7 +49,7 @@ python eval_cam_with_crf.py --benchmark shapes --cam_dir $OUTPUT/cams --image_ro
     python -m deeplab.train --config deeplab/configs/shapes.yaml data.root=$WORLD data.train_split=$TRAIN \
         data.label_dir=$OUTPUT/pseudo_masks data.val_split=$VAL data.val_label_dir=$TRUTH \
         "model.blocks=[1, 1, 1, 1]" augment.crop=65 solver.iterations=$ITERATIONS run.output=$OUTPUT/deeplab
-    python -m deeplab.test --run $OUTPUT/deeplab
+    python -m deeplab.test --run $OUTPUT/deeplab --num_workers 2
 } > $OUTPUT/step3.log 2>&1 &
 STEP3=$!
 
