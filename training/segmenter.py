@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.files import sha256
 from common.settings import add_flags, given
+from pipeline.compute import warn_of_slow_precision
 from pipeline.flags import recorded_path
 from pipeline.processes import device_of
 from refinement.densecrf import PRESETS, densecrf_batch
@@ -83,6 +84,8 @@ class Segmenter:
     def __init__(self, setup: Setup, worker_index: int = 0):
         self.setup, self.network = setup, setup.recipe.network(setup.config)
         self.device = torch.device(device_of(setup.device, worker_index))
+        if worker_index == 0:
+            warn_of_slow_precision(self.device.type, setup.precision)
         # PyTorch's convolutions use TF32 for float32 by default.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = setup.precision == "tf32"
         self.model = self.network.build(setup.config, setup.benchmark)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from common.files import sha256, write_file
+from pipeline.compute import warn_of_slow_precision
 from pipeline.evaluate import benchmark_scores
 from pipeline.flags import HelpFormatter
 from pipeline.processes import device_of
@@ -110,6 +111,7 @@ def prepare(
         transform, extras = network.transform(config), recipe.extras(config, benchmark)
         dataset = TrainingSet(*split, benchmark.channels, transform, config.solver.seed, extras)
         device = torch.device(device_of(config.run.device, int(os.environ.get("LOCAL_RANK", 0))))
+        warn_of_slow_precision(device.type, config.run.precision)
         validate = None
         if config.data.val_split and config.run.validate_every:
             val = validation_split(config, benchmark)
