@@ -26,7 +26,7 @@ def reference_tags(
     Args:
         text: (C, E) features of the names, those of the classes first.
         classes: how many of the names are scored.
-        settings: without the two that mend the public code, `include_edge` and `skip_empty_crops`.
+        settings: `include_edge` and `skip_empty_crops` must be off, as in the reference implementation.
 
     Returns:
         (K,) float32.

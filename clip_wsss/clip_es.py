@@ -22,8 +22,6 @@ from segmentation import benchmark as benchmarks
 from segmentation import camfile
 from segmentation.images import shrunk
 
-DEFAULT_BENCHMARK = "voc12"  # whose background prompts serve any classes
-
 
 class ClipES:
     """CLIP-ES (Lin et al., CVPR 2023) with one model.
@@ -36,7 +34,7 @@ class ClipES:
         model: checkpoint file, public name or open_clip model:tag, see `clip.load`; or a loaded CLIP.
         benchmark: name or YAML file. Names among its classes are prompted as published ("person" as "person
             with clothes,people,human" on voc12); its box threshold, templates and backgrounds are the
-            defaults.
+            defaults, and masks have a background class if its masks have one.
         backgrounds: prompts that compete with the labels; None: the benchmark's. A background that is also a
             label is left out.
         affinity: normalized images (B, 3, H', W') -> (B, n, n) over their n patches, in place of CLIP's
@@ -53,7 +51,7 @@ class ClipES:
         self,
         model: str | CLIP = "ViT-B/16",
         *,
-        benchmark: str = DEFAULT_BENCHMARK,
+        benchmark: str = "voc12",
         backgrounds: Sequence[str] | None = None,
         affinity: Affinity | None = None,
         **settings: Any,
@@ -171,6 +169,7 @@ class _InMemory(Step):
 
     def write(self, decoded: LabeledImage, cams: dict[str, np.ndarray]) -> None:
         settings, size = self.model.mask_settings, decoded.size
+        has_background = self.model.benchmark.has_background
         grid = cams[self.model.settings.cam_type]  # (K, h, w)
         full = camfile.resize(grid, size).astype(np.float16)
         image = shrunk(decoded.image, settings.crf_max_pixels)
@@ -178,10 +177,10 @@ class _InMemory(Step):
         if image.shape != decoded.image.shape:
             sized = camfile.resize(grid, image.shape[:2]).astype(np.float16)
         device = str(self.model.clip.device)
-        posterior = crf_posterior(image, sized, settings, add_background=True, device=device)
+        posterior = crf_posterior(image, sized, settings, has_background, device)
         values = np.arange(len(posterior), dtype=np.uint8)
         mask = resize_mask(posterior_labels(posterior, values, settings.confidence), size)
         if sized is not full:
             posterior = camfile.resize(posterior, size)
         names = self.names[decoded.name]
-        self.results[decoded.name] = Result(names, mask, posterior, decoded.image, full)
+        self.results[decoded.name] = Result(names, mask, posterior, decoded.image, full, has_background)

@@ -1,4 +1,4 @@
-"""A trained network: masks of images that nobody labeled."""
+"""A trained network: masks of images without labels."""
 
 from collections.abc import Sequence
 from dataclasses import replace

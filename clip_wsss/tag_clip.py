@@ -12,8 +12,6 @@ from tagclip import Tagger, Tags, TagSettings
 from tagclip.classify import default_settings
 from tagclip.model import TEMPLATES
 
-DEFAULT_BENCHMARK = "voc12"
-
 
 class TagCLIP:
     """TagCLIP (Lin et al., AAAI 2024) with one model and one list of classes.
@@ -40,7 +38,7 @@ class TagCLIP:
         model: str | CLIP = "ViT-B/16",
         classes: Sequence[str] | None = None,
         *,
-        benchmark: str = DEFAULT_BENCHMARK,
+        benchmark: str = "voc12",
         backgrounds: Sequence[str] | None = None,
         **settings: Any,
     ):

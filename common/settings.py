@@ -48,7 +48,7 @@ class Spec:
     metavar: str | None = None
 
     def allows(self, value: Any, hint: Any) -> bool:
-        """Return whether a value is of the annotated type `hint`, and it, or each of a list, in the range."""
+        """Return whether a value has the annotated type `hint` and is in the range; of a list, each item."""
         kind, is_list = _type_of(hint)
         if value is None:
             return isinstance(hint, types.UnionType)
@@ -100,9 +100,7 @@ class Settings:
                 raise ValueError(f"{self.SECTION}{name} must be {spec.expected(hint)}, got {value!r}")
 
 
-def add_flags(
-    parser: Any, cls: type, omit: Collection[str] = (), show: Mapping[str, str] | None = None
-) -> None:
+def add_flags(parser: Any, cls: type, show: Mapping[str, str] | None = None) -> None:
     """Add a flag for each setting of a dataclass.
 
     A flag that is not given leaves no attribute in the namespace, so that `from_args` keeps the value of
@@ -111,12 +109,9 @@ def add_flags(
     Args:
         parser: ArgumentParser or argument group.
         cls: dataclass of settings.
-        omit: names of settings without a flag.
         show: name -> text shown as the default where another rule decides, such as "the benchmark's".
     """
     for name, spec, hint, default in _declared(cls):
-        if name in omit:
-            continue
         shown = (show or {}).get(name) or _as_text(default, spec)
         help = spec.help + (f" (default: {shown})" if shown else "")
         options: dict[str, Any] = {"help": help.replace("%", "%%")}

@@ -39,8 +39,8 @@ def main(name: str | None = None) -> int:
         parser, args, name or args.benchmark, None if args.shards else args.output, args.cam_format
     )
     run = Run(args.output, record, args.overwrite)
-    whole = shards.ShardStep(step, args.output) if args.shards else step
-    run.map(whole, names, step.compute_settings.num_workers)
+    workers = step.compute_settings.num_workers
+    run.map(shards.ShardStep(step, args.output) if args.shards else step, names, workers)
     return run.finish()
 
 
@@ -131,5 +131,5 @@ def cam_step(
         "labels": label_source,
         **step.settings.record(),
     }
-    inputs, defaults = {"model": sha256(source.file)}, CamSettings().record()
-    return step, names, Record("cams", settings, inputs, OUTPUTS, defaults=defaults)
+    inputs, declared = {"model": sha256(source.file)}, CamSettings().record()
+    return step, names, Record("cams", settings, inputs, OUTPUTS, defaults=declared)

@@ -114,11 +114,14 @@ def bytes_per_image(model: CLIP, patches: int) -> int:
 
 
 def images_that_fit(model: CLIP, patches: int, threads: int, views: int = 1) -> int:
-    """Return the number of images of so many patches that fit in GPU memory, for each of `threads`; on a CPU
-    1, so that results are equal to the last bit whatever a resumed run has left to do.
+    """Return the number of images of this size that fit in GPU memory, per thread; on a CPU 1.
+
+    On a CPU batches of one image give equal results to the last bit, whichever images a resumed run computes.
 
     Args:
-        views: of each image, computed together.
+        patches: number of patches of an image.
+        threads: number of threads that share the GPU.
+        views: number of views of an image, which are computed together.
     """
     if model.device.type == "cpu":
         return 1

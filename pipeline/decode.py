@@ -97,7 +97,8 @@ class Decoder:
         labels: reader of the images' labels; None: samples bring their own.
         image_root: folder of images that come by name.
         stale: folder and suffix of files to remove for images without labels.
-        kept_pixels: the image itself is kept, shrunk to so many pixels; None: it is not kept.
+        kept_pixels: most pixels of the image that is returned beside the views, which is shrunk to fit; None
+            returns no image.
     """
 
     labels: LabelReader | None

@@ -179,6 +179,10 @@ class ScoringStep(Step):
     backgrounds: Sequence[float | None] = (None,)
 
     def __post_init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Start to count from zero."""
         channels = self.benchmark.channels
         self.hists = np.zeros((len(self.backgrounds), channels, channels), np.int64)
         self.pixels = np.zeros(2, np.int64)
@@ -192,7 +196,7 @@ class ScoringStep(Step):
         """Return hists (B, n, n) int64 [truth, prediction] for the B background scores, and pixels (2,):
         those of known truth that are predicted 255 (and left out), and all of known truth."""
         counts = self.hists, self.pixels
-        self.__post_init__()  # another run counts from zero
+        self.reset()  # for another run of the same step
         return counts
 
     def report(

@@ -96,7 +96,7 @@ class Run:
         self.retry = Step.retry
         self.done = 0
         self.failures: list[tuple[str, str]] = []
-        self.notes: dict[str, list[str]] = {}  # names of images
+        self.notes: dict[str, tuple[int, list[str]]] = {}  # number of images, and the first few names
         self.rank, self.world = rank_and_world()
         if self.folder is not None and self.rank == 0:
             _fill(self.folder, record or Record(), overwrite)
@@ -129,7 +129,12 @@ class Run:
         if outcome.failure:
             self.failures.append((outcome.name, outcome.failure))
         for note in outcome.notes:
-            self.notes.setdefault(note, []).append(outcome.name)
+            self._add_note(note, 1, [outcome.name])
+
+    def _add_note(self, note: str, count: int, names: list[str]) -> None:
+        """Count a note; of the names only a few are kept, so that memory does not grow with the images."""
+        total, first = self.notes.get(note, (0, []))
+        self.notes[note] = total + count, sorted([*first, *names])[: SHOWN + 1]
 
     def finish(self) -> int:
         """Print failures and notes of all torchrun ranks; write `failed.txt`, or remove it. From here on
@@ -142,9 +147,11 @@ class Run:
         self.failures = failures = sorted(failure for _, failed, _ in parts for failure in failed)
         if self.rank == 0:
             print(f"{sum(done for done, _, _ in parts)} images, {len(failures)} failed", file=sys.stderr)
-            for note in sorted({note for _, _, notes in parts for note in notes}):
-                names = sorted(name for _, _, notes in parts for name in notes.get(note, ()))
-                print(f"{note}: {len(names)} ({first_few(names)})", file=sys.stderr)
+            for _, _, notes in parts[1:]:  # rank 0's are here already
+                for note, (count, names) in notes.items():
+                    self._add_note(note, count, names)
+            for note, (count, names) in sorted(self.notes.items()):
+                print(f"{note}: {count} ({first_few(names)})", file=sys.stderr)
             for name, message in failures[:SHOWN]:
                 print(f"failed: {name}: {message}", file=sys.stderr)
             if self.folder is not None:

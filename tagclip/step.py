@@ -54,7 +54,7 @@ class TagStep(Step):
     """Step 0, see `pipeline.step.Step`. Scores go to a new file every `PERIOD` seconds and at the end.
 
     Attributes:
-        benchmark: its classes, and the names they are told apart from.
+        benchmark: its classes and background names.
         image_root: folder of the images.
         model: see `clip.load`.
         output: folder of the scores.

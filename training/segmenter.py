@@ -86,8 +86,9 @@ class Segmenter:
         self.device = torch.device(device_of(setup.device, worker_index))
         if worker_index == 0:
             warn_of_slow_precision(self.device.type, setup.precision)
-        # PyTorch's convolutions use TF32 for float32 by default.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = setup.precision == "tf32"
+        if self.device.type == "cuda":  # PyTorch's convolutions use TF32 for float32 by default
+            tf32 = setup.precision == "tf32"
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
         self.model = self.network.build(setup.config, setup.benchmark)
         setup.recipe.load_trained(self.model, setup.checkpoint)
         layout = torch.channels_last if setup.config.run.channels_last else torch.contiguous_format

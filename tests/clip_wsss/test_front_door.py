@@ -137,6 +137,15 @@ def test_backgrounds_and_affinity_are_arguments(model, image, result):
     assert alone.cams.shape == (1, *SIZE)
 
 
+def test_a_benchmark_without_background_gives_masks_without(model, image, tmp_path):
+    file = tmp_path / "stuff.yaml"
+    file.write_text("name: stuff\nclasses: [sky, sea, sand]\nbackgrounds: [tree]\nhas_background: false\n")
+    result = ClipES(model, benchmark=str(file), device="cpu", confidence=0)(image, ["sand", "sky"])
+    assert result.posterior.shape == (2, *SIZE) and not result.has_background
+    np.testing.assert_array_equal(result.mask, result.posterior.argmax(0))
+    result.overlay()
+
+
 def test_overlay_and_saved_mask(result, tmp_path):
     overlay = result.overlay()
     assert overlay.size[1] > SIZE[0] and overlay.mode == "RGB"

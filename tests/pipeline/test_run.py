@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.files import replacing
-from pipeline.processes import device_of, part_of
+from pipeline.processes import Outcome, device_of, part_of
 from pipeline.run import Record, Run, command, read_settings
 from pipeline.step import Decoded, Step
 
@@ -220,6 +220,16 @@ def test_command_returns_the_code_of_main_and_shows_tracebacks_on_request(capsys
     with pytest.raises(SystemExit):
         command(lambda: int("x"))
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_notes_keep_a_few_names_whatever_the_number_of_images(capsys):
+    run = Run(None)
+    for number in reversed(range(1000)):
+        run.take(Outcome(f"{number:04d}", notes=("odd",)))
+    count, names = run.notes["odd"]
+    assert count == 1000 and len(names) <= 10
+    run.finish()
+    assert "odd: 1000 (0000, 0001, 0002, 0003, 0004, ...)" in capsys.readouterr().err
 
 
 def test_devices(monkeypatch):

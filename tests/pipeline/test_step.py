@@ -110,7 +110,7 @@ def test_run_divides_names_in_blocks_and_returns_what_each_process_finished_with
     run = Run(None)
     results = run.map(Letters(prefetch=2), list("abcdef"), num_workers)
     written = ["".join(call[-1].lower() for call in calls if call.startswith("write")) for calls in results]
-    assert written == parts and run.finish() == 0 and sorted(run.notes["decoded"]) == list("abcdef")
+    assert written == parts and run.finish() == 0 and run.notes["decoded"] == (6, list("abcdef"))
     assert [calls[0] for calls in results] == [f"start {index}" for index in range(num_workers)]
 
 
