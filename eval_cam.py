@@ -1,20 +1,19 @@
 """Step 2a, CAMs or index masks against ground truth: python eval_cam.py --help"""
 
-import argparse
 
+from common.cli import Parser
 from common.settings import count
 from pipeline.evaluate import ARITHMETIC, MASKS, Evaluation, backgrounds, benchmark_of, evaluate
-from pipeline.flags import HelpFormatter, add_benchmark_flag
+from pipeline.flags import add_benchmark_flag
 from pipeline.processes import cores
 from pipeline.run import command
 from segmentation.labels import split_of
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Step 2a: the mIoU of CAMs against ground truth, for several background scores in one "
         "pass over the files; the best is marked and printed in full.",
-        formatter_class=HelpFormatter,
     )
     flag = parser.add_argument
     flag("--cam_dir", "--cam_out_dir", metavar="DIR", default="./cam_out", help="folder of the CAM files "

@@ -1,11 +1,11 @@
 """Step 2b, CAMs to pseudo masks by the dense CRF: python eval_cam_with_crf.py --help"""
 
-import argparse
 from dataclasses import replace
 
+from common.cli import Parser
 from common.settings import add_flags, count, from_args
 from pipeline.evaluate import benchmark_of
-from pipeline.flags import HelpFormatter, add_benchmark_flag, add_image_flags
+from pipeline.flags import add_benchmark_flag, add_image_flags
 from pipeline.masks import MaskSettings, MaskStep, add_preset_flag, make_masks, mask_defaults
 from pipeline.processes import cores
 from pipeline.run import command
@@ -13,10 +13,9 @@ from segmentation.labels import split_of
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Step 2b: CAMs refined by a dense CRF, written as pseudo masks in which pixels of low "
         "confidence are 255. The same command continues a stopped run.",
-        formatter_class=HelpFormatter,
     )
     flag = parser.add_argument
     flag("--cam_dir", "--cam_out_dir", metavar="DIR", default="./cam_out", help="folder of the CAM files, "

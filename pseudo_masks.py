@@ -1,14 +1,14 @@
 """Steps 1 and 2b in one go, images and labels to pseudo masks, with --labels auto step 0 too: see --help"""
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from common.cli import Parser
 from common.files import check_outputs
 from common.settings import add_flags, from_args
 from pipeline import shards
 from pipeline.cams_cli import add_cam_flags, add_input_flags, cam_step
-from pipeline.flags import LABELS_HELP, HelpFormatter
+from pipeline.flags import LABELS_HELP
 from pipeline.fused import FusedStep
 from pipeline.label_scores import LabelRule
 from pipeline.masks import MaskSettings, mask_defaults
@@ -24,11 +24,10 @@ TAGS = "tags"  # the folder, in that of the masks, of step 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Pseudo masks from images and the classes that each contains, by CAMs and a dense CRF; "
         "pixels of low confidence are 255. With --labels auto CLIP finds the classes. Nothing large is "
         "written in between. The same command continues a stopped run.",
-        formatter_class=HelpFormatter,
     )
     flag = parser.add_argument
     add_input_flags(flag, None, f"{LABELS_HELP}; {AUTO}: CLIP finds them, with the defaults of classify.py")

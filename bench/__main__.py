@@ -1,15 +1,14 @@
 """python -m bench cams|crf|eval|pipeline|tags|train: speed and memory beside the public projects' way."""
 
-import argparse
 import json
 from pathlib import Path
 
 import clip
 from bench import cams, crf, evaluation, fused, tags, train
 from bench.measure import Setting, table
+from common.cli import Parser
 from common.settings import count
 from deeplab.recipe import NETWORKS
-from pipeline.flags import HelpFormatter
 from pipeline.run import command
 from segmentation.inference import PRECISIONS
 
@@ -22,12 +21,11 @@ NOT_TRAINING = ("precision", "images", "model", "backend")  # ... and those of a
 
 def main() -> int:
     usual = Setting()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m bench",
         description="How fast a step is, in how much memory, beside the public way of doing it, which takes "
         "turns with it; and how near the machine's ceiling its stages come. "
         + " ".join(f"{name}: {module.__doc__}" for name, module in SUBCOMMANDS.items()),
-        formatter_class=HelpFormatter,
     )
     flag = parser.add_argument
     flag("what", choices=SUBCOMMANDS, help="the step to measure")

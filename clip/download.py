@@ -11,6 +11,7 @@ from urllib.request import urlopen
 from tqdm import tqdm
 
 from common.files import replacing, sha256
+from common.logs import no_progress
 
 # OpenAI's files; the folder in each address is the sha256 of the file.
 OPENAI = "https://openaipublic.azureedge.net/clip/models"
@@ -144,7 +145,7 @@ def fetch(url: str, folder: Path) -> Path:
     try:
         with urlopen(url) as response, replacing(target) as file:
             total = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=None) as bar:
+            with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=no_progress()) as bar:
                 while chunk := response.read(1 << 20):
                     digest.update(chunk)
                     bar.update(file.write(chunk))

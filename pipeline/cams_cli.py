@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clip.download import resolve
+from common.cli import Parser
 from common.files import sha256
 from common.settings import add_flags, from_args
 from pipeline import flags, shards
@@ -23,10 +24,9 @@ def main(name: str | None = None) -> int:
     Args:
         name: the benchmark; None lets --benchmark choose.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Step 1: class activation maps of the classes that each image contains, from a frozen "
         "CLIP. The same command continues a stopped run.",
-        formatter_class=flags.HelpFormatter,
     )
     flag = parser.add_argument
     add_input_flags(flag, name, flags.LABELS_HELP)

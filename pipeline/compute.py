@@ -1,6 +1,5 @@
 """On what a step computes: device, precision, processes and threads, and how much fits in GPU memory."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 
 import clip
 from clip.model import CLIP, HEAD_WIDTH, VisionTransformer
+from common.logs import log
 from common.settings import Settings, setting
 from pipeline.flow import FlowSettings
 from pipeline.processes import cores, device_of
@@ -80,16 +80,16 @@ class ComputeSettings(Settings):
         device = device_of(self.device, worker_index)
         if worker_index == 0:
             warn_of_slow_precision(device, self.precision)
+        log.debug("process %d: model %s on %s in %s", worker_index, model, device, self.precision)
         return clip.load(model, device, self.precision, round_weights, self.compile)
 
 
 def warn_of_slow_precision(device: str, precision: str) -> None:
-    """Print a warning if bfloat16 is emulated: on such a CPU it took 2.3 times as long as float32."""
+    """Log a warning if bfloat16 is emulated: on such a CPU it took 2.3 times as long as float32."""
     if precision == "bf16" and device == "cpu" and not has_bf16_units():
-        print(
+        log.warning(
             "warning: this CPU has no bfloat16 units, so --precision bf16 is slower than fp32 (0.43 of its "
-            "speed was measured)",
-            file=sys.stderr,
+            "speed was measured)"
         )
 
 

@@ -1,5 +1,4 @@
-"""Flags that scripts share, and the layout of --help."""
-import argparse
+"""Flags that scripts share."""
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,28 +7,6 @@ from segmentation.benchmark import Benchmark
 
 MODEL_HELP = "CLIP checkpoint file, public name (ViT-B/16, RN50, ...) or open_clip model:tag"
 LABELS_HELP = "file of lines `id index index ...` that replaces the benchmark's labels"
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows required flags in the usage line, and the defaults of flags, except of switches."""
-
-    def add_usage(self, usage, actions, groups, prefix=None) -> None:
-        required = [
-            " ".join([*action.option_strings[:1], str(action.metavar or action.dest)])
-            for action in actions
-            if action.required and action.nargs != "*"
-        ]
-        super().add_usage(usage or " ".join([self._prog, *required, "[options]"]), actions, groups, prefix)
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False):
-            return action.help
-        return super()._get_help_string(action)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        return ", ".join(
-            part for part in super()._format_action_invocation(action).split(", ") if "--no-" not in part
-        )
 
 
 def add_benchmark_flag(flag: Callable, recorded_in: str = "") -> None:

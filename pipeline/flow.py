@@ -25,6 +25,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from common import logs
 from pipeline.processes import Decoded, Outcome, attempt, failed
 
 if TYPE_CHECKING:
@@ -146,7 +147,8 @@ def decoding(settings: FlowSettings) -> Iterator[Executor | None]:
         return
     # Not fork: this process may hold threads and a CUDA context.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    pool = ProcessPoolExecutor(settings.decode_workers, multiprocessing.get_context(method), _set_up_decoder)
+    context = multiprocessing.get_context(method)
+    pool = ProcessPoolExecutor(settings.decode_workers, context, _set_up_decoder, (logs.level(),))
     try:
         yield pool
     finally:
@@ -173,8 +175,9 @@ def _prefetched(
     yield from ahead
 
 
-def _set_up_decoder() -> None:
+def _set_up_decoder(log_level: int) -> None:
     """Set up a decoding process: it leaves Ctrl-C to its parent and ends with it."""
+    logs.show(log_level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 

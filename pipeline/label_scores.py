@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.files import replacing, write_file
+from common.logs import log
 from pipeline.flags import beside_images
 from pipeline.run import first_few, write_json
 from segmentation import labels
@@ -103,7 +103,7 @@ def write_labels(file: str | Path, scores: dict[str, np.ndarray], rule: LabelRul
     lines = [" ".join([name, *map(str, row)]) + "\n" for name, row in zip(scores, chosen, strict=True)]
     write_file(file, "".join(lines))
     mean = sum(map(len, chosen)) / max(1, len(chosen))
-    print(f"{file}: {len(lines)} images, {mean:.2f} labels each", file=sys.stderr)
+    log.info("%s: %d images, %.2f labels per image", file, len(lines), mean)
 
 
 def report_metrics(
@@ -121,10 +121,9 @@ def report_metrics(
         except (ValueError, OSError) as error:
             unlabeled.append(f"{name}: {error}")
     if unlabeled:
-        message = f"{len(unlabeled)} images without true labels are not scored: {first_few(unlabeled)}"
-        print(message, file=sys.stderr)
+        log.warning("%d images without true labels are not scored: %s", len(unlabeled), first_few(unlabeled))
     if not true_labels:
-        print("no true labels: nothing to score", file=sys.stderr)
+        log.warning("no true labels: nothing to score")
         return
     values = np.stack([scores[name] for name in true_labels])  # (n, K)
     labeled = np.zeros(values.shape, bool)

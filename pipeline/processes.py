@@ -4,8 +4,6 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
-import traceback
 from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +11,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, ClassVar, NamedTuple
 
+from common import logs
 from common.files import FULL, DiskFull
+from common.logs import log
 
 
 @dataclass
@@ -60,6 +60,7 @@ def failed(name: str, error: Exception) -> Outcome:
         raise error
     if isinstance(error, OSError) and error.errno in FULL:  # numba's cache of compiled code, for example
         raise DiskFull(f"{error}: make room, and start again to go on") from None
+    log.debug("traceback of the failure of %s", name, exc_info=error)
     kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
     return Outcome(name, failure=kind + " ".join(str(error).split()))
 
@@ -146,7 +147,8 @@ def run(
             receiver, sender = context.Pipe(duplex=False)
             part = part_of(names, index, processes, block)
             # No daemon, which may not start decoding processes.
-            worker = context.Process(target=_worker, args=(sender, work, part, first + index, args))
+            options = sender, work, part, first + index, args, logs.level()
+            worker = context.Process(target=_worker, args=options)
             worker.start()
             sender.close()  # the worker alone holds it, so that its death ends the pipe
             workers[receiver] = worker
@@ -179,8 +181,11 @@ def _receive(receiver: Connection, worker: BaseProcess) -> tuple[str, Any]:
         ) from None
 
 
-def _worker(sender: Connection, work: Callable, names: list, worker_index: int, args: tuple) -> None:
+def _worker(
+    sender: Connection, work: Callable, names: list, worker_index: int, args: tuple, log_level: int
+) -> None:
     """Send ("outcome", Outcome) for each image, then ("result", what `work` returned) or ("error", error)."""
+    logs.show(log_level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
 
     def send(kind: str, value: Any) -> None:
@@ -196,5 +201,5 @@ def _worker(sender: Connection, work: Callable, names: list, worker_index: int, 
         kind = next(kind for kind in kinds if isinstance(error, kind))
         send("error", kind(str(error)))
     except BaseException as error:
-        traceback.print_exc(file=sys.stderr)
+        log.error("a worker process failed", exc_info=True)
         send("error", ChildProcessError(f"a worker process failed with {type(error).__name__}: {error}"))

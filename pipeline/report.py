@@ -2,7 +2,6 @@
 
 `python -m pipeline.report --help`. The page is one HTML file that contains its figures and loads nothing.
 """
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -13,6 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from common.cli import Parser
 from common.files import write_file
 from pipeline import figures, records
 from pipeline.evaluate import benchmark_scores, scored_names
@@ -283,7 +283,7 @@ def recorded(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a page of figures and scores: one HTML file.")
+    parser = Parser(description="Write a page of figures and scores: one HTML file.")
     flag = parser.add_argument
     flag("--benchmark", "--dataset", required=True, metavar="NAME|FILE.yaml",
          help="voc12, coco14, cocostuff, shapes or a YAML file")  # fmt: skip

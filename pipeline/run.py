@@ -2,12 +2,11 @@
 
 import hashlib
 import json
+import logging
 import math
-import os
 import platform
 import re
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from common.files import DiskFull, sweep, write_file
+from common.logs import log, no_progress
 from pipeline import processes
 from pipeline.processes import Outcome
 from pipeline.step import Step, run_step
@@ -39,20 +39,19 @@ RENAMED = {
 
 
 def command(main: Callable[[], int | None], again: str = "the same command continues") -> None:
-    """Run a script's `main` and exit with its return value; after Ctrl-C print `again`, how to continue.
+    """Run a script's `main` and exit with its return value; after Ctrl-C log `again`, how to continue.
 
-    User errors (ValueError, OSError) print one line and exit with code 2; the environment variable
-    CLIP_WSSS_DEBUG=1 shows the traceback too. Work that began and cannot continue exits with 1.
+    User errors (ValueError, OSError) log one line and exit with code 2; -v logs the traceback too. An error
+    that ends a run which has begun exits with code 1.
     """
     try:
         code = main() or 0
     except KeyboardInterrupt:
-        print(f"interrupted: {again}", file=sys.stderr)
+        log.warning("interrupted: %s", again)
         code = 130
     except (ValueError, OSError) as error:
-        if os.environ.get("CLIP_WSSS_DEBUG") == "1":
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        log.debug("traceback of the error", exc_info=True)
+        log.error("error: %s", error)
         code = 1 if isinstance(error, ChildProcessError | DiskFull | WorkFailed) else 2
     sys.exit(code)
 
@@ -112,9 +111,9 @@ class Run:
         """
         self.retry, block = step.retry, step.flow.prefetch
         names = processes.part_of(names, self.rank, self.world, block)
-        # Rank 0 shows progress for all; disable=None is quiet when stderr is no terminal.
-        total, disable = None if step.several else len(names), True if self.rank else None
-        with tqdm(total=total, unit="image", disable=disable) as bar:
+        total = None if step.several else len(names)
+        # Rank 0 shows the progress of its own images: the others take about as long.
+        with tqdm(total=total, unit="image", disable=no_progress(self.rank > 0)) as bar:
 
             def take(outcome: Outcome) -> None:
                 self.take(outcome)
@@ -137,7 +136,7 @@ class Run:
         self.notes[note] = total + count, sorted([*first, *names])[: SHOWN + 1]
 
     def finish(self) -> int:
-        """Print failures and notes of all torchrun ranks; write `failed.txt`, or remove it. From here on
+        """Log failures and notes of all torchrun ranks; write `failed.txt`, or remove it. From here on
         `failures` holds those of all ranks.
 
         Returns:
@@ -146,18 +145,21 @@ class Run:
         parts = gather((self.done, self.failures, self.notes))
         self.failures = failures = sorted(failure for _, failed, _ in parts for failure in failed)
         if self.rank == 0:
-            print(f"{sum(done for done, _, _ in parts)} images, {len(failures)} failed", file=sys.stderr)
+            total = sum(done for done, _, _ in parts)
+            log.log(
+                logging.WARNING if failures else logging.INFO, "%d images, %d failed", total, len(failures)
+            )
             for _, _, notes in parts[1:]:  # rank 0's are here already
                 for note, (count, names) in notes.items():
                     self._add_note(note, count, names)
             for note, (count, names) in sorted(self.notes.items()):
-                print(f"{note}: {count} ({first_few(names)})", file=sys.stderr)
+                log.warning("%s: %d (%s)", note, count, first_few(names))
             for name, message in failures[:SHOWN]:
-                print(f"failed: {name}: {message}", file=sys.stderr)
+                log.warning("failed: %s: %s", name, message)
             if self.folder is not None:
                 write_failures(self.folder / FAILED, failures)
                 if failures:
-                    print(f"all failures: {self.folder / FAILED}; {self.retry}", file=sys.stderr)
+                    log.warning("all failures: %s; %s", self.folder / FAILED, self.retry)
         return 1 if failures else 0
 
 

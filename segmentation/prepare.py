@@ -12,7 +12,9 @@ from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
+from common.cli import Parser
 from common.files import DiskFull, write_file
+from common.logs import no_progress
 from common.settings import count
 from segmentation.images import find_image, read_image, read_size
 
@@ -79,7 +81,7 @@ def inspect_all(
     labels = {}
     with ProcessPoolExecutor(workers) as pool:  # starts no process before it has work
         inspections = map(inspect, items) if workers == 1 else pool.map(inspect, items, chunksize=16)
-        progress = tqdm(inspections, total=len(items), desc=description, unit="image", disable=None)
+        progress = tqdm(inspections, total=len(items), desc=description, unit="image", disable=no_progress())
         for inspection in progress:
             name, sizes = inspection.name, inspection.sizes
             problems += inspection.problems
@@ -131,7 +133,7 @@ def report(problems: Sequence[Problem], file: Path) -> int:
 
 def make_parser(package: str, description: str) -> argparse.ArgumentParser:
     """Return a parser with the flags of every `prepare`; `package` is also the default output folder."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {package}.prepare",
         description=description,
         epilog=EXIT_CODES,

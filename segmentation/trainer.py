@@ -5,7 +5,6 @@ alone. A run that was stopped and resumed therefore gives the same weights as an
 last bit on the same machine with the same number of threads and ranks.
 """
 
-import sys
 import threading
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from common.logs import log, no_progress
 from segmentation import checkpoints
 from segmentation.checkpoints import FINAL, RESUME, trained_state
 from segmentation.config import OptimConfig, RunConfig
@@ -128,7 +128,7 @@ class Trainer:
         batches = self.dataset.batches(self.order, numbers, world.rank, world.size, self.config.workers)
         clock, images = time.monotonic(), 0
         self._set_mode(training=True)
-        bar = tqdm(total=total, initial=self.done, unit="iteration", disable=True if world.rank else None)
+        bar = tqdm(total=total, initial=self.done, unit="iteration", disable=no_progress(world.rank > 0))
         # Purge what an earlier process logged after the iteration that is resumed.
         logs = nullcontext() if world.rank else SummaryWriter(self.folder / LOGS, purge_step=self.done + 1)
         with stopping(twice=world.size > 1) as stop, logs as writer, bar:
@@ -274,7 +274,7 @@ class Trainer:
         self.validated = self.done
         if writer:
             line = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
-            tqdm.write(f"iteration {self.done}: {line}", file=sys.stderr)
+            log.info("iteration %d: %s", self.done, line)
             for name, score in scores.items():
                 writer.add_scalar(f"validation/{name}", score, self.done)
             writer.flush()

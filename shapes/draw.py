@@ -7,7 +7,6 @@
 The same arguments give the same bytes. Train and val have no image in common, also of different seeds.
 """
 import argparse
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +16,9 @@ from lxml.builder import E
 from PIL import Image
 from tqdm import tqdm
 
+from common.cli import Parser
 from common.files import write_file
+from common.logs import no_progress
 from segmentation.benchmark import voc_palette
 from segmentation.masks import write_mask
 from shapes.world import CLASSES, DIFFICULT_BELOW, Drawn, Scene, draw, generator
@@ -69,7 +70,7 @@ def write(root: Path, train: int, val: int, sides: tuple[int, int] = (96, 160), 
     captions: dict[str, dict[str, str]] = {}  # split -> image name -> caption
     for split, count in (("train", train), ("val", val)):
         captions[split] = {}
-        for index in tqdm(range(count), desc=split, disable=not sys.stderr.isatty()):
+        for index in tqdm(range(count), desc=split, disable=no_progress()):
             name = f"shapes_{split}_{index:06d}"
             scene = draw(seed, index, image_size(sides, seed, index, split), split)
             Image.fromarray(scene.image).save(root / "JPEGImages" / f"{name}.jpg", **JPEG)
@@ -99,7 +100,7 @@ def _sides(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path("output/shapes"), help="folder to draw into")
     parser.add_argument("--train", type=int, default=200, help="images of the train split")
     parser.add_argument("--val", type=int, default=60, help="images of the val split")

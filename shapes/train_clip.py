@@ -18,7 +18,6 @@ would not localize:
    that the model itself gives the same name among those of the caption. Attention of a large CLIP
    does so by itself; that of a small one is diffuse, and would blur a CAM instead of refining it.
 """
-import argparse
 import csv
 import math
 import random
@@ -35,6 +34,8 @@ from clip.images import normalize
 from clip.model import CLIP, Config
 from clip.prompts import encode_prompts
 from clip.tokenizer import tokenize
+from common import logs
+from common.cli import Parser
 from common.settings import Settings, add_flags, from_args, setting
 from segmentation.checkpoints import write_tensors
 from segmentation.metrics import confusion, scores
@@ -292,7 +293,7 @@ def train(recipe: Recipe, out: Path, log_every: int = 50, probe_every: int = 500
             row |= {"step": done, "seconds": time.monotonic() - began}
             row["probe"] = probe(model, recipe.seed) if probed else ""
             rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
-            print("  ".join(f"{field} {rows[-1][field]}" for field in LOG_FIELDS), flush=True)
+            logs.log.info("  ".join(f"{field} {rows[-1][field]}" for field in LOG_FIELDS))
             with open(log, "w", newline="") as stream:
                 writer = csv.DictWriter(stream, LOG_FIELDS)
                 writer.writeheader()
@@ -318,7 +319,7 @@ def _read_resume(file: Path, recipe: Recipe) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="checkpoint to write, such as clip_shapes.pt")
     parser.add_argument("--threads", type=int, default=2)
     add_flags(parser, Recipe)

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from clip.download import resolve
+from common.cli import Parser
 from common.files import check_outputs, sha256
 from common.settings import add_flags, from_args
 from pipeline.cams import CamStep
 from pipeline.compute import ComputeSettings
-from pipeline.flags import HelpFormatter, add_image_flags, recorded_path
+from pipeline.flags import add_image_flags, recorded_path
 from pipeline.label_scores import (
     RULES,
     SUFFIX,
@@ -75,11 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="classify.py",
         description="Step 0, TagCLIP: the classes that each image contains, from a frozen CLIP and no "
         "annotation. True labels only serve to score. The same command continues a stopped run.",
-        formatter_class=HelpFormatter,
     )
     flag = parser.add_argument
     flag("--benchmark", "--dataset", default=next(iter(DATASETS)), metavar="NAME|FILE.yaml",

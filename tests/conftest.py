@@ -1,5 +1,6 @@
 """What every test may use: golden vectors, and the deterministic CLIPs they were made with."""
 import json
+import logging
 import os
 from functools import cache
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 import clip
+from common import logs
 from tests import weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,6 +40,11 @@ def _session(tmp_path_factory):
     beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # processes that share the cores
     torch.set_num_threads(max(1, min(2, os.cpu_count() // beside)))
     os.environ["CLIP_WSSS_CACHE"] = str(tmp_path_factory.mktemp("features"))
+
+
+@pytest.fixture(autouse=True)
+def _messages():
+    logs.show(logging.INFO)  # as commands do by default
 
 
 def golden(name: str, system: str = "clip-es") -> dict:

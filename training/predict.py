@@ -1,6 +1,5 @@
 """Command `predict` of a method: masks and overlays of images without labels."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from common.cli import Parser
 from common.files import replacing
 from common.settings import add_flags, count, given, setting
-from pipeline.flags import HelpFormatter
 from pipeline.masks import resize_mask
 from pipeline.run import Record, Run, check_folder, read_settings
 from pipeline.step import Decoded, Step
@@ -85,10 +84,9 @@ def predict(segmenter: Segmenter, image: np.ndarray, size: int = SIZE) -> tuple[
 
 def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {recipe.name}.predict",
         description="Segment your own images: an index mask of each, and an overlay that shows its classes.",
-        formatter_class=HelpFormatter,
     )
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", help="an image, or a folder of images")
     add_network_flags(parser, recipe)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from common.cli import Parser
 from common.files import replacing
+from common.logs import log
 from common.settings import add_flags, count, given, setting
 from pipeline.evaluate import benchmark_scores, report_scores
-from pipeline.flags import HelpFormatter
 from pipeline.processes import Outcome, attempt
 from pipeline.run import SETTINGS, Record, Run, check_folder, read_settings
 from pipeline.step import Decoded, Step
@@ -147,11 +148,10 @@ def _is_whole(file: Path) -> bool:
 
 def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {recipe.name}.test",
         description="Test a trained network on a split: write its masks and their scores, with --crf also "
         "after a dense CRF. The same command continues a stopped run.",
-        formatter_class=HelpFormatter,
     )
     add_network_flags(parser, recipe)
     flag = parser.add_argument_group("images").add_argument
@@ -187,7 +187,7 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
         if args.submission and code == 0:
             _pack(step, names, args.submission)
         elif args.submission:
-            print("no submission was packed, because images failed")
+            log.warning("no submission was packed, because images failed")
     return code
 
 

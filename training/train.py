@@ -1,8 +1,6 @@
 """Command `train` of a method: trains a network in a run folder, from which it can be resumed."""
 
-import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,10 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.cli import Parser
 from common.files import sha256, write_file
+from common.logs import log
 from pipeline.compute import warn_of_slow_precision
 from pipeline.evaluate import benchmark_scores
-from pipeline.flags import HelpFormatter
 from pipeline.processes import device_of
 from pipeline.run import Record, Run, check_folder, fingerprint, first_few, read_settings
 from segmentation.benchmark import Benchmark
@@ -61,7 +60,7 @@ def validation(
         hists, failures = zip(*gather((hist, failed)), strict=True)
         failures = [failure for part in failures for failure in part]
         if failures and rank == 0:
-            print(f"{len(failures)} images could not be validated on: {first_few(failures)}", file=sys.stderr)
+            log.warning("%d images were left out of validation: %s", len(failures), first_few(failures))
         scores = benchmark_scores(sum(hists), benchmark)
         return {name: scores[name] for name in ("Mean IoU", "Pixel Accuracy")}
 
@@ -136,12 +135,12 @@ def prepare(
         run = Run(folder, record, overwrite)
     if run.rank == 0:
         if report:
-            print(report, file=sys.stderr)
+            log.info("%s", report)
         if not resume:
             for events in (folder / LOGS).glob("events.out.tfevents*"):
                 events.unlink()
         elif not resumed:
-            print(f"nothing to resume in {folder}: starting at iteration 0", file=sys.stderr)
+            log.warning("nothing to resume in %s: starting at iteration 0", folder)
         write_file(folder / configs.CONFIG, configs.to_yaml(config))
     return trainer
 
@@ -191,12 +190,11 @@ def check_run_folder(
 
 def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {recipe.name}.train",
         description=f"Train {recipe.title}; under torchrun in several processes. SIGTERM and Ctrl-C save, "
         "and --resume continues with the same result as without a stop. run.output/logs is for TensorBoard.",
         epilog=f"docs/{recipe.name}.md lists all keys of the configuration.",
-        formatter_class=HelpFormatter,
     )
     flag = parser.add_argument
     flag("--config", metavar="FILE.yaml", help=f"configuration; published ones are in {recipe.name}/configs")

@@ -69,7 +69,6 @@ def told(script: str, capsys, monkeypatch, *flags) -> tuple[int, str]:
     """Exit code of a script, run in this process, and what it says on stderr."""
     main = import_module(script).main
     monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
-    monkeypatch.delenv("CLIP_WSSS_DEBUG", raising=False)
     with pytest.raises(SystemExit) as end:
         command(main)
     return end.value.code, capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Runs: settings that guard a folder, failures that are listed, processes that share the work."""
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common import logs
 from common.files import replacing
 from pipeline.processes import Outcome, device_of, part_of
 from pipeline.run import Record, Run, command, read_settings
@@ -199,12 +201,11 @@ def test_damaged_settings_are_told(tmp_path, text):
         (KeyboardInterrupt(), 130, "the same command continues"),
     ],
 )
-def test_command(error, code, told, capsys, monkeypatch):
+def test_command(error, code, told, capsys):
     def main():
         if error:
             raise error
 
-    monkeypatch.delenv("CLIP_WSSS_DEBUG", raising=False)
     with pytest.raises(SystemExit) as end:
         command(main)
     assert end.value.code == code
@@ -212,11 +213,11 @@ def test_command(error, code, told, capsys, monkeypatch):
     assert told in err and "Traceback" not in err
 
 
-def test_command_returns_the_code_of_main_and_shows_tracebacks_on_request(capsys, monkeypatch):
+def test_command_returns_the_code_of_main_and_logs_tracebacks_at_debug_level(capsys):
     with pytest.raises(SystemExit) as end:
         command(lambda: 1)
     assert end.value.code == 1
-    monkeypatch.setenv("CLIP_WSSS_DEBUG", "1")
+    logs.show(logging.DEBUG)
     with pytest.raises(SystemExit):
         command(lambda: int("x"))
     assert "Traceback" in capsys.readouterr().err
