@@ -80,6 +80,17 @@ def test_links_lead_to_files(page):
     assert not missing
 
 
+def test_each_decision_has_a_reason_and_an_existing_place():
+    page = (ROOT / "docs" / "decisions.md").read_text()
+    entries = re.findall(r"^\* .*(?:\n  .*)*", page, re.MULTILINE)
+    assert len(entries) > 40
+    for entry in entries:
+        decision, reason, where = entry.splitlines()
+        assert decision.endswith(".**") and reason.startswith("  Reason: "), entry
+        files = re.findall(r"`(.*?)`", where.removeprefix("  Where: "))
+        assert files and all((ROOT / file).is_file() for file in files), entry
+
+
 def requirements() -> list[str]:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     return [match.group() for line in lines if (match := re.match(r"[A-Za-z0-9_-]+", line))]
