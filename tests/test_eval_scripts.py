@@ -200,7 +200,7 @@ def test_wrong_use_is_one_sentence_and_exit_code_2(data, tmp_path):
         *("--output", data / "full"),
         code=2,
     )[1]
-    assert "full holds the CAMs" in told and told.count("\n") == 1
+    assert "full is the folder of the CAMs" in told and told.count("\n") == 1
     told = script("eval_cam_with_crf.py", "--cam_dir", data / "full", code=2)[1]
     assert "--output" in told
     told = script(

@@ -199,7 +199,7 @@ def test_presets_exclude_the_last_layer_on_voc12_alone(
 
 def test_leaving_out_the_only_block_is_refused(voc, tmp_path, monkeypatch, parity_file):
     flags = ["--affinity_layers", "1", "--preset", "cls_seg"]
-    with pytest.raises(ValueError, match="--affinity_layers 2 or more"):
+    with pytest.raises(ValueError, match="give --affinity_layers 2 or more, or --no_exclude_last_layer"):
         run(monkeypatch, voc, tmp_path / "cams", parity_file("tiny", 1), *flags)
     assert not (tmp_path / "cams").exists()
 

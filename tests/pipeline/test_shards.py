@@ -199,10 +199,11 @@ def test_images_that_fail_are_left_out_of_their_shard(data, model, sharded, tmp_
     assert failures.keys() == {"cut", "unlabelled", "word", "high", "binary"}
     assert failures["cut"].startswith("image cut cannot be read")
     assert failures["unlabelled"] == (
-        "unlabelled comes without labels: add unlabelled.cls to its shard, or give --labels FILE"
+        "unlabelled has no labels: add unlabelled.cls to its shard, or give --labels FILE"
     )
-    assert failures["word"] == "its labels are 'cat', not class indices below 20"
-    assert failures["high"] == "its labels are '3 20', not class indices below 20"
+    cure = "expected class indices 0..19, separated by spaces"
+    assert failures["word"] == f"word.cls contains 'cat': {cure}"
+    assert failures["high"] == f"high.cls contains '3 20': {cure}"
     assert found.keys() == {"in-000.tar"}
 
 
