@@ -49,7 +49,7 @@ class CamSettings(Settings):
     flip: bool = setting(False, "average with the CAMs of the mirrored image")
     affinity_layers: int = setting(
         AFFINITY_LAYERS,
-        "last blocks whose attention is averaged to the affinity",
+        "last blocks whose attention is averaged for the affinity",
         least=1,
         aliases=["--averaged_blocks"],
     )

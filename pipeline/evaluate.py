@@ -19,7 +19,8 @@ from segmentation.metrics import joint_counts, scores
 
 ARITHMETIC = ("float16", "float32")
 INFINITY = 0x7C00  # bits of float16 infinity
-CLOSE = 2.0**-10  # twice the largest float16 spacing in [0, 1]: numbers that differ by more stay different when rounded
+# Twice the largest spacing of float16 in [0, 1]: numbers that differ by more stay different when rounded.
+CLOSE = 2.0**-10
 MASKS = "png"  # the --cam_type for index masks instead of CAM files
 SUMMARY = ("Mean IoU", "Pixel Accuracy", "Mean Accuracy", "Frequency Weighted IoU")
 
@@ -166,20 +167,20 @@ def _argmax(cams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             higher[close] = channel[close].astype(np.float16) > top[close].astype(np.float16)
         else:
             higher = channel > top
-        np.maximum(best, higher * best.dtype.type(index), out=best)  # keeps the index of the last higher channel: indices rise
+        np.maximum(best, higher * best.dtype.type(index), out=best)  # `index` is larger than those before
         np.maximum(top, channel, out=top)
     return best, top
 
 
 def _matrices(indices: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the result of `count_cams` from the mask values (C,) of candidates and their counts (n, C, B)."""
+    """Return the result of `count_cams` from candidates: their mask values (C,) and counts (n, C, B)."""
     channels, _, backgrounds = counts.shape
     used = counts.any((0, 2))
     unknown = indices[used & (indices >= channels) & (indices != IGNORE)]
     if len(unknown):
         raise ValueError(
-            f"the prediction contains the mask value {unknown.max()}, but valid values are 0..{channels - 1}: "
-            "give the --benchmark that it was made for"
+            f"the prediction contains the mask value {unknown.max()}, but valid values are "
+            f"0..{channels - 1}: give the --benchmark that it was made for"
         )
     hists = np.zeros((backgrounds, channels, channels), np.int64)
     for candidate in np.flatnonzero(used & (indices < channels)):  # two candidates may have the same index
@@ -207,8 +208,8 @@ class ScoringStep(Step):
         self.pixels += (ignored, int(hists[0].sum()) + ignored)
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return hists (B, n, n) int64 [truth, prediction] for the B background scores, and pixels (2,): of the
-        pixels with valid ground truth, the number predicted 255 (not in hists), and the number of all."""
+        """Return hists (B, n, n) int64 [truth, prediction] for the B background scores, and pixels (2,): the
+        number of pixels that are predicted 255 (not in hists), and of all pixels with valid ground truth."""
         counts = self.hists, self.pixels
         self.reset()  # for another run of the same step
         return counts
@@ -314,8 +315,7 @@ def evaluate(
 
 
 def benchmark_scores(hist: np.ndarray, benchmark: Benchmark, absent: str = "drop") -> dict:
-    """Return `segmentation.metrics.scores` for the benchmark's groups of classes; for its classes if it has no
-    groups.
+    """Return `segmentation.metrics.scores` for the benchmark's groups of classes, or else for its classes.
 
     Args:
         hist: (n, n) [truth, prediction] over the mask values.
@@ -388,7 +388,7 @@ def benchmark_of(folder: str | Path, benchmark: str | None) -> tuple[str, Benchm
         ValueError: `benchmark` is not given and `folder` records none.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"--cam_dir: folder {folder} does not exist: make the CAMs (step 1), or give another folder")
+        raise FileNotFoundError(f"--cam_dir: folder {folder} does not exist: give the folder of the CAMs")
     name = benchmark or read_settings(folder).get("settings", {}).get("benchmark")
     if not name or not isinstance(name, str):
         raise ValueError(f"{folder} does not record its benchmark: give --benchmark NAME or FILE.yaml")
@@ -407,7 +407,7 @@ def files_present(
         FileNotFoundError: an image has no file and `allow_missing` is False, or no image has a file.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"folder {folder} of the {what} does not exist: make them, or give another folder")
+        raise FileNotFoundError(f"{folder}, the folder of the {what}, does not exist: give another folder")
     with_file, missing = [], []
     for name in names:
         exists = camfile.find(folder, name) if what == "CAMs" else (Path(folder) / f"{name}.png").is_file()

@@ -37,8 +37,8 @@ class MaskSettings(Settings):
     )
     crf_image: str = setting(
         PRESETS["clip_es"].image_mode,
-        "input image of the CRF: wrapped (mean-subtracted and wrapped to 8 bits, as for published numbers), or "
-        "unchanged in RGB (raw) or BGR (bgr)",
+        "input image of the CRF: wrapped (mean-subtracted and wrapped to 8 bits, as for published numbers), "
+        "or unchanged in RGB (raw) or BGR (bgr)",
         choices=IMAGE_MODES,
     )
     crf_unary: str = setting(
@@ -255,8 +255,8 @@ def make_masks(
 ) -> int:
     """Make pseudo masks and, if `step.gt_root` is given, score them: print the scores and write JSON.
 
-    If `step.output` is given, the written masks are scored, without their ignored pixels (255). If it is None,
-    no mask is written and every pixel is scored, as for the published numbers.
+    If `step.output` is given, the written masks are scored, without their ignored pixels (255). If it is
+    None, no mask is written and every pixel is scored, as for the published numbers.
 
     Args:
         names: image ids.

@@ -193,7 +193,8 @@ def test_a_dead_decoding_process_is_told(seen, tmp_path):
         yield from samples[9:]
 
     asked = FlowSettings(prefetch=3, threads=0 if seen == "by its block" else 2, decode_workers=2)
-    with pytest.raises(ChildProcessError, match=r"decoding process died .* the same command continues"):
+    message = r"decoding process died .* run the same command again to continue"
+    with pytest.raises(ChildProcessError, match=message):
         list(flow_with(source(), step, asked))
     assert step.written.keys() <= {"0", "1", "2"}
 

@@ -196,7 +196,7 @@ def test_tags_that_lack_an_image_are_said(results, tmp_path):
     file = tmp_path / "labels.txt"
     file.write_text("one 1\nboth 0\n")
     fields = auto_masks(results, auto_masks=(str(results / "sure"), str(file)))
-    with pytest.raises(ValueError, match=r"labels\.txt has no line of image tall"):
+    with pytest.raises(ValueError, match=r"labels\.txt has no line for image tall: give the labels"):
         report.render(page_of(results, **fields))
 
 
@@ -207,7 +207,7 @@ def test_tags_that_a_mask_was_not_made_of_are_said(results, tmp_path):
         mask = read_mask(results / "sure" / f"{name}.png")
         write_mask(folder / f"{name}.png", mask, voc_palette(), [1])
     fields = auto_masks(results, auto_masks=(str(folder), str(file)))
-    with pytest.raises(ValueError, match=r"was made of other labels than those in .*labels\.txt"):
+    with pytest.raises(ValueError, match=r"was made from other labels than those in .*labels\.txt"):
         report.render(page_of(results, **fields))
 
 
@@ -327,11 +327,11 @@ def test_even_steps_ends_included():
 def test_a_file_without_scores_is_said(tmp_path, content):
     file = tmp_path / "scores.json"
     file.write_text(content)
-    with pytest.raises(ValueError, match=r"scores\.json holds no scores"):
+    with pytest.raises(ValueError, match=r"scores\.json contains no scores"):
         records.read_stage("CRF", file, ["background"])
     with pytest.raises(FileNotFoundError, match="--json"):
         records.read_stage("CRF", tmp_path / "none.json", [])
-    with pytest.raises(ValueError, match=r"scores\.json holds no scores of tags"):
+    with pytest.raises(ValueError, match=r"scores\.json contains no scores of tags"):
         records.read_tag_scores(file)
     with pytest.raises(FileNotFoundError, match="classify"):
         records.read_tag_scores(tmp_path / "none.json")

@@ -271,7 +271,7 @@ def test_compressed_and_piped_shards(data, model, sharded, tmp_path):
     run("pseudo_masks", *model, *common)
     found = results(tmp_path / "p")
     assert found == {name: value for name, value in results(sharded).items() if name != "in-000.tar"}
-    with pytest.raises(ValueError, match=r"names no \.tar file"):
+    with pytest.raises(ValueError, match=r"contains no name of a \.tar file"):
         shard_files("pipe:cat images")
     assert shard_files("pipe:cp s3://bucket/a.tar - | tee b") == ["pipe:cp s3://bucket/a.tar - | tee b"]
 
@@ -287,7 +287,7 @@ def test_a_failing_command_of_a_pipe_fails_its_shard(model, tmp_path):
     [
         ("in-{000..003}.tar", "in-003.tar does not exist"),
         ("other-*.tar", r"other-\*.tar does not exist"),
-        ("{in-000,JPEGImages/../in-000}.tar", "--shards names in-000.tar twice"),
+        ("{in-000,JPEGImages/../in-000}.tar", "--shards: two shards are named in-000.tar, .*: rename one"),
     ],
 )
 def test_missing_and_repeated_shards_are_mistakes_of_the_command_line(pattern, told, data, model, tmp_path):
