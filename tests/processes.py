@@ -1,8 +1,8 @@
 """Processes that tests start, signal and wait for.
 
 `Process` is forked from a server that has already imported all modules, so it starts in milliseconds; a
-command needs seconds to import torch. Otherwise it behaves like any process. `Command` starts Python as a shell does.
-`here` runs a script in the process of the test.
+command needs seconds to import torch. Otherwise it behaves like any process. `Command` starts Python as a
+shell does. `here` runs a script in the process of the test.
 """
 
 import atexit

@@ -106,8 +106,8 @@ def test_agreement_counts_pairs_and_images(tmp_path):
 
 
 def test_bfloat16_gives_the_same_labels():
-    """Labels of the trained network. On 360 images all labels were equal and scores differed by at most 0.0081,
-    see docs/speed.md. Other processors round differently, so one image of 16 may differ."""
+    """Labels of the trained network. On 360 images all labels were equal and scores differed by at most
+    0.0081, see docs/speed.md. Other processors round differently, so one image of 16 may differ."""
     benchmark, settings = shapes.BENCHMARK, TagSettings()
     classes, scores = len(benchmark.classes), {}
     towers = {name: clip.load(benchmark.model, "cpu", name, round_weights=False) for name in ("fp32", "bf16")}

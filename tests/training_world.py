@@ -24,7 +24,7 @@ from tests.weights import parity_image
 
 
 def write_world(root: Path, train: int = 5, val: int = 3, size: tuple[int, int] = (40, 52)) -> list[str]:
-    """Write images and masks in VOC's layout, with split files train.txt and val.txt; return the training names.
+    """Write images and masks in VOC's layout, and split files train.txt and val.txt; return training names.
 
     Of every five images, one has labels only in its first 4 rows, and two have no labeled pixel.
     """
@@ -128,7 +128,7 @@ def nan_on_rank_1(root: Path, output: Path) -> None:
 
 
 def statistics_validated(root: Path, output: Path) -> list[np.ndarray]:
-    """Return the batch norm statistics that a rank's validation uses, before training and after 2 iterations."""
+    """Return the batch norm statistics in a rank's validation, before training and after two iterations."""
     trainer = train_with(root, output, objective_of("ce"), freeze_bn=False, validate_every=2)
     statistics = [_statistics(trainer.model)]
 

@@ -188,7 +188,7 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
         if args.submission and code == 0:
             _pack(step, names, args.submission)
         elif args.submission:
-            print("no submission was packed, because images failed: run the same command again")
+            print("no submission was packed, because images failed")
     return code
 
 

@@ -14,11 +14,11 @@ from pipeline.label_scores import choose, chosen_labels, read_scores, write_scor
     st.sampled_from([0.0, 0.1, 0.5, 1.0]),
 )
 def test_labels_are_the_chosen_classes_or_the_best_one(scores, ratio):
-    for row, chosen, chosen_ids in zip(scores, choose(scores, ratio), chosen_labels(scores, ratio), strict=True):
+    for row, chosen, ids in zip(scores, choose(scores, ratio), chosen_labels(scores, ratio), strict=True):
         low, high = row.min(), row.max()
         above = [k for k in range(4) if row[k] > low + ratio * (high - low)]
         assert np.flatnonzero(chosen).tolist() == above
-        assert chosen_ids == (above or [int(np.argmax(row))])
+        assert ids == (above or [int(np.argmax(row))])
 
 
 def test_files_of_scores_are_read_back_and_damage_raises(tmp_path):
