@@ -57,7 +57,7 @@ def background(top: np.ndarray, score: float, arithmetic: str = "float16") -> np
 
 
 @cache
-def _verdicts(
+def _background_wins(
     backgrounds: tuple[float | None, ...], arithmetic: str
 ) -> tuple[list[int], list[float], np.ndarray]:
     """Return which of the B background scores win against the best class, by intervals of the class's score.
@@ -125,7 +125,7 @@ def count_cams(
     indices = class_ids + offset
     if "bg" in evaluation.cam_type:
         indices = np.append(0, indices)
-    edges, float32_edges, wins = _verdicts(evaluation.backgrounds, evaluation.arithmetic)
+    edges, float32_edges, wins = _background_wins(evaluation.backgrounds, evaluation.arithmetic)
     if len(cams):
         if cams.dtype == np.float32 and cams.min() >= 0 and cams.max() <= 1:
             edges = float32_edges
@@ -133,9 +133,9 @@ def count_cams(
             cams = ordered(cams.astype(np.float16, copy=False))
         best, top = _argmax(cams.reshape(len(cams), -1))  # (H * W,), (H * W,)
         code = best.astype(np.min_scalar_type(len(cams) * len(wins))) * len(wins)  # (class, interval of top)
-        most = top.max()
+        maximum = top.max()
         for edge in edges:
-            if edge <= most:
+            if edge <= maximum:
                 code += top >= edge
     else:  # no class: only background or 255 is predicted
         indices, wins = np.array([0 if offset else IGNORE]), np.zeros((1, len(evaluation.backgrounds)), bool)

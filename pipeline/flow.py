@@ -87,12 +87,12 @@ def flow(
     limits: dict[Hashable, int] = {}  # shape that ran out of memory -> largest batch to try
     blocks: deque[Future] = deque()
     writing: deque[Future] = deque()
-    with _death_explained(), ExitStack() as stack:
+    with _explain_dead_decoder(), ExitStack() as stack:
         decode_pool = decode_pool or stack.enter_context(decoding(settings))
         threads, computer, writer = _executors(settings, stack)
         decode = partial(_decode, step.decoder())
         for block in _prefetched(samples, decode, settings, decode_pool):
-            blocks.append(computer.submit(_block, block, step, limits, writer))
+            blocks.append(computer.submit(_process_block, block, step, limits, writer))
             if len(blocks) > 2 * threads:
                 writing.extend(blocks.popleft().result())
             while len(writing) > settings.prefetch:
@@ -190,7 +190,7 @@ def _set_up_decoder() -> None:
 
 
 @contextmanager
-def _death_explained() -> Iterator[None]:
+def _explain_dead_decoder() -> Iterator[None]:
     """Raise ChildProcessError with an explanation if a decoding process dies."""
     try:
         yield
@@ -204,7 +204,7 @@ def _death_explained() -> Iterator[None]:
 # Computing
 
 
-def _block(
+def _process_block(
     block: list[Callable[[], Decoded | Outcome]], step: Any, limits: dict[Hashable, int], writer: Executor
 ) -> list[Future]:
     """Process one block with the step; return the future outcome of each sample."""
@@ -213,7 +213,7 @@ def _block(
     for decode in block:
         decoded = decode()
         if isinstance(decoded, Outcome):
-            outcomes.append(_finished(decoded))
+            outcomes.append(_completed(decoded))
         else:
             groups.setdefault(decoded.shape, []).append(decoded)
     for shape, group in groups.items():
@@ -222,26 +222,26 @@ def _block(
             size = step.flow.batch_size or step.batch_size(group[0])
             size = min(size, limits.get(shape, size))
             batch, group = group[:size], group[size:]
-            for decoded, result in _computed(batch, step, limits):
+            for decoded, result in _compute_batch(batch, step, limits):
                 if isinstance(result, Outcome):
-                    outcomes.append(_finished(result))
+                    outcomes.append(_completed(result))
                 else:
-                    outcomes.append(writer.submit(_written, step, decoded, result))
+                    outcomes.append(writer.submit(_write_result, step, decoded, result))
     return outcomes
 
 
-def _finished(outcome: Outcome) -> Future:
+def _completed(outcome: Outcome) -> Future:
     future: Future = Future()
     future.set_result(outcome)
     return future
 
 
-def _written(step: Any, decoded: Decoded, result: Any) -> Outcome:
+def _write_result(step: Any, decoded: Decoded, result: Any) -> Outcome:
     notes = attempt(decoded.name, step.write, decoded, result)
     return notes if isinstance(notes, Outcome) else Outcome(decoded.name, notes=tuple(notes or ()))
 
 
-def _computed(
+def _compute_batch(
     batch: list[Decoded], step: Any, limits: dict[Hashable, int]
 ) -> Iterator[tuple[Decoded, Any | Outcome]]:
     """Yield each image of a batch with its result, or with its outcome if it failed."""
@@ -257,8 +257,8 @@ def _computed(
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
     if half:
-        yield from _computed(batch[:half], step, limits)
-        yield from _computed(batch[half:], step, limits)
+        yield from _compute_batch(batch[:half], step, limits)
+        yield from _compute_batch(batch[half:], step, limits)
     else:
         yield batch[0], failure
 

@@ -85,8 +85,8 @@ PUBLISHED = {
 def add_preset_flag(flag: Callable) -> None:
     """Add --preset, which sets the defaults of --confidence and --exclude_last_layer."""
     flag("--preset", choices=PUBLISHED, default="clip_es", help="defaults of a published method: CLIP-ES, or "
-         "CLS-SEG (TagCLIP's segmentation without labels), which ignores no pixel of a mask (--confidence 0) "
-         "and on voc12 sets --exclude_last_layer; other flags take precedence")  # fmt: skip
+         "CLS-SEG (TagCLIP's segmentation without labels), which ignores no pixel of a mask and on voc12 "
+         "sets --exclude_last_layer; other flags take precedence")  # fmt: skip
 
 
 def mask_defaults(preset: str) -> MaskSettings:

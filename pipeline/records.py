@@ -22,7 +22,7 @@ def read_stage(title: str, file: str | Path, classes: Sequence[str]) -> dict[str
         FileNotFoundError: `file` does not exist.
         ValueError: `file` contains no scores, or scores of other classes.
     """
-    with _reading(file, "the evaluation", "scores of these classes") as content:
+    with _score_file(file, "the evaluation", "scores of these classes") as content:
         best, ignored, note = content["best"], content.get("ignored"), ""
         if ignored:
             note = f"{100 * ignored:.1f} % ignored"
@@ -34,12 +34,12 @@ def read_stage(title: str, file: str | Path, classes: Sequence[str]) -> dict[str
 
 def read_tag_scores(file: str | Path) -> tuple[dict[str, float | None], int]:
     """Return the TAG_SCORES of `classify.py --json`, None where undefined, and the number of images."""
-    with _reading(file, "classify.py", "scores of tags") as content:
+    with _score_file(file, "classify.py", "scores of tags") as content:
         return {name: content[name] for name in TAG_SCORES}, int(content["images"])
 
 
 @contextmanager
-def _reading(file: str | Path, writer: str, expected: str) -> Iterator[dict]:
+def _score_file(file: str | Path, writer: str, expected: str) -> Iterator[dict]:
     """Yield the content of a JSON file. Raise ValueError if it cannot be read, or if the caller does not find
     what it expects in it."""
     if not Path(file).is_file():

@@ -146,7 +146,8 @@ def add_network_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
         "network's published protocol)"
     )
     add_flags(group, TestConfig)
-    group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="number type of the network")
+    group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="number type of the network's "
+                       "matrix products")  # fmt: skip
     group.add_argument("--device", default="auto", help="device: auto, cpu, cuda or cuda:i")
 
 

@@ -159,7 +159,7 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
     flag("--split_file", help="image ids, one per line (default: the configuration's data.val_split)")
     flag("--image_root", "--img_root", help="image folder (default: the configuration's data.val_image_dir)")
     flag("--gt_root", help="folder of ground-truth masks (default: the configuration's data.val_label_dir)")
-    flag("--no_scores", action="store_true", help="for splits without ground truth, such as VOC's test split")
+    flag("--no_scores", action="store_true", help="compute no scores, as for VOC's test split")
     group = parser.add_argument_group("outputs")
     flag = group.add_argument
     flag("--output", "--out", metavar="DIR", help="folder for masks, masks_crf, scores.json and "
