@@ -1,4 +1,4 @@
-"""Step 0, image-level labels without annotation: python classify.py --dataset NAME --help"""
+"""Step 0: image-level labels without annotation. See python classify.py --dataset NAME --help"""
 
 from pipeline.run import command
 from tagclip.classify import main

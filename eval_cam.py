@@ -1,4 +1,4 @@
-"""Step 2a, CAMs or index masks against ground truth: python eval_cam.py --help"""
+"""Step 2a: score CAMs or index masks against ground truth. See python eval_cam.py --help"""
 
 
 from common.cli import Parser
@@ -12,25 +12,25 @@ from segmentation.labels import split_of
 
 def main() -> int:
     parser = Parser(
-        description="Step 2a: the mIoU of CAMs against ground truth, for several background scores in one "
-        "pass over the files; the best is marked and printed in full.",
+        description="Step 2a: compute the mIoU of CAMs against ground truth for several background scores, "
+        "in one pass over the files. The best one is marked, and its IoU of each class is printed.",
     )
     flag = parser.add_argument
     flag("--cam_dir", "--cam_out_dir", metavar="DIR", default="./cam_out", help="folder of the CAM files "
          "(full or compact), or of masks")  # fmt: skip
-    flag("--cam_type", default="attn_highres", help=f"maps to evaluate: attn_highres, highres, any other key "
-         f"of the files, or {MASKS} for index masks, whose pixels of 255 are left out")  # fmt: skip
+    flag("--cam_type", default="attn_highres", help="CAM type to evaluate: attn_highres, highres, another "
+         f"key of the CAM files, or {MASKS} for index masks (ignored pixels, 255, are left out)")  # fmt: skip
     flag("--split_file", metavar="FILE", help="image ids, one per line (default: the benchmark's)")
-    flag("--cam_eval_thres", type=float, default=2.0, metavar="X", help="background scores to try: 1 and "
-         "more, exponents 1, 2 (1 to 10 for maps other than attn); below 1, constants 0.05, 0.10, ..., "
-         "0.60")  # fmt: skip
+    flag("--cam_eval_thres", type=float, default=2.0, metavar="X", help="background scores to try: X >= 1 "
+         "tries exponents 1 and 2 (1 to 10 for CAM types without attn in their name); X < 1 tries constants "
+         "0.05, 0.10, ..., 0.60")  # fmt: skip
     flag("--gt_root", metavar="DIR", help="folder of the ground-truth masks (default: the benchmark's)")
     add_benchmark_flag(flag, recorded_in="the CAM folder")
-    flag("--arithmetic", choices=ARITHMETIC, default="float16", help="type in which background and classes "
-         "are compared; published numbers use float16")  # fmt: skip
-    flag("--json", metavar="FILE", help="write the scores there")
-    flag("--allow_missing", action="store_true", help="leave out images that lack a CAM or ground truth")
-    flag("--num_workers", type=count, metavar="N", default=cores(), help="processes")
+    flag("--arithmetic", choices=ARITHMETIC, default="float16", help="number type in which the scores of "
+         "background and classes are compared; published numbers use float16")  # fmt: skip
+    flag("--json", metavar="FILE", help="JSON file for the scores")
+    flag("--allow_missing", action="store_true", help="leave out images without a CAM or ground truth")
+    flag("--num_workers", type=count, metavar="N", default=cores(), help="number of processes")
     args = parser.parse_args()
     _, benchmark = benchmark_of(args.cam_dir, args.benchmark)
     evaluation = Evaluation(

@@ -1,4 +1,4 @@
-"""Step 1 on COCO 2014: python generate_cams_coco14.py --help"""
+"""Step 1 on COCO 2014. See python generate_cams_coco14.py --help"""
 from pipeline.cams_cli import main
 from pipeline.run import command
 

@@ -1,4 +1,4 @@
-"""Step 1 on PASCAL VOC 2012: python generate_cams_voc12.py --help"""
+"""Step 1 on PASCAL VOC 2012. See python generate_cams_voc12.py --help"""
 from pipeline.cams_cli import main
 from pipeline.run import command
 

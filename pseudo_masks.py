@@ -1,4 +1,4 @@
-"""Steps 1 and 2b in one go, images and labels to pseudo masks, with --labels auto step 0 too: see --help"""
+"""Steps 1 and 2b in one command: pseudo masks from images and labels. --labels auto runs step 0 first."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,38 +20,38 @@ from segmentation.labels import from_file, read_split
 from tagclip.classify import LABELS, published_step, record_of, tag
 
 AUTO = "auto"
-TAGS = "tags"  # the folder, in that of the masks, of step 0
+TAGS = "tags"  # subfolder of the mask folder, for the outputs of step 0
 
 
 def main() -> int:
     parser = Parser(
-        description="Pseudo masks from images and the classes that each contains, by CAMs and a dense CRF; "
-        "pixels of low confidence are 255. With --labels auto CLIP finds the classes. Nothing large is "
-        "written in between. The same command continues a stopped run.",
+        description="Make pseudo masks from images and their labels, by CAMs and a dense CRF. Pixels of low "
+        "confidence are 255 (ignored). With --labels auto, CLIP predicts the labels. No large intermediate "
+        "files are written. The same command continues a stopped run.",
     )
     flag = parser.add_argument
-    add_input_flags(flag, None, f"{LABELS_HELP}; {AUTO}: CLIP finds them, with the defaults of classify.py")
+    add_input_flags(flag, None, f"{LABELS_HELP}; {AUTO}: CLIP predicts them, as classify.py does by default")
     flag("--output", "--pseudo_mask_save_path", required=True, metavar="DIR", help="folder for the masks")
     flag("--keep_cams", choices=["none", *camfile.FORMATS], default="none", help="also write the CAM files")
-    flag("--cam_dir", "--cam_out_dir", metavar="DIR", help="folder for them (default: cams in the folder of "
-         "the masks); shards hold both")  # fmt: skip
+    flag("--cam_dir", "--cam_out_dir", metavar="DIR", help="folder for the CAM files (default: `cams` in the "
+         "mask folder); with --shards the result shards contain masks and CAMs")  # fmt: skip
     add_cam_flags(parser)
     group = parser.add_argument_group("how masks are made")
     add_flags(group, MaskSettings, show={"confidence": "the preset's"})
     args = parser.parse_args()
     kept = args.keep_cams != "none"
     if args.cam_dir and (not kept or args.shards):
-        parser.error("--cam_dir: goes with --keep_cams full or compact, and without --shards")
+        parser.error("--cam_dir: requires --keep_cams full or compact, and excludes --shards: remove it")
     output, cam_dir = Path(args.output), None
     if kept and not args.shards:
         cam_dir = args.cam_dir or str(output / "cams")
     if cam_dir and Path(cam_dir).resolve() == output.resolve():
-        parser.error("--cam_dir: give the CAMs another folder than the masks")
+        parser.error(f"--cam_dir: {cam_dir} is the folder of the masks: give the CAMs another folder")
     auto, tags = args.labels == AUTO, output / TAGS
     if auto and args.shards:
-        parser.error(f"--labels {AUTO}: goes without --shards")
+        parser.error(f"--labels {AUTO}: cannot be combined with --shards: give --labels FILE")
     if auto and cam_dir and _overlap(Path(cam_dir).resolve(), tags.resolve()):
-        parser.error(f"--cam_dir: give the CAMs a folder apart from {tags}, which is for scores of tags")
+        parser.error(f"--cam_dir: {cam_dir} overlaps with {tags}, the folder of step 0: give another folder")
     cams, names, cam_record = cam_step(parser, args, args.benchmark, cam_dir, args.keep_cams, tagged=auto)
     masks = from_args(mask_defaults(args.preset), args).on(device_of(cams.compute_settings.device))
     settings = masks.record(cam_record.settings["benchmark"], cams.settings.cam_type)
@@ -62,7 +62,7 @@ def main() -> int:
         outputs=("*.png", "*.tar", f"*{shards.FAILED}"),
         info={"crf_backend": masks.crf_backend},
     )
-    with together():  # nothing is computed, and nothing removed, before all folders are checked
+    with together():  # check all folders before anything is computed or removed
         check_folder(output, record, args.overwrite)
         if cam_dir:
             check_folder(cam_dir, cam_record, args.overwrite)
@@ -76,11 +76,11 @@ def main() -> int:
         code, _ = tag(tag_step, tag_record, args.overwrite, names, LabelRule(tag_step.settings.ratio))
         with together():
             if not (tags / LABELS).read_text():
-                raise WorkFailed(f"no image could be tagged, see {tags / FAILED}")
+                raise WorkFailed(f"no image could be tagged: {tags / FAILED} lists the reasons")
         names = list(read_split(tags / LABELS))  # all images but those that failed
         cams = replace(cams, labels=from_file(tags / LABELS, len(cams.benchmark.classes)))
     if cam_dir:
-        Run(cam_dir, cam_record, args.overwrite)  # its record is then as step 1 would write it
+        Run(cam_dir, cam_record, args.overwrite)  # writes the same record as step 1
     run = Run(output, record, args.overwrite)
     if args.shards:
         step = shards.ShardStep(FusedStep(cams, masks, None), args.output)

@@ -8,7 +8,7 @@ from common import logs
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows required flags in the usage line, and the defaults of flags, except of switches."""
+    """Shows required flags in the usage line, and the defaults of all flags except switches."""
 
     def add_usage(self, usage, actions, groups, prefix=None) -> None:
         required = [

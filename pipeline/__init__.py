@@ -1,1 +1,1 @@
-"""What the numbered steps do, once: images to CAMs, CAMs to masks, either to scores."""
+"""The numbered steps: CAMs from images, masks from CAMs, and the scores of CAMs and masks."""

@@ -1,4 +1,4 @@
-"""Step 1: images and their labels -> class activation maps, one file per image."""
+"""Step 1: class activation maps from images and their labels, one file per image."""
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,10 +25,10 @@ from segmentation import camfile, labels
 from segmentation.benchmark import Benchmark
 
 REFINEMENTS = ("caa", "mhsa", "none")
-INITIAL, REFINED = "highres", "attn_highres"  # CAM types, as the public files name them
+INITIAL, REFINED = "highres", "attn_highres"  # CAM types, named as in CLIP-ES's files
 ROUND_WEIGHTS = {"auto": None, "on": True, "off": False}
 
-# Normalized images (B, 3, H', W') -> (B, n, n), non-negative: how closely pairs of patches belong together.
+# Normalized images (B, 3, H', W') -> (B, n, n) non-negative affinities between the n patches of each image.
 Affinity = Callable[[Tensor], Tensor]
 
 
@@ -49,13 +49,13 @@ class CamSettings(Settings):
     flip: bool = setting(False, "average with the CAMs of the mirrored image")
     affinity_layers: int = setting(
         AFFINITY_LAYERS,
-        "last blocks whose attention is averaged to the affinity",
+        "last blocks whose attention is averaged for the affinity",
         least=1,
         aliases=["--averaged_blocks"],
     )
     exclude_last_layer: bool = setting(
         False,
-        "average without the very last of these blocks, which counts all the same: 7 maps of 8",
+        "leave the last of these blocks out of the average: the default of 8 blocks then averages 7 maps",
         aliases=["--leave_out_last"],
     )
     box_threshold: float = setting(
@@ -68,22 +68,23 @@ class CamSettings(Settings):
     )
     position_rounding: str = setting(
         "always",
-        "when the positional table is rounded to float16, as in the reference implementation",
+        "when the positional embedding is rounded to float16; always: as in the reference implementation",
         choices=POSITION_ROUNDINGS,
     )
     round_weights: str = setting(
         "auto",
-        "round matrix weights to float16; auto: those of OpenAI-layout files, as in the reference",
+        "round matrix weights to float16; auto: only weights of OpenAI-layout files, as in the reference "
+        "implementation",
         choices=ROUND_WEIGHTS,
     )
-    max_patches: int = setting(10_000, "larger images are shrunk to this many patches", least=1)
+    max_patches: int = setting(10_000, "images with more patches are shrunk to this many patches", least=1)
 
     def __post_init__(self):
         super().__post_init__()
         if self.exclude_last_layer and self.affinity_layers < 2 and self.refine != "none":
             raise ValueError(
-                "without the last block none is left to average: give --affinity_layers 2 or more, or "
-                "--no_exclude_last_layer"
+                "--exclude_last_layer leaves no block to average when --affinity_layers is 1: give "
+                "--affinity_layers 2 or more, or --no_exclude_last_layer"
             )
 
     @property
@@ -92,7 +93,8 @@ class CamSettings(Settings):
         return INITIAL if self.refine == "none" else REFINED
 
     def record(self) -> dict:
-        """Return what an output folder records; how weights are rounded is recorded as resolved."""
+        """Return the settings that an output folder records, without `round_weights`: the folder records its
+        resolved value as `weights_rounded`."""
         return {name: value for name, value in asdict(self).items() if name != "round_weights"}
 
 
@@ -104,7 +106,12 @@ def image_cams(
     settings: CamSettings,
     affinity: Affinity | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return the CAMs of one image of any mode and size, see `batch_cams`; `text_features` are (K, E)."""
+    """Return the CAMs of one image, see `batch_cams`.
+
+    Args:
+        image: of any mode and size.
+        text_features: (K, E), of the labels.
+    """
     views = resized_views(image, Grid.of(model), settings.cam_scales, settings.max_patches)
     return batch_cams(model, [views], [text_features], background_features, settings, affinity)[0]
 
@@ -118,16 +125,16 @@ def batch_cams(
     settings: CamSettings,
     affinity: Affinity | None = None,
 ) -> list[dict[str, np.ndarray]]:
-    """Return the CAMs of images whose views have the same sizes, computed at once.
+    """Return the CAMs of a batch of images whose views have the same sizes.
 
     Args:
-        views: of each image, see `resized_views`.
-        text_features: (K, E), of each image's labels; K may differ.
+        views: the views of each image, see `resized_views`.
+        text_features: for each image, the features (K, E) of its labels; K may differ between images.
         background_features: (M, E), of the background prompts.
         affinity: replaces the attention of the model's own blocks.
 
     Returns:
-        For each image CAM type -> (K, h, w) float32 in [0, 1] on the patch grid (of the largest scale).
+        For each image, CAM type -> (K, h, w) float32 in [0, 1] on the patch grid of the largest scale.
     """
     counts = [len(features) for features in text_features]
     padded = pad_sequence(list(text_features), batch_first=True)  # (B, K, E)
@@ -153,7 +160,8 @@ def _view_cams(
     settings: CamSettings,
     affinity: Affinity | None,
 ) -> dict[str, Tensor]:
-    """Images (B, H', W', 3) -> CAM type -> (1, B, K, h, w), or (2, ...) the mirrored view flipped back."""
+    """Return CAM type -> (V, B, K, h, w) for images (B, H', W', 3); V is 1, or 2 with `settings.flip`: the
+    second are the CAMs of the mirrored images, flipped back."""
     images = clip.normalize(_to_device(pixels, model.device), model.config.mean, model.config.std)
     if settings.flip:  # images are (B, 3, H', W')
         images = torch.cat([images, images.flip(-1)])
@@ -183,16 +191,17 @@ def _view_cams(
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Return the array as tensor; a GPU computes another thread's batch meanwhile."""
+    """Return the array as a tensor on the device. The copy to a GPU is asynchronous: the GPU can compute the
+    batch of another thread meanwhile."""
     tensor = torch.from_numpy(array)
     if device.type == "cpu":
         return tensor
-    with torch.cuda.device(device):  # pinning would set up the first GPU otherwise
+    with torch.cuda.device(device):  # without this, pin_memory creates a context on the first GPU
         return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _average(views: list[np.ndarray]) -> np.ndarray:
-    """Return the mean of (K, h, w) maps on the largest of their grids, normalized to [0, 1] again."""
+    """Return the mean of (K, h, w) maps, resized to the largest of their grids and normalized to [0, 1]."""
     if len(views) == 1:
         return views[0]
     grid = max((view.shape[1:] for view in views), key=np.prod)
@@ -201,23 +210,24 @@ def _average(views: list[np.ndarray]) -> np.ndarray:
 
 
 def store_files(folder: str, name: str, files: dict[str, bytes]) -> None:
-    """Write the files of one image, suffix -> content; each appears whole or not at all."""
+    """Write the files of one image, given as suffix -> content. Each file is replaced atomically."""
     for suffix, content in files.items():
         write_file(Path(folder) / f"{name}{suffix}", content)
 
 
 @dataclass
 class CamStep(Step):
-    """Step 1.
+    """Step 1: computes the CAMs of images and writes them.
 
     Attributes:
-        labels: reader of the images' labels; None: samples bring their own.
+        labels: reader of the images' labels; None: every sample contains its labels, see `Sample`.
         model: see `clip.load`.
-        output: folder of the CAM files; None if they go elsewhere.
-        format: see `segmentation.camfile`; "none" when CAMs are not kept.
-        affinity: replaces the attention of the model's own blocks; a module-level function if there are
-            several processes.
-        store: (image name, file suffix -> content) -> None; None: files go to `output`.
+        output: folder of the CAM files; None if `store` receives them, or if they are not kept.
+        format: see `segmentation.camfile`; "none" if CAMs are not kept.
+        affinity: replaces the attention of the model's own blocks; must be a module-level function if there
+            are several processes.
+        store: function (image name, file suffix -> content) that receives the files; None writes them to
+            `output`.
     """
 
     benchmark: Benchmark
@@ -235,12 +245,12 @@ class CamStep(Step):
         self.flow = self.compute_settings.flow()
 
     def is_done(self, name: str) -> bool:
-        """Whether there is a whole CAM file of the labels that the image has now."""
+        """Return whether an undamaged CAM file with the current labels of the image exists."""
         try:
             class_ids = camfile.class_ids_of(self.output, name)
             return class_ids is not None and class_ids == self.labels(name)
         except (ValueError, OSError):
-            return False  # a damaged file is made anew; labels that cannot be read fail when they are needed
+            return False  # a damaged file is made again; unreadable labels raise again when decoded
 
     def start(self, worker_index: int) -> None:
         rounding = ROUND_WEIGHTS[self.settings.round_weights]
@@ -289,12 +299,12 @@ class CamStep(Step):
             self.store(name, files)
 
     def files(self, decoded: LabeledImage, cams: dict[str, np.ndarray]) -> dict[str, bytes]:
-        """Return file suffix -> content; nothing when CAMs are not kept."""
+        """Return file suffix -> content of an image; {} if CAMs are not kept."""
         if self.format == "none":
             return {}
         content = camfile.encode(decoded.class_ids, cams, decoded.size, self.format)
         return {camfile.FORMATS[self.format]: content}
 
     def notes(self, cams: dict[str, np.ndarray]) -> list[str]:
-        """Return what is counted of an image's CAMs."""
+        """Return the notes on an image's CAMs, which the run counts, see `Decoded`."""
         return [] if cams[self.settings.cam_type].any((1, 2)).all() else ["images with an all-zero CAM"]

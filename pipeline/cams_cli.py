@@ -1,4 +1,4 @@
-"""The command line of step 1, and the step that its flags ask for."""
+"""The command line of step 1: its flags, and the step that they describe."""
 import argparse
 from collections.abc import Callable
 from pathlib import Path
@@ -15,24 +15,25 @@ from pipeline.run import Record, Run
 from segmentation import benchmark as benchmarks
 from segmentation import camfile, labels
 
-OUTPUTS = (*(f"*{suffix}" for suffix in camfile.FORMATS.values()), "*.tar", f"*{shards.FAILED}")  # of CAMs
+# Patterns of the output files.
+OUTPUTS = (*(f"*{suffix}" for suffix in camfile.FORMATS.values()), "*.tar", f"*{shards.FAILED}")
 
 
 def main(name: str | None = None) -> int:
     """Parse the command line, make the CAM files and return the exit code.
 
     Args:
-        name: the benchmark; None lets --benchmark choose.
+        name: the benchmark; None: the flag --benchmark names it.
     """
     parser = Parser(
-        description="Step 1: class activation maps of the classes that each image contains, from a frozen "
-        "CLIP. The same command continues a stopped run.",
+        description="Step 1: compute class activation maps (CAMs) for the labels of each image, with a "
+        "frozen CLIP. The same command continues a stopped run.",
     )
     flag = parser.add_argument
     add_input_flags(flag, name, flags.LABELS_HELP)
     flag("--output", "--cam_out_dir", required=True, metavar="DIR", help="folder for the CAM files")
-    flag("--cam_format", choices=camfile.FORMATS, default="full", help="full: the public .npy; compact: "
-         ".npz, about 120 times smaller, which every script here reads as well")  # fmt: skip
+    flag("--cam_format", choices=camfile.FORMATS, default="full", help="full: .npy, as in the reference "
+         "implementation; compact: .npz, about 120 times smaller, also read by all scripts here")  # fmt: skip
     add_cam_flags(parser)
     args = parser.parse_args()
     step, names, record = cam_step(
@@ -45,22 +46,27 @@ def main(name: str | None = None) -> int:
 
 
 def add_input_flags(flag: Callable, name: str | None, labels_help: str) -> None:
-    """Add the flags that name images, labels and model; `name` is the benchmark of a script for one alone."""
+    """Add the flags for benchmark, images, labels and model.
+
+    Args:
+        name: the benchmark of a script that has only one; None adds --benchmark.
+        labels_help: help text of --labels.
+    """
     if name is None:
         flags.add_benchmark_flag(flag)
     flags.add_image_flags(flag, benchmarks.load(name).split_file if name else "the benchmark's")
-    flag("--shards", metavar="PATTERN", help="tar shards in place of an image folder, such as "
-         "'images-{0000..0099}.tar': <key>.jpg and <key>.cls, class indices as text; the results of each "
-         "are written to a shard of its name")  # fmt: skip
+    flag("--shards", metavar="PATTERN", help="read tar shards instead of an image folder, such as "
+         "'images-{0000..0099}.tar', with <key>.jpg and <key>.cls (class indices as text); the results of "
+         "each shard are written to a shard of the same name")  # fmt: skip
     flag("--labels", metavar="FILE", help=labels_help)
     flag("--model", help=flags.MODEL_HELP)
 
 
 def add_cam_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how CAMs are made, and on what."""
+    """Add the flags for how CAMs are made and which device computes them."""
     add_preset_flag(parser.add_argument)
-    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder of other settings")
-    add_flags(parser.add_argument_group("what computes"), ComputeSettings)
+    parser.add_argument("--overwrite", action="store_true", help="remove the outputs of an earlier run first")
+    add_flags(parser.add_argument_group("device and speed"), ComputeSettings)
     rules = {"box_threshold": "the benchmark's", "exclude_last_layer": "the preset's"}
     add_flags(parser.add_argument_group("how CAMs are made"), CamSettings, show=rules)
 
@@ -73,28 +79,28 @@ def cam_step(
     cam_format: str,
     tagged: bool = False,
 ) -> tuple[CamStep, list[str], Record]:
-    """Return the step that the flags ask for, the names of images or shards, and what a CAM folder records.
+    """Return the step that the flags describe, the names of images or shards, and the record of a CAM folder.
 
     Args:
         name: the benchmark.
         output, cam_format: see `CamStep`; `output` is None for shards.
-        tagged: the labels are found by a step before; the step has none yet, and --labels is only recorded.
+        tagged: step 0 predicts the labels later, so the step gets no label reader; --labels is only recorded.
     """
     benchmark = benchmarks.load(name)
     model = args.model or benchmark.model
     if not model:
-        parser.error("--model: give a CLIP checkpoint file, or a public name such as ViT-B/16")
+        parser.error(f"--model: {name} has no default: give a checkpoint file, or a name such as ViT-B/16")
     image_root = Path(args.image_root or benchmark.path(benchmark.image_dir))
     reader, label_source = None, benchmark.labels
     if args.shards:
         if args.image_root or args.split_file:
-            parser.error("--shards: the shards hold all images; leave out --image_root and --split_file")
+            parser.error("--shards: cannot be combined with --image_root or --split_file: remove them")
         names, label_source = shards.shard_files(args.shards), "shards"
         if args.labels:
             reader = labels.from_file(args.labels, len(benchmark.classes))
     else:
         if not image_root.is_dir():
-            parser.error(f"--image_root: image folder {image_root} does not exist")
+            parser.error(f"--image_root: image folder {image_root} does not exist: give another folder")
         if args.image_root:
             benchmark = flags.beside_images(benchmark, image_root)
         if tagged:

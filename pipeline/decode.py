@@ -1,4 +1,4 @@
-"""From an image file, or its bytes, to what a network takes: labels and resized pixels."""
+"""Decoding: read an image file, or its bytes, with its labels, and resize it for the network."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -17,11 +17,11 @@ from pipeline.step import Decoded
 from segmentation.images import find_image, read_image, shrunk
 from segmentation.labels import LabelReader
 
-RESNET_MIN_CELLS = 2  # stride-32 cells per side that a ResNet tower needs to attend over
+RESNET_MIN_CELLS = 2  # least stride-32 cells per side for the attention pooling of a ResNet tower
 
 
 class Grid(NamedTuple):
-    """How a model divides images: the side of a patch in pixels, and the least number of patches per side."""
+    """How a model divides images: side of a patch in pixels, and minimum number of patches per side."""
 
     patch: int
     min_side: int = 1
@@ -39,7 +39,7 @@ class Grid(NamedTuple):
 def resized_views(
     image: Image.Image, grid: Grid, scales: Sequence[float], max_patches: int
 ) -> tuple[np.ndarray, ...]:
-    """Return the image at every scale, of at most `max_patches` patches: (H', W', 3) uint8 each."""
+    """Return the image resized to every scale, (H', W', 3) uint8 each, with at most `max_patches` patches."""
     return tuple(clip.resize_rgb(image, grid.size(image, factor, max_patches)) for factor in scales)
 
 
@@ -51,7 +51,8 @@ def shrunk_notes(image: Image.Image, grid: Grid, factor: float, max_patches: int
 
 
 class Sample(NamedTuple):
-    """An entry of an archive: the content of an image file and its labels ("3 17"), None if missing."""
+    """A sample of a tar shard: the content of an image file and its labels as text, such as "3 17". Missing
+    ones are None."""
 
     name: str
     content: bytes | None
@@ -66,8 +67,8 @@ class LabeledImage(Decoded):
         class_ids: (K,) class indices.
         size: (H, W).
         views: see `resized_views`.
-        image: (H, W, 3) uint8 RGB, or shrunk; None if no stage needs it.
-        group: only images of equal groups share a batch.
+        image: (H, W, 3) uint8 RGB, shrunk to `Decoder.kept_pixels`; None if the step does not need it.
+        group: images share a batch only if their groups are equal.
     """
 
     class_ids: list[int]
@@ -91,14 +92,15 @@ class LabeledImage(Decoded):
 
 @dataclass(frozen=True)
 class Decoder:
-    """Image name, or sample -> labels and resized pixels; pickled for decoding processes.
+    """Function that returns the labels and resized pixels of an image name or `Sample`. It is pickled for
+    decoding processes.
 
     Attributes:
-        labels: reader of the images' labels; None: samples bring their own.
-        image_root: folder of images that come by name.
-        stale: folder and suffix of files to remove for images without labels.
-        kept_pixels: most pixels of the image that is returned beside the views, which is shrunk to fit; None
-            returns no image.
+        labels: reader of the images' labels; None: every sample contains its labels, see `Sample`.
+        image_root: folder of the images that are given by name.
+        stale: (folder, suffix) of the output files to remove for images without labels.
+        kept_pixels: also return the image itself, shrunk to at most this many pixels; None returns only the
+            views.
     """
 
     labels: LabelReader | None
@@ -116,7 +118,7 @@ class Decoder:
             return Outcome(name, notes=("samples without an image",))
         class_ids = self.labels(name) if self.labels else self._own_labels(sample)
         if not class_ids:
-            for folder, suffix in self.stale:  # made of labels that the image no longer has
+            for folder, suffix in self.stale:  # an earlier run made them, from other labels
                 (Path(folder) / f"{name}{suffix}").unlink(missing_ok=True)
             return Outcome(name, notes=("images without labels",))
         if isinstance(sample, str):
@@ -129,7 +131,7 @@ class Decoder:
         views = resized_views(image, self.grid, self.scales, self.max_patches)
         pixels = None
         if self.kept_pixels is not None:
-            rgb = image if image.mode == "RGB" else image.convert("RGB")  # which copies even RGB
+            rgb = image if image.mode == "RGB" else image.convert("RGB")  # convert copies even RGB images
             pixels = shrunk(np.asarray(rgb), self.kept_pixels)
         return LabeledImage(name, class_ids, (image.height, image.width), views, pixels, notes=notes)
 
@@ -137,9 +139,12 @@ class Decoder:
         name, text = sample.name, sample.labels
         if text is None:
             raise ValueError(
-                f"{name} comes without labels: add {name}.cls to its shard, or give --labels FILE"
+                f"{name} has no labels: add {name}.cls to its shard, or give --labels FILE"
             )
         words = text.split()
         if not all(word.isdecimal() and int(word) < self.num_classes for word in words):
-            raise ValueError(f"its labels are {text.strip()!r}, not class indices below {self.num_classes}")
+            raise ValueError(
+                f"{name}.cls contains {text.strip()!r}: expected class indices 0..{self.num_classes - 1}, "
+                "separated by spaces"
+            )
         return list(dict.fromkeys(map(int, words)))

@@ -1,4 +1,4 @@
-"""Step 2a: CAM files, or index masks, and ground truth -> scores."""
+"""Step 2a: scores of CAM files, or of index masks, against ground truth."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +18,22 @@ from segmentation.masks import read_mask
 from segmentation.metrics import joint_counts, scores
 
 ARITHMETIC = ("float16", "float32")
-INFINITY = 0x7C00  # the bits of float16's
-CLOSE = 2.0**-10  # float16 numbers in [0, 1] are half as far apart at most: what differs by more stays apart
-MASKS = "png"  # the cam type that stands for index masks instead of CAM files
+INFINITY = 0x7C00  # bits of float16 infinity
+# Twice the largest spacing of float16 in [0, 1]: numbers that differ by more stay different when rounded.
+CLOSE = 2.0**-10
+MASKS = "png"  # the --cam_type for index masks instead of CAM files
 SUMMARY = ("Mean IoU", "Pixel Accuracy", "Mean Accuracy", "Frequency Weighted IoU")
 
 
 def backgrounds(threshold: float, cam_type: str, has_background: bool = True) -> tuple[float | None, ...]:
-    """Return what the reference evaluation tries for a value of --cam_eval_thres: exponents 1 and 2 (1 to 10
-    for maps without attention refinement) for 1 and more, constants 0.05, 0.10, ..., 0.60 below 1."""
+    """Return the background scores that the reference evaluation tries for a value of --cam_eval_thres.
+
+    Args:
+        threshold: >= 1 returns the exponents 1 and 2 (1 to 10 for CAM types without "attn" in their name);
+            < 1 returns the constants 0.05, 0.10, ..., 0.60.
+        cam_type: index masks and CAM types with "bg" in their name return (None,).
+        has_background: False returns (None,).
+    """
     if cam_type == MASKS or "bg" in cam_type or not has_background:
         return (None,)
     if threshold >= 1:
@@ -35,12 +42,12 @@ def backgrounds(threshold: float, cam_type: str, has_background: bool = True) ->
 
 
 def background(top: np.ndarray, score: float, arithmetic: str = "float16") -> np.ndarray:
-    """Return the background's score at each pixel, of dtype `arithmetic`.
+    """Return the score of the background at each pixel, in dtype `arithmetic`.
 
     Args:
         top: (...) the highest score of any class.
-        score: >= 1: an exponent e, the background is (1 - top)^e; below 1: that constant everywhere.
-        arithmetic: "float16" rounds the difference, then the power.
+        score: >= 1: an exponent e, the background is (1 - top)^e; < 1: the constant background.
+        arithmetic: "float16" rounds the difference and then the power.
     """
     dtype = np.dtype(arithmetic)
     if score < 1:
@@ -50,21 +57,22 @@ def background(top: np.ndarray, score: float, arithmetic: str = "float16") -> np
 
 
 @cache
-def _verdicts(
+def _background_wins(
     backgrounds: tuple[float | None, ...], arithmetic: str
 ) -> tuple[list[int], list[float], np.ndarray]:
-    """Return which background scores beat the best class, by intervals of the class's score.
+    """Return which of the B background scores win against the best class, by intervals of the class's score.
 
-    There are only as many scores as float16 numbers, so all are tried once instead of at every pixel.
+    A class score is one of 2^16 float16 numbers. All of them are compared once here, instead of one at every
+    pixel.
 
     Returns:
-        edges (I - 1,) of the intervals in rising order, as `ordered` writes them; the least float32 that are
-        rounded to them, for scores in [0, 1]; and wins (I, B) bool. A tie is the background's; None never
-        wins.
+        Edges (I - 1,) between the I intervals, ascending, as the integers of `ordered`; the same edges as the
+        smallest float32 that are rounded to them, valid for scores in [0, 1]; and wins (I, B) bool. The
+        background wins ties. The background score None never wins.
     """
     numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
     wins = np.zeros((2**16, len(backgrounds)), bool)
-    with np.errstate(all="ignore"):  # powers of what no CAM holds
+    with np.errstate(all="ignore"):  # powers of numbers that are in no CAM
         for index, score in enumerate(backgrounds):
             if score is not None:
                 wins[:, index] = background(numbers, score, arithmetic) >= numbers
@@ -72,62 +80,64 @@ def _verdicts(
         numbers, wins = numbers[first].astype(np.float32), wins[first]
         changes = 1 + np.flatnonzero((wins[1:] != wins[:-1]).any(1))
         below, edges = numbers[changes - 1], numbers[changes]
-        middles = (below + edges) / 2  # are rounded to the even one of the two
+        middles = (below + edges) / 2  # exactly between two float16 numbers: rounded to the even one
         rounded_up = middles.astype(np.float16) == edges
         float32_edges = np.where(rounded_up, middles, np.nextafter(middles, edges))
     return scores[changes].tolist(), float32_edges.tolist(), wins[np.append(0, changes)]
 
 
 def ordered(numbers: np.ndarray) -> np.ndarray:
-    """Return int16 that compare as float16 numbers do, and much faster; NaN is highest.
+    """Return int16 numbers that have the same order as float16 `numbers`, with NaN highest.
 
-    What lies in [0, inf] is returned without a copy: its bits are such integers.
+    Comparing integers is much faster. For numbers in [0, inf] the bits themselves are such integers; they are
+    returned without a copy.
     """
     bits = numbers.view(np.int16)
     if bits.min(initial=0) >= 0 and bits.max(initial=0) <= INFINITY:
         return bits
-    size = np.minimum(bits & 0x7FFF, INFINITY + 1)  # NaN is what is larger than infinity
+    size = np.minimum(bits & 0x7FFF, INFINITY + 1)  # larger bits than infinity's mean NaN
     return np.where((bits < 0) & (size <= INFINITY), -size, size)
 
 
 def count_cams(
     truth: np.ndarray, class_ids: np.ndarray, cams: np.ndarray, evaluation: "Evaluation"
 ) -> tuple[np.ndarray, int]:
-    """Count the pixels of one image for all of the evaluation's background scores at once.
+    """Count the pixels of one image for all background scores of the evaluation in one pass.
 
-    A pixel is of its best class, or of the background where that scores as high; among classes ties go to
-    the earlier one in `class_ids`. NaN counts as highest.
+    The prediction of a pixel is its best class, or the background if that has at least the same score. If
+    classes tie, the first of them in `class_ids` wins. NaN is the highest score.
 
     Args:
         truth: (H, W) uint8 mask values.
         class_ids: (K,) class indices.
-        cams: (K, H, W) float16; (K + 1, H, W) if they have a background channel. float32 counts as if it
-            were rounded to float16, but only close rivals are.
+        cams: (K, H, W) float16; (K + 1, H, W) if they have a background channel. float32 gives the counts of
+            the CAMs rounded to float16; only nearly equal scores are actually rounded.
 
     Returns:
-        hists (B, n, n) int64 [truth, prediction] for the B background scores; and the number of pixels of
-        known truth that are predicted 255 at the first of them, which are in no matrix.
+        hists (B, n, n) int64 [truth, prediction] for the B background scores; and the number of pixels that
+        are predicted 255 with the first background score. hists does not count them. Pixels whose ground
+        truth is ignored are not counted at all.
 
     Raises:
-        ValueError: a pixel of known truth is predicted as a class that the benchmark does not have.
+        ValueError: a pixel with valid ground truth is predicted as a class that the benchmark does not have.
     """
     offset = int(evaluation.benchmark.has_background)
     indices = class_ids + offset
     if "bg" in evaluation.cam_type:
         indices = np.append(0, indices)
-    edges, float32_edges, wins = _verdicts(evaluation.backgrounds, evaluation.arithmetic)
+    edges, float32_edges, wins = _background_wins(evaluation.backgrounds, evaluation.arithmetic)
     if len(cams):
         if cams.dtype == np.float32 and cams.min() >= 0 and cams.max() <= 1:
             edges = float32_edges
-        else:  # float16, or NaN
+        else:  # float16, or float32 with NaN or values outside [0, 1]
             cams = ordered(cams.astype(np.float16, copy=False))
         best, top = _argmax(cams.reshape(len(cams), -1))  # (H * W,), (H * W,)
-        code = best.astype(np.min_scalar_type(len(cams) * len(wins))) * len(wins)  # and the interval of top
-        most = top.max()
+        code = best.astype(np.min_scalar_type(len(cams) * len(wins))) * len(wins)  # (class, interval of top)
+        maximum = top.max()
         for edge in edges:
-            if edge <= most:
+            if edge <= maximum:
                 code += top >= edge
-    else:  # nothing is predicted, whatever the score
+    else:  # no class: only background or 255 is predicted
         indices, wins = np.array([0 if offset else IGNORE]), np.zeros((1, len(evaluation.backgrounds)), bool)
         code = np.zeros(truth.size, np.uint8)
     joint = joint_counts(truth.ravel(), code, evaluation.benchmark.channels, len(indices) * len(wins))
@@ -138,13 +148,15 @@ def count_cams(
 
 
 def count_mask(truth: np.ndarray, mask: np.ndarray, channels: int) -> tuple[np.ndarray, int]:
-    """Return what `count_cams` returns, with B = 1, for an index mask (H, W) uint8."""
+    """Return the counts of `count_cams`, with B = 1, for an index mask (H, W) uint8."""
     return _matrices(np.arange(256), joint_counts(truth, mask, channels, 256)[..., None])
 
 
 def _argmax(cams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first of the highest CAMs, and its value: (K, N) -> (N,), (N,). float32 CAMs in [0, 1] are
-    compared as if rounded to float16; their highest value is not rounded."""
+    """Return the index of the first highest CAM at each pixel, and its value, (N,) each, for CAMs (K, N).
+
+    float32 CAMs in [0, 1] are compared as if rounded to float16; the returned value is not rounded.
+    """
     top = cams[0] if len(cams) == 1 else cams[0].copy()
     best = np.zeros(top.shape, np.min_scalar_type(len(cams)))
     for index, channel in enumerate(cams[1:], 1):
@@ -155,20 +167,23 @@ def _argmax(cams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             higher[close] = channel[close].astype(np.float16) > top[close].astype(np.float16)
         else:
             higher = channel > top
-        np.maximum(best, higher * best.dtype.type(index), out=best)  # later indices are higher
+        np.maximum(best, higher * best.dtype.type(index), out=best)  # `index` is larger than those before
         np.maximum(top, channel, out=top)
     return best, top
 
 
 def _matrices(indices: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return what `count_cams` returns, from counts (n, C, B) of candidates and their mask values (C,)."""
+    """Return the result of `count_cams` from candidates: their mask values (C,) and counts (n, C, B)."""
     channels, _, backgrounds = counts.shape
     used = counts.any((0, 2))
     unknown = indices[used & (indices >= channels) & (indices != IGNORE)]
     if len(unknown):
-        raise ValueError(f"the prediction holds {unknown.max()}, but there are {channels} classes")
+        raise ValueError(
+            f"the prediction contains the mask value {unknown.max()}, but valid values are "
+            f"0..{channels - 1}: give the --benchmark that it was made for"
+        )
     hists = np.zeros((backgrounds, channels, channels), np.int64)
-    for candidate in np.flatnonzero(used & (indices < channels)):  # two indices may be equal
+    for candidate in np.flatnonzero(used & (indices < channels)):  # two candidates may have the same index
         hists[:, :, indices[candidate]] += counts[:, candidate].T
     return hists, int(counts[:, indices == IGNORE, 0].sum())
 
@@ -182,19 +197,19 @@ class ScoringStep(Step):
         self.reset()
 
     def reset(self) -> None:
-        """Start to count from zero."""
+        """Set all counts to zero."""
         channels = self.benchmark.channels
         self.hists = np.zeros((len(self.backgrounds), channels, channels), np.int64)
         self.pixels = np.zeros(2, np.int64)
 
     def count(self, hists: np.ndarray, ignored: int) -> None:
-        """Add what `count_cams` or `count_mask` returned for one image."""
+        """Add the counts of one image, as returned by `count_cams` or `count_mask`."""
         self.hists += hists
         self.pixels += (ignored, int(hists[0].sum()) + ignored)
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return hists (B, n, n) int64 [truth, prediction] for the B background scores, and pixels (2,):
-        those of known truth that are predicted 255 (and left out), and all of known truth."""
+        """Return hists (B, n, n) int64 [truth, prediction] for the B background scores, and pixels (2,): the
+        number of pixels that are predicted 255 (not in hists), and of all pixels with valid ground truth."""
         counts = self.hists, self.pixels
         self.reset()  # for another run of the same step
         return counts
@@ -202,12 +217,14 @@ class ScoringStep(Step):
     def report(
         self, run: Run, parts: list, names: Sequence[str], missing: list[str], details: dict, json_file: Any
     ) -> None:
-        """Print and write the scores of a finished run.
+        """Print the scores of a finished run, and write them as JSON.
 
         Args:
-            parts: what `finish` returned in each process.
-            names: image ids of the run; `missing` were left out before.
-            details: what else the JSON file holds.
+            parts: the results of `finish` from all processes.
+            names: image ids of the run, without `missing`.
+            missing: image ids that were left out, for the JSON file.
+            details: further entries of the JSON file.
+            json_file: None writes no file.
         """
         hists, pixels = (sum(counts) for counts in zip(*parts, strict=True))
         results = [benchmark_scores(hist, self.benchmark) for hist in hists]
@@ -228,11 +245,11 @@ class Evaluation(ScoringStep):
 
     Attributes:
         cam_dir: folder of the CAM files, or of the masks.
-        cam_type: CAMs to take from the files; a type with "bg" in its name has a background channel;
+        cam_type: CAM type to read from the files; types with "bg" in their name contain a background channel;
             "png" evaluates index masks.
-        backgrounds: background scores to try, see `background`; (None,) where there is nothing to try.
-        arithmetic: "float16" compares background and classes in the type CAMs are stored in, as for the
-            published numbers; "float32" moves single pixels at ties.
+        backgrounds: background scores to try, see `background`; (None,) adds no background.
+        arithmetic: "float16" compares the scores of background and classes in the number type of the CAM
+            files, as for the published numbers; "float32" changes the prediction of single pixels at ties.
     """
 
     benchmark: Benchmark
@@ -243,7 +260,7 @@ class Evaluation(ScoringStep):
     arithmetic: str = "float16"
 
     def decode(self, name: str) -> Outcome:
-        """Read and count an image, after which nothing is left to compute."""
+        """Read and count an image. The outcome is complete: `compute` and `write` are not called."""
         if self.cam_type == MASKS:
             mask = read_mask(Path(self.cam_dir) / f"{name}.png")
             self.count(*count_mask(read_truth(self.gt_root, name, mask.shape), mask, self.benchmark.channels))
@@ -254,10 +271,10 @@ class Evaluation(ScoringStep):
 
 
 def read_truth(gt_root: str, name: str, size: tuple[int, int]) -> np.ndarray:
-    """Return the ground truth (H, W) uint8 of an image.
+    """Return the ground-truth mask (H, W) uint8 of an image.
 
     Raises:
-        ValueError: it cannot be read, or its size is not that of the prediction.
+        ValueError: the mask cannot be read, or differs in size from the prediction.
     """
     truth = read_mask(Path(gt_root) / f"{name}.png")
     if truth.shape != size:
@@ -272,15 +289,15 @@ def evaluate(
     allow_missing: bool = False,
     num_workers: int = 1,
 ) -> int:
-    """Evaluate, print a table, write JSON.
+    """Evaluate predictions, print a table of scores and write them as JSON.
 
     Args:
         names: image ids.
-        json_file: where the scores are written, if anywhere.
-        allow_missing: leave out images without prediction or ground truth, and report them.
+        json_file: file for the scores; None writes none.
+        allow_missing: leave out images without prediction or ground truth, and list them in the JSON file.
 
     Returns:
-        The exit code: 1 if an image could not be evaluated.
+        The exit code: 1 if an image failed, else 0.
 
     Raises:
         FileNotFoundError: predictions or ground truth are missing.
@@ -298,11 +315,14 @@ def evaluate(
 
 
 def benchmark_scores(hist: np.ndarray, benchmark: Benchmark, absent: str = "drop") -> dict:
-    """Return `segmentation.metrics.scores` of the benchmark's groups of classes, or else of its classes.
+    """Return `segmentation.metrics.scores` for the benchmark's groups of classes, or else for its classes.
 
     Args:
-        hist: (n, n) [truth, prediction], of the benchmark's masks.
-        absent: see `scores`, as for what is returned; its class indices are those of `scored_names`.
+        hist: (n, n) [truth, prediction] over the mask values.
+        absent: see `scores`.
+
+    Returns:
+        See `scores`; class indices refer to `scored_names`.
     """
     if benchmark.groups:
         member = np.eye(len(benchmark.group_names), dtype=np.int64)[benchmark.groups]  # (n, groups)
@@ -311,7 +331,7 @@ def benchmark_scores(hist: np.ndarray, benchmark: Benchmark, absent: str = "drop
 
 
 def scored_names(benchmark: Benchmark) -> list[str]:
-    """Return what has an IoU: groups of classes, or classes with the background before them."""
+    """Return the names that have an IoU: groups of classes, or the background (if any) and the classes."""
     if benchmark.groups:
         return list(benchmark.group_names)
     return ["background"] * benchmark.has_background + list(benchmark.classes)
@@ -325,14 +345,14 @@ def report_scores(
     benchmark: Benchmark,
     json_file: str | Path | None,
 ) -> None:
-    """Print scores as tables, the best background in full, and write them as JSON.
+    """Print a table of the scores and the IoU of each class for the best background; write all as JSON.
 
     Args:
-        report: what else the JSON file holds.
-        backgrounds: (B,) what was tried; None where there is nothing to try.
-        results: (B,) see `benchmark_scores`.
-        pixels: (2,) predicted 255, all.
-        json_file: where, if anywhere.
+        report: further entries of the JSON file.
+        backgrounds: (B,) background scores that were tried, see `Evaluation`.
+        results: (B,) scores, see `benchmark_scores`.
+        pixels: (2,) number of pixels that are predicted 255, and number of all pixels.
+        json_file: None writes no file.
     """
     classes = scored_names(benchmark)
     best = max(range(len(results)), key=lambda index: (np.nan_to_num(results[index]["Mean IoU"]), -index))
@@ -350,7 +370,7 @@ def report_scores(
         print(f"{name:<{width}}{results[best][name]:.4f}")
     ignored = float(pixels[0] / pixels[1]) if pixels[1] else 0.0
     if ignored:
-        print(f"{'predicted 255':<{width}}{ignored:.4f} (share of pixels, left out)")
+        print(f"{'predicted 255':<{width}}{ignored:.4f} (proportion of the pixels, left out)")
     if json_file is None:
         return
     entries = []
@@ -361,14 +381,14 @@ def report_scores(
 
 
 def benchmark_of(folder: str | Path, benchmark: str | None) -> tuple[str, Benchmark]:
-    """Return name or file, and the benchmark, of --benchmark, or else of the run that filled `folder`.
+    """Return the benchmark and its name (or file): the value of --benchmark, or else what `folder` records.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: neither names one.
+        FileNotFoundError: `folder` does not exist.
+        ValueError: `benchmark` is not given and `folder` records none.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"folder {folder}, which should hold the CAMs, does not exist")
+        raise FileNotFoundError(f"--cam_dir: folder {folder} does not exist: give the folder of the CAMs")
     name = benchmark or read_settings(folder).get("settings", {}).get("benchmark")
     if not name or not isinstance(name, str):
         raise ValueError(f"{folder} does not record its benchmark: give --benchmark NAME or FILE.yaml")
@@ -381,13 +401,13 @@ def files_present(
     """Divide images into those with a file in `folder` and those without.
 
     Args:
-        what: "CAMs", or what PNGs are called.
+        what: "CAMs", or a name for PNG files, such as "masks"; used in errors.
 
     Raises:
-        FileNotFoundError: some lack it and `allow_missing` is False, or all do.
+        FileNotFoundError: an image has no file and `allow_missing` is False, or no image has a file.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"folder {folder}, which should hold the {what}, does not exist")
+        raise FileNotFoundError(f"{folder}, the folder of the {what}, does not exist: give another folder")
     with_file, missing = [], []
     for name in names:
         exists = camfile.find(folder, name) if what == "CAMs" else (Path(folder) / f"{name}.png").is_file()
@@ -396,7 +416,7 @@ def files_present(
         none = " (images without labels have none)" if what == "CAMs" else ""
         raise FileNotFoundError(
             f"{folder} lacks the {what} of {len(missing)} of {len(names)} images: {first_few(missing)}{none}"
-            "; make them, or leave these images out by --allow_missing"
+            "; make them, or leave these images out with --allow_missing"
         )
     return with_file, missing
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from segmentation.benchmark import Benchmark
 
-MODEL_HELP = "CLIP checkpoint file, public name (ViT-B/16, RN50, ...) or open_clip model:tag"
+MODEL_HELP = "CLIP checkpoint file, name of an OpenAI model (ViT-B/16, RN50, ...) or open_clip model:tag"
 LABELS_HELP = "file of lines `id index index ...` that replaces the benchmark's labels"
 
 
 def add_benchmark_flag(flag: Callable, recorded_in: str = "") -> None:
     """Add --benchmark; required, unless a folder of an earlier step records it."""
-    help = "the data set: voc12, coco14, cocostuff, shapes or a YAML file that describes it"
+    help = "data set: voc12, coco14, cocostuff, shapes or a YAML file that describes it"
     help += f" (default: the one recorded in {recorded_in})" if recorded_in else ""
     flag("--benchmark", "--dataset", required=not recorded_in, metavar="NAME|FILE.yaml", help=help)
 
@@ -23,13 +23,16 @@ def add_image_flags(flag: Callable, split: str = "the benchmark's") -> None:
 
 
 def recorded_path(name: str) -> str:
-    """Return a benchmark's name, or the absolute path of its file, which later steps find from any folder."""
+    """Return a benchmark's name, or the absolute path of its file, so that it is valid in any folder."""
     return str(Path(name).absolute()) if name.endswith((".yaml", ".yml")) else name
 
 
 def beside_images(benchmark: Benchmark, image_root: str | Path) -> Benchmark:
-    """Return the benchmark with the annotations and masks beside the images, if there are any: the reference
-    scripts have a flag for the image folder alone."""
+    """Return the benchmark with its root moved to the data set that contains `image_root`.
+
+    The reference scripts have a flag only for the image folder. If that root has no folder of annotations or
+    masks, the benchmark is returned unchanged.
+    """
     folder = {"voc_xml": benchmark.annotation_dir, "masks": benchmark.mask_dir}.get(benchmark.labels)
     root = Path(image_root).absolute()
     for _ in Path(benchmark.image_dir).parts:

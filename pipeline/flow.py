@@ -1,11 +1,12 @@
-"""The engine of every step: decode, group into batches, compute, write.
+"""The engine of every step: decode samples, group them into batches, compute, write.
 
-Samples come in *blocks*, and no batch reaches over the end of its block. What is computed together
-therefore depends on the blocks alone, not on how many processes divide them or on timing.
+Samples are divided into *blocks*, and a batch contains samples of one block only. The batches therefore
+depend only on the blocks, not on the number of processes or on timing.
 
-On a CPU several blocks are processed at once, each in one thread from decoding to writing, so that cores
-never wait for each other. On a GPU two threads take turns to feed it batches, while processes decode the next
-blocks and threads write the last. Memory is bounded by the blocks in progress.
+On a CPU several blocks are processed in parallel. One thread processes a whole block, from decoding to
+writing, so that cores do not wait for each other. On a GPU two threads alternate in computing batches, while
+processes decode the next blocks and threads write the previous results. Only the blocks in progress are in
+memory.
 """
 
 from __future__ import annotations
@@ -36,15 +37,16 @@ GPU_THREADS = 2
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """How images flow through a step; the first two may change rounding, nothing else depends on it.
+    """Batch size, block size and parallelism of a step. `batch_size` and `prefetch` may change the rounding
+    of results; the other settings do not affect results.
 
     Attributes:
-        batch_size: images computed at once; None lets the step choose for each shape.
-        prefetch: images of a block, which are decoded ahead and grouped into batches.
-        threads: threads that each take blocks from decoding to writing; None: as many as PyTorch would use;
-            0: only the caller's.
-        decode_workers: processes that decode; 0: the threads do it themselves.
-        write_workers: threads that write; 0: the threads do it themselves.
+        batch_size: images per batch; None uses `Step.batch_size`, which depends on the image's shape.
+        prefetch: images per block; a block is decoded ahead and grouped into batches.
+        threads: number of threads, each of which processes whole blocks; None: as many as PyTorch uses; 0:
+            the calling thread.
+        decode_workers: number of decoding processes; 0: the threads decode.
+        write_workers: number of writing threads; 0: the threads write.
     """
 
     batch_size: int | None = None
@@ -54,8 +56,8 @@ class FlowSettings:
     write_workers: int = 0
 
     def on(self, device: torch.device) -> FlowSettings:
-        """Return the settings for a device: a CPU writes where it computes; a GPU has two threads, one of
-        which stacks and copies a batch while the other's is computed."""
+        """Return the settings for a device. On a CPU the computing threads write. A GPU has two threads by
+        default: one stacks and copies a batch while the GPU computes the batch of the other."""
         if device.type == "cpu":
             return replace(self, write_workers=0)
         return replace(self, threads=self.threads or GPU_THREADS)
@@ -64,15 +66,16 @@ class FlowSettings:
 def flow(
     samples: Iterable, step: Any, decode_pool: Executor | None = None
 ) -> Generator[Outcome, None, None]:
-    """Take every sample through a step.
+    """Process every sample with a step, and yield its outcome.
 
-    A batch that runs out of memory is halved and computed again, and so are later batches of its shape; a
-    batch that fails otherwise is divided until only the image that causes it fails.
+    If a batch runs out of memory, its halves are computed instead, and later batches of its shape have at
+    most half its size. If a batch fails for another reason, it is divided until only the image that causes
+    the error fails.
 
     Args:
-        samples: names, or whatever the step's decoder takes.
-        step: see `pipeline.step.Step`; its `flow` says how.
-        decode_pool: see `decoding`; for a single flow it need not be given.
+        samples: image names, or other arguments of the step's decoder.
+        step: see `pipeline.step.Step`; `step.flow` are the settings.
+        decode_pool: decoding processes, see `decoding`; None starts and ends them here.
 
     Yields:
         The outcome of every sample, in no particular order.
@@ -82,15 +85,15 @@ def flow(
         DiskFull: see `common.files`.
     """
     settings = step.flow
-    limits: dict[Hashable, int] = {}  # of shapes that ran out of memory: half the batch that did
+    limits: dict[Hashable, int] = {}  # shape that ran out of memory -> largest batch to try
     blocks: deque[Future] = deque()
     writing: deque[Future] = deque()
-    with _death_explained(), ExitStack() as stack:
+    with _explain_dead_decoder(), ExitStack() as stack:
         decode_pool = decode_pool or stack.enter_context(decoding(settings))
         threads, computer, writer = _executors(settings, stack)
         decode = partial(_decode, step.decoder())
         for block in _prefetched(samples, decode, settings, decode_pool):
-            blocks.append(computer.submit(_block, block, step, limits, writer))
+            blocks.append(computer.submit(_process_block, block, step, limits, writer))
             if len(blocks) > 2 * threads:
                 writing.extend(blocks.popleft().result())
             while len(writing) > settings.prefetch:
@@ -102,7 +105,7 @@ def flow(
 
 
 class _Inline(Executor):
-    """Runs work at once, in the calling thread."""
+    """Runs work immediately, in the calling thread."""
 
     def submit(self, work: Callable, /, *args, **kwargs) -> Future:
         future: Future = Future()
@@ -114,14 +117,14 @@ class _Inline(Executor):
 
 
 def _executors(settings: FlowSettings, stack: ExitStack) -> tuple[int, Executor, Executor]:
-    """Return the number of threads, the executor of blocks, and the executor that writes."""
+    """Return the number of threads, the executor for blocks, and the executor for writing."""
     computer = writer = _Inline()
     threads = settings.threads
     if threads != 0:
-        import torch  # here, because steps without tensors need not wait for the import
+        import torch  # here, because steps without tensors do not need this slow import
 
         threads = torch.get_num_threads() if threads is None else threads
-        # Each computes on one core: PyTorch's own threads would wait for each other within every product.
+        # Each thread uses one core: PyTorch's own threads would synchronize in every matrix product.
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         computer = ThreadPoolExecutor(threads, "flow", torch.set_num_threads, (1,))
         stack.callback(computer.shutdown, cancel_futures=True)
@@ -141,11 +144,11 @@ def _decode(decode: Callable[[Any], Decoded | Outcome], sample: Any) -> Decoded 
 
 @contextmanager
 def decoding(settings: FlowSettings) -> Iterator[Executor | None]:
-    """Start the decoding processes of one flow, or of several in turn; None if there are none."""
+    """Start the decoding processes for one or several successive flows; None if `decode_workers` is 0."""
     if not settings.decode_workers:
         yield None
         return
-    # Not fork: this process may hold threads and a CUDA context.
+    # Not fork: this process may have threads and a CUDA context.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     pool = ProcessPoolExecutor(settings.decode_workers, context, _set_up_decoder, (logs.level(),))
@@ -161,7 +164,8 @@ def _prefetched(
     settings: FlowSettings,
     decode_pool: Executor | None,
 ) -> Iterator[list[Callable[[], Decoded | Outcome]]]:
-    """Yield blocks of functions that return a decoded sample each. Decoding processes are blocks ahead."""
+    """Yield blocks of functions; each function returns one decoded sample. Decoding processes, if there are
+    any, decode several blocks ahead."""
     source = iter(samples)
     blocks = iter(lambda: list(islice(source, settings.prefetch)), [])
     if decode_pool is None:
@@ -176,7 +180,7 @@ def _prefetched(
 
 
 def _set_up_decoder(log_level: int) -> None:
-    """Set up a decoding process: it leaves Ctrl-C to its parent and ends with it."""
+    """Set up a decoding process: it ignores Ctrl-C and exits when its parent exits."""
     logs.show(log_level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -189,30 +193,30 @@ def _set_up_decoder(log_level: int) -> None:
 
 
 @contextmanager
-def _death_explained() -> Iterator[None]:
-    """Raise ChildProcessError where a decoding process died."""
+def _explain_dead_decoder() -> Iterator[None]:
+    """Raise ChildProcessError with an explanation if a decoding process dies."""
     try:
         yield
     except BrokenProcessPool:
         raise ChildProcessError(
-            "a decoding process died (the system may have run out of memory); the same command continues, "
-            "fewer --decode_workers or a smaller --prefetch need less memory"
+            "a decoding process died (the system may have run out of memory): run the same command again to "
+            "continue; fewer --decode_workers or a smaller --prefetch need less memory"
         ) from None
 
 
 # Computing
 
 
-def _block(
+def _process_block(
     block: list[Callable[[], Decoded | Outcome]], step: Any, limits: dict[Hashable, int], writer: Executor
 ) -> list[Future]:
-    """Take one block through the step; return a future outcome for each sample."""
+    """Process one block with the step; return the future outcome of each sample."""
     outcomes: list[Future] = []
     groups: dict[Hashable, list[Decoded]] = {}
     for decode in block:
         decoded = decode()
         if isinstance(decoded, Outcome):
-            outcomes.append(_finished(decoded))
+            outcomes.append(_completed(decoded))
         else:
             groups.setdefault(decoded.shape, []).append(decoded)
     for shape, group in groups.items():
@@ -221,26 +225,26 @@ def _block(
             size = step.flow.batch_size or step.batch_size(group[0])
             size = min(size, limits.get(shape, size))
             batch, group = group[:size], group[size:]
-            for decoded, result in _computed(batch, step, limits):
+            for decoded, result in _compute_batch(batch, step, limits):
                 if isinstance(result, Outcome):
-                    outcomes.append(_finished(result))
+                    outcomes.append(_completed(result))
                 else:
-                    outcomes.append(writer.submit(_written, step, decoded, result))
+                    outcomes.append(writer.submit(_write_result, step, decoded, result))
     return outcomes
 
 
-def _finished(outcome: Outcome) -> Future:
+def _completed(outcome: Outcome) -> Future:
     future: Future = Future()
     future.set_result(outcome)
     return future
 
 
-def _written(step: Any, decoded: Decoded, result: Any) -> Outcome:
+def _write_result(step: Any, decoded: Decoded, result: Any) -> Outcome:
     notes = attempt(decoded.name, step.write, decoded, result)
     return notes if isinstance(notes, Outcome) else Outcome(decoded.name, notes=tuple(notes or ()))
 
 
-def _computed(
+def _compute_batch(
     batch: list[Decoded], step: Any, limits: dict[Hashable, int]
 ) -> Iterator[tuple[Decoded, Any | Outcome]]:
     """Yield each image of a batch with its result, or with its outcome if it failed."""
@@ -256,15 +260,15 @@ def _computed(
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
     if half:
-        yield from _computed(batch[:half], step, limits)
-        yield from _computed(batch[half:], step, limits)
+        yield from _compute_batch(batch[:half], step, limits)
+        yield from _compute_batch(batch[half:], step, limits)
     else:
         yield batch[0], failure
 
 
 def _try(batch: list[Decoded], step: Any) -> tuple[list, Outcome | None, bool]:
-    """Return results; or a failure, and whether memory ran out. The error itself would hold memory by its
-    traceback."""
+    """Return the results, or the failed outcome and whether memory ran out. The exception itself is not
+    returned, because its traceback keeps tensors in memory."""
     try:
         return step.compute(batch), None, False
     except Exception as error:
@@ -275,6 +279,6 @@ def _try(batch: list[Decoded], step: Any) -> tuple[list, Outcome | None, bool]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    messages = ("allocate memory", "out of memory", "ALLOC_FAILED")  # PyTorch's, CUDA's and its libraries'
+    messages = ("allocate memory", "out of memory", "ALLOC_FAILED")  # of PyTorch, CUDA and CUDA libraries
     from_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in messages)
     return from_torch or isinstance(error, MemoryError)

@@ -1,4 +1,4 @@
-"""Steps 1 and 2b in one go: images and labels -> the masks of the steps, without large files in between."""
+"""Steps 1 and 2b in one step: the same masks as the separate steps, without large files in between."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,13 +20,13 @@ from segmentation.masks import encode_mask, mask_class_ids
 
 @dataclass
 class FusedStep(Step):
-    """CAMs and masks with one model. The torch backend of the dense CRF runs for a whole batch where the CAMs
-    are; the others run where a mask is written.
+    """Makes CAMs and masks. The torch backend of the dense CRF processes a whole batch on the device of the
+    CAMs, in `compute`; the other backends process one image at a time, in `write`.
 
     Attributes:
-        cams: how CAMs are made, and where they are kept; nowhere with format "none".
-        masks: how masks are made of them; `crf_backend` is resolved, not "auto".
-        output: folder of the masks; None: masks go where the CAMs go.
+        cams: how CAMs are made, and where they are written; format "none" writes none.
+        masks: how masks are made from them; `crf_backend` must be resolved, not "auto".
+        output: folder of the masks; None passes them to `cams.store`.
     """
 
     cams: CamStep
@@ -38,7 +38,7 @@ class FusedStep(Step):
         self.cam_type = self.cams.settings.cam_type
 
     def is_done(self, name: str) -> bool:
-        """Whether there is a mask of the labels that the image has now, and a CAM file if it is kept."""
+        """Return whether a mask of the image's current labels exists, and the CAM file if CAMs are kept."""
         file = Path(self.output) / f"{name}.png"
         if not file.is_file():
             return False
@@ -46,7 +46,7 @@ class FusedStep(Step):
             if mask_class_ids(file) not in (None, self.cams.labels(name)):
                 return False
         except (ValueError, OSError):
-            return False  # labels that cannot be read fail when they are needed
+            return False  # unreadable labels raise again when decoded
         return self.cams.output is None or self.cams.is_done(name)
 
     def start(self, worker_index: int) -> None:
@@ -62,7 +62,7 @@ class FusedStep(Step):
         return self.cams.batch_size(decoded)
 
     def compute(self, batch: list[LabeledImage]) -> list[tuple[dict[str, np.ndarray], np.ndarray | None]]:
-        """Return CAM type -> (K, h, w), and the mask if the backend is torch."""
+        """Return for each image CAM type -> (K, h, w), and the mask (H, W) if the backend is torch."""
         cams = self.cams.compute(batch)
         masks = [None] * len(batch)
         if self.masks.crf_backend == "torch":
@@ -100,7 +100,7 @@ class FusedStep(Step):
         files = self.cams.files(decoded, cams)
         if self.output is None:
             self.cams.save(decoded.name, {**files, ".png": mask})
-        else:  # the mask last: its file says that the image is done
+        else:  # the mask last, because `is_done` looks for it
             self.cams.save(decoded.name, files)
             store_files(self.output, decoded.name, {".png": mask})
         notes = decoded.notes + self.cams.notes(cams)
@@ -108,5 +108,6 @@ class FusedStep(Step):
 
 
 def upsample(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """CAMs (K, h, w) -> (K, H, W) float16 on their device, as `segmentation.camfile` does on a CPU."""
+    """Return CAMs (K, h, w) resized to (K, H, W) float16 on their device, as `segmentation.camfile` resizes
+    them on a CPU."""
     return F.interpolate(grid[None], size, mode="bilinear", align_corners=False)[0].half()

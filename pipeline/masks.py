@@ -1,4 +1,4 @@
-"""Step 2b: CAM files and images -> dense CRF -> pseudo masks, or their scores."""
+"""Step 2b: pseudo masks, or their scores, from CAM files and images by a dense CRF."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,50 +21,50 @@ from segmentation.masks import read_mask, write_mask
 
 @dataclass(frozen=True)
 class MaskSettings(Settings):
-    """How the dense CRF makes masks of CAMs; the defaults are those of CLIP-ES."""
+    """How the dense CRF makes masks from CAMs; the defaults are those of CLIP-ES."""
 
     confidence: float = setting(
-        0.95,  # on the CRF posterior; the paper's mu is on the CAM instead
-        "a pixel of lower CRF posterior becomes 255; 0 ignores no pixel",
+        0.95,  # threshold on the CRF posterior; the paper applies its mu to the CAM
+        "pixels with a lower CRF posterior become 255 (ignored); 0 ignores no pixel",
         least=0,
         most=1,
     )
     crf_backend: str = setting(
         "auto",
-        "numba (CPU), torch (many images at once on a GPU), or pydensecrf, the reference; auto: torch on a "
-        "GPU, else numba. Their labels agree",
+        "numba (CPU), torch (batches of images on a GPU) or pydensecrf (reference implementation); auto: "
+        "torch on a GPU, else numba. Their labels agree",
         choices=("auto", *BACKENDS),
     )
     crf_image: str = setting(
         PRESETS["clip_es"].image_mode,
-        "image the CRF sees: mean-subtracted and wrapped to 8 bits, as published numbers need, or unchanged, "
-        "RGB or BGR",
+        "input image of the CRF: wrapped (mean-subtracted and wrapped to 8 bits, as for published numbers), "
+        "or unchanged in RGB (raw) or BGR (bgr)",
         choices=IMAGE_MODES,
     )
     crf_unary: str = setting(
         PRESETS["clip_es"].unary_type,
-        "type its energies are computed in; published numbers use float16",
+        "number type of the unary energies; published numbers use float16",
         choices=UNARY_TYPES,
     )
     crf_max_pixels: int = setting(
         10_000_000,
-        "larger images are shrunk to this many pixels for the CRF, which takes 350 bytes for each",
+        "images with more pixels are shrunk to this many for the CRF, which needs 350 bytes per pixel",
         least=1,
     )
 
     @property
     def crf(self) -> Preset:
-        """How the dense CRF runs; its unary type is also the type the background is computed in."""
+        """The settings of the dense CRF; the background is computed in its unary type too."""
         return replace(PRESETS["clip_es"], image_mode=self.crf_image, unary_type=self.crf_unary)
 
     def on(self, device: str) -> "MaskSettings":
-        """Return the settings with "auto" resolved for a device: "cpu" or "cuda..."."""
+        """Return the settings with `crf_backend` "auto" resolved for a device, "cpu" or "cuda..."."""
         if self.crf_backend != "auto":
             return self
         return replace(self, crf_backend="torch" if device.startswith("cuda") else "numba")
 
     def record(self, benchmark: str, cam_type: str) -> dict:
-        """Return what a mask folder records as settings, see `pipeline.run.Record`."""
+        """Return the settings that a mask folder records, see `pipeline.run.Record`."""
         return {
             "benchmark": benchmark,
             "cam_type": cam_type,
@@ -74,19 +74,19 @@ class MaskSettings(Settings):
         }
 
 
-# Published pipelines: --confidence, and the benchmarks on which --exclude_last_layer is the default.
+# Published pipelines: the default of --confidence, and the benchmarks with default --exclude_last_layer.
 PUBLISHED = {
     "clip_es": {"confidence": MaskSettings.confidence, "exclude_last_layer": ()},
-    # TagCLIP's copy of CLIP-ES; only its VOC script takes [-8:-1] of the attention maps.
+    # TagCLIP's copy of CLIP-ES; only its VOC script averages the attention maps [-8:-1].
     "cls_seg": {"confidence": 0.0, "exclude_last_layer": ("voc12",)},
 }
 
 
 def add_preset_flag(flag: Callable) -> None:
-    """Add --preset, which decides where --confidence or --exclude_last_layer are not given."""
-    flag("--preset", choices=PUBLISHED, default="clip_es", help="published defaults: those of CLIP-ES, or of "
-         "CLS-SEG (TagCLIP's segmentation without labels): no pixel of a mask becomes 255, and on voc12 the "
-         "last block's attention is left out; flags that are given take precedence")  # fmt: skip
+    """Add --preset, which sets the defaults of --confidence and --exclude_last_layer."""
+    flag("--preset", choices=PUBLISHED, default="clip_es", help="defaults of a published method: CLIP-ES, or "
+         "CLS-SEG (TagCLIP's segmentation without labels), which ignores no pixel of a mask and on voc12 "
+         "sets --exclude_last_layer; other flags take precedence")  # fmt: skip
 
 
 def mask_defaults(preset: str) -> MaskSettings:
@@ -97,12 +97,12 @@ def mask_defaults(preset: str) -> MaskSettings:
 def crf_posterior(
     image: np.ndarray, cams: np.ndarray, settings: MaskSettings, add_background: bool, device: str = "cpu"
 ) -> np.ndarray:
-    """Return the class posteriors of one image by the dense CRF; the background is 1 - the highest CAM.
+    """Return the class posteriors of the dense CRF for one image. The background is 1 - the highest CAM.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         cams: (C, H, W) float16.
-        add_background: put a background channel before `cams`.
+        add_background: insert a background channel before `cams`.
         device: of the torch backend.
 
     Returns:
@@ -131,24 +131,27 @@ def posterior_labels(posterior: np.ndarray, values: np.ndarray, confidence: floa
 def crf_labels(
     image: np.ndarray, cams: np.ndarray, values: np.ndarray, settings: MaskSettings, device: str = "cpu"
 ) -> np.ndarray:
-    """Return the mask (H, W) uint8 that the dense CRF makes of CAMs; see `crf_posterior`, `mask_values`."""
+    """Return the mask (H, W) uint8 of the dense CRF for CAMs, see `crf_posterior` and `mask_values`."""
     posterior = crf_posterior(image, cams, settings, len(values) > len(cams), device)
     return posterior_labels(posterior, values, settings.confidence)
 
 
 def mask_values(class_ids: Sequence[int], benchmark: Benchmark, cam_type: str = "") -> np.ndarray:
-    """Return (C,) uint8, the mask value of each channel of the CRF; the background comes first.
+    """Return the mask value of each channel of the CRF, (C,) uint8; the background is the first channel.
 
     Args:
         class_ids: (K,) class indices.
-        cam_type: a type with "bg" in its name has a background channel of its own.
+        cam_type: CAM types with "bg" in their name contain a background channel.
 
     Raises:
-        ValueError: a class index that the benchmark does not have.
+        ValueError: a class index is outside the benchmark.
     """
     class_ids = np.asarray(class_ids, np.int64)
     if max(class_ids, default=0) >= len(benchmark.classes):
-        raise ValueError(f"the CAM file holds class {max(class_ids)}, which {benchmark.name} does not have")
+        raise ValueError(
+            f"the CAM file contains class {max(class_ids)}, but {benchmark.name} has the classes "
+            f"0..{len(benchmark.classes) - 1}: give the --benchmark that the CAMs were made for"
+        )
     values = class_ids + int(benchmark.has_background)
     if benchmark.has_background or "bg" in cam_type:
         values = np.append(0, values)
@@ -156,7 +159,7 @@ def mask_values(class_ids: Sequence[int], benchmark: Benchmark, cam_type: str = 
 
 
 def resize_mask(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return a mask (h, w) at image size (H, W), where the CRF ran at a smaller one."""
+    """Return a mask (h, w) resized to the image size (H, W), for a CRF that ran at a smaller size."""
     if labels.shape == size:
         return labels
     return cv2.resize(labels, size[::-1], interpolation=cv2.INTER_NEAREST)
@@ -169,7 +172,7 @@ def shrunk_note(settings: MaskSettings) -> str:
 
 @dataclass
 class MaskInput(Decoded):
-    """A decoded image: size, class indices, shrunk pixels and CAMs; or its mask, if that exists."""
+    """A decoded image: size, class indices, shrunk pixels and CAMs; or only its mask, if that exists."""
 
     size: tuple[int, int] = (0, 0)
     class_ids: np.ndarray | None = None
@@ -180,13 +183,13 @@ class MaskInput(Decoded):
 
 @dataclass
 class MaskStep(ScoringStep):
-    """Step 2b: makes masks, and scores them if there is ground truth.
+    """Step 2b: makes masks, and scores them if `gt_root` is given.
 
     Attributes:
-        output: folder of the masks; None writes none, and scores labels of any confidence.
-        gt_root: folder of the ground-truth masks; None gives no scores.
-        cam_type: CAMs to take from the files.
-        device: of the torch backend, see `pipeline.processes.device_of`.
+        output: folder of the masks; None writes no masks and scores labels of any confidence.
+        gt_root: folder of the ground-truth masks; None computes no scores.
+        cam_type: CAM type to read from the files.
+        device: device of the torch backend, see `pipeline.processes.device_of`.
     """
 
     benchmark: Benchmark
@@ -199,7 +202,7 @@ class MaskStep(ScoringStep):
     device: str = "cpu"
 
     def is_done(self, name: str) -> bool:
-        """Whether there is a mask, and no ground truth to score it with."""
+        """Return whether the mask exists and needs no scoring."""
         return self.output is not None and self.gt_root is None and self._file(name).is_file()
 
     def start(self, worker_index: int) -> None:
@@ -217,7 +220,7 @@ class MaskStep(ScoringStep):
         return MaskInput(name, image.shape[:2], class_ids, small, cams, notes=notes)
 
     def compute(self, batch: list[MaskInput]) -> list[np.ndarray]:
-        """Return the index mask (H, W) uint8; without an output folder no pixel is 255."""
+        """Return the index mask (H, W) uint8 of each image; without an output folder no pixel is 255."""
         (decoded,) = batch
         if decoded.mask is not None:
             return [decoded.mask]
@@ -231,7 +234,7 @@ class MaskStep(ScoringStep):
             write_mask(self._file(decoded.name), mask, self.benchmark.palette, decoded.class_ids)
         if self.gt_root is None:
             return decoded.notes
-        if not (Path(self.gt_root) / f"{decoded.name}.png").is_file():  # only without --eval_only
+        if not (Path(self.gt_root) / f"{decoded.name}.png").is_file():  # not with --eval_only
             return [*decoded.notes, "images without ground truth"]
         truth = read_truth(self.gt_root, decoded.name, mask.shape)
         self.count(*count_mask(truth, mask, self.benchmark.channels))
@@ -250,29 +253,29 @@ def make_masks(
     overwrite: bool = False,
     num_workers: int = 1,
 ) -> int:
-    """Make pseudo masks, or only score the CRF; print the scores if there is ground truth; write JSON.
+    """Make pseudo masks and, if `step.gt_root` is given, score them: print the scores and write JSON.
 
-    With `step.output` the masks as written are scored, without their pixels of 255; without it, as for the
-    published numbers, every pixel is scored.
+    If `step.output` is given, the written masks are scored, without their ignored pixels (255). If it is
+    None, no mask is written and every pixel is scored, as for the published numbers.
 
     Args:
         names: image ids.
-        benchmark_name: recorded in the mask folder, see `segmentation.benchmark.load`.
-        json_file: where the scores are written; None: nowhere.
-        allow_missing: leave out images without CAM, and without ground truth where only scores are made.
+        benchmark_name: name or file that the mask folder records, see `segmentation.benchmark.load`.
+        json_file: file for the scores; None writes none.
+        allow_missing: leave out images without CAMs, and if `step.output` is None also without ground truth.
         overwrite: remove existing masks.
 
     Returns:
-        The exit code: 1 if an image failed.
+        The exit code: 1 if an image failed, else 0.
 
     Raises:
         FileNotFoundError: CAMs or folders are missing.
-        ValueError: `step.output` is the folder of the CAMs, or holds masks made with other settings.
+        ValueError: `step.output` is the folder of the CAMs, or contains masks made with other settings.
     """
-    if step.settings.crf_backend == "auto":  # resolved here, to be recorded
+    if step.settings.crf_backend == "auto":  # resolved here, because the folder records it
         step = replace(step, settings=step.settings.on(device_of(step.device)))
     if step.output is not None and Path(step.output).resolve() == Path(step.cam_dir).resolve():
-        raise ValueError(f"{step.output} holds the CAMs: give the masks a folder of their own")
+        raise ValueError(f"{step.output} is the folder of the CAMs: give another --output")
     names, missing = files_present(names, step.cam_dir, allow_missing, "CAMs")
     if not Path(step.image_root).is_dir():
         raise FileNotFoundError(f"image folder {step.image_root} does not exist: give --image_root")
@@ -281,7 +284,7 @@ def make_masks(
         missing += without_truth
     elif step.gt_root is not None and not Path(step.gt_root).is_dir():
         raise FileNotFoundError(
-            f"ground-truth folder {step.gt_root} does not exist: give another --gt_root or none"
+            f"ground-truth folder {step.gt_root} does not exist: give another --gt_root, or leave it out"
         )
     record = Record(
         step="masks",

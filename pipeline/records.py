@@ -1,4 +1,4 @@
-"""Scores and settings that steps wrote to JSON files, prepared for the report page."""
+"""Read the scores and settings that steps wrote to JSON files, for the report page."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,15 +14,15 @@ def read_stage(title: str, file: str | Path, classes: Sequence[str]) -> dict[str
     """Return one column of the page's score tables.
 
     Args:
-        title: of the column.
-        file: JSON of `eval_cam.py --json`, `eval_cam_with_crf.py --json` or the test of a network.
-        classes: names whose IoU it must hold, see `pipeline.evaluate.scored_names`.
+        title: title of the column.
+        file: JSON file from `eval_cam.py --json`, `eval_cam_with_crf.py --json` or the test of a network.
+        classes: names whose IoU the file must contain, see `pipeline.evaluate.scored_names`.
 
     Raises:
         FileNotFoundError: `file` does not exist.
-        ValueError: it has no scores, or scores of other classes.
+        ValueError: `file` contains no scores, or scores of other classes.
     """
-    with _reading(file, "evaluation", "scores of these classes") as content:
+    with _score_file(file, "the evaluation", "scores of these classes") as content:
         best, ignored, note = content["best"], content.get("ignored"), ""
         if ignored:
             note = f"{100 * ignored:.1f} % ignored"
@@ -34,26 +34,31 @@ def read_stage(title: str, file: str | Path, classes: Sequence[str]) -> dict[str
 
 def read_tag_scores(file: str | Path) -> tuple[dict[str, float | None], int]:
     """Return the TAG_SCORES of `classify.py --json`, None where undefined, and the number of images."""
-    with _reading(file, "classify.py", "scores of tags") as content:
+    with _score_file(file, "classify.py", "scores of tags") as content:
         return {name: content[name] for name in TAG_SCORES}, int(content["images"])
 
 
 @contextmanager
-def _reading(file: str | Path, writer: str, expected: str) -> Iterator[dict]:
-    """Yield what a JSON file holds; errors in using it say that it lacks what is expected."""
+def _score_file(file: str | Path, writer: str, expected: str) -> Iterator[dict]:
+    """Yield the content of a JSON file. Raise ValueError if it cannot be read, or if the caller does not find
+    what it expects in it."""
     if not Path(file).is_file():
-        raise FileNotFoundError(f"score file {file} does not exist: {writer} writes it with --json")
+        raise FileNotFoundError(f"score file {file} does not exist: write it with --json of {writer}")
     try:
         yield json.loads(Path(file).read_text())
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{file} holds no {expected}: give what {writer} wrote with --json") from None
+        raise ValueError(
+            f"{file} contains no {expected}: give the file that {writer} wrote with --json"
+        ) from None
 
 
 def tables(steps: Mapping[str, Sequence[dict]], common: str) -> dict[str, dict[str, str]]:
-    """Return title -> rows of settings; rows that all of several steps share are in a first table `common`.
+    """Return title -> rows of settings. If there are several steps, rows that are equal in all of them are
+    only in the first table.
 
     Args:
-        steps: title -> what `pipeline.run.read_settings` returned for its folders.
+        steps: title -> the results of `pipeline.run.read_settings` for the folders of the step.
+        common: title of the first table.
     """
     all_rows = {title: _rows(records) for title, records in steps.items()}
     if len(all_rows) < 2:
@@ -65,12 +70,12 @@ def tables(steps: Mapping[str, Sequence[dict]], common: str) -> dict[str, dict[s
 
 
 def _rows(records: Sequence[dict]) -> dict[str, str]:
-    """Settings without empty ones, and digests of input files."""
+    """Return the settings that are not empty, and the digests of input files, as texts."""
     rows: dict[str, str] = {}
     for record in records:
         digests = {f"sha256 of {name}": digest for name, digest in record.get("inputs", {}).items()}
         for key, value in (record.get("settings", {}) | digests).items():
-            # A test records its network as `model`, the training before it as `model.width` and so on.
+            # A test records its network as `model`, the training as `model.width` and so on: show it once.
             repeated = any(name.startswith(f"{key}.") for name in rows)
             if value not in ("", None, [], {}) and not repeated:
                 rows[key] = _text(value)

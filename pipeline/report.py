@@ -1,4 +1,4 @@
-"""The report page: what the steps made of a data set, in figures and scores.
+"""The report page: the outputs of all steps on a data set, as figures and scores.
 
 `python -m pipeline.report --help`. The page is one HTML file that contains its figures and loads nothing.
 """
@@ -35,15 +35,15 @@ NEEDS_LABELS, NEEDS_IMAGE = "with true labels", "without labels"
 class Network:
     """Predictions of a trained network on the validation images."""
 
-    title: str  # of its column
+    title: str  # title of its column
     mask_dir: str  # predicted masks
-    score_file: str  # JSON of their scores, such as `python -m deeplab.test` writes
+    score_file: str  # JSON of their scores, as written by `python -m deeplab.test`
     crf_file: str | None = None  # JSON of the scores after a dense CRF
 
 
 @dataclass(frozen=True)
 class Results:
-    """Results of the steps that the page shows. Score files are JSON; the page leaves out what is empty."""
+    """The outputs of the steps. Score files are JSON. The page leaves out empty fields."""
 
     benchmark: Benchmark
     names: Sequence[str]  # ids of the training images
@@ -51,27 +51,28 @@ class Results:
     cam_dir: str  # CAM files with the types `highres` and `attn_highres` (step 1 with --keep_initial)
     mask_dir: str  # pseudo masks
     gt_root: str | None = None  # ground-truth masks
-    scores: Sequence[str] = ()  # of the initial CAM, the refined CAM and the dense CRF
+    scores: Sequence[str] = ()  # score files of the initial CAM, the refined CAM and the dense CRF
 
-    auto_masks: tuple[str, str] | None = None  # masks from tags, and the labels that step 0 found
-    auto_tags: str | None = None  # scores of these labels
-    auto_scores: Sequence[str] = ()  # of the pseudo masks and of the masks from tags
+    auto_masks: tuple[str, str] | None = None  # masks from tags, and file of step 0's labels
+    auto_tags: str | None = None  # score file of these labels
+    auto_scores: Sequence[str] = ()  # score files of the pseudo masks and of the masks from tags
 
     networks: Sequence[Network] = ()
-    val_names: Sequence[str] = ()  # ids of images that no network was trained on
+    val_names: Sequence[str] = ()  # ids of the validation images, which no network was trained on
     val_image_root: str = ""
     val_gt_root: str = ""
-    val_scores: Sequence[str] = ()  # of the refined CAM and the dense CRF on them
+    val_scores: Sequence[str] = ()  # score files of the refined CAM and the dense CRF on them
     note: str = ""  # text below the introduction
 
     def __post_init__(self):
         if len({network.title for network in self.networks}) < len(self.networks):
-            raise ValueError("two networks have the same title: give each its own")
+            titles = ", ".join(network.title for network in self.networks)
+            raise ValueError(f"--network: two networks have the same title ({titles}): rename one")
 
 
 def mask_score(mask_dir: str, gt_root: str, name: str, benchmark: Benchmark) -> float:
     """Return the mIoU of one mask over the classes (or groups) of its image, without ignored pixels; NaN if
-    all are ignored."""
+    all pixels are ignored."""
     file = Path(mask_dir) / f"{name}.png"
     truth, mask = read_mask(Path(gt_root) / f"{name}.png"), read_mask(file)
     try:
@@ -81,7 +82,7 @@ def mask_score(mask_dir: str, gt_root: str, name: str, benchmark: Benchmark) -> 
 
 
 def evenly_spaced(names: Sequence[str], count: int) -> list[str]:
-    """Return `count` of `names` at even steps, the first and the last included."""
+    """Return `count` of `names` at even steps, including the first and the last name."""
     steps = np.linspace(0, len(names) - 1, min(count, len(names)))
     return [names[round(step)] for step in steps]
 
@@ -89,13 +90,13 @@ def evenly_spaced(names: Sequence[str], count: int) -> list[str]:
 def best_to_worst(
     names: Sequence[str], mask_dir: str, gt_root: str, benchmark: Benchmark, count: int
 ) -> list[str]:
-    """Return `count` names at even steps from the mask of highest mIoU to that of lowest; NaN counts as 0."""
+    """Return `count` names at even steps from the mask of highest mIoU to the lowest; NaN counts as 0."""
     ious = {name: np.nan_to_num(mask_score(mask_dir, gt_root, name, benchmark)) for name in names}
     return evenly_spaced(sorted(ious, key=lambda name: -ious[name]), count)
 
 
 def mask_entry(mask_dir: str, gt_root: str | None, name: str, benchmark: Benchmark) -> dict[str, Any]:
-    """Return the figure of a mask, the proportion of ignored pixels, and the mIoU (None without truth)."""
+    """Return the figure of a mask, its proportion of ignored pixels and its mIoU (None without `gt_root`)."""
     mask = read_mask(Path(mask_dir) / f"{name}.png")
     return {
         "figure": figures.mask_figure(mask, figures.page_palette(benchmark)),
@@ -105,7 +106,7 @@ def mask_entry(mask_dir: str, gt_root: str | None, name: str, benchmark: Benchma
 
 
 def recorded_masks(results: Results) -> tuple[str, MaskSettings]:
-    """Return the CAM type and settings that the mask folder records; the defaults where it does not."""
+    """Return the CAM type and settings that the mask folder records; missing ones have their defaults."""
     recorded = read_settings(results.mask_dir).get("settings", {})
     names = {"image_mode": "crf_image", "unary_type": "crf_unary"}
     changes = {names[key]: value for key, value in recorded.get("crf", {}).items() if key in names}
@@ -117,7 +118,8 @@ def recorded_masks(results: Results) -> tuple[str, MaskSettings]:
 def compare_tags(
     tags: Sequence[int], labels: Sequence[int], classes: Sequence[str]
 ) -> list[tuple[str, str]]:
-    """Return (class name, verdict) of each label and each wrong tag: "" if found, "missed" or "wrong"."""
+    """Return (class name, verdict) of each label and each wrong tag. The verdict is "" if the label is among
+    the tags, "missed" if it is not, "wrong" for tags that are no label."""
     compared = [(index, "" if index in tags else "missed") for index in labels]
     compared += [(index, "wrong") for index in tags if index not in labels]
     return [(classes[index], verdict) for index, verdict in compared]
@@ -126,18 +128,18 @@ def compare_tags(
 def sample(
     results: Results, name: str, cam_type: str, settings: MaskSettings, tags: Split | None = None
 ) -> dict[str, Any]:
-    """Return what the page shows of one training image; figures are data URLs.
+    """Return the contents of the page for one training image; figures are data URLs.
 
     Args:
         cam_type, settings: how its pseudo mask was made, see `recorded_masks`.
-        tags: the labels that step 0 found, if there are masks from them.
+        tags: the labels of step 0; required if `results.auto_masks` is given.
     """
     benchmark, gt_root = results.benchmark, results.gt_root
     image = read_rgb(find_image(results.image_root, name))
     try:
         class_ids, initial = camfile.read(results.cam_dir, name, "highres")
     except ValueError as error:
-        raise ValueError(f"{error}; step 1 stores the initial CAM, highres, with --keep_initial") from None
+        raise ValueError(f"{error}; the page needs initial CAMs: run step 1 with --keep_initial") from None
     _, refined = camfile.read(results.cam_dir, name, "attn_highres")
     _, cams = camfile.read(results.cam_dir, name, cam_type)
     values = mask_values(class_ids, benchmark, cam_type)
@@ -161,11 +163,11 @@ def sample(
     if results.auto_masks:
         mask_dir, label_file = results.auto_masks
         if name not in tags:
-            raise ValueError(f"{label_file} has no line of image {name}")
+            raise ValueError(f"{label_file} has no line for image {name}: give the labels of step 0")
         if mask_class_ids(Path(mask_dir) / f"{name}.png") not in (None, tags[name]):
             raise ValueError(
-                f"the mask of {name} in {mask_dir} was made of other labels than those in {label_file}: make "
-                "the masks again, or restore the labels"
+                f"the mask of {name} in {mask_dir} was made from other labels than those in {label_file}: "
+                "make the masks again, or give the labels that they were made from"
             )
         entry["auto_mask"] = mask_entry(mask_dir, gt_root, name, benchmark)
         entry["auto_mask"]["tags"] = compare_tags(tags[name], class_ids, benchmark.classes)
@@ -173,7 +175,8 @@ def sample(
 
 
 def predictions(results: Results, count: int) -> list[dict[str, Any]]:
-    """Return what the page shows of `count` validation images, best to worst mask of the first network."""
+    """Return the contents of the page for `count` validation images, from the best to the worst mask of the
+    first network."""
     benchmark, gt_root, first = results.benchmark, results.val_gt_root, results.networks[0]
     return [
         {
@@ -193,8 +196,8 @@ def render(results: Results, images: int = 8) -> str:
     """Return the page as HTML.
 
     Args:
-        images: number of images shown of each split. With ground truth they are taken at even steps from the
-            best to the worst mask, without it at even steps through the split.
+        images: number of images to show per split. With ground truth they are at even steps from the best to
+            the worst mask; without ground truth, at even steps through the split.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or cannot be read.
@@ -231,14 +234,14 @@ def render(results: Results, images: int = 8) -> str:
 
 
 def _scored(results: Results) -> list[dict[str, Any]]:
-    """Return the splits that have scores, each with its stages; `needs` is the input of a stage."""
+    """Return the splits that have scores, each with its stages. `needs` says whether a stage needs labels."""
 
     def stages(titles: Sequence[str], files: Sequence[str], needs: str) -> list[dict[str, Any]]:
         classes = scored_names(results.benchmark)
         pairs = zip(titles, files, strict=True) if files else ()
         return [records.read_stage(title, file, classes) | {"needs": needs} for title, file in pairs]
 
-    # Without masks from tags, all stages of the training images have the same input.
+    # Without masks from tags, all stages of the training images need labels, so this is not printed.
     train = stages(STAGES, results.scores, NEEDS_LABELS if results.auto_masks else "")
     train += stages(MASKS, results.auto_scores, NEEDS_LABELS)
     if results.auto_scores:
@@ -255,8 +258,8 @@ def _scored(results: Results) -> list[dict[str, Any]]:
 
 
 def recorded(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return title and rows of the settings of each step and of the versions of packages; what all masks or
-    all networks have in common is apart."""
+    """Return (title, rows) of the settings of each step and of the versions of packages. Settings that are
+    equal for all masks, or for all networks, are in a separate table."""
     tags, masks = {}, {"Step 2b, pseudo masks": [results.mask_dir]}
     if results.auto_masks:
         mask_dir, label_file = results.auto_masks
@@ -283,47 +286,48 @@ def recorded(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def main() -> None:
-    parser = Parser(description="Write a page of figures and scores: one HTML file.")
+    parser = Parser(description="Write a report page, one HTML file of figures and scores.")
     flag = parser.add_argument
     flag("--benchmark", "--dataset", required=True, metavar="NAME|FILE.yaml",
-         help="voc12, coco14, cocostuff, shapes or a YAML file")  # fmt: skip
+         help="data set: voc12, coco14, cocostuff, shapes or a YAML file")  # fmt: skip
     flag("--image_root", "--img_root", required=True, help="image folder")
     flag("--split_file", required=True, help="image ids, one per line")
-    flag("--cam_dir", "--cam_out_dir", required=True, help="CAM files of step 1 with --keep_initial")
-    flag("--pseudo_mask_dir", dest="mask_dir", required=True, help="pseudo masks of step 2b")
+    flag("--cam_dir", "--cam_out_dir", required=True, help="CAM folder of step 1 with --keep_initial")
+    flag("--pseudo_mask_dir", dest="mask_dir", required=True, help="folder of the pseudo masks of step 2b")
     flag("--gt_root", help="folder of the ground-truth masks")
     flag("--scores", nargs=3, default=(), metavar=("INITIAL.json", "REFINED.json", "CRF.json"),
-         help="files that the evaluations wrote with --json")  # fmt: skip
-    flag("--output", "--out", default="output/report.html", help="the page")
-    flag("--note", default="", help="text below the introduction, such as how long networks were trained")
-    flag("--images", type=int, default=8, help="number of images shown of each split")
-    flag = parser.add_argument_group("masks of the same images without annotation").add_argument
-    flag("--auto_masks", nargs=2, metavar=("MASK_DIR", "LABELS.txt"), help="masks, and the labels that step "
-         "0 found; pseudo_masks.py --labels auto writes the labels to MASK_DIR/tags/labels.txt")  # fmt: skip
-    flag("--auto_tags", metavar="TAGS.json", help="scores of these labels: classify.py --json")
+         help="scores of initial CAMs, refined CAMs and dense CRF, written with --json")  # fmt: skip
+    flag("--output", "--out", default="output/report.html", help="HTML file to write")
+    flag("--note", default="", help="text below the introduction of the page")
+    flag("--images", type=int, default=8, help="number of images to show per split")
+    flag = parser.add_argument_group("masks of the same images, made without annotation").add_argument
+    flag("--auto_masks", nargs=2, metavar=("MASK_DIR", "LABELS.txt"), help="folder of the masks, and file "
+         "of step 0's labels; pseudo_masks.py --labels auto writes MASK_DIR/tags/labels.txt")  # fmt: skip
+    flag("--auto_tags", metavar="TAGS.json", help="scores of these labels, written by classify.py --json")
     flag("--auto_scores", nargs=2, default=(), metavar=("MASKS.json", "AUTO_MASKS.json"),
-         help="scores of --pseudo_mask_dir and of these: eval_cam.py --cam_type png --json")  # fmt: skip
-    flag = parser.add_argument_group("trained networks (step 3) on other images").add_argument
+         help="scores of --pseudo_mask_dir and --auto_masks: eval_cam.py --cam_type png --json")  # fmt: skip
+    flag = parser.add_argument_group("trained networks (step 3) on validation images").add_argument
     flag("--network", nargs=3, action="append", default=[], metavar=("TITLE", "MASK_DIR", "SCORES.json"),
-         help="output of the test of a network; may be repeated")  # fmt: skip
+         help="title of a network, and masks and scores of its test; may be repeated")  # fmt: skip
     flag("--network_crf", nargs="+", metavar="SCORES.json",
          help="scores of each --network after a dense CRF, in the same order")  # fmt: skip
-    flag("--val_split_file", help="ids of these images, one per line")
-    flag("--val_img_root", dest="val_image_root", help="their folder (default: --image_root)")
-    flag("--val_gt_root", help="folder of their ground-truth masks (default: --gt_root)")
+    flag("--val_split_file", help="ids of the validation images, one per line")
+    flag("--val_img_root", dest="val_image_root", help="validation images (default: --image_root)")
+    flag("--val_gt_root", help="ground-truth masks of the validation images (default: --gt_root)")
     flag("--val_scores", nargs=2, default=(), metavar=("REFINED.json", "CRF.json"),
-         help="scores of steps 2a and 2b, which need labels, on these images")  # fmt: skip
+         help="scores of steps 2a and 2b, which need labels, on the validation images")  # fmt: skip
     args = parser.parse_args()
     crf_files = args.network_crf or [None] * len(args.network)
     if args.network and not (args.val_split_file and (args.val_gt_root or args.gt_root)):
-        parser.error("--network needs --val_split_file, and --val_gt_root or --gt_root")
+        parser.error("--network: requires --val_split_file, and --val_gt_root or --gt_root")
     if args.network and len(crf_files) != len(args.network):
-        parser.error("--network_crf needs one file for each --network")
+        count, expected = len(crf_files), len(args.network)
+        parser.error(f"--network_crf: got {count} files for {expected} networks: give one file for each")
     val_files = (args.val_split_file, args.val_image_root, args.val_gt_root, args.val_scores)
     if (args.network_crf or any(val_files)) and not args.network:
-        parser.error("--network_crf and the --val_ flags require --network")
+        parser.error("--network_crf and the --val_ flags: require --network")
     if (args.auto_tags or args.auto_scores) and not args.auto_masks:
-        parser.error("--auto_tags and --auto_scores require --auto_masks")
+        parser.error("--auto_tags and --auto_scores: require --auto_masks")
     args.benchmark, args.names = benchmarks.load(args.benchmark), list(read_split(args.split_file))
     args.networks = [Network(*words, file) for words, file in zip(args.network, crf_files, strict=True)]
     args.val_names = list(read_split(args.val_split_file)) if args.network else ()

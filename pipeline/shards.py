@@ -1,7 +1,8 @@
 """Images in tar shards, in WebDataset's format; results are written to shards of the same names.
 
-For image sets too large for one folder. A shard has `<key>.jpg` (or png) and, for its labels, `<key>.cls`:
-class indices as text, `3 17`. A result shard is written when all of it is done.
+Shards are for image sets that are too large for one folder. A shard contains `<key>.jpg` (or png) and
+`<key>.cls`: the labels of the image, as class indices in text such as `3 17`. A result shard is written when
+all images of its shard are done.
 """
 
 import re
@@ -23,7 +24,7 @@ from pipeline.step import Step
 
 IMAGES = ("jpg", "jpeg", "png")
 LABELS = "cls"
-FAILED = ".failed.txt"  # of one shard's images
+FAILED = ".failed.txt"  # suffix of the list of failed images of one shard
 
 
 class DamagedShard(ValueError):
@@ -34,8 +35,8 @@ def shard_files(pattern: str) -> list[str]:
     """Return the shards of `images-{0000..0099}.tar`, `images/*.tar`, or WebDataset's `pipe:` commands.
 
     Raises:
-        FileNotFoundError: there are none, or one is missing.
-        ValueError: two have the same name, which their results would have too, or one has none.
+        FileNotFoundError: no shard matches, or one does not exist.
+        ValueError: two shards have the same name, so that their results would too, or a shard has no name.
     """
     from webdataset.shardlists import expand_urls  # takes a second to import
 
@@ -43,12 +44,12 @@ def shard_files(pattern: str) -> list[str]:
     for part in expand_urls(pattern):
         matching = [part] if part.startswith("pipe:") or Path(part).is_file() else sorted(glob(part))
         if not matching:
-            raise FileNotFoundError(f"shard {part} does not exist")
+            raise FileNotFoundError(f"--shards: {part} does not exist")
         files += matching
     names = [result_name(file) for file in files]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"--shards names {twice[0]} twice, and results go under the names of their shards")
+        raise ValueError(f"--shards: two shards are named {twice[0]}, as their results would be: rename one")
     return files
 
 
@@ -56,25 +57,26 @@ def result_name(shard: str) -> str:
     """Return the name of a result shard, such as `in-000.tar` for `pipe:curl https://host/in-000.tar.gz`.
 
     Raises:
-        ValueError: the shard names no tar file.
+        ValueError: `shard` contains no name of a tar file.
     """
     piped = shard.startswith("pipe:")
     name = r"[^/\s'\"=?&]+" if piped else ".+"
     match = re.search(rf"({name})\.(?:tar|tgz)\b", shard if piped else Path(shard).name)
     if not match:
-        raise ValueError(f"shard {shard} names no .tar file, as which its results could be written")
+        raise ValueError(f"--shards: {shard} contains no name of a .tar file for its results: add one")
     return f"{match[1]}.tar"
 
 
 @dataclass
 class ShardStep(Step):
-    """Makes one result shard of each shard of images; its names are shards.
+    """Makes one result shard from each shard of images; the names of this step are shards.
 
-    Images that fail are left out of their result shard and listed in a file beside it; while the result shard
-    exists they count as failed, and are not tried again.
+    Images that fail are left out of the result shard and listed in a file next to it. As long as the result
+    shard exists, they count as failed and are not tried again.
 
     Attributes:
-        images: the step that the images of a shard are taken through; it must write to its `store`.
+        images: the step that processes the images of a shard; its files go to `store`.
+        output: folder of the result shards.
     """
 
     images: CamStep | FusedStep
@@ -83,13 +85,13 @@ class ShardStep(Step):
     retry: ClassVar[str] = "remove a shard to try its images again"
 
     def __post_init__(self):
-        self.flow = replace(self.images.flow, prefetch=1)  # of whole shards
+        self.flow = replace(self.images.flow, prefetch=1)  # a block is one shard
 
     def is_done(self, name: str) -> bool:
         return self._file(name).is_file()
 
     def done_outcomes(self, name: str) -> Iterator[Outcome]:
-        """Yield the failures recorded beside a finished shard."""
+        """Yield the failures that are listed next to a finished shard."""
         failures = self._file(name).with_suffix(FAILED)
         if failures.is_file():
             for line in failures.read_text().splitlines():
@@ -128,42 +130,42 @@ def _samples(shard: str) -> Iterator[Sample]:
     try:
         for sample in group_by_keys(_members(shard)):
             name = sample["__key__"]
-            if name in names:  # webdataset notices only neighbors
-                raise ValueError(f"it holds {name} twice, apart")
+            if name in names:  # webdataset checks only consecutive samples
+                raise ValueError(f"it contains {name} twice")
             names.add(name)
             content = next((sample[suffix] for suffix in IMAGES if suffix in sample), None)
             labels = sample[LABELS].decode("utf-8", "replace") if LABELS in sample else None
             yield Sample(name, content, labels)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        reason = error.args[0] if error.args else error  # webdataset puts the whole stream behind it
+        reason = error.args[0] if error.args else error  # webdataset appends the whole stream
         raise DamagedShard(f"shard {shard} cannot be read: {reason}") from None
 
 
 class _Member(tarfile.TarInfo):
-    """A member of an archive that ends where it says so: `tarfile` takes damage for the end."""
+    """An archive member that raises if its header is damaged; `tarfile` alone would treat it as the end."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
         try:
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # what an archive ends with
+        except tarfile.EOFHeaderError:  # the regular end of an archive
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"it is cut short or damaged ({error})") from None
 
 
 def _members(shard: str) -> Iterator[dict]:
-    """Yield the files of a shard, as webdataset groups them to samples."""
+    """Yield the files of a shard in the form that webdataset's `group_by_keys` expects."""
     from webdataset.gopen import gopen
 
     with gopen(shard) as stream:
         with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as archive:
             for member in archive:
-                archive.members = []  # or it keeps them all
-                if member.isreg() and not member.name.startswith("__"):  # these belong to the archive itself
+                archive.members = []  # otherwise it keeps all members in memory
+                if member.isreg() and not member.name.startswith("__"):  # __ marks metadata of the archive
                     content = archive.extractfile(member).read()
                     yield {"fname": member.name, "data": content, "__url__": shard}
-        while stream.read(2**20):  # what pads it: a command that cannot write to its end would fail
+        while stream.read(2**20):  # read the padding: some commands fail if their pipe closes early
             pass
 
 
@@ -171,6 +173,6 @@ def _write(file: Path, results: dict[str, dict[str, bytes]]) -> None:
     from webdataset import TarWriter
 
     with replacing(file) as stream, TarWriter(stream, encoder=False, mtime=0) as archive:
-        for name in sorted(results):  # whatever order the threads finished in
+        for name in sorted(results):  # sorted: the order in which threads finish varies
             entries = {suffix.removeprefix("."): content for suffix, content in results[name].items()}
             archive.write({"__key__": name, **entries})

@@ -1,4 +1,4 @@
-"""CAM files for tests."""
+"""Write CAM files for tests."""
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def write_cams(
     size: tuple[int, int],
     format: str = "full",
 ) -> Path:
-    """Write the CAM file of one image, see `segmentation.camfile.encode`; return the file."""
+    """Write the CAM file of one image and return its path; see `segmentation.camfile.encode`."""
     content = camfile.encode(class_ids, cams, size, format)
     file = folder / f"{name}{camfile.FORMATS[format]}"
     file.parent.mkdir(parents=True, exist_ok=True)

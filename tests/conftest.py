@@ -1,4 +1,4 @@
-"""What every test may use: golden vectors, and the deterministic CLIPs they were made with."""
+"""Fixtures and helpers for all tests: golden vectors, and the deterministic CLIPs they were made with."""
 import json
 import logging
 import os
@@ -17,7 +17,7 @@ from tests import weights
 
 GOLDEN = Path(__file__).parent / "golden"
 
-#: pydensecrf2 is optional: it only builds where there is a C++ compiler. CI must run these tests.
+#: pydensecrf2 is optional, because building it needs a C++ compiler. CI must run these tests.
 needs_pydensecrf = pytest.mark.skipif(
     os.environ.get("CI") != "true" and find_spec("pydensecrf") is None,
     reason="pydensecrf2 is not installed: pip install pydensecrf2 (needs a C++ compiler)",
@@ -37,8 +37,8 @@ CASES = {
 
 @pytest.fixture(autouse=True, scope="session")
 def _session(tmp_path_factory):
-    beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # processes that share the cores
-    torch.set_num_threads(max(1, min(2, os.cpu_count() // beside)))
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, min(2, os.cpu_count() // processes)))
     os.environ["CLIP_WSSS_CACHE"] = str(tmp_path_factory.mktemp("features"))
 
 
@@ -48,7 +48,7 @@ def _messages():
 
 
 def golden(name: str, system: str = "clip-es") -> dict:
-    """The arrays of an .npz among a system's vectors, or what a .json holds."""
+    """Return the arrays of a system's .npz file, or the content of its .json file."""
     if name.endswith(".json"):
         return json.loads((GOLDEN / system / name).read_text())
     with np.load(GOLDEN / system / f"{name}.npz") as arrays:
@@ -61,7 +61,7 @@ def parity_state(preset, seed: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def parity_file(tmp_path_factory):
-    """parity_file(preset, seed) -> a checkpoint file of the deterministic weights."""
+    """Function (preset, seed) -> checkpoint file of the deterministic weights."""
     folder = tmp_path_factory.mktemp("checkpoints")
 
     @cache
@@ -75,7 +75,7 @@ def parity_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def parity_clip(parity_file):
-    """parity_clip(preset, seed) -> that checkpoint, loaded."""
+    """Function (preset, seed) -> loaded CLIP of `parity_file`."""
     return cache(lambda preset, seed: clip.load(parity_file(preset, seed), device="cpu"))
 
 
@@ -84,7 +84,7 @@ def parity_image(name: str, size: tuple[int, int]) -> Image.Image:
 
 
 def relative(mine, reference) -> float:
-    """Largest absolute difference over the largest absolute value of the reference."""
+    """Return the largest absolute difference divided by the largest absolute value of the reference."""
     mine, reference = (np.asarray(array, np.float64) for array in (mine, reference))
     assert mine.shape == reference.shape, (mine.shape, reference.shape)
     return np.abs(mine - reference).max() / max(np.abs(reference).max(), 1e-30)

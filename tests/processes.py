@@ -1,8 +1,8 @@
 """Processes that tests start, signal and wait for.
 
-`Process` is forked from a server that has imported everything once: to torch and to signals it is a process
-like any other, and it starts in milliseconds, where a command takes seconds to import torch. `Command` is
-what a shell starts, for tests of just that. `here` runs a script without any process.
+`Process` is forked from a server that has already imported all modules, so it starts in milliseconds; a
+command needs seconds to import torch. Otherwise it behaves like any process. `Command` starts Python as a
+shell does. `here` runs a script in the process of the test.
 """
 
 import atexit
@@ -27,10 +27,10 @@ from unittest.mock import patch
 import torch
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 120  # seconds until a test gives up
-MARK = "STARTED_BY_TEST"  # environment variable: processes and all that they start have a value of their own
+PATIENCE = 120  # seconds that a test waits before it fails
+MARK = "STARTED_BY_TEST"  # environment variable that identifies a process and all processes that it starts
 CONTEXT = multiprocessing.get_context("forkserver")
-# The last is what PyTorch imports when the first optimizer is made.
+# PyTorch imports torch._inductor when the first optimizer is created.
 CONTEXT.set_forkserver_preload(
     ["deeplab.train", "deeplab.test", "deeplab.predict", "pipeline.cams_cli", "pipeline.fused",
      "pipeline.evaluate", "refinement.densecrf_numba", "tests.training_world", "torch._inductor"]
@@ -38,7 +38,7 @@ CONTEXT.set_forkserver_preload(
 
 
 class Started:
-    """A process in a session of its own, with all that it starts."""
+    """A process in its own session, and all processes that it starts."""
 
     def __init__(self):
         self.mark = f"{os.getpid()}_{time.monotonic_ns()}"
@@ -54,12 +54,12 @@ class Started:
             os.kill(self.pid, number)
 
     def signal_group(self, number: int) -> None:
-        """As a terminal does."""
+        """Signal the process group, as a terminal does."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
     def reaches(self, condition: Callable[[], Any]) -> bool:
-        """Wait for something that the process does; False if it ends before."""
+        """Wait until `condition` is true; return False if the process ends first."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
             if not self.runs():
@@ -69,18 +69,17 @@ class Started:
         return True
 
     def until(self, condition: Callable[[], Any]) -> None:
-        """Wait for something that the process does."""
+        """Wait until `condition` is true; fail if the process ends first."""
         assert self.reaches(condition), self.printed.read_text()
 
     def find(self, *signs: str) -> int | None:
-        """The youngest process that this one has started with these in its command or environment."""
-        found = [pid for pid, text in self.alive() if all(sign in text for sign in signs)]
-        return max(found, default=None)
+        """Return the youngest started process with all `signs` in its command or environment, or None."""
+        return max((pid for pid, text in self.alive() if all(sign in text for sign in signs)), default=None)
 
     def alive(self) -> Iterator[tuple[int, str]]:
-        """Processes that this one, itself or indirectly, has started, with their commands and environments.
+        """Yield (id, command and environment) of all processes that this one has started, also indirectly.
 
-        Linux only. A forked process is not among them: it has its parent's command and environment.
+        Linux only. Forked processes are not included, because they show the environment of their parent.
         """
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -93,7 +92,7 @@ class Started:
                 yield int(folder.name), line + "\n" + "\n".join(environment)
 
     def gone(self) -> None:
-        """Assert that nothing which was started lives on."""
+        """Assert that all started processes end."""
         deadline = time.monotonic() + PATIENCE
         while alive := list(self.alive()):
             assert time.monotonic() < deadline, alive
@@ -102,17 +101,17 @@ class Started:
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), MARK: self.mark}
 
-    def _told(self) -> str:
-        told = self.printed.read_text()
+    def _output(self) -> str:
+        output = self.printed.read_text()
         self.printed.unlink()
-        return told
+        return output
 
 
 class Command(Started):
-    """Python as a user starts it from a shell.
+    """A Python command, started as from a shell.
 
     Args:
-        words: what follows `python`.
+        words: arguments of `python`.
     """
 
     def __init__(self, *words):
@@ -123,33 +122,33 @@ class Command(Started):
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self.pid = self.process.pid
-        atexit.register(self.signal_group, signal.SIGKILL)  # should a failing test leave it
+        atexit.register(self.signal_group, signal.SIGKILL)  # for failing tests, which do not end it
 
     def runs(self) -> bool:
         return self.process.poll() is None
 
     def end(self) -> tuple[int, str]:
-        """Exit code, and what was printed."""
+        """Return the exit code and the output."""
         try:
-            return self.process.wait(PATIENCE), self._told()
+            return self.process.wait(PATIENCE), self._output()
         finally:
-            if not self.runs():  # then its number may soon be another's
+            if not self.runs():  # the system may give its id to another process
                 atexit.unregister(self.signal_group)
 
 
 def torchrun(*words) -> Command:
-    """Two ranks of what follows `torchrun`."""
+    """Start torchrun with two ranks; `words` are its further arguments."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()]
     return Command(*launcher, *words)
 
 
 class Process(Started):
-    """A function in a process of its own; a rank of torchrun's, if `rank` is given.
+    """A function that runs in its own process, as a rank of torchrun if `rank` is given.
 
     Args:
-        function: importable by the process, that is, of a package's module or one of those imported above.
-        arguments: of the function.
-        rank: (rank, number of ranks, port where they meet).
+        function: function that the process can import.
+        arguments: arguments of the function.
+        rank: (rank, number of ranks, port of the rendezvous).
     """
 
     def __init__(self, function: Callable, *arguments, rank: tuple[int, int, int] | None = None):
@@ -163,7 +162,7 @@ class Process(Started):
         work = (function, arguments, environment, self.printed, sending)
         self.process = CONTEXT.Process(target=_child, args=work)
         self.process.start()
-        # Should a failing test leave it; it is no daemon, since those cannot start processes.
+        # For failing tests, which do not end it. A daemon process could not start processes itself.
         atexit.register(self.process.kill)
         sending.close()
         self.pid = self.process.pid
@@ -172,7 +171,7 @@ class Process(Started):
         return self.process.is_alive()
 
     def end(self) -> tuple[int, str, Any]:
-        """Exit code, what was printed, and what the function returned, None if it did not."""
+        """Return the exit code, the output, and the function's return value (None if it did not return)."""
         assert self.receiving.poll(PATIENCE), self.printed.read_text()
         try:
             returned = self.receiving.recv()
@@ -181,20 +180,20 @@ class Process(Started):
         self.process.join(PATIENCE)
         assert not self.process.is_alive(), self.printed.read_text()
         atexit.unregister(self.process.kill)
-        return self.process.exitcode, self._told(), returned
+        return self.process.exitcode, self._output(), returned
 
 
 def ranks(function: Callable, *arguments, count: int = 2) -> list[Process]:
-    """Start a function on several ranks."""
+    """Start a function in several processes, as the ranks of torchrun."""
     port = free_port()
     return [Process(function, *arguments, rank=(rank, count, port)) for rank in range(count)]
 
 
 def free_port() -> int:
-    """A port that is nobody's, and until it is bound becomes nobody's: the system hands out higher ones, and
-    tests that run beside these take others."""
-    beside = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    first = 20_000 + 500 * (beside % 20)
+    """Return a free port that stays free until the test binds it: the system assigns higher ports, and each
+    parallel test process uses another range."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 20_000 + 500 * (worker % 20)
     for port in random.SystemRandom().sample(range(first, first + 500), 500):
         with socket.socket() as free, suppress(OSError):
             free.bind(("127.0.0.1", port))
@@ -203,10 +202,10 @@ def free_port() -> int:
 
 
 def script(*words) -> None:
-    """What `python file ...` or `python -m module ...` does, but for starting Python.
+    """Do what `python file ...` or `python -m module ...` does, in this process.
 
     Raises:
-        SystemExit: as the script does.
+        SystemExit: the script exits.
     """
     name, *rest = map(str, words)
     if name == "-m":
@@ -220,7 +219,7 @@ def script(*words) -> None:
 
 
 def here(*words) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a `script` in this process."""
+    """Run a `script` in this process; return its exit code, stdout and stderr."""
     with redirect_stdout(StringIO()) as output, redirect_stderr(StringIO()) as errors:
         try:
             script(*words)
@@ -242,4 +241,4 @@ def _child(function: Callable, arguments: tuple, environment: dict, printed: Pat
         sending.send(function(*arguments))
     finally:
         sys.stdout.flush()
-        atexit._run_exitfuncs()  # which only processes that Python itself started do
+        atexit._run_exitfuncs()  # processes of multiprocessing do not run them

@@ -1,4 +1,4 @@
-"""The floors of docs/architecture.md: a package imports only from floors below, or from itself."""
+"""The floors of docs/architecture.md: a package imports only from lower floors or from itself."""
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -26,14 +26,14 @@ FLOORS = {
 
 
 def imports(file: Path) -> set[str]:
-    """Top-level names of the packages that a module imports."""
-    found = set()
+    """Return the top-level names of the packages that a module imports."""
+    names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
-    return found
+            names.add(node.module.split(".")[0])
+    return names
 
 
 @pytest.mark.parametrize("package", FLOORS)
@@ -45,7 +45,7 @@ def test_imports_point_downwards(package):
             assert FLOORS[name] < FLOORS[package], f"{file.relative_to(ROOT)} imports {name}"
 
 
-def test_every_package_has_its_floor():
+def test_every_package_has_a_floor():
     packages = {folder.parent.name for folder in ROOT.glob("*/__init__.py")} - {"tests"}
     assert packages == FLOORS.keys()
 
@@ -57,8 +57,8 @@ def test_nothing_imports_a_script():
             assert not imports(file) & scripts
 
 
-def test_modules_do_not_import_each_other():
-    """No import cycle, whether the imports are at the top of a module or within a function."""
+def test_there_are_no_import_cycles():
+    """This includes imports within functions."""
     modules = {}
     for file in [*ROOT.glob("*.py"), *(file for name in FLOORS for file in (ROOT / name).rglob("*.py"))]:
         parts = file.relative_to(ROOT).with_suffix("").parts
@@ -70,7 +70,7 @@ def test_modules_do_not_import_each_other():
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
-                for alias in node.names:  # `from package import module` needs the module alone
+                for alias in node.names:  # `from package import module` depends only on the module
                     submodule = f"{node.module}.{alias.name}"
                     names.add(submodule if submodule in modules else node.module)
         graph[module] = names & modules.keys() - {module}

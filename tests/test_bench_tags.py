@@ -1,4 +1,4 @@
-"""The benchmark of tagging runs and reports; its reference computes what the published system does."""
+"""The benchmark of tagging runs and reports; its reference equals the published system."""
 
 import json
 import sys
@@ -25,9 +25,9 @@ from tests.tagclip.common import SETS, golden, image, model, resized, write_mode
 
 @pytest.fixture(autouse=True)
 def _threads():
-    """The benchmark sets what other tests have set before."""
+    """Restore the numbers of threads, which the benchmark changes."""
     ours, theirs = torch.get_num_threads(), cv2.getNumThreads()
-    torch.set_num_threads(1)  # for so little, a second one costs more than it does
+    torch.set_num_threads(1)  # for so little work, a second thread costs more than it saves
     yield
     torch.set_num_threads(ours)
     cv2.setNumThreads(theirs)
@@ -39,33 +39,32 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("picture", ["tagclip-3", "tagclip-6", "tagclip-8"])
-def test_reference_is_the_published_one_and_ours(tiny, name, picture):
-    """Otherwise it would not be worth comparing with."""
+@pytest.mark.parametrize("image_name", ["tagclip-3", "tagclip-6", "tagclip-8"])
+def test_reference_equals_the_golden_scores_and_ours(tiny, name, image_name):
     classes, _, settings = SETS[name]
     text = torch.from_numpy(golden("text")[f"{name}/features"])
-    theirs = reference_tags(tiny, image(picture), text, classes, settings)
-    np.testing.assert_allclose(theirs, golden(f"stages_{name}")[f"{picture}/scores"], atol=1e-5)
-    (mine,) = tag_images(tiny, [resized(image(picture))], text, classes, settings)
+    theirs = reference_tags(tiny, image(image_name), text, classes, settings)
+    np.testing.assert_allclose(theirs, golden(f"stages_{name}")[f"{image_name}/scores"], atol=1e-5)
+    (mine,) = tag_images(tiny, [resized(image(image_name))], text, classes, settings)
     np.testing.assert_allclose(mine.scores, theirs, atol=1e-5)
     assert chosen_labels(mine.scores[None], settings.ratio) == chosen_labels(theirs[None], settings.ratio)
 
 
 def test_reference_leaves_an_image_at_its_first_empty_crop(tiny):
-    """Crops of one cell or so lie in the last row or column now and then."""
+    """Crops of about one cell can lie in the last row or column, where they are empty."""
     text = torch.from_numpy(golden("text")["stuff/features"])
-    settings, left = replace(SETS["stuff"][2], cell_threshold=0.999), 0
-    for picture in ("tagclip-3", "tagclip-4", "tagclip-8"):
-        pixels = resized(image(picture))
+    settings, skipped = replace(SETS["stuff"][2], cell_threshold=0.999), 0
+    for image_name in ("tagclip-3", "tagclip-4", "tagclip-8"):
+        pixels = resized(image(image_name))
         (mine,) = tag_images(tiny, [pixels], text, 171, settings)
-        (on,) = tag_images(tiny, [pixels], text, 171, replace(settings, skip_empty_crops=True))
-        left += len(on.reidentified) - len(mine.reidentified)
-        theirs = reference_tags(tiny, image(picture), text, 171, settings)
+        (continued,) = tag_images(tiny, [pixels], text, 171, replace(settings, skip_empty_crops=True))
+        skipped += len(continued.reidentified) - len(mine.reidentified)
+        theirs = reference_tags(tiny, image(image_name), text, 171, settings)
         np.testing.assert_allclose(mine.scores, theirs, atol=1e-5)
-    assert left > 0
+    assert skipped > 0
 
 
-def test_tags(tmp_path, monkeypatch, capsys):
+def test_benchmark_reports_plausible_figures(tmp_path, monkeypatch, capsys):
     for name, value in {"REPEATS": 1, "BRIEF": 0, "MATRIX": {"cpu": 256}, "COPIED": {"cpu": 2**20}}.items():
         monkeypatch.setattr(measure, name, value)
     monkeypatch.setattr(data, "HEIGHT", 90)
@@ -85,7 +84,7 @@ def test_tags(tmp_path, monkeypatch, capsys):
         assert line["stage"] in table and line["seconds"] > 0 and line["share"] > 0
     assert result["label_agreement"] == result["equal_labels"] == 1
     assert 0 <= result["largest_difference"] <= 1e-5
-    assert 1 <= result["crops_per_image"] <= 1.5  # of 4 images 6, none of which is empty unless at the edge
+    assert 1 <= result["crops_per_image"] <= 1.5  # 6 crops in 4 images; crops are empty only at the edge
     assert result["text_s"] > 10 * result["text_cached_s"] > 0
     flop = 12 * (24 * 49 * 128**2 + 4 * 49**2 * 128)  # 6 x 8 patches of the tiny model, ...
     flop += result["crops_per_image"] * 12 * (24 * 197 * 128**2 + 4 * 197**2 * 128)  # ... and 14 x 14
@@ -107,8 +106,8 @@ def test_agreement_counts_pairs_and_images(tmp_path):
 
 
 def test_bfloat16_gives_the_same_labels():
-    """Of the trained network. On 360 images all labels were the same and scores within 0.0081, see
-    docs/speed.md; other processors round otherwise, so one image of 16 may differ."""
+    """Labels of the trained network. On 360 images all labels were equal and scores differed by at most
+    0.0081, see docs/speed.md. Other processors round differently, so one image of 16 may differ."""
     benchmark, settings = shapes.BENCHMARK, TagSettings()
     classes, scores = len(benchmark.classes), {}
     towers = {name: clip.load(benchmark.model, "cpu", name, round_weights=False) for name in ("fp32", "bf16")}
@@ -118,7 +117,7 @@ def test_bfloat16_gives_the_same_labels():
     images = [resized(Image.fromarray(draw(7, index, (96, 128), "val").image), 8) for index in range(16)]
     for name, tower in towers.items():
         tagged = tag_images(tower, images, text, classes, settings)
-        scores[name] = np.stack([found.scores for found in tagged])
+        scores[name] = np.stack([tags_of_image.scores for tags_of_image in tagged])
     np.testing.assert_allclose(scores["bf16"], scores["fp32"], rtol=0, atol=0.02)
     chosen = [chosen_labels(values, settings.ratio) for values in scores.values()]
     assert sum(a == b for a, b in zip(*chosen, strict=True)) >= 15

@@ -1,4 +1,4 @@
-"""eval_cam.py and eval_cam_with_crf.py as a user calls them, on the five golden VOC images."""
+"""eval_cam.py and eval_cam_with_crf.py on the command line, with the five golden VOC images."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ VOC_CASES = "abcez"
 
 
 def script(name, *arguments, code=0):
-    """Run a script; returns what it printed on stdout and stderr."""
+    """Run a script and return its stdout and stderr."""
     ended, output, errors = here(name, *arguments)
     assert ended == code, output + errors
     assert "Traceback" not in errors
@@ -38,7 +38,7 @@ def arrays():
 
 @pytest.fixture(scope="module")
 def data(arrays, tmp_path_factory):
-    """CAM files in both formats as step 1 leaves them, images, ground truth and a split file."""
+    """Folder with CAM files in both formats as step 1 writes them, images, ground truth and a split file."""
     root = tmp_path_factory.mktemp("voc")
     (root / "images").mkdir()
     for case in VOC_CASES:
@@ -69,10 +69,10 @@ def test_every_pixel_is_where_the_golden_vectors_have_it(arrays, data):
     [
         ("full", "--cam_dir", []),
         ("full", "--cam_dir", ["--benchmark", "voc12"]),
-        ("compact", "--cam_out_dir", ["--dataset", "voc12", "--num_workers", 2]),  # the reference's flags
+        ("compact", "--cam_out_dir", ["--dataset", "voc12", "--num_workers", 2]),  # reference flags
     ],
 )
-def test_eval_cam(arrays, data, tmp_path, format, folder, extra):
+def test_eval_cam_reproduces_golden_scores(arrays, data, tmp_path, format, folder, extra):
     common = ["--split_file", data / "split.txt", "--gt_root", data / "truth", "--json", tmp_path / "s.json"]
     output, errors = script("eval_cam.py", folder, data / format, *common, *extra)
     tried = json.loads((tmp_path / "s.json").read_text())["all"]
@@ -87,7 +87,7 @@ def test_eval_cam(arrays, data, tmp_path, format, folder, extra):
     assert "5 images, 0 failed" in errors
 
 
-def test_eval_cam_with_crf_scores(arrays, data, tmp_path):
+def test_eval_only_reproduces_the_golden_score(arrays, data, tmp_path):
     script(
         *(
             "eval_cam_with_crf.py",
@@ -103,8 +103,8 @@ def test_eval_cam_with_crf_scores(arrays, data, tmp_path):
     assert abs(scores["Mean IoU"] - float(arrays["crf_miou"])) < 1e-12
 
 
-def test_eval_cam_with_crf_masks_and_their_evaluation(arrays, data, tmp_path):
-    """With the flags of the reference scripts alone."""
+def test_eval_cam_with_crf_reproduces_golden_masks(arrays, data, tmp_path):
+    """With the flags of the reference scripts only."""
     masks = tmp_path / "masks"
     common = ["--split_file", data / "split.txt", "--image_root", data / "images"]
     for format, workers in (("full", 1), ("compact", 3)):
@@ -120,14 +120,14 @@ def test_eval_cam_with_crf_masks_and_their_evaluation(arrays, data, tmp_path):
     )
     assert full == compact and len(full) == 5
 
-    # The mask folder records its benchmark, and its masks are evaluated without their 255.
+    # The mask folder records its benchmark. Pixels of 255 are left out of the evaluation.
     split = ["--split_file", data / "split.txt", "--gt_root", data / "truth"]
     output, _ = script("eval_cam.py", "--cam_out_dir", masks / "full", "--cam_type", "png", *split)
     assert "predicted 255" in output
 
 
 def in_process(name, monkeypatch, *arguments):
-    """Run a script's main here, which is faster than a process of its own."""
+    """Run a script's main in this process, which is faster than a new one."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     assert import_module(name).main() == 0
 
@@ -141,7 +141,7 @@ def in_process(name, monkeypatch, *arguments):
         ("--preset", "cls_seg", {"confidence": 0.0}),
     ],
 )
-def test_flags_of_the_crf_change_what_it_gives(data, monkeypatch, flag, value, change):
+def test_flags_of_the_crf_change_its_settings_and_output(data, monkeypatch, flag, value, change):
     steps = []
 
     def take(step, *rest, **options):
@@ -153,25 +153,25 @@ def test_flags_of_the_crf_change_what_it_gives(data, monkeypatch, flag, value, c
     common += ["--output", data / "masks"]
     in_process("eval_cam_with_crf", monkeypatch, *common)
     in_process("eval_cam_with_crf", monkeypatch, *common, flag, value)
-    usual, changed = steps
-    assert usual.settings.crf == PRESETS["clip_es"] and usual.settings.crf_backend == "numba"
-    assert changed == replace(usual, settings=replace(usual.settings, **change)) != usual
+    default, changed = steps
+    assert default.settings.crf == PRESETS["clip_es"] and default.settings.crf_backend == "numba"
+    assert changed == replace(default, settings=replace(default.settings, **change)) != default
     in_process("eval_cam_with_crf", monkeypatch, *common, "--preset", "cls_seg", "--confidence", "0.95")
-    assert steps.pop() == usual  # a flag that is given wins
+    assert steps.pop() == default  # flags take precedence over the preset
 
     ramp = np.linspace(0, 0.9, 40, dtype=np.float32) + np.zeros((30, 1), np.float32)  # (30, 40)
     noise = np.random.default_rng(0).normal(0, 15, (30, 40, 3))
     image = np.clip(255 * ramp[..., None] + noise, 0, 255).astype(np.uint8)
     maps = np.stack([ramp, ramp[:, ::-1]]).astype(np.float16)
-    sure = []
+    confident = []
     for step in steps:
         posterior = crf_posterior(image, maps, step.settings, add_background=True).max(0)
-        sure.append(np.where(posterior < step.settings.confidence, 0, posterior))
-    assert np.abs(sure[0] - sure[1]).max() > 1e-4
+        confident.append(np.where(posterior < step.settings.confidence, 0, posterior))
+    assert np.abs(confident[0] - confident[1]).max() > 1e-4
 
 
 def test_arithmetic_changes_the_scores(tmp_path, monkeypatch):
-    tie = np.array([[[0.38208008, 0.5]]], np.float16)  # the first equals (1 - itself)^2 when that is rounded
+    tie = np.array([[[0.38208008, 0.5]]], np.float16)  # the first equals (1 - x)^2 after rounding to float16
     np.save(tmp_path / "a.npy", {"keys": np.array([0]), "attn_highres": tie}, allow_pickle=True)
     write_mask(tmp_path / "truth" / "a.png", np.ones((1, 2), np.uint8), voc12.BENCHMARK.palette)
     (tmp_path / "split.txt").write_text("a\n")
@@ -186,32 +186,32 @@ def test_arithmetic_changes_the_scores(tmp_path, monkeypatch):
     assert accuracy == {(): 0.5, ("float16",): 0.5, ("float32",): 1.0}
 
 
-def test_wrong_use_is_one_sentence_and_exit_code_2(data, tmp_path):
+def test_usage_errors_print_one_line_and_exit_with_code_2(data, tmp_path):
     split = ["--split_file", data / "split.txt", "--gt_root", data / "truth"]
-    told = script("eval_cam.py", "--cam_dir", data / "compact", *split, code=2)[1]
-    assert told.startswith("error: ") and "--benchmark" in told and told.count("\n") == 1
-    told = script(
+    errors = script("eval_cam.py", "--cam_dir", data / "compact", *split, code=2)[1]
+    assert errors.startswith("error: ") and "--benchmark" in errors and errors.count("\n") == 1
+    errors = script(
         "eval_cam.py", "--cam_dir", data / "nowhere", "--benchmark", "voc12", *split, code=2
     )[1]
-    assert told.startswith("error: ") and "nowhere" in told and told.count("\n") == 1
+    assert errors.startswith("error: ") and "nowhere" in errors and errors.count("\n") == 1
     common = ["--image_root", data / "images", "--split_file", data / "split.txt", "--overwrite"]
-    told = script(
+    errors = script(
         *("eval_cam_with_crf.py", "--cam_dir", data / "full", *common),
         *("--output", data / "full"),
         code=2,
     )[1]
-    assert "full holds the CAMs" in told and told.count("\n") == 1
-    told = script("eval_cam_with_crf.py", "--cam_dir", data / "full", code=2)[1]
-    assert "--output" in told
-    told = script(
+    assert "full is the folder of the CAMs" in errors and errors.count("\n") == 1
+    errors = script("eval_cam_with_crf.py", "--cam_dir", data / "full", code=2)[1]
+    assert "--output" in errors
+    errors = script(
         *("eval_cam_with_crf.py", "--cam_dir", data / "full", "--image_root", data / "images"),
         *("--split_file", data / "split.txt", "--output", data / "truth"),
         code=2,
     )[1]
-    assert "settings.json" in told and len(list((data / "truth").iterdir())) == 5  # ground truth is safe
+    assert "settings.json" in errors and len(list((data / "truth").iterdir())) == 5  # nothing was removed
 
 
-def test_help():
-    code, output = Command("eval_cam.py", "--help").end()  # as a shell starts it
+def test_help_lists_the_flags():
+    code, output = Command("eval_cam.py", "--help").end()  # in a new process
     assert code == 0 and "--cam_eval_thres" in output
     assert "--confidence" in script("eval_cam_with_crf.py", "--help")[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_requirements_list_the_dependencies_and_extras():
+def test_requirements_are_the_dependencies_and_extras():
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     text = (ROOT / "pyproject.toml").read_text()
     project = text[text.index("dependencies = [") : text.index("[tool.setuptools]")]

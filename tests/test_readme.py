@@ -1,4 +1,4 @@
-"""What a stranger is told is true: commands parse, links lead somewhere, requirements suffice."""
+"""The documentation is correct: commands parse, links lead to files, requirements are complete."""
 import re
 import shlex
 import sys
@@ -16,12 +16,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IMPORT_NAMES = {
     "PIL": "pillow", "cv2": "opencv-python-headless", "open_clip": "open_clip_torch",
     "pydensecrf": "pydensecrf2",
-    "yaml": "omegaconf",  # which brings it and whose errors it raises
+    "yaml": "omegaconf",  # omegaconf depends on it and raises its errors
 }  # fmt: skip
 
 
 def commands(text: str) -> list[list[str]]:
-    """The `python ...` command lines of a page or a script, split into words."""
+    """Return the `python ...` command lines of a page or a script, split into words."""
     joined = re.sub(r"\\\n\s*", " ", text)
     lines = re.findall(r"^[ \t>$]*(?:torchrun [^\n]*?)?python3? ((?:-m )?[^\n]+)$", joined, re.MULTILINE)
     return [shlex.split(line) for line in lines if not line.startswith("-c")]
@@ -29,48 +29,48 @@ def commands(text: str) -> list[list[str]]:
 
 @cache
 def help_of(script: str) -> str:
-    """What `python <script> --help` prints."""
+    """Return the output of `python <script> --help`."""
     code, output, errors = here(*script.split(), "--help")
     assert code == 0, errors
     return output
 
 
 def scripts_and_flags() -> dict[str, set[str]]:
-    """Script -> every flag that the pages and the scripts of runs/ give it."""
-    found: dict[str, set[str]] = {}
+    """Return script -> all flags of its commands in the pages and in runs/*.sh."""
+    flags: dict[str, set[str]] = {}
     for page in [*PAGES, *ROOT.glob("runs/*.sh")]:
         for words in commands(page.read_text()):
             script, rest = (" ".join(words[:2]), words[2:]) if words[0] == "-m" else (words[0], words[1:])
             if script.split()[-1] in ("pip", "venv", "pytest"):
                 continue
-            found.setdefault(script, set()).update(word for word in rest if word.startswith("--"))
-    return found
+            flags.setdefault(script, set()).update(word for word in rest if word.startswith("--"))
+    return flags
 
 
 FLAGS = scripts_and_flags()
 
 
-def test_the_numbered_steps_are_told():
+def test_the_numbered_steps_are_documented():
     assert {"generate_cams_voc12.py", "generate_cams_coco14.py", "generate_cams.py", "eval_cam.py",
             "eval_cam_with_crf.py", "-m voc12.prepare", "-m coco14.prepare"} <= FLAGS.keys()  # fmt: skip
 
 
 @pytest.mark.parametrize("script", sorted(FLAGS))
-def test_every_flag_that_is_told_exists(script):
+def test_every_documented_flag_exists(script):
     known = set(re.findall(r"--[a-z][a-z0-9_-]*", help_of(script)))
     assert FLAGS[script] <= known, FLAGS[script] - known
 
 
-def test_modules_start_on_their_own():
-    """Nothing that a test has imported before helps a command."""
-    code, told = Command("-m", "deeplab.predict", "--help").end()
-    assert code == 0 and told == help_of("-m deeplab.predict")
+def test_modules_start_in_a_new_process():
+    """A new process has none of the imports of earlier tests."""
+    code, output = Command("-m", "deeplab.predict", "--help").end()
+    assert code == 0 and output == help_of("-m deeplab.predict")
 
 
-def test_every_option_of_step_1_is_explained():
+def test_every_option_of_step_1_is_documented():
     known = set(re.findall(r"--[a-z][a-z0-9_-]*", help_of("generate_cams.py"))) - {"--help"}
-    told = (ROOT / "docs" / "cams.md").read_text()
-    assert not {flag for flag in known if flag not in told}
+    page = (ROOT / "docs" / "cams.md").read_text()
+    assert not {flag for flag in known if flag not in page}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -103,7 +103,7 @@ def test_requirements_are_installed(package):
     assert metadata.version(package)
 
 
-def test_every_import_is_required():
+def test_every_imported_package_is_in_the_requirements():
     required = {name.lower().replace("_", "-") for name in requirements()}
     own = {path.name for path in ROOT.iterdir() if path.is_dir()}
     missing = set()
@@ -118,5 +118,5 @@ def test_every_import_is_required():
 
 
 def _code(text: str) -> str:
-    """A module without its triple-quoted strings, where a line may begin with "from"."""
+    """Return a module without its triple-quoted strings, whose lines may begin with "from"."""
     return re.sub(r'""".*?"""', "", text, flags=re.DOTALL)

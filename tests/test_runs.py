@@ -1,4 +1,4 @@
-"""The scripts of runs/: usage, the order of the steps, stopping at the first error."""
+"""The scripts of runs/ print their usage, run the steps in order, and stop at the first error."""
 import os
 import subprocess
 from pathlib import Path
@@ -19,7 +19,7 @@ def run(script, *arguments, **environment):
 
 @pytest.fixture
 def steps(tmp_path):
-    """steps(script, fails) -> exit code and the commands of a script, whose `python` is a stub."""
+    """Function (script, fails) -> exit code and commands of a script that runs with a stub of `python`."""
     stub, log, data = tmp_path / "bin" / "python", tmp_path / "log", tmp_path / "data"
     stub.parent.mkdir()
     stub.write_text(STUB)
@@ -59,5 +59,5 @@ def test_scripts_stop_at_the_first_error(steps):
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "runs").glob("*.sh")), ids=lambda file: file.name)
-def test_scripts_parse(script):
+def test_scripts_have_valid_syntax(script):
     subprocess.run(["bash", "-n", script], check=True)

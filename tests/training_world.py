@@ -1,4 +1,4 @@
-"""What tests of training share: a small world of images and masks, and what ranks of a test do."""
+"""Helpers for tests of training: a small data set of images and masks, and functions that ranks run."""
 
 import os
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ from tests.weights import parity_image
 
 
 def write_world(root: Path, train: int = 5, val: int = 3, size: tuple[int, int] = (40, 52)) -> list[str]:
-    """Images and masks in VOC's layout, with split files train.txt and val.txt; the names to train on.
+    """Write images and masks in VOC's layout, and split files train.txt and val.txt; return training names.
 
-    Of five images one has hardly a labelled pixel, and two have none.
+    Of every five images, one has labels only in its first 4 rows, and two have no labeled pixel.
     """
     names = [f"image_{number}" for number in range(train + val)]
     for number, name in enumerate(names):
@@ -44,15 +44,15 @@ def write_world(root: Path, train: int = 5, val: int = 3, size: tuple[int, int] 
 
 
 def trained(arguments: Sequence[str]) -> None:
-    """The command, as `python -m deeplab.train` runs it."""
+    """Run the command `python -m deeplab.train` in this process."""
     command(lambda: train.main(arguments))
 
 
 def train_a(root: Path, output: Path, loss: str, whole: bool) -> tuple[dict[str, np.ndarray], list[float]]:
-    """Twenty iterations of network A in float64 on five images, in batches of four and of one.
+    """Train network A for 20 iterations in float64 on five images, in batches of four and of one.
 
     Args:
-        whole: divide by the labelled pixels of all ranks; else a rank divides by its own.
+        whole: divide the loss by the labeled pixels of all ranks; False: each rank divides by its own.
 
     Returns:
         The parameters, and the losses of the last iterations.
@@ -92,16 +92,16 @@ def train_cases(root: Path, output: Path, cases: Sequence[tuple[str, bool]]) -> 
 
 
 def exchange() -> dict[str, list]:
-    """What each way of telling the other ranks gives."""
+    """Return the result of each communication between ranks."""
     world = World(torch.device("cpu"))
-    given = torch.tensor([1.0, 10.0]) * world.rank
-    mean, same = world.mean(given), given.clone()
+    own = torch.tensor([1.0, 10.0]) * world.rank
+    mean, same = world.mean(own), own.clone()
     world.copy_from_rank_0([same])
     return {
         "any": world.any(world.rank == 1, False),
         "mean": mean.tolist(),
         "same": same.tolist(),
-        "given": given.tolist(),
+        "given": own.tolist(),
     }
 
 
@@ -115,30 +115,30 @@ def fail_on_rank_1() -> None:
 
 
 def nan_on_rank_1(root: Path, output: Path) -> None:
-    """Training in which the loss of rank 1 is no number in the third iteration."""
+    """Train with a loss that is NaN on rank 1 in the third iteration."""
     calls = []
 
     def poisoned(*arguments):
         calls.append(None)
-        found = objective_of("ce")(*arguments)
+        losses = objective_of("ce")(*arguments)
         bad = rank_and_world()[0] == 1 and len(calls) == 5
-        return {name: loss * float("nan") if bad else loss for name, loss in found.items()}
+        return {name: loss * float("nan") if bad else loss for name, loss in losses.items()}
 
     command(lambda: train_with(root, output, poisoned, save_every=2).run())
 
 
 def statistics_validated(root: Path, output: Path) -> list[np.ndarray]:
-    """Batch norm's statistics as a rank's validation finds them, before training and after two iterations."""
+    """Return the batch norm statistics in a rank's validation, before training and after two iterations."""
     trainer = train_with(root, output, objective_of("ce"), freeze_bn=False, validate_every=2)
-    found = [_statistics(trainer.model)]
+    statistics = [_statistics(trainer.model)]
 
     def validate(model):
-        found.append(_statistics(model))
+        statistics.append(_statistics(model))
         return {}
 
     trainer.validation, trainer.optim.iterations = validate, 2
     trainer.run()
-    return found
+    return statistics
 
 
 def _statistics(model: torch.nn.Module) -> np.ndarray:

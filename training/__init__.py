@@ -1,1 +1,1 @@
-"""Trained methods, above the trainer: configuration, run folder; commands train, test and predict."""
+"""What all trained methods share: configuration, run folder, and the commands train, test and predict."""

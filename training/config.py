@@ -1,4 +1,4 @@
-"""The configuration of a run: a YAML file and `key=value` words on the command line, typed and checked."""
+"""The configuration of a run: a YAML file and `key=value` arguments, with checked types and ranges."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,15 +13,15 @@ from common.settings import Settings, setting
 from refinement.densecrf import PRESETS
 from segmentation.config import OptimConfig, RunConfig
 
-# What OmegaConf raises on an invalid configuration; TypeError if the whole is a list.
+# Errors of OmegaConf for an invalid configuration; TypeError if the file contains a list.
 INVALID = (OmegaConfBaseException, YAMLError, TypeError)
-CONFIG = "config.yaml"  # of a run folder: the configuration it was trained with
+CONFIG = "config.yaml"  # in the run folder: the configuration of the training
 CRFS = ("none", "auto", *PRESETS)
 
 
 @dataclass
 class DataConfig(Settings):
-    """Section `data`: images and masks. Empty values are the benchmark's."""
+    """Section `data`: images and masks. Empty values default to those of the benchmark."""
 
     SECTION = "data."
 
@@ -29,38 +29,40 @@ class DataConfig(Settings):
     root: str = setting("", "folder of the data set")
     image_dir: str = setting("", "folder of the images")
     label_dir: str = setting("", "folder of the masks to train on: pseudo masks, or the ground truth")
-    train_split: str = setting("", "file of image ids, one a line")
-    val_image_dir: str = setting("", "images to validate and test on; empty: `image_dir`")
-    val_label_dir: str = setting("", "ground truth to validate and test on; empty: the benchmark's, never "
-                                 "`label_dir`")  # fmt: skip
-    val_split: str = setting("", "file of image ids; empty: no validation during training")
+    train_split: str = setting("", "file of image ids, one per line")
+    val_image_dir: str = setting("", "folder of the images for validation and test; empty: `image_dir`")
+    val_label_dir: str = setting("", "folder of the ground truth for validation and test; empty: the "
+                                 "benchmark's, never `label_dir`")  # fmt: skip
+    val_split: str = setting("", "file of image ids for validation and test; empty: no validation during "
+                             "training")
 
 
 @dataclass
 class ModelConfig(Settings):
-    """Section `model`. Methods add what their networks need."""
+    """Section `model`. Methods add the settings of their networks."""
 
     SECTION = "model."
 
-    network: str = setting("", "which of the method's networks")
+    network: str = setting("", "name of a network of the method")
     init: str = setting("", "checkpoint to start from; empty: random weights")
 
 
 @dataclass
 class TestConfig(Settings):
-    """Section `test`: how the network is tested. Null values are the network's published protocol."""
+    """Section `test`: how the network is tested. Null values default to the network's published protocol."""
 
     SECTION = "test."
 
-    scales: list[float] | None = setting(None, "multiples of the image's size whose results are averaged",
+    scales: list[float] | None = setting(None, "image scales whose predictions are averaged",
                                          above=0, metavar="S,S,...")  # fmt: skip
-    flip: bool | None = setting(None, "average with the mirrored image")
-    crf: str | None = setting(None, "dense CRF after the network; auto is the network's preset", choices=CRFS)
+    flip: bool | None = setting(None, "average with the prediction for the mirrored image")
+    crf: str | None = setting(None, "preset of a dense CRF after the network; auto: the network's own preset",
+                              choices=CRFS)  # fmt: skip
 
 
 @dataclass
 class Config:
-    """The configuration of a run. Methods have subclasses with further sections."""
+    """The configuration of a run. Methods define subclasses with further sections."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -73,17 +75,21 @@ C = TypeVar("C", bound=Config)
 
 
 def read(kind: type[C], file: str | Path | None, overrides: Sequence[str] = ()) -> C:
-    """Return the defaults of a configuration class, changed by a YAML file and then by words such as
-    `solver.learning_rate=2e-4`.
+    """Return the configuration: the defaults of a class, replaced by a YAML file and then by overrides.
+
+    Args:
+        kind: class of the configuration.
+        file: YAML file; None reads none.
+        overrides: arguments such as `solver.learning_rate=2e-4`.
 
     Raises:
-        ValueError: no such file, an unknown key, or a value of the wrong type or outside its range; the
-            message names it.
+        ValueError: the file does not exist, a key is unknown, or a value has the wrong type or is outside its
+            range.
     """
     config = OmegaConf.structured(kind)
     if file is not None:
         if not Path(file).is_file():
-            raise ValueError(f"configuration {file} does not exist")
+            raise ValueError(f"configuration {file} does not exist: give an existing YAML file")
         try:
             config = OmegaConf.merge(config, OmegaConf.load(file))
         except (*INVALID, UnicodeDecodeError, OSError) as error:
@@ -92,18 +98,18 @@ def read(kind: type[C], file: str | Path | None, overrides: Sequence[str] = ()) 
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise ValueError(f"expected key=value, such as solver.learning_rate=2e-4, got {word!r}")
-        try:  # nothing after the = is the empty string, not YAML's null
+        try:  # `key=` sets the empty string; YAML would read null
             config = OmegaConf.merge(config, OmegaConf.from_dotlist([word if value else f"{word}''"]))
         except INVALID as error:
             raise ValueError(f"{word}: {_message(error)}") from None
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # such as an interpolation of an unknown key
-        raise ValueError(f"the configuration: {_message(error)}") from None
+        raise ValueError(f"invalid configuration: {_message(error)}") from None
 
 
 def _message(error: Exception) -> str:
-    """Return the first line of an error, with the key, which OmegaConf keeps apart."""
+    """Return the first line of an error and its key, which OmegaConf stores in an attribute."""
     first, key = str(error).splitlines()[0], getattr(error, "full_key", None)
     return f"{first} ({key})" if key and key not in first else first
 

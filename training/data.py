@@ -10,7 +10,7 @@ from training.config import Config
 
 
 class Split(NamedTuple):
-    """Image ids, and the folders of images and masks; `label_dir` is None if masks are not needed."""
+    """Image ids, and the folders of their images and masks; `label_dir` is None if no masks are needed."""
 
     names: list[str]
     image_dir: str
@@ -18,13 +18,13 @@ class Split(NamedTuple):
 
 
 def benchmark_of(config: Config) -> Benchmark:
-    """Return the benchmark, at the configuration's root."""
+    """Return the benchmark of the configuration, with `data.root` as its folder."""
     benchmark = benchmarks.load(config.data.benchmark)
     return replace(benchmark, root=config.data.root) if config.data.root else benchmark
 
 
 def training_split(config: Config, benchmark: Benchmark, needs_masks: bool = True) -> Split:
-    """Return the images and masks to train on; raises as `segmentation.labels.split_of`."""
+    """Return the images and masks for training. Raises the errors of `segmentation.labels.split_of`."""
     data = config.data
     names = list(split_of(benchmark, data.train_split))
     image_dir = data.image_dir or benchmark.path(benchmark.image_dir)
@@ -33,14 +33,14 @@ def training_split(config: Config, benchmark: Benchmark, needs_masks: bool = Tru
 
 
 def validation_split(config: Config, benchmark: Benchmark) -> Split:
-    """Return the images and masks to validate and test on; never the masks to train on.
+    """Return the images and masks for validation and test. The training masks are never used.
 
     Raises:
-        FileNotFoundError, ValueError: as `training_split`, or `data.val_split` is empty.
+        FileNotFoundError, ValueError: see `training_split`; also if `data.val_split` is empty.
     """
     data = config.data
-    if not data.val_split:  # the benchmark's split is that of training
-        raise ValueError("the configuration names no data.val_split: set it, or give --split_file")
+    if not data.val_split:  # no default: the split of the benchmark is the training split
+        raise ValueError("data.val_split is empty: set it, or give --split_file FILE")
     names = list(split_of(benchmark, data.val_split))
     image_dir = data.val_image_dir or data.image_dir or benchmark.path(benchmark.image_dir)
     return Split(names, str(image_dir), str(data.val_label_dir or benchmark.path(benchmark.mask_dir)))

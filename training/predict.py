@@ -1,4 +1,4 @@
-"""Command `predict` of a method: masks and overlays of images without labels."""
+"""Command `predict` of a method: masks and overlays for images without labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,35 +21,35 @@ from segmentation.masks import write_mask
 from training.recipe import Recipe
 from training.segmenter import Segmenter, Setup, add_network_flags, read_setup
 
-AGAIN = "the same command starts anew"
+AGAIN = "the same command starts from the beginning"
 SIZE = 513  # longer side that an image is resized to, as in deeplab-pytorch's demo
-MASKS, OVERLAYS = "masks", "overlays"  # folders of the output
+MASKS, OVERLAYS = "masks", "overlays"  # subfolders of the output folder
 
 
 @dataclass
 class DecodedFile(Decoded):
-    """An image file `name` and its pixels (H, W, 3) uint8 RGB."""
+    """An image file, `name`, and its pixels (H, W, 3) uint8 RGB."""
 
     image: np.ndarray
 
 
 @dataclass
 class Prediction(Step):
-    """Step 3c, see `pipeline.step.Step`.
+    """Step 3c: segments image files, see `pipeline.step.Step`.
 
     Attributes:
-        setup: the network.
+        setup: the network and how it is applied.
         output: folder of the masks and overlays.
         size: see `predict`.
     """
 
     setup: Setup
     output: str
-    size: int = setting(SIZE, "longer side that images are resized to before the network reads them; 0 keeps "
+    size: int = setting(SIZE, "longer side, in pixels, that images are resized to for the network; 0 keeps "
                         "their size", least=0)  # fmt: skip
 
     def files(self, image_file: str) -> dict[str, Path]:
-        """Return the output files of an image file by folder."""
+        """Return subfolder -> output file of an image file."""
         name = f"{Path(image_file).stem}.png"
         return {folder: Path(self.output) / folder / name for folder in (MASKS, OVERLAYS)}
 
@@ -60,7 +60,7 @@ class Prediction(Step):
         return DecodedFile(file, read_rgb(file))
 
     def compute(self, batch: list[DecodedFile]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return what `predict` returns."""
+        """Return the result of `predict` for each image."""
         return [predict(self.segmenter, decoded.image, self.size) for decoded in batch]
 
     def write(self, decoded: DecodedFile, result: tuple[np.ndarray, np.ndarray]) -> None:
@@ -73,9 +73,13 @@ class Prediction(Step):
 
 
 def predict(segmenter: Segmenter, image: np.ndarray, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
-    """Return an image (H, W, 3) uint8 RGB with a longer side of `size` pixels, and its labels (h, w) uint8.
+    """Return the resized image (h, w, 3) uint8 RGB and its labels (h, w) uint8.
 
-    `size` 0 keeps the image's size. Labels are those after the dense CRF if the setup has one.
+    If the setup has a dense CRF, the labels are those after the CRF.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        size: longer side to resize to, in pixels; 0 keeps the image's size.
     """
     if size:
         image = resize_by(image, size / max(image.shape[:2]))
@@ -83,10 +87,10 @@ def predict(segmenter: Segmenter, image: np.ndarray, size: int = SIZE) -> tuple[
 
 
 def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = Parser(
         prog=f"python -m {recipe.name}.predict",
-        description="Segment your own images: an index mask of each, and an overlay that shows its classes.",
+        description="Segment your own images: write an index mask and an overlay of classes for each image.",
     )
     parser.add_argument("images", metavar="IMAGE_OR_FOLDER", help="an image, or a folder of images")
     add_network_flags(parser, recipe)
@@ -94,8 +98,8 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
     add_flags(group, Prediction)
     flag = group.add_argument
     flag("--output", "--out", metavar="DIR", help="folder for masks/<name>.png, at the size of the image, "
-         "and overlays/<name>.png (default: `predict` in the run's folder)")  # fmt: skip
-    flag("--num_workers", type=count, default=1, help="processes; several GPUs are divided among them")
+         "and overlays/<name>.png (default: `predict` in the run folder)")  # fmt: skip
+    flag("--num_workers", type=count, default=1, help="number of processes; GPUs are divided among them")
     args = parser.parse_intermixed_args(arguments)
     if not (args.output or args.run):
         parser.error("give --output DIR for the masks and overlays")
@@ -113,13 +117,15 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
 
 
 def check_output(step: Prediction, image_files: Sequence[str]) -> Record:
-    """Return what the run records; raise ValueError if the folder holds the images or unknown files."""
+    """Return the record of the run. Raise ValueError if the output folder contains the input images or
+    files of unknown origin."""
     outputs = {output.resolve() for file in image_files for output in step.files(file).values()}
     if outputs & {Path(file).resolve() for file in image_files}:
-        raise ValueError(f"the images themselves would be replaced in {step.output}: give another --output")
+        raise ValueError(f"--output: the images in {step.output} would be replaced: give another folder")
     settings, inputs = step.setup.record()
     settings |= {"crf": step.setup.crf, "size": step.size}
-    # Images are always predicted anew: earlier outputs of this command do not matter, those of others do.
+    # This command always computes all images again, so its own earlier outputs may be replaced. Files of
+    # unknown origin may not.
     patterns = () if read_settings(step.output) else (f"{MASKS}/*.png", f"{OVERLAYS}/*.png")
     record = Record(f"{step.setup.recipe.name}.predict", settings, inputs, patterns)
     check_folder(step.output, record)

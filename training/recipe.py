@@ -1,6 +1,6 @@
-"""The recipe of a trained method: all that `training` needs to know of it.
+"""The recipe of a trained method: all information about the method that `training` uses.
 
-A method's folder holds `recipe.py` with its `RECIPE`, and commands that bind it:
+A method's folder contains `recipe.py` with its `RECIPE`, and commands that bind it:
 
     main = partial(training.train.main, RECIPE)
 
@@ -29,15 +29,15 @@ class Network:
     """One of a method's networks and its conventions.
 
     Attributes:
-        build: (configuration, benchmark) -> the network with random weights, its frozen submodules loaded.
-        optimizer: (network, configuration) -> optimizer, whose groups have their base rates, and schedule.
+        build: (configuration, benchmark) -> network with random weights, but with loaded frozen submodules.
+        optimizer: (network, configuration) -> (optimizer whose groups have their base rates, schedule).
         transform: configuration -> transform of training samples.
-        normalize: (H, W, 3) uint8 RGB -> (3, H, W) float32, the input of the network.
-        denormalize: the inverse, for figures.
-        protocol: how the network is tested.
-        crf: its preset in `refinement.densecrf.PRESETS`.
-        unused: keys of the configuration that have no effect with it.
-        frozen: names of submodules that are not trained and not saved in checkpoints.
+        normalize: image (H, W, 3) uint8 RGB -> network input (3, H, W) float32.
+        denormalize: inverse of `normalize`, for figures.
+        protocol: published test protocol.
+        crf: name of its CRF preset in `refinement.densecrf.PRESETS`.
+        unused: configuration keys that have no effect with this network; setting one is an error.
+        frozen: names of the submodules that are not trained and not saved in checkpoints.
     """
 
     build: Callable[[Config, Benchmark], nn.Module]
@@ -60,18 +60,18 @@ class Recipe:
     """A trained method.
 
     Attributes:
-        name: its package; `python -m <name>.train` trains it, and outputs record the step `<name>.train`.
+        name: its package; `python -m <name>.train` trains it, and its outputs record the step `<name>.train`.
         title: its name in --help.
         config: class of its configuration.
-        networks: its networks by the value of `model.network`.
-        objective: configuration -> what is minimized.
-        load_initial: (network, file) -> loads the weights to start from; returns a report to print.
-        load_trained: (network, file) -> loads a checkpoint; raises ValueError if it does not fit.
-        resolve: (configuration, recorded settings of the resumed run or None) -> sets values that depend on
-            the initial weights.
-        frozen_files: configuration -> files of frozen weights by name; outputs record their sha256.
+        networks: value of `model.network` -> network.
+        objective: configuration -> objective to minimize.
+        load_initial: (network, file) -> loads the initial weights and returns a report to print.
+        load_trained: (network, file) -> loads a checkpoint; raises ValueError if it does not fit the network.
+        resolve: (configuration, recorded settings of the resumed run or None) -> sets the values
+            that depend on the initial weights.
+        frozen_files: configuration -> {name: file of frozen weights}; outputs record their sha256.
         extras: (configuration, benchmark) -> `segmentation.dataset.TrainingSet.extras`.
-        needs_masks: whether training reads masks besides images and `extras`.
+        needs_masks: whether training reads masks in addition to images and `extras`.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Recipe:
         """Return the network of a configuration.
 
         Raises:
-            ValueError: no such network, or a key that has no effect with it is set.
+            ValueError: the network is unknown, or a key that has no effect with it is set.
         """
         name, defaults = config.model.network, self.config()
         if name not in self.networks:

@@ -22,17 +22,20 @@ from training.config import CONFIG, Config, TestConfig, read
 from training.data import benchmark_of
 from training.recipe import Recipe
 
-# In WeakCLIP's fork of deeplabv1-resnet38 only classes that are the best at some pixel enter the CRF.
+# In WeakCLIP's fork of deeplabv1-resnet38 the CRF uses only classes that are predicted at some pixel.
 PREDICTED_ONLY = ("r38_voc", "r38_coco")
 
 
 @dataclass
 class Setup:
-    """A trained network and how it is tested; the attributes `benchmark`, `protocol` and `crf` (a name in
-    `refinement.densecrf.PRESETS`, or None) follow from the configuration.
+    """A trained network and how it is tested.
+
+    The configuration determines the attributes `benchmark`, `protocol` and `crf` (a name in
+    `refinement.densecrf.PRESETS`, or None).
 
     Args:
-        recipe, config: the method, and the configuration of the training.
+        recipe: the method.
+        config: configuration of the training.
         checkpoint: file of the weights.
         precision: a name in `segmentation.inference.PRECISIONS`.
         device: see `pipeline.processes.device_of`.
@@ -50,19 +53,19 @@ class Setup:
     def __post_init__(self):
         if not Path(self.checkpoint).is_file():
             raise FileNotFoundError(
-                f"checkpoint {self.checkpoint} does not exist: finish the training, or give another file"
+                f"checkpoint {self.checkpoint} does not exist: finish the training, or give --checkpoint"
             )
         self.benchmark = benchmark_of(self.config)
         self.protocol, self.crf = protocol_of(self.recipe, self.config)
 
     def record(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return `settings` and `inputs` of a run's record: what outputs depend on, except images and CRF.
+        """Return `settings` and `inputs` for the record of a run. Images and CRF are not included.
 
         Raises:
             OSError: a file of weights cannot be read.
         """
         model = asdict(self.config.model)
-        del model["init"]  # the weights that the training started from
+        del model["init"]  # the initial weights of the training do not affect a trained network
         protocol = {key: value for key, value in asdict(self.protocol).items() if value is not None}
         settings = {
             "benchmark": recorded_path(self.config.data.benchmark),
@@ -75,10 +78,15 @@ class Setup:
 
 
 class Segmenter:
-    """The network of a setup, loaded; `worker_index` of the process selects its GPU.
+    """The loaded network of a setup.
+
+    Args:
+        setup: the network and how it is tested.
+        worker_index: number of the process; it selects the GPU.
 
     Raises:
-        ValueError, OSError: the checkpoint cannot be read or is of another network; or no such device.
+        ValueError, OSError: the checkpoint cannot be read or belongs to another network, or there is no such
+            device.
     """
 
     def __init__(self, setup: Setup, worker_index: int = 0):
@@ -95,12 +103,12 @@ class Segmenter:
         self.model.eval().to(self.device, memory_format=layout)
 
     def __call__(self, image: np.ndarray) -> Segmented:
-        """Segment an image (H, W, 3) uint8 RGB."""
+        """Return the segmentation of an image (H, W, 3) uint8 RGB."""
         pixels = self.network.normalize(image)  # (3, H, W)
         return infer(self.model, pixels, self.setup.protocol, self.device, self.setup.precision)
 
     def labels(self, image: np.ndarray, segmented: Segmented) -> np.ndarray:
-        """Return the labels (H, W) uint8 of a segmented image, after the dense CRF if the setup has one."""
+        """Return the labels (H, W) uint8 of a segmented image; after the dense CRF if the setup has one."""
         if self.setup.crf is None:
             return segmented.labels
         return crf_labels(image, segmented.probabilities, self.setup.crf)
@@ -118,8 +126,8 @@ def crf_labels(image: np.ndarray, probabilities: Tensor, preset: str) -> np.ndar
     if preset in PREDICTED_ONLY:
         class_ids = probabilities.argmax(0).unique()  # (K,)
         probabilities = probabilities[class_ids]
-        probabilities = probabilities / probabilities.sum(0)  # as the softmax of their logits alone
-    if preset == "seam":  # its CRF reads the network's input, converted back to 8 bits
+        probabilities = probabilities / probabilities.sum(0)  # equals the softmax over only their logits
+    if preset == "seam":  # SEAM's CRF gets the network's input, converted back to 8 bits
         image = imagenet_denormalize(imagenet_normalize(image))
     (posterior,) = densecrf_batch([image], [probabilities], PRESETS[preset])
     return class_ids[posterior.argmax(0)].to(torch.uint8).cpu().numpy()
@@ -128,28 +136,30 @@ def crf_labels(image: np.ndarray, probabilities: Tensor, preset: str) -> np.ndar
 def add_network_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     """Add the flags that select a network and its test protocol."""
     flag = parser.add_argument_group("which network").add_argument
-    flag("--run", "--run_dir", metavar="DIR", help=f"folder that {recipe.name}.train filled, with {CONFIG} "
-         f"and {FINAL} (under torchrun, which has a flag --run, use --run_dir)")  # fmt: skip
-    flag("--config", metavar="FILE", help="configuration, in place of the run's")
-    flag("--checkpoint", metavar="FILE", help=f"weights, in place of the run's {FINAL}")
+    flag("--run", "--run_dir", metavar="DIR", help=f"run folder of {recipe.name}.train, with {CONFIG} and "
+         f"{FINAL} (with torchrun use --run_dir, because --run is a flag of torchrun)")  # fmt: skip
+    flag("--config", metavar="FILE", help="YAML configuration to use instead of the run's")
+    flag("--checkpoint", metavar="FILE", help=f"weights to use instead of the run's {FINAL}")
     flag("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
     group = parser.add_argument_group(
-        "how it is tested (default: the configuration's `test` section; its empty values are the network's "
-        "published protocol)"
+        "how it is tested (default: the configuration's `test` section; its empty values default to the "
+        "network's published protocol)"
     )
     add_flags(group, TestConfig)
-    group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the network's products")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:i")
+    group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="number type of the network's "
+                       "matrix products")  # fmt: skip
+    group.add_argument("--device", default="auto", help="device: auto, cpu, cuda or cuda:i")
 
 
 def protocol_of(recipe: Recipe, config: Config) -> tuple[Protocol, str | None]:
-    """Return how a network is tested: the configuration's `test` section; its null values are as published.
+    """Return how a network is tested: the configuration's `test` section. Null values default to the
+    network's published protocol.
 
     Returns:
-        The protocol, and a name in `refinement.densecrf.PRESETS`; None for no CRF.
+        The protocol, and the name of a preset in `refinement.densecrf.PRESETS` (None: no CRF).
 
     Raises:
-        ValueError: no such network, or no scales.
+        ValueError: the network is unknown, or there are no scales.
     """
     network, test = recipe.network(config), config.test
     crf = {"none": None, "auto": network.crf}.get(test.crf or "none", test.crf)
@@ -165,7 +175,7 @@ def read_setup(recipe: Recipe, args: argparse.Namespace) -> Setup:
         ValueError, OSError: a file is missing or damaged, or a required flag is missing.
     """
     if not args.run and not (args.config and args.checkpoint):
-        raise ValueError("give --run DIR, or --config FILE and --checkpoint FILE")
+        raise ValueError("no network is given: give --run DIR, or --config FILE and --checkpoint FILE")
     if args.run and not Path(args.run).is_dir():
         raise FileNotFoundError(f"run folder {args.run} does not exist: train first, or give another --run")
     config = read(recipe.config, args.config or Path(args.run) / CONFIG, args.overrides)

@@ -1,4 +1,4 @@
-"""Command `test` of a method: masks of a split, with and without CRF, their scores, submissions."""
+"""Command `test` of a method: masks of a split with and without CRF, their scores, and submissions."""
 
 import argparse
 import tarfile
@@ -27,16 +27,16 @@ from training.data import validation_split
 from training.recipe import Recipe
 from training.segmenter import Segmenter, Setup, add_network_flags, read_setup
 
-MASKS, CRF_MASKS, LOGITS = "masks", "masks_crf", "logits"  # folders of a test
+MASKS, CRF_MASKS, LOGITS = "masks", "masks_crf", "logits"  # subfolders of the output folder
 SUFFIXES = {MASKS: ".png", CRF_MASKS: ".png", LOGITS: ".npy"}
 SCORES = {MASKS: "scores.json", CRF_MASKS: "scores_crf.json"}
 LOGIT_TYPES = ("float32", "float16")
-SUBMISSIONS = {"comp5": "comp5_test_cls", "comp6": "comp6_test_cls"}  # VOC's competitions, by training data
+SUBMISSIONS = {"comp5": "comp5_test_cls", "comp6": "comp6_test_cls"}  # VOC competition -> folder name
 
 
 @dataclass
 class EvaluationInput(Decoded):
-    """A decoded image (H, W, 3) uint8 RGB, and the folders that lack its outputs."""
+    """A decoded image (H, W, 3) uint8 RGB, and the subfolders in which its output is missing."""
 
     image: np.ndarray
     missing: list[str]
@@ -44,12 +44,12 @@ class EvaluationInput(Decoded):
 
 @dataclass
 class Evaluation(Step):
-    """Step 3b, see `pipeline.step.Step`: writes missing outputs, then counts the pixels of the masks.
+    """Step 3b: writes the missing outputs of images, and scores their masks; see `pipeline.step.Step`.
 
     Attributes:
-        setup: the network.
+        setup: the network and how it is tested.
         image_root: folder of the images.
-        gt_root: folder of the ground-truth masks; None gives no scores.
+        gt_root: folder of the ground-truth masks; None computes no scores.
         output: folder of all outputs.
     """
 
@@ -57,26 +57,27 @@ class Evaluation(Step):
     image_root: str
     gt_root: str | None
     output: str
-    save_logits: str | None = setting(None, "also write logits/<id>.npy, the network's logits before they "
-                                      "are resized to the image", choices=LOGIT_TYPES)  # fmt: skip
-    absent: str = setting("drop", "classes without ground truth are left out of the mean IoU (drop, as in "
-                          "deeplab-pytorch), or count as 0 (zero, SEAM), or as 0 if predicted (nan-mean)",
+    save_logits: str | None = setting(None, "also write logits/<id>.npy: the network's logits, before they "
+                                      "are resized to the image size", choices=LOGIT_TYPES)  # fmt: skip
+    absent: str = setting("drop", "mean IoU of classes without ground truth: drop (left out, as in "
+                          "deeplab-pytorch), zero (as 0, as in SEAM) or nan-mean (as 0 if predicted)",
                           choices=ABSENT)  # fmt: skip
 
     def __post_init__(self):
         if self.save_logits and 1 not in self.setup.protocol.scales:
-            raise ValueError("saved logits are those of scale 1: add 1.0 to the scales")
-        self.scored = [MASKS, CRF_MASKS] if self.setup.crf else [MASKS]  # folders of masks
+            scales = self.setup.protocol.scales
+            raise ValueError(f"--save_logits: requires scale 1, got {scales}: add 1.0 to --scales")
+        self.scored = [MASKS, CRF_MASKS] if self.setup.crf else [MASKS]  # subfolders of masks
         self.folders = [*self.scored, LOGITS] if self.save_logits else self.scored
         channels = self.setup.benchmark.channels
         self.hists = np.zeros((len(self.scored), channels, channels), np.int64)
 
     def file(self, folder: str, name: str) -> Path:
-        """Return the output file of an image in one of the folders."""
+        """Return the output file of an image in one of the subfolders."""
         return Path(self.output) / folder / f"{name}{SUFFIXES[folder]}"
 
     def archive(self, submission: str) -> Path:
-        """Return the file of a submission, a key of `SUBMISSIONS`."""
+        """Return the archive of a submission, which is a key of `SUBMISSIONS`."""
         return Path(self.output) / f"{SUBMISSIONS[submission]}.tgz"
 
     def is_done(self, name: str) -> bool:
@@ -92,7 +93,7 @@ class Evaluation(Step):
         return EvaluationInput(name, read_rgb(find_image(self.image_root, name)), self._missing(name))
 
     def compute(self, batch: list[EvaluationInput]) -> list[dict[str, np.ndarray]]:
-        """Return the missing outputs by folder: labels (H, W) uint8, logits (C, h, w)."""
+        """Return subfolder -> missing output of each image: labels (H, W) uint8, logits (C, h, w)."""
         return [self._segment(decoded) for decoded in batch]
 
     def _segment(self, decoded: EvaluationInput) -> dict[str, np.ndarray]:
@@ -116,15 +117,15 @@ class Evaluation(Step):
         self._count(decoded.name, outputs)
 
     def finish(self) -> np.ndarray:
-        """Return (F, n, n) int64 [truth, prediction] of the F folders of masks; zero without ground truth."""
+        """Return counts (F, n, n) int64 [truth, prediction] of F mask subfolders; 0 without ground truth."""
         return self.hists
 
     def _missing(self, name: str) -> list[str]:
-        """Return the folders in which the output of an image is missing or damaged."""
+        """Return the subfolders in which the output of an image is missing or damaged."""
         return [folder for folder in self.folders if not _is_whole(self.file(folder, name))]
 
     def _count(self, name: str, outputs: dict[str, np.ndarray]) -> None:
-        """Count the pixels of an image's masks, in `outputs` or in files; of none if there is an error."""
+        """Count the pixels of an image's masks, from `outputs` or files. If one mask fails, count none."""
         if self.gt_root is not None:
             masks = [
                 outputs[folder] if folder in outputs else read_mask(self.file(folder, name))
@@ -147,27 +148,27 @@ def _is_whole(file: Path) -> bool:
 
 
 def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = Parser(
         prog=f"python -m {recipe.name}.test",
-        description="Test a trained network on a split: write its masks and their scores, with --crf also "
-        "after a dense CRF. The same command continues a stopped run.",
+        description="Test a trained network on a split: write its masks and their scores; with --crf also "
+        "those after a dense CRF. The same command continues a stopped run.",
     )
     add_network_flags(parser, recipe)
     flag = parser.add_argument_group("images").add_argument
     flag("--split_file", help="image ids, one per line (default: the configuration's data.val_split)")
     flag("--image_root", "--img_root", help="image folder (default: the configuration's data.val_image_dir)")
     flag("--gt_root", help="folder of ground-truth masks (default: the configuration's data.val_label_dir)")
-    flag("--no_scores", action="store_true", help="there is no ground truth, as for VOC's test split")
+    flag("--no_scores", action="store_true", help="compute no scores, as for VOC's test split")
     group = parser.add_argument_group("outputs")
     flag = group.add_argument
     flag("--output", "--out", metavar="DIR", help="folder for masks, masks_crf, scores.json and "
-         "scores_crf.json (default: `test` in the run's folder)")  # fmt: skip
+         "scores_crf.json (default: `test` in the run folder)")  # fmt: skip
     add_flags(group, Evaluation)
-    flag("--submission", choices=SUBMISSIONS, help="pack the masks for VOC's evaluation server; comp6 allows "
-         "training on other data than VOC's, comp5 does not")  # fmt: skip
+    flag("--submission", choices=SUBMISSIONS, help="pack the masks for VOC's evaluation server; comp5 is for "
+         "training on VOC data only, comp6 allows other data")  # fmt: skip
     flag("--overwrite", action="store_true", help="remove all outputs of an earlier test first")
-    flag("--num_workers", type=count, default=1, help="processes; several GPUs are divided among them")
+    flag("--num_workers", type=count, default=1, help="number of processes; GPUs are divided among them")
     args = parser.parse_intermixed_args(arguments)
     if not (args.output or args.run):
         parser.error("give --output DIR for the masks")
@@ -176,7 +177,7 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
         _check_inputs(step, names)
     run = _start(step, args.overwrite)
     if args.submission and run.rank == 0:
-        step.archive(args.submission).unlink(missing_ok=True)  # it would be taken for that of this test
+        step.archive(args.submission).unlink(missing_ok=True)  # it would not match the new masks
     hists = run.map(step, names, num_workers=args.num_workers)
     code = run.finish()
     if run.rank == 0:
@@ -208,18 +209,21 @@ def _step_of(recipe: Recipe, args: argparse.Namespace) -> tuple[Evaluation, list
 
 
 def _check_inputs(step: Evaluation, names: Sequence[str]) -> None:
-    for kind, folder in (("image", step.image_root), ("ground-truth", step.gt_root)):
+    for kind, folder, flag in (
+        ("image", step.image_root, "--image_root"),
+        ("ground-truth", step.gt_root, "--gt_root"),
+    ):
         if folder is not None and not Path(folder).is_dir():
-            raise FileNotFoundError(f"{kind} folder {folder} does not exist")
+            raise FileNotFoundError(f"{kind} folder {folder} does not exist: give another {flag}")
     if step.gt_root is not None and not any((Path(step.gt_root) / f"{name}.png").is_file() for name in names):
         raise FileNotFoundError(
-            f"{step.gt_root} holds the mask of none of the {len(names)} images: give another --gt_root, or "
-            "--no_scores if there is no ground truth"
+            f"ground-truth folder {step.gt_root} contains the mask of none of the {len(names)} images: give "
+            "another --gt_root, or --no_scores if there is no ground truth"
         )
 
 
 def _records(step: Evaluation) -> dict[str, Record]:
-    """Return what each folder of a test records; the key "" is the root of all."""
+    """Return the record of each subfolder; the key "" is the output folder itself."""
     name, crf = f"{step.setup.recipe.name}.test", step.setup.crf
     settings, inputs = step.setup.record()
     settings["images"] = str(Path(step.image_root).absolute())
@@ -233,10 +237,10 @@ def _records(step: Evaluation) -> dict[str, Record]:
 
 
 def _start(step: Evaluation, overwrite: bool) -> Run:
-    """Check and record all folders of a test; `overwrite` removes all that an earlier test wrote.
+    """Check all folders of a test and write their records. `overwrite` removes the outputs of earlier tests.
 
-    That includes files in folders that this test does not fill, which would be taken for its outputs. Nothing
-    is removed if there is an error.
+    These include outputs in subfolders that this test does not fill, because they would not match its record.
+    If there is an error, nothing is removed.
     """
     root, stale = Path(step.output), []
     with together():
@@ -252,7 +256,7 @@ def _start(step: Evaluation, overwrite: bool) -> Run:
         for file in stale:
             file.unlink(missing_ok=True)
         for folder in {file.parent for file in stale} - {root}:
-            with suppress(OSError):  # not empty: it also holds other files
+            with suppress(OSError):  # not empty: other files remain
                 folder.rmdir()
     for folder in step.folders:
         Run(root / folder, records[folder], overwrite)
@@ -260,7 +264,7 @@ def _start(step: Evaluation, overwrite: bool) -> Run:
 
 
 def _report(step: Evaluation, folder: str, hist: np.ndarray, num_images: int, failed: list[str]) -> None:
-    """Print the scores of a folder of masks, and write them beside it."""
+    """Print the scores of a subfolder of masks, and write them to the output folder."""
     setup, crf = step.setup, step.setup.crf if folder == CRF_MASKS else None
     print(f"\nwith CRF ({crf}):" if crf else "\nwithout CRF:")
     report = {
@@ -274,13 +278,13 @@ def _report(step: Evaluation, folder: str, hist: np.ndarray, num_images: int, fa
         "failed": failed,
     }
     file = Path(step.output) / SCORES[folder]
-    pixels = np.array([0, hist.sum()])  # none is predicted 255
+    pixels = np.array([0, hist.sum()])  # networks never predict 255
     result = benchmark_scores(hist, setup.benchmark, step.absent)
     report_scores(report, (None,), [result], pixels, setup.benchmark, file)
 
 
 def _pack(step: Evaluation, names: Sequence[str], submission: str) -> None:
-    """Write the masks, those after the CRF if there is one, as a .tgz file for VOC's evaluation server."""
+    """Write the masks as a .tgz file for VOC's evaluation server; with a CRF, the masks after it."""
     target, folder = step.archive(submission), step.scored[-1]
     with replacing(target) as stream, tarfile.open(fileobj=stream, mode="w:gz") as archive:
         for name in sorted(names):
@@ -290,7 +294,7 @@ def _pack(step: Evaluation, names: Sequence[str], submission: str) -> None:
 
 
 def _without_user(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Remove user and time from an archive member."""
+    """Return an archive member without user and time."""
     member.uid = member.gid = member.mtime = 0
     member.uname = member.gname = ""
     return member

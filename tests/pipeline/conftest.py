@@ -1,4 +1,4 @@
-"""A tiny data set in VOC layout made of the golden images, for the tests of the numbered steps."""
+"""A tiny data set in VOC layout with golden images, for the tests of the numbered steps."""
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,7 @@ from tests.conftest import parity_image
 
 
 def write_voc(root: Path, images: dict[str, tuple[tuple[int, int], list[int]]]) -> Path:
-    """Write images (name -> (H, W), labels) losslessly, with annotations and a split file."""
+    """Write images (name -> (size, labels)) as PNG, with annotations and a split file; return `root`."""
     for folder in ("JPEGImages", "Annotations"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for name, (size, labels) in images.items():
@@ -21,6 +21,6 @@ def write_voc(root: Path, images: dict[str, tuple[tuple[int, int], list[int]]]) 
 
 @pytest.fixture
 def voc(tmp_path) -> Path:
-    """Golden cases a and b (same weights), and a larger image with one label."""
+    """Data set of the golden cases a and b (same weights), and a larger image with one label."""
     images = {"es_a": ((96, 128), [8, 1, 5]), "es_b": ((75, 100), [3]), "other": ((130, 90), [19])}
     return write_voc(tmp_path / "voc", images)

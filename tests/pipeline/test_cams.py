@@ -1,4 +1,4 @@
-"""Step 1 through its command line, and its options."""
+"""Step 1: its command line and its options."""
 import json
 import random
 import shutil
@@ -27,7 +27,7 @@ from tests.processes import Command, Process, here, script
 
 
 def run(monkeypatch, voc: Path, out: Path, model: Path, *flags: str, benchmark: str = "voc12") -> int:
-    """generate_cams_voc12.py in this process."""
+    """Run generate_cams_voc12.py in this process; return the exit code."""
     command = ["generate_cams", "--image_root", voc / "JPEGImages", "--split_file", voc / "split.txt"]
     command += ["--output", out, "--model", model, "--device", "cpu", *flags]
     monkeypatch.setattr(sys, "argv", [str(part) for part in command])
@@ -47,7 +47,7 @@ def test_golden_cams_end_to_end(case, tmp_path, monkeypatch, parity_file):
         (voc / "split.txt").write_text(" ".join(map(str, [name, *labels])))
     out = tmp_path / "cams"
     assert run(monkeypatch, voc, out, parity_file(preset, seed), "--keep_initial", benchmark=data) == 0
-    content = np.load(out / f"{name}.npy", allow_pickle=True).item()  # as other projects read it
+    content = np.load(out / f"{name}.npy", allow_pickle=True).item()  # as readers of the reference format do
     assert content["keys"].dtype == np.int64 and content[REFINED].dtype == np.float16
     np.testing.assert_array_equal(content["keys"], reference["keys"])
     difference = content[REFINED].astype(float) - reference["attn_highres"].astype(float)
@@ -78,7 +78,7 @@ def test_bad_images_do_not_stop_a_run(voc, tmp_path, monkeypatch, parity_file, c
     assert "es_b" in (out / "failed.txt").read_text()
     told = capsys.readouterr().err
     assert "1 failed" in told and "images without labels: 1 (other)" in told
-    parity_image("es_b", (75, 100)).save(voc / "JPEGImages" / "es_b.png")  # mended, and run again
+    parity_image("es_b", (75, 100)).save(voc / "JPEGImages" / "es_b.png")  # repair the image and run again
     assert run(monkeypatch, voc, out, parity_file("tiny", 1)) == 0
     assert set(files(out)) == {"es_a.npy", "es_b.npy"} and not (out / "failed.txt").exists()
 
@@ -104,7 +104,7 @@ def test_other_settings_or_weights_need_another_folder(voc, tmp_path, monkeypatc
     assert record["settings"]["refine"] == "mhsa" and len(record["inputs"]["model"]) == 64
 
 
-def test_changed_labels_and_damaged_files_are_made_anew(voc, tmp_path, monkeypatch, parity_file):
+def test_cams_of_changed_labels_and_damaged_files_are_made_again(voc, tmp_path, monkeypatch, parity_file):
     model, labels, out = parity_file("tiny", 1), tmp_path / "labels.txt", tmp_path / "cams"
     labels.write_text("es_a 7\nes_b 3 4\nother 5\n")
     assert run(monkeypatch, voc, out, model, "--labels", str(labels)) == 0
@@ -114,7 +114,7 @@ def test_changed_labels_and_damaged_files_are_made_anew(voc, tmp_path, monkeypat
     assert run(monkeypatch, voc, out, model, "--labels", str(labels)) == 0
     assert camfile.read(out, "es_b")[0].tolist() == [4]
     assert {name for name, content in files(out).items() if content != before[name]} == {"es_b.npy"}
-    labels.write_text("es_a\nes_b 4\nother 5\n")  # now without labels: no CAM may stay
+    labels.write_text("es_a\nes_b 4\nother 5\n")  # no labels any more: the CAM must be removed
     assert run(monkeypatch, voc, out, model, "--labels", str(labels)) == 0
     assert set(files(out)) == {"es_b.npy", "other.npy"}
 
@@ -132,10 +132,10 @@ def test_other_prompts_or_conventions_need_another_folder(voc, tmp_path, monkeyp
     with pytest.raises(ValueError, match="templates"):
         make(file, "['the {}.']")
     with pytest.raises(ValueError, match=r"conventions.*weights_rounded"):
-        make(f"ViT-B-16:{file}")  # the same weights, with GELU and unrounded
+        make(f"ViT-B-16:{file}")  # the same weights with GELU and without rounding
 
 
-# Flag, and the field of the settings that it sets or what else it must change.
+# Test id -> flags, and the recorded settings that they must give.
 FLAGS = {
     "refine": (["--refine", "mhsa"], {"refine": "mhsa"}),
     "method": (["--cam_method", "layercam"], {"cam_method": "layercam"}),
@@ -156,14 +156,14 @@ FLAGS = {
 }
 
 
-def test_every_setting_is_among_these_flags():
+def test_every_setting_is_tested():
     tested = {flags[0].removeprefix("--") for flags, _ in FLAGS.values()}
     untested = {field.name for field in fields(CamSettings)} - tested
-    assert untested == {"keep_initial"}  # tested with what it adds to the files
+    assert untested == {"keep_initial"}  # tested with the golden CAMs
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-def test_every_flag_changes_the_maps_and_is_recorded(flag, voc, tmp_path, monkeypatch, parity_file):
+def test_every_flag_changes_the_cams_and_is_recorded(flag, voc, tmp_path, monkeypatch, parity_file):
     flags, recorded = FLAGS[flag]
     model, compact = parity_file("tiny", 1), ("--cam_format", "compact")
     assert run(monkeypatch, voc, tmp_path / "plain", model, *compact) == 0
@@ -175,7 +175,7 @@ def test_every_flag_changes_the_maps_and_is_recorded(flag, voc, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "flags", "without"),
+    ("benchmark", "flags", "excluded"),
     [
         ("voc12", [], False),
         ("voc12", ["--preset", "clip_es"], False),
@@ -187,19 +187,19 @@ def test_every_flag_changes_the_maps_and_is_recorded(flag, voc, tmp_path, monkey
         ("shapes", ["--preset", "cls_seg"], False),
     ],
 )
-def test_presets_exclude_the_last_layer_on_voc12_alone(
-    benchmark, flags, without, voc, tmp_path, monkeypatch, parity_file
+def test_presets_exclude_the_last_layer_only_on_voc12(
+    benchmark, flags, excluded, voc, tmp_path, monkeypatch, parity_file
 ):
     (tmp_path / "labels.txt").write_text("es_a 0\nes_b 1\nother 2\n")
     flags = [*flags, "--labels", str(tmp_path / "labels.txt")]
     assert run(monkeypatch, voc, tmp_path / "cams", parity_file("tiny", 1), *flags, benchmark=benchmark) == 0
     settings = json.loads((tmp_path / "cams" / "settings.json").read_text())["settings"]
-    assert settings["exclude_last_layer"] is without and settings["affinity_layers"] == 8
+    assert settings["exclude_last_layer"] is excluded and settings["affinity_layers"] == 8
 
 
-def test_leaving_out_the_only_block_is_refused(voc, tmp_path, monkeypatch, parity_file):
+def test_excluding_the_only_layer_is_refused(voc, tmp_path, monkeypatch, parity_file):
     flags = ["--affinity_layers", "1", "--preset", "cls_seg"]
-    with pytest.raises(ValueError, match="--affinity_layers 2 or more"):
+    with pytest.raises(ValueError, match="give --affinity_layers 2 or more, or --no_exclude_last_layer"):
         run(monkeypatch, voc, tmp_path / "cams", parity_file("tiny", 1), *flags)
     assert not (tmp_path / "cams").exists()
 
@@ -224,7 +224,7 @@ def test_numbers_out_of_range_are_refused(flags, voc, tmp_path, monkeypatch, cap
     assert caught.value.code == 2 and "expected" in capsys.readouterr().err
 
 
-def test_annotations_are_found_beside_the_images_or_where_the_benchmark_says(
+def test_annotations_are_read_next_to_the_images_or_from_the_benchmark(
     voc, tmp_path, monkeypatch, parity_file
 ):
     model, file = parity_file("tiny", 1), tmp_path / "mine.yaml"
@@ -239,12 +239,12 @@ def test_annotations_are_found_beside_the_images_or_where_the_benchmark_says(
         assert run(monkeypatch, voc, out, model, *command, benchmark=str(file)) == 0
         return camfile.class_ids_of(out, "es_a")
 
-    assert make(voc / "JPEGImages", tmp_path, "JPEGImages") == [8, 1, 5]  # beside
+    assert make(voc / "JPEGImages", tmp_path, "JPEGImages") == [8, 1, 5]  # next to the images
     shutil.copytree(voc / "JPEGImages", tmp_path / "far" / "resized")
-    assert make(tmp_path / "far" / "resized", voc, "JPEGImages") == [8, 1, 5]  # the benchmark's own
+    assert make(tmp_path / "far" / "resized", voc, "JPEGImages") == [8, 1, 5]  # from the benchmark's root
     shutil.copytree(voc / "JPEGImages", tmp_path / "flat")
     shutil.copytree(voc / "Annotations", tmp_path / "flat" / "Annotations")
-    assert make(tmp_path / "flat", tmp_path, ".") == [8, 1, 5]  # below a flat folder
+    assert make(tmp_path / "flat", tmp_path, ".") == [8, 1, 5]  # in the image folder itself
 
 
 def test_labels_file_replaces_the_annotations(voc, tmp_path, monkeypatch, parity_file):
@@ -255,7 +255,7 @@ def test_labels_file_replaces_the_annotations(voc, tmp_path, monkeypatch, parity
     assert not camfile.find(out, "other")
 
 
-def test_own_benchmark_in_yaml(voc, tmp_path, monkeypatch, parity_file):
+def test_a_custom_benchmark_is_read_from_yaml(voc, tmp_path, monkeypatch, parity_file):
     (voc / "mine.yaml").write_text(
         "name: mine\nclasses: [cat, dog]\nbackgrounds: [grass, sky]\ntemplates: ['a photo of a {}.']\n"
         f"split_file: {voc / 'lines.txt'}\nmodel: {parity_file('tiny', 1)}\n"
@@ -269,7 +269,7 @@ def test_own_benchmark_in_yaml(voc, tmp_path, monkeypatch, parity_file):
 
 
 def test_killed_runs_continue_to_the_same_files(tmp_path, parity_file):
-    """SIGKILL at ten random moments; the files are those of an undisturbed run, byte for byte."""
+    """After SIGKILL at ten random moments the files equal those of an uninterrupted run, byte for byte."""
     names = {f"image_{i:02}": ((60 + 3 * i, 90 + 2 * i), [i % 20, (7 * i + 3) % 20]) for i in range(24)}
     voc = write_voc(tmp_path / "voc", names)
     command = ["generate_cams_voc12.py", "--device", "cpu", "--img_root", voc / "JPEGImages"]
@@ -278,22 +278,22 @@ def test_killed_runs_continue_to_the_same_files(tmp_path, parity_file):
     def start(out: Path) -> Process:
         return Process(script, *command, out)
 
-    assert Process(time.monotonic).end()[0] == 0  # starts what starts the others
+    assert Process(time.monotonic).end()[0] == 0  # starts the fork server
     begin = time.monotonic()
-    assert start(tmp_path / "undisturbed").end()[0] == 0
+    assert start(tmp_path / "uninterrupted").end()[0] == 0
     duration = time.monotonic() - begin
-    expected = files(tmp_path / "undisturbed")
+    expected = files(tmp_path / "uninterrupted")
     assert len(expected) == len(names)
-    chance, out, killed = random.Random(0), tmp_path / "killed", 0
+    random_delays, out, killed = random.Random(0), tmp_path / "killed", 0
     while killed < 10:
         process = start(out)
-        time.sleep(chance.uniform(0.05, 0.95) * duration)
+        time.sleep(random_delays.uniform(0.05, 0.95) * duration)
         process.signal(signal.SIGKILL)
         code = process.end()[0]
         if code == -signal.SIGKILL:
             killed += 1
             continue
-        assert code == 0 and files(out) == expected  # finished before its turn to be killed: begin anew
+        assert code == 0 and files(out) == expected  # finished before the signal: start again
         shutil.rmtree(out)
         duration *= 0.8
     assert start(out).end()[0] == 0
@@ -301,7 +301,7 @@ def test_killed_runs_continue_to_the_same_files(tmp_path, parity_file):
     assert not list(out.glob("*.tmp"))
 
 
-def test_mistakes_are_told_in_one_sentence(tmp_path, voc, parity_file):
+def test_usage_errors_exit_with_code_2_without_traceback(tmp_path, voc, parity_file):
     words = ["generate_cams_voc12.py", "--output", tmp_path / "o"]
     good = ["--image_root", voc / "JPEGImages", "--split_file", voc / "split.txt"]
     (tmp_path / "broken.pt").write_bytes(b"x" * 1000)
@@ -310,14 +310,14 @@ def test_mistakes_are_told_in_one_sentence(tmp_path, voc, parity_file):
         ([*good, "--model", "ViT-Z/99"], "no model 'ViT-Z/99'"),
         ([*good[2:], "--model", tmp_path / "any.pt", "--image_root", "nowhere"], "image folder nowhere"),
     ):
-        code, _, told = here(*words, *flags)
-        assert code == 2, told
-        assert sentence in told and "Traceback" not in told
-    code, same = Command(*words, *flags).end()  # as a shell starts it
-    assert (code, same) == (2, told)
+        code, _, errors = here(*words, *flags)
+        assert code == 2, errors
+        assert sentence in errors and "Traceback" not in errors
+    code, same = Command(*words, *flags).end()  # in a new process
+    assert (code, same) == (2, errors)
 
 
-def test_resnet_towers_have_cams_but_no_affinity(voc, tmp_path, monkeypatch):
+def test_resnet_towers_require_refine_none(voc, tmp_path, monkeypatch):
     torch.save(small_state(SMALL_RESNET), tmp_path / "rn.pt")
     with pytest.raises(ValueError, match="--refine none"):
         run(monkeypatch, voc, tmp_path / "o", tmp_path / "rn.pt")
@@ -328,7 +328,7 @@ def test_resnet_towers_have_cams_but_no_affinity(voc, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def small():
-    """A model, class features and background features."""
+    """A small model, class features and background features."""
     torch.manual_seed(0)
     model = clip.checkpoint.from_state_dict(small_state(SMALL_VIT)).eval()
     features = torch.nn.functional.normalize(torch.randn(23, 32), dim=-1)
@@ -337,7 +337,7 @@ def small():
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 20), st.sampled_from(["caa", "mhsa", "none"]))
 @settings(deadline=None, max_examples=40)
-def test_any_size_and_number_of_labels(small, height, width, labels, refine):
+def test_cams_have_the_expected_shape_for_any_size_and_number_of_labels(small, height, width, labels, refine):
     model, text, backgrounds = small
     image = parity_image("any", (height, width))
     maps = image_cams(model, image, text[:labels], backgrounds, CamSettings(refine=refine))
@@ -348,7 +348,7 @@ def test_any_size_and_number_of_labels(small, height, width, labels, refine):
 
 @given(st.permutations(range(6)))
 @settings(deadline=None, max_examples=15)
-def test_label_order_permutes_the_maps_and_nothing_else(small, order):
+def test_label_order_only_permutes_the_cams(small, order):
     model, text, backgrounds = small
     image = parity_image("order", (50, 70))
     (straight,) = image_cams(model, image, text[:6], backgrounds, CamSettings()).values()
@@ -356,7 +356,7 @@ def test_label_order_permutes_the_maps_and_nothing_else(small, order):
     np.testing.assert_allclose(permuted, straight[order], atol=1e-3)
 
 
-def test_scales_and_flip(small):
+def test_scales_and_flip_are_averaged(small):
     model, text, backgrounds = small
     image = parity_image("es_a", (96, 128))
 
@@ -367,7 +367,7 @@ def test_scales_and_flip(small):
     fused = cams(image, cam_scales=(0.5, 1.0, 1.5), flip=True)
     assert fused.shape == (2, 18, 24)  # the grid of the largest scale
     assert fused.min() == 0 and fused.max() > 0.999
-    # A mirrored image gives the mirrored map once both views are averaged.
+    # With --flip a mirrored image has mirrored CAMs.
     mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     np.testing.assert_allclose(cams(mirrored, flip=True)[..., ::-1], cams(image, flip=True), atol=1e-3)
 

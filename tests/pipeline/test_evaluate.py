@@ -1,4 +1,4 @@
-"""Step 2a against the golden vectors, and where files are odd, missing or wrong."""
+"""Step 2a equals the golden vectors; unusual, missing and damaged files."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def arrays():
 
 @pytest.fixture(scope="module")
 def folders(arrays, tmp_path_factory):
-    """CAM files and ground truth of the five golden images."""
+    """Folder with the CAM files and ground truth of the five golden images."""
     root = tmp_path_factory.mktemp("eval")
     for index in range(5):
         maps = arrays[f"cams{index}"]
@@ -76,14 +76,14 @@ def test_golden_histograms_of_all_backgrounds_in_one_pass(arrays, folders, datas
     assert pixels[0] == 0
     for index in (0, 4):
         for score, prediction in zip(
-            tried, plain(arrays[f"keys{index}"], arrays[f"cams{index}"], evaluation), strict=True
+            tried, slow_predictions(arrays[f"keys{index}"], arrays[f"cams{index}"], evaluation), strict=True
         ):
             if score in (1, 0.3):
                 assert (prediction == arrays[f"{dataset}_thr{score:g}_pred{index}"]).all()
 
 
-def plain(keys, maps, evaluation):
-    """Index predictions at each background score, one channel stacked on the other: the slow way."""
+def slow_predictions(keys, maps, evaluation):
+    """Return the index predictions for each background score, computed slowly by argmax over all channels."""
     offset = int(evaluation.benchmark.has_background)
     indices = keys + offset
     if "bg" in evaluation.cam_type:
@@ -94,20 +94,20 @@ def plain(keys, maps, evaluation):
         maps = maps.astype(np.float32)
     predictions = []
     for score in evaluation.backgrounds:
-        channels, found = maps, indices
+        channels, values = maps, indices
         if score is not None:
             top = maps.max(axis=0)
             rest = background(top, score, evaluation.arithmetic)
-            rest[np.isnan(rest)] = -np.inf  # what is no number wins nowhere
-            channels, found = np.concatenate([rest[None], maps]), np.append(0, indices)
-        predictions.append(found[channels.argmax(axis=0)])
+            rest[np.isnan(rest)] = -np.inf  # NaN never wins
+            channels, values = np.concatenate([rest[None], maps]), np.append(0, indices)
+        predictions.append(values[channels.argmax(axis=0)])
     return predictions
 
 
-def plain_counts(truth, keys, maps, evaluation):
-    """Histograms of the slow way, and how many pixels are predicted 255 at first."""
+def slow_counts(truth, keys, maps, evaluation):
+    """Return the counts of `count_cams`, computed from `slow_predictions`."""
     channels = evaluation.benchmark.channels
-    predictions = plain(keys, maps, evaluation)
+    predictions = slow_predictions(keys, maps, evaluation)
     hists = np.stack([confusion(truth, prediction, channels) for prediction in predictions])
     return hists, int((predictions[0][truth < channels] == 255).sum())
 
@@ -148,7 +148,7 @@ WITHOUT = replace(voc12.BENCHMARK, has_background=False)
         ]
     ),
 )
-def test_one_pass_counts_what_the_slow_way_counts(labels, height, width, seed, kind, arithmetic, case):
+def test_count_cams_equals_the_slow_counts(labels, height, width, seed, kind, arithmetic, case):
     random = np.random.default_rng(seed)
     benchmark, cam_type, tried = case
     maps = KINDS[kind](random.random((labels + (cam_type == "bg_score"), height, width)))
@@ -156,44 +156,44 @@ def test_one_pass_counts_what_the_slow_way_counts(labels, height, width, seed, k
     keys = random.permutation(20)[:labels]
     truth = random.integers(0, benchmark.channels + 3, (height, width)).astype(np.uint8)
     evaluation = Evaluation(benchmark, "", "", cam_type, tried, arithmetic)
-    same(count_cams(truth, keys, maps, evaluation), plain_counts(truth, keys, maps, evaluation))
+    same(count_cams(truth, keys, maps, evaluation), slow_counts(truth, keys, maps, evaluation))
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 @pytest.mark.parametrize("arithmetic", ["float16", "float32"])
 @pytest.mark.parametrize("tried", [*[backgrounds(*list_) for list_ in ((2, "a"), (0.3, "a"))], (1.5, 2.0)])
-def test_every_float16_number_meets_every_background(arithmetic, tried):
+def test_every_float16_number_is_counted_correctly(arithmetic, tried):
     numbers = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(1, 256, 256)
     evaluation = Evaluation(voc12.BENCHMARK, "", "", "attn_highres", tried, arithmetic)
     keys = np.array([4])
     for row in range(0, 256, 8):  # so that errors do not cancel out
         truth = np.full((256, 256), 255, np.uint8)
         truth[row : row + 8] = np.arange(256) % 21
-        same(count_cams(truth, keys, numbers, evaluation), plain_counts(truth, keys, numbers, evaluation))
+        same(count_cams(truth, keys, numbers, evaluation), slow_counts(truth, keys, numbers, evaluation))
     cams = np.sort(numbers[(numbers >= 0) & (numbers <= 1)])
-    for prediction in plain(keys, cams[None, None], evaluation):
-        assert (np.diff(prediction[0]) >= 0).all()  # in [0, 1] it is a threshold
+    for prediction in slow_predictions(keys, cams[None, None], evaluation):
+        assert (np.diff(prediction[0]) >= 0).all()  # in [0, 1] the prediction is a threshold
 
 
 @pytest.mark.parametrize("arithmetic", ["float16", "float32"])
 @pytest.mark.parametrize("tried", [(1.0, 2.0), backgrounds(0.3, "attn"), (None,)])
-def test_float32_maps_count_as_if_rounded(arithmetic, tried):
-    """Around every float16 number in [0, 1], and around the middle between it and the next."""
+def test_float32_cams_count_as_if_rounded_to_float16(arithmetic, tried):
+    """For numbers close to every float16 number in [0, 1], and to the middle between it and the next."""
     numbers = np.arange(0x3C01, dtype=np.uint16).view(np.float16).astype(np.float32)
     middles = (numbers[:-1] + numbers[1:]) / 2
-    centres = np.concatenate([numbers, middles])
-    around = np.stack([np.nextafter(centres, np.float32(side)) for side in (-1, 2)] + [centres])
+    centers = np.concatenate([numbers, middles])
+    around = np.stack([np.nextafter(centers, np.float32(side)) for side in (-1, 2)] + [centers])
     maps = np.stack([np.roll(around, shift, 0) for shift in range(3)]).clip(0, 1)  # (3, 3, N): ties and near
-    maps = np.concatenate([maps, np.roll(maps, 1, 2)])  # and neighbours
+    maps = np.concatenate([maps, np.roll(maps, 1, 2)])  # and neighbors
     truth = (np.arange(maps[0].size).reshape(maps[0].shape) % 21).astype(np.uint8)
     evaluation = Evaluation(voc12.BENCHMARK, "", "", "attn_highres", tried, arithmetic)
     keys = np.array([4, 9, 1, 0, 17, 2])
-    for some in (maps, maps[::-1], maps[3:4], maps - 0.25, np.where(maps < 0.1, np.nan, maps)):
-        expected = plain_counts(truth, keys[: len(some)], some.astype(np.float16), evaluation)
-        same(count_cams(truth, keys[: len(some)], some, evaluation), expected)
+    for cams in (maps, maps[::-1], maps[3:4], maps - 0.25, np.where(maps < 0.1, np.nan, maps)):
+        expected = slow_counts(truth, keys[: len(cams)], cams.astype(np.float16), evaluation)
+        same(count_cams(truth, keys[: len(cams)], cams, evaluation), expected)
 
 
-def test_keys_that_repeat_are_one_class_and_keys_that_are_none_fail():
+def test_repeated_class_ids_count_as_one_class_and_unknown_ones_raise():
     maps = np.array([[[0.9, 0.1, 0.8]], [[0.2, 0.7, 0.1]]], np.float16)
     truth = np.array([[6, 6, 255]], np.uint8)
     evaluation = Evaluation(voc12.BENCHMARK, "", "")
@@ -201,13 +201,13 @@ def test_keys_that_repeat_are_one_class_and_keys_that_are_none_fail():
     assert (hists[:, 6, 6] == 2).all() and hists.sum() == 4 and ignored == 0
     hists, ignored = count_cams(truth, np.array([5, 254]), maps, evaluation)  # 254 + 1 = 255
     assert (hists[:, 6, 6] == 1).all() and hists.sum() == 2 and ignored == 1
-    with pytest.raises(ValueError, match="holds 31, but there are 21 classes"):
+    with pytest.raises(ValueError, match=r"contains the mask value 31, but valid values are 0\.\.20"):
         count_cams(truth, np.array([5, 30]), maps, evaluation)
-    truth[0, 1] = 255  # where nothing is known, nothing is wrong
+    truth[0, 1] = 255  # not counted where ground truth is ignored
     assert count_cams(truth, np.array([5, 30]), maps, evaluation)[0].sum() == 2
 
 
-def test_memory_does_not_depend_on_how_many_images_there_are(tmp_path):
+def test_memory_does_not_depend_on_the_number_of_images(tmp_path):
     random = np.random.default_rng(0)
     maps = {"attn_highres": random.random((2, 20, 30), np.float32)}
     write_cams(tmp_path, "image", [3, 9], maps, (200, 300), "compact")
@@ -231,7 +231,7 @@ def test_float32_arithmetic_does_not_round():
     assert background(top, 2)[0].dtype == np.float16
 
 
-def test_search_lists():
+def test_backgrounds_are_those_of_the_reference_evaluation():
     assert backgrounds(2, "attn_highres") == (1, 2)
     assert backgrounds(1, "highres") == tuple(range(1, 11))
     constants = backgrounds(0.3, "attn_highres")
@@ -239,11 +239,11 @@ def test_search_lists():
     assert backgrounds(2, "png") == backgrounds(2, "attn_bg") == backgrounds(2, "attn", False) == (None,)
 
 
-def test_maps_with_their_own_background_and_benchmarks_without_one():
+def test_cams_with_background_channel_and_benchmarks_without_background():
     maps = np.array([[[0.5, 0.1]], [[0.5, 0.2]]], np.float16)
     truth = np.array([[0, 7]], np.uint8)
-    own = Evaluation(voc12.BENCHMARK, "", "", "bg_score", (None,))
-    hists, ignored = count_cams(truth, np.array([6]), maps, own)
+    with_channel = Evaluation(voc12.BENCHMARK, "", "", "bg_score", (None,))
+    hists, ignored = count_cams(truth, np.array([6]), maps, with_channel)
     assert hists[0, 0, 0] == hists[0, 7, 7] == 1 and hists.sum() == 2 and ignored == 0
     none = Evaluation(WITHOUT, "", "", "attn_highres", (None,))
     hists, ignored = count_cams(truth, np.array([6, 2]), maps, none)
@@ -252,23 +252,23 @@ def test_maps_with_their_own_background_and_benchmarks_without_one():
     assert hists.sum() == 0 and ignored == 2
 
 
-def test_masks_are_evaluated_without_their_pixels_of_255(arrays, tmp_path, capsys):
+def test_masks_are_evaluated_without_ignored_pixels(arrays, tmp_path, capsys):
     truth = arrays["gt0"]
-    unsure = truth.copy()
-    unsure[: len(truth) // 2] = 255
-    for index, mask in enumerate((truth, unsure, np.full_like(truth, 255))):
+    half_ignored = truth.copy()
+    half_ignored[: len(truth) // 2] = 255
+    for index, mask in enumerate((truth, half_ignored, np.full_like(truth, 255))):
         write_mask(tmp_path / "masks" / f"{index}.png", mask, PALETTE)
         write_mask(tmp_path / "truth" / f"{index}.png", truth, PALETTE)
     evaluation = Evaluation(voc12.BENCHMARK, str(tmp_path / "masks"), str(tmp_path / "truth"), "png", (None,))
     assert evaluate(evaluation, ["0", "1", "2"], tmp_path / "scores.json") == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     known = truth < 21
-    share = (known.sum() + known[: len(truth) // 2].sum()) / (3 * known.sum())
-    assert scores["best"]["Mean IoU"] == 1.0 and abs(scores["ignored"] - share) < 1e-12
+    proportion = (known.sum() + known[: len(truth) // 2].sum()) / (3 * known.sum())
+    assert scores["best"]["Mean IoU"] == 1.0 and abs(scores["ignored"] - proportion) < 1e-12
     assert "predicted 255" in capsys.readouterr().out
 
 
-def test_table_and_json(arrays, folders, tmp_path, capsys):
+def test_table_and_json_have_the_golden_scores(arrays, folders, tmp_path, capsys):
     evaluation = Evaluation(voc12.BENCHMARK, str(folders / "cams"), str(folders / "truth"))
     assert evaluate(evaluation, list("01234"), tmp_path / "one.json") == 0
     out = capsys.readouterr().out
@@ -277,14 +277,14 @@ def test_table_and_json(arrays, folders, tmp_path, capsys):
     scores = json.loads((tmp_path / "one.json").read_text())
     assert scores["best"]["Mean IoU"] == pytest.approx(best, abs=1e-12) and len(scores["all"]) == 2
     assert set(scores["best"]["Class IoU"]) == {"background", *voc12.CLASSES}
-    assert None in scores["best"]["Class IoU"].values()  # NaN is no JSON
+    assert None in scores["best"]["Class IoU"].values()  # JSON has no NaN
     assert evaluate(evaluation, list("01234"), tmp_path / "three.json", num_workers=3) == 0
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "three.json").read_bytes()
-    first, again = count(evaluation), count(evaluation)  # one object, used again, counts from zero
+    first, again = count(evaluation), count(evaluation)  # counts start at 0 when a step runs again
     assert (first[0] == again[0]).all() and (first[1] == again[1]).all() and first[1][1] > 0
 
 
-def test_one_bad_image_is_left_out_and_reported(arrays, folders, tmp_path, capsys):
+def test_damaged_images_are_left_out_and_listed(arrays, folders, tmp_path, capsys):
     for index in range(5):
         write_mask(tmp_path / f"{index}.png", arrays[f"gt{index}"], PALETTE)
     write_mask(tmp_path / "2.png", arrays["gt2"].T, PALETTE)
@@ -305,8 +305,8 @@ def test_one_bad_image_is_left_out_and_reported(arrays, folders, tmp_path, capsy
 def test_missing_files_are_an_error_unless_allowed(folders, tmp_path, capsys):
     evaluation = Evaluation(voc12.BENCHMARK, str(folders / "cams"), str(folders / "truth"))
     names = [*"01234", *"abcdefg"]
-    told = r"lacks the CAMs of 7 of 12 images: a, b, c, d, e, \.\.\. \(images without labels have none\);"
-    with pytest.raises(FileNotFoundError, match=told):
+    message = r"lacks the CAMs of 7 of 12 images: a, b, c, d, e, \.\.\. \(images without labels have none\);"
+    with pytest.raises(FileNotFoundError, match=message):
         evaluate(evaluation, names)
     with pytest.raises(FileNotFoundError, match="lacks the ground-truth masks of 1 of 1 images: a; make"):
         files_present(["a"], folders / "truth", False, "ground-truth masks")
@@ -318,7 +318,7 @@ def test_missing_files_are_an_error_unless_allowed(folders, tmp_path, capsys):
         files_present(names, tmp_path / "nowhere", True, "CAMs")
 
 
-def test_the_benchmark_is_given_or_recorded(tmp_path):
+def test_the_benchmark_is_read_from_the_record_unless_given(tmp_path):
     with pytest.raises(ValueError, match="give --benchmark"):
         benchmark_of(tmp_path, None)
     (tmp_path / "settings.json").write_text('{"settings": {"benchmark": 3}}')
@@ -339,7 +339,7 @@ GROUP_SCORES = {
 
 @pytest.fixture(scope="module")
 def stuff(tmp_path_factory):
-    """The golden CAMs and public ground truth of COCO-Stuff as files, and the golden scores."""
+    """Folder with the golden CAMs and the ground truth of COCO-Stuff, and the golden scores."""
     root = tmp_path_factory.mktemp("stuff")
     arrays = golden("cocostuff_eval", "tagclip")
     for name in "012":
@@ -363,7 +363,7 @@ def check_group_scores(file, arrays):
 
 
 @pytest.mark.parametrize("format", camfile.FORMATS)
-def test_golden_scores_of_groups(stuff, format, tmp_path, capsys):
+def test_golden_scores_of_groups_are_reproduced(stuff, format, tmp_path, capsys):
     root, arrays = stuff
     tried = backgrounds(2, "attn_highres", cocostuff.BENCHMARK.has_background)
     evaluation = Evaluation(cocostuff.BENCHMARK, str(root / format), str(root / "truth"), backgrounds=tried)
@@ -412,11 +412,11 @@ def test_the_crf_is_scored_by_groups(stuff, tmp_path):
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**31), st.lists(st.integers(0, 3), min_size=5, max_size=5))
-def test_groups_count_as_if_every_pixel_were_renamed(seed, groups):
+def test_group_scores_equal_the_scores_of_masks_with_group_indices(seed, groups):
     benchmark = Benchmark(
         "a", list("vwxyz"), has_background=False, groups=groups, group_names=["p", "q", "r", "s"]
     )
     truth, prediction = np.random.default_rng(seed).integers(0, 5, (2, 40))
     renamed = confusion(np.array(groups)[truth], np.array(groups)[prediction], 4)
-    found = benchmark_scores(confusion(truth, prediction, 5), benchmark)
-    assert json.dumps(found) == json.dumps(scores(renamed))  # as text, where NaN is NaN
+    group_scores = benchmark_scores(confusion(truth, prediction, 5), benchmark)
+    assert json.dumps(group_scores) == json.dumps(scores(renamed))  # as text, NaN equals NaN

@@ -1,4 +1,4 @@
-"""What goes wrong while a step runs: killed processes, a full disk, bad and odd images, Ctrl-C."""
+"""Faults while a step runs: killed processes, a full disk, damaged and unusual images, Ctrl-C."""
 
 import errno
 import io
@@ -33,9 +33,9 @@ from tests.processes import ROOT, Process, Started, ranks, torchrun
 from tests.processes import script as run_script
 
 IMAGES = 80
-ATTEMPTS = 5  # at most, to hit a run before it has finished
+ATTEMPTS = 5  # maximum number of attempts to hit a run before it finishes
 LOST = "error: another of torchrun's processes died: start again to go on\n"
-linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks into /proc")
+linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
 
 YAML = """name: faults
 classes: [circle, square, triangle, star]
@@ -51,7 +51,7 @@ model: {model}
 
 
 def write_world(root: Path, names: list[str], size: tuple[int, int] = (60, 80)) -> Path:
-    """A benchmark of coarse JPEGs; returns its YAML file."""
+    """Write a benchmark of coarse JPEGs and return its YAML file."""
     (root / "images").mkdir(parents=True)
     for index, name in enumerate(names):
         small = parity_image(f"faults_{index}", (4, 5))
@@ -65,8 +65,8 @@ def flags_of(benchmark: Path) -> list[str]:
     return ["--benchmark", str(benchmark), "--device", "cpu"]
 
 
-def told(script: str, capsys, monkeypatch, *flags) -> tuple[int, str]:
-    """Exit code of a script, run in this process, and what it says on stderr."""
+def run_here(script: str, capsys, monkeypatch, *flags) -> tuple[int, str]:
+    """Run a script in this process; return its exit code and stderr."""
     main = import_module(script).main
     monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
     with pytest.raises(SystemExit) as end:
@@ -82,16 +82,16 @@ def contents(folder: Path, pattern: str = "*.png") -> dict[str, bytes]:
 
 
 def opened(process: int, folder: Path) -> bool:
-    """Does the process have a file of the folder open?"""
+    """Return whether the process has an open file in the folder."""
     try:
-        found = [os.readlink(file) for file in Path(f"/proc/{process}/fd").iterdir()]
+        open_files = [os.readlink(file) for file in Path(f"/proc/{process}/fd").iterdir()]
     except OSError:
         return False
-    return any(file.startswith(str(folder)) for file in found)
+    return any(file.startswith(str(folder)) for file in open_files)
 
 
 def ended(run: Started) -> tuple[int, str]:
-    """Exit code and output; nothing that was started may live on."""
+    """Wait for a run; return its exit code and output. All processes that it started must have ended."""
     code, output, *_ = run.end()
     run.gone()
     return code, output
@@ -108,37 +108,37 @@ def count(out: Path) -> int:
 
 
 def made(world: Path, script: str, out: Path) -> list:
-    """The command that makes masks or CAMs of the world in `out`."""
+    """Return the command that makes masks or CAMs of the world in `out`."""
     return [script, *flags_of(world), "--output", out]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(world, tmp_path_factory) -> Callable[[str], dict[str, bytes]]:
-    """undisturbed(script) -> the files of a run that nothing happens to."""
-    found = {}
+def uninterrupted(world, tmp_path_factory) -> Callable[[str], dict[str, bytes]]:
+    """Function script -> files of a run without faults."""
+    files_of = {}
 
     def of(script: str) -> dict[str, bytes]:
-        if script not in found:
-            out = tmp_path_factory.mktemp("undisturbed")
+        if script not in files_of:
+            out = tmp_path_factory.mktemp("uninterrupted")
             assert Process(run_script, *made(world, script, out)).end()[0] == 0
-            found[script] = contents(out, "image_*")
-            assert len(found[script]) == IMAGES
-        return found[script]
+            files_of[script] = contents(out, "image_*")
+            assert len(files_of[script]) == IMAGES
+        return files_of[script]
 
     return of
 
 
 def only_whole(out: Path, expected: dict[str, bytes]) -> int:
-    """How many files there are, all of them as they should be."""
-    there = contents(out, "image_*")
-    there = {name: content for name, content in there.items() if not name.endswith(".tmp")}
-    assert there.items() <= expected.items()
-    return len(there)
+    """Assert that all existing files are complete and correct; return their number."""
+    existing = contents(out, "image_*")
+    existing = {name: content for name, content in existing.items() if not name.endswith(".tmp")}
+    assert existing.items() <= expected.items()
+    return len(existing)
 
 
 @linux
-def test_a_killed_rank_ends_the_run_and_a_rerun_completes_it(world, undisturbed, tmp_path):
-    expected, out = undisturbed("generate_cams.py"), tmp_path / "out"
+def test_a_killed_rank_ends_the_run_and_a_rerun_completes_it(world, uninterrupted, tmp_path):
+    expected, out = uninterrupted("generate_cams.py"), tmp_path / "out"
     for _ in range(ATTEMPTS):
         run = torchrun(ROOT / "generate_cams.py", *made(world, "generate_cams.py", out)[1:])
         run.until(lambda started=run: started.find("generate_cams.py", "\nRANK=0\n"))
@@ -149,7 +149,7 @@ def test_a_killed_rank_ends_the_run_and_a_rerun_completes_it(world, undisturbed,
         code, output = ended(run)
         if count(out) < len(expected):
             break
-        shutil.rmtree(out)  # finished before its turn to be killed: begin anew
+        shutil.rmtree(out)  # finished before the signal: start again
     assert code == 1 and "Signal 9 (SIGKILL) received" in output
     assert 4 <= only_whole(out, expected) < len(expected)
     again = ranks(run_script, *made(world, "generate_cams.py", out))
@@ -157,7 +157,7 @@ def test_a_killed_rank_ends_the_run_and_a_rerun_completes_it(world, undisturbed,
     assert contents(out, "image_*") == expected
 
 
-MASKS_DISTURBED = [  # flags, what is hit, signal, exit code, what is said
+FAULTS = [  # flags, target of the signal, signal, exit code, message
     ("ranks", "main", signal.SIGKILL, -signal.SIGKILL, ""),
     (["--decode_workers", "2"], "main", signal.SIGKILL, -signal.SIGKILL, ""),
     (["--num_workers", "2"], "spawn_main", signal.SIGKILL, 1, "a worker process died (exit code -9"),
@@ -167,11 +167,11 @@ MASKS_DISTURBED = [  # flags, what is hit, signal, exit code, what is said
 
 
 @linux
-def test_masks_survive_one_fault_after_the_other(world, undisturbed, tmp_path, capsys, monkeypatch):
-    """One folder, disturbed in every way; all that is there is whole each time, and complete at the end."""
-    expected, out = undisturbed("pseudo_masks.py"), tmp_path / "masks"
+def test_masks_survive_successive_faults(world, uninterrupted, tmp_path, capsys, monkeypatch):
+    """All faults hit the same folder. After each, all existing masks are correct; at the end all exist."""
+    expected, out = uninterrupted("pseudo_masks.py"), tmp_path / "masks"
     start = made(world, "pseudo_masks.py", out)
-    for flags, target, sent, exit_code, sentence in MASKS_DISTURBED:
+    for flags, target, sent, exit_code, sentence in FAULTS:
         for _ in range(ATTEMPTS):
             before = count(out)
             runs = ranks(run_script, *start) if flags == "ranks" else [Process(run_script, *start, *flags)]
@@ -185,18 +185,18 @@ def test_masks_survive_one_fault_after_the_other(world, undisturbed, tmp_path, c
                 with suppress(ProcessLookupError):
                     os.kill(process, sent)
             for other in runs:
-                other.signal(signal.SIGTERM)  # as torchrun ends the ranks that a lost one has left
+                other.signal(signal.SIGTERM)  # torchrun also ends the other ranks when one is lost
                 assert ended(other)[0] in (-signal.SIGTERM, 0)
             code, output = ended(run)
             if code != 0 and count(out) < len(expected):
                 break
             for file in sorted(out.glob("image_*.png"))[IMAGES // 4 :]:
-                file.unlink()  # finished before its turn to be hit: begin this fault anew
+                file.unlink()  # finished before the signal: repeat this fault
         assert code == exit_code and sentence in output and "Traceback" not in output, output
         if sent == signal.SIGINT:
             assert len(output.splitlines()) == 1, output
         assert before + 3 <= only_whole(out, expected) < len(expected)
-    assert told("pseudo_masks", capsys, monkeypatch, *start[1:])[0] == 0
+    assert run_here("pseudo_masks", capsys, monkeypatch, *start[1:])[0] == 0
     assert contents(out, "image_*") == expected
     assert {file.name for file in out.iterdir()} == {*expected, "settings.json"}
 
@@ -217,36 +217,36 @@ def test_a_killed_rank_ends_an_evaluation(tmp_path, capsys, monkeypatch):
     arguments = ["eval_cam.py", "--cam_dir", cams, "--benchmark", tmp_path / "faults.yaml"]
     arguments += ["--num_workers", "1", "--json", tmp_path / "scores.json"]
     first, second = ranks(run_script, *arguments)
-    second.until(lambda: opened(second.pid, truth))  # all have come together by then
+    second.until(lambda: opened(second.pid, truth))  # by then the ranks have connected
     second.signal(signal.SIGKILL)
     code, output = ended(first)
     assert code == 1 and output == LOST
     assert ended(second)[0] == -signal.SIGKILL
     assert not (tmp_path / "scores.json").exists()
-    assert told("eval_cam", capsys, monkeypatch, *arguments[1:])[0] == 0
+    assert run_here("eval_cam", capsys, monkeypatch, *arguments[1:])[0] == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["images"] == len(names)
 
 
 def lose_rank_1() -> None:
     def main():
-        gather("all have come this far")
+        gather("before the loss")
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
-        gather("none comes this far")
+        gather("never completes")
 
     command(main)
 
 
-def test_ranks_that_wait_for_a_lost_one_say_so():
-    """Without torchrun, which would end rank 0, if not on another machine."""
+def test_ranks_that_wait_for_a_lost_rank_exit_with_an_error():
+    """Without torchrun: it would end rank 0 itself, but only on the same machine."""
     (code, output), (lost, _) = (ended(rank) for rank in ranks(lose_rank_1))
     assert (code, lost) == (1, -signal.SIGKILL)
     assert output == LOST
 
 
 class KillYourself(Step):
-    """The second process is killed while the first goes on and on."""
+    """The second process kills itself while the first one works."""
 
     def __init__(self, marks: str):
         self.marks = marks
@@ -270,7 +270,7 @@ class KillYourself(Step):
 def test_a_killed_worker_is_noticed_while_the_others_work(tmp_path):
     with pytest.raises(ChildProcessError, match="exit code -9"):
         Run(None).map(KillYourself(str(tmp_path)), [str(n) for n in range(2000)], num_workers=2)
-    assert len(list(tmp_path.iterdir())) < 500  # of the 1000 that are the first one's
+    assert len(list(tmp_path.iterdir())) < 500  # the first process has 1000 names
 
 
 # A full disk
@@ -325,12 +325,12 @@ class Disk:
 
 @pytest.fixture(params=["tmpfs", "simulated"])
 def disk(request, tmp_path, monkeypatch):
-    found = Disk(tmp_path / "disk", request.param, monkeypatch)
-    yield found
-    found.close()
+    limited = Disk(tmp_path / "disk", request.param, monkeypatch)
+    yield limited
+    limited.close()
 
 
-def one_sentence(code: int, errors: str, what: str) -> None:
+def assert_one_error(code: int, errors: str, what: str) -> None:
     assert code == 1
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "no space is left to write" in lines[0] and what in lines[0], errors
@@ -345,7 +345,7 @@ def few(tmp_path) -> Path:
 @pytest.fixture
 def masks_of_few(few, tmp_path, capsys, monkeypatch) -> dict[str, bytes]:
     out = tmp_path / "enough"
-    assert told("pseudo_masks", capsys, monkeypatch, *flags_of(few), "--output", out)[0] == 0
+    assert run_here("pseudo_masks", capsys, monkeypatch, *flags_of(few), "--output", out)[0] == 0
     return contents(out)
 
 
@@ -356,31 +356,31 @@ def test_a_full_disk_stops_a_run_and_a_rerun_completes_it(
     out = disk.folder / "masks"
     flags = [*flags_of(few), "--output", out]
     disk.shrink_to(pages)
-    code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
-    one_sentence(code, errors, what)
-    there = contents(out)
-    assert there.items() < masks_of_few.items() and bool(there) == bool(pages)
+    code, errors = run_here("pseudo_masks", capsys, monkeypatch, *flags)
+    assert_one_error(code, errors, what)
+    written = contents(out)
+    assert written.items() < masks_of_few.items() and bool(written) == bool(pages)
     assert not list(out.glob("*.tmp"))
     disk.make_room()
-    assert told("pseudo_masks", capsys, monkeypatch, *flags)[0] == 0
+    assert run_here("pseudo_masks", capsys, monkeypatch, *flags)[0] == 0
     assert contents(out) == masks_of_few and json.loads((out / "settings.json").read_text())
 
 
-def test_a_disk_too_full_for_the_list_of_failures(disk, few, capsys, monkeypatch):
+def test_a_disk_without_room_for_the_list_of_failures(disk, few, capsys, monkeypatch):
     (few.parent / "split.txt").write_text("a 0\nlost 1\n")
     out = disk.folder / "masks"
     flags = [*flags_of(few), "--output", out]
     disk.shrink_to(2)  # settings.json, a.png
-    code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
-    one_sentence(code, errors, "failed.txt")
+    code, errors = run_here("pseudo_masks", capsys, monkeypatch, *flags)
+    assert_one_error(code, errors, "failed.txt")
     assert "failed: lost: no image lost" in errors
     assert {file.name for file in out.iterdir()} == {"settings.json", "a.png"}
     disk.make_room()
-    assert told("pseudo_masks", capsys, monkeypatch, *flags)[0] == 1
+    assert run_here("pseudo_masks", capsys, monkeypatch, *flags)[0] == 1
     assert (out / "failed.txt").read_text().startswith("lost\tno image lost")
 
 
-def test_a_disk_too_full_for_a_shard(disk, few, masks_of_few, tmp_path, capsys, monkeypatch):
+def test_a_disk_without_room_for_a_shard(disk, few, masks_of_few, tmp_path, capsys, monkeypatch):
     for index, names in enumerate(["abc", "def"]):
         with tarfile.open(tmp_path / f"{index}.tar", "w") as archive:
             for name in names:
@@ -389,16 +389,16 @@ def test_a_disk_too_full_for_a_shard(disk, few, masks_of_few, tmp_path, capsys, 
     flags = [*flags_of(few), "--shards", tmp_path / "{0,1}.tar", "--labels", few.parent / "split.txt"]
     flags += ["--output", out]
     disk.shrink_to(5)  # settings.json, 0.tar of 10240 bytes
-    code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
-    one_sentence(code, errors, "1.tar")
+    code, errors = run_here("pseudo_masks", capsys, monkeypatch, *flags)
+    assert_one_error(code, errors, "1.tar")
     assert {file.name for file in out.iterdir()} == {"settings.json", "0.tar"}
     disk.make_room()
-    assert told("pseudo_masks", capsys, monkeypatch, *flags)[0] == 0
-    found = {}
+    assert run_here("pseudo_masks", capsys, monkeypatch, *flags)[0] == 0
+    masks_in_shards = {}
     for index in range(2):
         with tarfile.open(out / f"{index}.tar") as archive:
-            found |= {entry.name: archive.extractfile(entry).read() for entry in archive}
-    assert found == masks_of_few
+            masks_in_shards |= {entry.name: archive.extractfile(entry).read() for entry in archive}
+    assert masks_in_shards == masks_of_few
 
 
 @linux
@@ -408,44 +408,44 @@ def test_a_full_disk_stops_several_processes(disk, few, masks_of_few, capsys, mo
     arguments = [*flags_of(few), "--output", out]
     disk.shrink_to(3)
     code, output = ended(Process(run_script, "pseudo_masks.py", *arguments, "--num_workers", "2"))
-    one_sentence(code, output, ".png")
+    assert_one_error(code, output, ".png")
     assert contents(out).items() < masks_of_few.items() and not list(out.glob("*.tmp"))
     disk.make_room()
-    assert told("pseudo_masks", capsys, monkeypatch, *arguments)[0] == 0
+    assert run_here("pseudo_masks", capsys, monkeypatch, *arguments)[0] == 0
     assert contents(out) == masks_of_few
 
 
-def test_no_room_elsewhere_stops_a_run_too(few, tmp_path, capsys, monkeypatch):
-    """Where compiled code is kept, say."""
+def test_a_full_disk_elsewhere_also_stops_a_run(few, tmp_path, capsys, monkeypatch):
+    """For example the disk of the cache of compiled code."""
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("pipeline.fused.crf_labels", full)
     flags = [*flags_of(few), "--output", tmp_path / "masks"]
-    code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
+    code, errors = run_here("pseudo_masks", capsys, monkeypatch, *flags)
     sentence = "error: [Errno 28] No space left on device: make room, and start again to go on\n"
     assert (code, errors) == (1, sentence)
 
 
-# Bad, odd, large and many images
+# Damaged, unusual, large and many images
 
 
-def test_bad_and_odd_images_among_good_ones(tmp_path, capsys, monkeypatch):
+def test_damaged_images_fail_and_unusual_sizes_work(tmp_path, capsys, monkeypatch):
     names = ["good", "cut", "empty", "text", "dot", "line", "deep"]
     benchmark = write_world(tmp_path / "world", names)
     images = tmp_path / "world" / "images"
     content = (images / "cut.jpg").read_bytes()
     (images / "cut.jpg").write_bytes(content[: len(content) * 2 // 3])
     (images / "empty.jpg").write_bytes(b"")
-    (images / "text.jpg").write_text("no picture\n")
+    (images / "text.jpg").write_text("no image\n")
     parity_image("dot", (1, 1)).save(images / "dot.jpg")
     parity_image("line", (1, 500)).save(images / "line.jpg")
     (images / "deep.jpg").unlink()
     Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(images / "deep.png")
     out = tmp_path / "masks"
     flags = [*flags_of(benchmark), "--output", out, "--keep_cams", "full"]
-    code, errors = told("pseudo_masks", capsys, monkeypatch, *flags)
+    code, errors = run_here("pseudo_masks", capsys, monkeypatch, *flags)
     assert code == 1 and "7 images, 4 failed" in errors and "Traceback" not in errors
     for sentence in (
         "failed: cut: image {}/cut.jpg cannot be read: image file is truncated",
@@ -458,12 +458,12 @@ def test_bad_and_odd_images_among_good_ones(tmp_path, capsys, monkeypatch):
     assert {name: read_mask(out / f"{name}.png").shape for name in sizes} == sizes
     assert {name: camfile.read(out / "cams", name)[1].shape[1:] for name in sizes} == sizes
     assert set(contents(out)) == {f"{name}.png" for name in sizes}
-    (tmp_path / "world" / "split.txt").write_text("good 0 2\ndot 0 2\nline 0 2\n")  # the good ones alone
-    assert told("pseudo_masks", capsys, monkeypatch, *flags)[0] == 0
+    (tmp_path / "world" / "split.txt").write_text("good 0 2\ndot 0 2\nline 0 2\n")  # only images that work
+    assert run_here("pseudo_masks", capsys, monkeypatch, *flags)[0] == 0
 
 
 def peak_of(*words) -> float:
-    """The most memory that this process has held, in MB, when it has run a script."""
+    """Run a script in this process; return the peak memory of the process in MB."""
     try:
         run_script(*words)
     except SystemExit as end:
@@ -472,14 +472,14 @@ def peak_of(*words) -> float:
 
 
 def measured(*words) -> tuple[str, float]:
-    """Output of a script, and the most memory its process held, in MB."""
+    """Run a script in a new process; return its output and peak memory in MB."""
     code, output, memory = Process(peak_of, *words).end()
     assert code == 0, output
     return output, memory
 
 
 @linux
-def test_a_very_large_image(tmp_path, capsys, monkeypatch):
+def test_memory_is_bounded_for_a_very_large_image(tmp_path, capsys, monkeypatch):
     benchmark = write_world(tmp_path / "world", ["large"], (9000, 12000))
     small = ["--crf_max_pixels", "100000"]
     flags = [*flags_of(benchmark), "--max_patches", "300"]
@@ -492,9 +492,9 @@ def test_a_very_large_image(tmp_path, capsys, monkeypatch):
     mask = read_mask(fused / "large.png")
     assert mask.shape == (9000, 12000) and len(np.unique(mask)) > 1
     flags += ["--cam_format", "compact", "--output", cams]
-    assert told("generate_cams", capsys, monkeypatch, *flags)[0] == 0
+    assert run_here("generate_cams", capsys, monkeypatch, *flags)[0] == 0
     flags = ["--cam_dir", cams, "--num_workers", 1, *small, "--output", stepwise]
-    assert told("eval_cam_with_crf", capsys, monkeypatch, *flags)[0] == 0
+    assert run_here("eval_cam_with_crf", capsys, monkeypatch, *flags)[0] == 0
     assert (read_mask(stepwise / "large.png") == mask).mean() > 0.999
 
 
@@ -515,7 +515,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
 # Evaluation
 
 
-def test_bad_files_at_evaluation_are_counted(tmp_path, capsys, monkeypatch):
+def test_damaged_files_at_evaluation_are_counted_and_listed(tmp_path, capsys, monkeypatch):
     cams, truth = tmp_path / "cams", tmp_path / "truth"
     truth.mkdir()
     names = ["good", "cut", "other_size", "bad_truth"]
@@ -530,11 +530,11 @@ def test_bad_files_at_evaluation_are_counted(tmp_path, capsys, monkeypatch):
     (tmp_path / "faults.yaml").write_text(YAML.format(root=tmp_path, model="none.pt"))
     for workers in (1, 2):
         flags = ["--cam_dir", cams, "--benchmark", tmp_path / "faults.yaml", "--num_workers", workers]
-        code, errors = told("eval_cam", capsys, monkeypatch, *flags, "--json", tmp_path / "scores.json")
+        code, errors = run_here("eval_cam", capsys, monkeypatch, *flags, "--json", tmp_path / "scores.json")
         assert code == 1 and "4 images, 3 failed" in errors
         assert "the ground truth is (50, 40) but the prediction (40, 50)" in errors
         assert f"failed: cut: {cams / 'cut.npz'} cannot be read as CAM file" in errors
         assert f"failed: bad_truth: image {truth / 'bad_truth.png'} cannot be read" in errors
         scores = json.loads((tmp_path / "scores.json").read_text())
-        assert scores["images"] == 1 and scores["best"]["Pixel Accuracy"] == 1  # the bad ones count nothing
+        assert scores["images"] == 1 and scores["best"]["Pixel Accuracy"] == 1  # damaged files are not scored
         assert scores["failed"] == sorted(names[1:])

@@ -15,7 +15,7 @@ def test_ignored_pixels_are_hatched():
     assert (painted[:, 8:] == palette[1]).all()
 
 
-def test_overlay_leaves_the_image_where_there_is_no_activation():
+def test_overlay_keeps_the_image_where_activation_is_zero():
     image = np.full((4, 5, 3), 90, np.uint8)
     cam = np.zeros((4, 5), np.float16)
     cam[2, 2] = 1

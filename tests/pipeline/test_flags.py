@@ -1,5 +1,4 @@
-"""Every script with the flags of the reference scripts, and of earlier versions, alone: they mean what the
-present flags mean."""
+"""The flags of the reference scripts and of earlier versions give the same results as the present flags."""
 
 import json
 from pathlib import Path
@@ -17,14 +16,14 @@ CAMS = ["--affinity_layers", 3, "--exclude_last_layer", "--include_edge", "--pre
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All files of a folder; of a record what was recorded of settings and inputs."""
+    """Return the files of a folder, and the step, settings and inputs of its record."""
     content = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     record = json.loads(content.pop("settings.json"))
     return {**content, "record": (record["step"], record["settings"], record["inputs"])}
 
 
 def made(out: Path, *command) -> dict[str, bytes]:
-    """The files that a script has made in `out`."""
+    """Run a script and return the files that it writes to `out`."""
     code, _, errors = here(*command)
     assert code == 0 and "Traceback" not in errors, errors
     content = files(out)
@@ -50,7 +49,7 @@ def new(voc) -> list:
         ("generate_cams.py", ["--dataset", "voc12"], ["--benchmark", "voc12"]),
     ],
 )
-def test_step_1(script, old_name, new_name, voc, old, new, tmp_path, parity_file):
+def test_step_1_accepts_old_flags(script, old_name, new_name, voc, old, new, tmp_path, parity_file):
     (voc / "split.txt").write_text("es_a 8 1 5\nes_b 3\nother 19\n")
     rest = ["--model", parity_file("tiny", 1), "--cam_format", "compact"]
     before, now = tmp_path / "old", tmp_path / "new"
@@ -62,7 +61,7 @@ def test_step_1(script, old_name, new_name, voc, old, new, tmp_path, parity_file
     assert made(plain, script, *old_name, *old, *rest, *flags)["es_a.npz"] != with_old["es_a.npz"]
 
 
-def test_masks_in_one_go(voc, old, new, tmp_path, parity_file):
+def test_pseudo_masks_accepts_old_flags(voc, old, new, tmp_path, parity_file):
     rest = ["--model", parity_file("tiny", 1), "--keep_cams", "compact", "--preset", "cls_seg"]
     masks = {name: tmp_path / f"{name}_masks" for name in ("old", "new")}
     cams = {name: tmp_path / f"{name}_cams" for name in ("old", "new")}
@@ -75,8 +74,8 @@ def test_masks_in_one_go(voc, old, new, tmp_path, parity_file):
     assert files(cams["old"]) == files(cams["new"])
 
 
-def test_step_2(voc, old, new, tmp_path, parity_file):
-    """CAMs to masks, and the scores of both."""
+def test_step_2_accepts_old_flags(voc, old, new, tmp_path, parity_file):
+    """Masks from CAMs, and the scores of both."""
     cams, before, now = tmp_path / "cams", tmp_path / "old", tmp_path / "new"
     made(cams, "generate_cams_voc12.py", *old, "--model", parity_file("tiny", 1), "--cam_out_dir", cams)
     crf = ["eval_cam_with_crf.py", "--confidence", "0.5", "--num_workers", 1]
@@ -98,7 +97,7 @@ def test_step_2(voc, old, new, tmp_path, parity_file):
         assert json.loads(first.read_text())["images"] == 3
 
 
-def test_step_0(voc, old, new, tmp_path, parity_file):
+def test_step_0_accepts_old_flags(voc, old, new, tmp_path, parity_file):
     before, now = tmp_path / "old", tmp_path / "new"
     model = parity_file("tiny", 1)
     flags = ["--dataset", "voc12", *old, "--model_path", model, "--look_ahead", 4, "--cover_edge"]

@@ -1,4 +1,4 @@
-"""The engine with a step that only counts: batches, failures, memory, threads."""
+"""The engine with a step that records its calls: batches, failures, memory, threads."""
 
 import os
 import threading
@@ -34,7 +34,7 @@ class Image:
 
 
 def decode(image: Image) -> Image | Outcome:
-    """A sample is its own decoded image; some shapes say what goes wrong."""
+    """Return the sample itself; the shapes "unreadable" and "deadly" simulate faults."""
     if image.shape == "unreadable":
         return failed(image.name, ValueError("it is unreadable"))
     if image.shape == "deadly":
@@ -44,14 +44,20 @@ def decode(image: Image) -> Image | Outcome:
 
 
 class Counting(Step):
-    """Records what is computed and written. `fits` images of a shape fit into memory; `trouble` raises in
-    `compute` or `write` for the image named."""
+    """Records the batches and written results.
+
+    Args:
+        fits: shape -> number of images that fit in memory; a larger batch raises `out_of_memory`.
+        trouble: ("compute" or "write", image name) -> error to raise.
+        auto: default batch size.
+        seconds: time that writing takes.
+    """
 
     def __init__(self, fits=None, trouble=None, auto=2, seconds=0.0, out_of_memory=OUT_OF_MEMORY[0]):
         self.fits, self.trouble = fits or {}, trouble or {}
         self.auto, self.seconds, self.out_of_memory = auto, seconds, out_of_memory
         self.tried: list[list[Image]] = []  # batches
-        self.batches: list[list[Image]] = []  # those that went well
+        self.batches: list[list[Image]] = []  # successful batches
         self.written: dict[str, str] = {}
         self.threads: set[tuple[str, int]] = set()
 
@@ -85,7 +91,7 @@ def images(*shapes: Hashable) -> list[Image]:
 
 
 def expected(samples: list[Image]) -> dict[str, Outcome]:
-    """The outcomes where nothing but decoding fails."""
+    """Return the expected outcomes if only unreadable samples fail."""
     return {
         image.name: Outcome(image.name, "it is unreadable")
         if image.shape == "unreadable"
@@ -100,9 +106,9 @@ def flow_with(samples, step: Counting, settings: FlowSettings, decode_pool=None)
 
 
 def outcomes(samples: list[Image], step: Counting, settings: FlowSettings) -> dict[str, Outcome]:
-    found = list(flow_with(samples, step, settings))
-    assert len(found) == len(samples) == len({outcome.name for outcome in found})
-    return {outcome.name: outcome for outcome in found}
+    result = list(flow_with(samples, step, settings))
+    assert len(result) == len(samples) == len({outcome.name for outcome in result})
+    return {outcome.name: outcome for outcome in result}
 
 
 @given(
@@ -116,24 +122,24 @@ def outcomes(samples: list[Image], step: Counting, settings: FlowSettings) -> di
     ),
 )
 @settings(deadline=None, max_examples=60)
-def test_every_sample_comes_out_and_batches_are_cut_from_one_block(shapes, given):
+def test_every_sample_has_an_outcome_and_batches_are_from_one_block(shapes, asked):
     samples, step = images(*shapes), Counting()
-    assert outcomes(samples, step, given) == expected(samples)
+    assert outcomes(samples, step, asked) == expected(samples)
     good = [image for image in samples if image.shape != "unreadable"]
     assert step.written == {image.name: f"result of {image.name}" for image in good}
-    size = given.batch_size or step.auto
-    cut = []  # what batches must be: of one block, of one shape, the dearest first, full but for the last
-    for start in range(0, len(samples), given.prefetch):
-        block = [image for image in samples[start : start + given.prefetch] if image in good]
+    size = asked.batch_size or step.auto
+    expected_batches = []  # one block and shape each, highest cost first, all full except the last
+    for start in range(0, len(samples), asked.prefetch):
+        block = [image for image in samples[start : start + asked.prefetch] if image in good]
         for _, group in groupby(sorted(block, key=lambda image: image.shape), lambda image: image.shape):
             costs = sorted((image.cost for image in group), reverse=True)
-            cut += [(start, costs[first : first + size]) for first in range(0, len(costs), size)]
-    found = []
+            expected_batches += [(start, costs[first : first + size]) for first in range(0, len(costs), size)]
+    batches = []
     for batch in step.batches:
-        starts = {int(image.name) // given.prefetch * given.prefetch for image in batch}
+        starts = {int(image.name) // asked.prefetch * asked.prefetch for image in batch}
         assert len(starts) == 1 and len({image.shape for image in batch}) == 1
-        found.append((starts.pop(), [image.cost for image in batch]))
-    assert sorted(found) == sorted(cut)
+        batches.append((starts.pop(), [image.cost for image in batch]))
+    assert sorted(batches) == sorted(expected_batches)
 
 
 @pytest.mark.parametrize("threads, write_workers", [(0, 2), (3, 0)])
@@ -147,28 +153,28 @@ def test_decoding_processes_change_nothing(threads, write_workers):
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-def test_a_batch_that_does_not_fit_is_halved_and_so_are_later_ones_of_its_shape(error):
+def test_a_batch_out_of_memory_halves_itself_and_later_batches_of_its_shape(error):
     step = Counting(fits={"large": 3}, out_of_memory=error)
     samples = images(*["large", "small"] * 32)
-    found = outcomes(samples, step, FlowSettings(batch_size=8, prefetch=32, threads=0))
-    assert found == expected(samples) and len(step.written) == 64
+    result = outcomes(samples, step, FlowSettings(batch_size=8, prefetch=32, threads=0))
+    assert result == expected(samples) and len(step.written) == 64
     large = [len(batch) for batch in step.tried if batch[0].shape == "large"]
     assert large == [8, 4, 2, 2, 4, 2, 2] + [2] * 12
     assert [len(batch) for batch in step.tried if batch[0].shape == "small"] == [8] * 4
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-def test_an_image_that_does_not_fit_alone_fails_with_a_sentence(error):
+def test_an_image_out_of_memory_fails_with_a_message(error):
     step = Counting(fits={"huge": 0}, out_of_memory=error)
     samples = images("small", "huge", "small")
-    found = outcomes(samples, step, FlowSettings(batch_size=2, prefetch=3, threads=1))
+    result = outcomes(samples, step, FlowSettings(batch_size=2, prefetch=3, threads=1))
     failure = "there is too little memory for an image of shape huge"
-    assert found == {**expected(samples), "1": Outcome("1", failure)}
+    assert result == {**expected(samples), "1": Outcome("1", failure)}
 
 
 @pytest.mark.parametrize("where", ["compute", "write"])
 @pytest.mark.parametrize("threads, write_workers", [(0, 0), (0, 2), (2, 0)])
-def test_one_poisonous_image_fails_alone_and_limits_nothing(where, threads, write_workers):
+def test_an_image_that_raises_fails_alone_and_keeps_the_batch_size(where, threads, write_workers):
     step = Counting(trouble={(where, "5"): KeyError("poison")})
     samples = images(*["a"] * 24)
     asked = FlowSettings(batch_size=8, prefetch=8, threads=threads, write_workers=write_workers)
@@ -180,20 +186,21 @@ def test_one_poisonous_image_fails_alone_and_limits_nothing(where, threads, writ
     assert [len(batch) for batch in step.batches].count(8) >= 2
 
 
-@pytest.mark.parametrize("seen", ["by its block", "before"])
-def test_a_dead_decoding_process_is_told(seen, tmp_path):
+@pytest.mark.parametrize("noticed", ["by its block", "before"])
+def test_a_dead_decoding_process_raises_an_error_with_a_cure(noticed, tmp_path):
     samples, step = images(*["a"] * 60), Counting()
     samples[4] = Image(str(tmp_path / "died"), "deadly", 0)
 
     def source():
         yield from samples[:9]
-        while seen == "before" and not (tmp_path / "died").exists():
+        while noticed == "before" and not (tmp_path / "died").exists():
             time.sleep(0.05)
-        time.sleep(0.5 if seen == "before" else 0)  # until its parent knows
+        time.sleep(0.5 if noticed == "before" else 0)  # until its parent notices it
         yield from samples[9:]
 
-    asked = FlowSettings(prefetch=3, threads=0 if seen == "by its block" else 2, decode_workers=2)
-    with pytest.raises(ChildProcessError, match=r"decoding process died .* the same command continues"):
+    asked = FlowSettings(prefetch=3, threads=0 if noticed == "by its block" else 2, decode_workers=2)
+    message = r"decoding process died .* run the same command again to continue"
+    with pytest.raises(ChildProcessError, match=message):
         list(flow_with(source(), step, asked))
     assert step.written.keys() <= {"0", "1", "2"}
 
@@ -211,7 +218,7 @@ def test_a_full_disk_stops_the_flow(threads, write_workers):
 @pytest.mark.parametrize(
     "threads, decode_workers, write_workers", [(0, 0, 0), (0, 0, 1), (3, 0, 0), (3, 0, 1), (0, 2, 1)]
 )
-def test_what_is_on_its_way_is_bounded_however_slow_writing_is(threads, decode_workers, write_workers):
+def test_the_number_of_samples_in_progress_is_bounded(threads, decode_workers, write_workers):
     block, drawn, done, most = 4, 0, 0, 0
     samples = images(*["a"] * 300)
 
@@ -229,19 +236,19 @@ def test_what_is_on_its_way_is_bounded_however_slow_writing_is(threads, decode_w
         most = max(most, drawn - done)
         done += 1
     assert done == 300
-    # Blocks: those of the threads, the last to leave them, what is still written of those before, and what
-    # processes have decoded ahead.
+    # Blocks: queued for the threads, the last finished one, one that is being written, and one that processes
+    # have decoded ahead.
     blocks = 2 * threads + 1 + 1 + (1 if decode_workers else 0)
     assert 2 * threads * block < most <= blocks * block
 
 
-def test_threads_compute_on_a_core_each_and_the_callers_number_returns():
+def test_threads_use_one_core_each_and_the_number_of_threads_is_restored():
     def of_a_new_thread() -> int:
-        found = []
-        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        counts = []
+        thread = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
         thread.start()
         thread.join()
-        return found[0]
+        return counts[0]
 
     before = torch.get_num_threads()
     try:
@@ -249,7 +256,7 @@ def test_threads_compute_on_a_core_each_and_the_callers_number_returns():
         for samples in (images(*"aaaa"), images(*"aaaaaaaaaaaaaaaaaaaaa")):
             step = Counting()
             with closing(flow_with(samples, step, FlowSettings(threads=2))) as flowing:
-                for _ in range(4):  # of more: a caller that stops before the end
+                for _ in range(4):  # the caller stops before the end
                     next(flowing)
             assert step.threads == {("flow", 1)}
             assert torch.get_num_threads() == of_a_new_thread() == 3
@@ -263,14 +270,14 @@ def test_threads_compute_on_a_core_each_and_the_callers_number_returns():
         torch.set_num_threads(before)
 
 
-def test_what_serves_on_a_device():
+def test_settings_for_a_device():
     asked = FlowSettings(batch_size=4, threads=5, decode_workers=2, write_workers=3)
     assert asked.on(torch.device("cpu")) == FlowSettings(4, 1, 5, 2, 0)
     assert asked.on(torch.device("cuda")) == asked
-    assert FlowSettings().on(torch.device("cuda")).threads == 2  # while one computes the other copies
+    assert FlowSettings().on(torch.device("cuda")).threads == 2  # one copies while the other computes
 
 
-def test_decoding_processes_serve_several_flows():
+def test_decoding_processes_are_shared_by_several_flows():
     asked = FlowSettings(prefetch=3, decode_workers=2)
     with decoding(asked) as decode_pool:
         for _ in range(2):
@@ -291,5 +298,5 @@ def test_decoding_processes_serve_several_flows():
         MemoryError(),
     ],
 )
-def test_what_tells_of_too_little_memory(error):
+def test_out_of_memory_errors_are_recognized(error):
     assert _is_out_of_memory(error) and not _is_out_of_memory(RuntimeError("shape mismatch"))

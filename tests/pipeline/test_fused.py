@@ -1,4 +1,4 @@
-"""pseudo_masks.py beside the steps it fuses: the same masks, whatever shares the work."""
+"""pseudo_masks.py gives the same masks as the separate steps, for any processes, threads and batches."""
 
 import json
 import re
@@ -25,17 +25,17 @@ from tests.pipeline.conftest import write_voc
 
 GOLDEN_CASES = "abcez"
 
-# Image -> size and labels: several of one size with different numbers of labels, which batches pad.
+# Image -> size and labels: several have one size but different numbers of labels, which batches pad.
 IMAGES = {
     **{f"same_{count}": ((96, 128), list(range(count, 2 * count))) for count in range(1, 6)},
     "es_b": ((75, 100), [3]),
-    "near": ((72, 97), [3, 19]),  # of the same grid
+    "near": ((72, 97), [3, 19]),  # same patch grid as es_b
     "other": ((50, 90), [7, 2]),
 }
 
 
 def run(script: str, *arguments) -> int:
-    """A script's exit code, in this process, without progress of its own on the terminal."""
+    """Run a script in this process; return its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *map(str, arguments), *(["--device", "cpu"])])
         return import_module(script).main()
@@ -52,7 +52,7 @@ def fused(root: Path, out: Path, *flags, benchmark="voc12", code=0) -> dict[str,
 
 
 def stepwise(root: Path, out: Path, *flags, benchmark="voc12", crf=(), cam_format="compact"):
-    """CAMs in `out`/cams and masks in `out`/masks, by the two scripts."""
+    """Make CAMs in `out`/cams and masks in `out`/masks with the two scripts; return the masks."""
     common = ["--benchmark", benchmark, *images_of(root), "--cam_format", cam_format]
     assert run("generate_cams", *common, "--output", out / "cams", *flags) == 0
     masks = ["--output", out / "masks", "--num_workers", 1, *crf]
@@ -65,7 +65,7 @@ def files(folder: Path, pattern: str = "*.png") -> dict[str, bytes]:
 
 
 def agreement(first: Path, second: Path) -> float:
-    """Share of equal pixels of the masks of two folders."""
+    """Return the proportion of equal pixels in the masks of two folders."""
     names = sorted(file.name for file in first.glob("*.png"))
     assert names
     equal = [(read_mask(first / name) == read_mask(second / name)).ravel() for name in names]
@@ -88,7 +88,7 @@ def model(parity_file) -> list:
 
 @pytest.fixture(scope="module")
 def steps(data, model, tmp_path_factory) -> Path:
-    """What the steps make of `data`: cams (compact) and masks."""
+    """Outputs of the separate steps for `data`: folders cams (compact) and masks."""
     out = tmp_path_factory.mktemp("steps")
     assert len(stepwise(data, out, *model)) == len(IMAGES)
     assert len(set(files(out / "masks").values())) == len(IMAGES)
@@ -97,7 +97,7 @@ def steps(data, model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Path:
-    """40 images of the drawn world."""
+    """Folder with 40 drawn images."""
     root = tmp_path_factory.mktemp("drawn")
     write(root, train=40, val=0)
     (root / "split.txt").write_bytes((root / "ImageSets" / "Segmentation" / "train.txt").read_bytes())
@@ -106,7 +106,7 @@ def drawn(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def few(drawn) -> list:
-    """Flags that take ten of them."""
+    """Flags that select ten of the drawn images."""
     (drawn / "few.txt").write_text("".join((drawn / "split.txt").read_text().splitlines(True)[:10]))
     return ["--split_file", drawn / "few.txt"]
 
@@ -119,14 +119,14 @@ def drawn_masks(drawn, tmp_path_factory) -> Path:
     return out
 
 
-def test_masks_and_records_are_those_of_the_steps(data, model, steps, tmp_path):
+def test_masks_and_records_equal_those_of_the_steps(data, model, steps, tmp_path):
     assert fused(data, tmp_path / "masks", *model) == files(steps / "masks")
     assert not (tmp_path / "masks" / "cams").exists()
     assert record(tmp_path / "masks") == record(steps / "masks")
 
 
 @pytest.mark.parametrize("cam_format", camfile.FORMATS)
-def test_kept_cams_are_those_of_step_1_which_continues_them(data, model, steps, tmp_path, cam_format):
+def test_kept_cams_equal_those_of_step_1_and_can_be_continued(data, model, steps, tmp_path, cam_format):
     kept = tmp_path / "kept"
     masks = fused(data, tmp_path / "masks", *model, "--keep_cams", cam_format, "--cam_dir", kept)
     assert masks == files(steps / "masks")
@@ -135,7 +135,7 @@ def test_kept_cams_are_those_of_step_1_which_continues_them(data, model, steps, 
     assert run("generate_cams", *common, "--output", step) == 0
     assert {file.name for file in kept.iterdir()} == {file.name for file in step.iterdir()}
     assert files(kept, "*.np?") == files(step, "*.np?") and record(kept) == record(step)
-    # Step 1 goes on where this ended, and step 2b as well.
+    # Step 1 and step 2b continue these folders.
     before = {file: file.stat().st_mtime_ns for file in kept.glob("*.np?")}
     (kept / f"other{camfile.FORMATS[cam_format]}").unlink()
     assert run("generate_cams", *common, "--output", kept) == 0
@@ -151,7 +151,7 @@ def test_kept_cams_are_those_of_step_1_which_continues_them(data, model, steps, 
 
 @pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_golden_pseudo_masks(case, tmp_path, parity_file):
-    """From image to mask as the public code has it; what differs are CAMs by 1e-3 where labels are close."""
+    """Masks as in the reference implementation. CAMs differ by 1e-3, which changes a few labels."""
     name, size, preset, seed, _, labels = CASES[case]
     root = write_voc(tmp_path / "voc", {name: (size, labels)})
     fused(root, tmp_path / "masks", "--model", parity_file(preset, seed))
@@ -170,7 +170,7 @@ def test_golden_pseudo_masks(case, tmp_path, parity_file):
     ],
     ids=lambda flags: flags[0],
 )
-def test_options_mean_the_same_as_in_the_steps(flags, data, model, steps, tmp_path):
+def test_options_give_the_same_masks_as_in_the_steps(flags, data, model, steps, tmp_path):
     crf = flags[2:] if "--confidence" in flags else []
     cams = flags[:2] if crf else flags
     if "--refine" in flags:
@@ -212,10 +212,10 @@ COUNTS = (1, 4, 2, 5, 1, 3, 2, 5)  # labels of each image
 
 
 @pytest.fixture(scope="module")
-def company(parity_clip) -> tuple:
-    """The model; images of one size at two scales; the text features of each, and of the backgrounds.
+def batch_inputs(parity_clip) -> tuple:
+    """The model; images of one size at two scales; text features of their labels, and of the backgrounds.
 
-    The features are close to each other, so that no label is faint (probabilities are above 1e-3).
+    The features are close to each other, so that all probabilities are above 1e-3.
     """
     loaded = parity_clip("tiny", 1)
     generator = torch.Generator().manual_seed(0)
@@ -236,23 +236,23 @@ def relative_to_maximum(cams: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("normalized", [True, False])
-def test_padding_and_company_change_no_cam(normalized, threads, company, monkeypatch):
-    """CAMs of images of one size, computed together, beside those of each alone.
+def test_batches_and_padding_do_not_change_cams(normalized, threads, batch_inputs, monkeypatch):
+    """Compare the CAMs of a batch of images with those of each image alone.
 
-    Refined CAMs of this model are nearly uniform, so that normalizing their range enlarges rounding errors
-    (to 4e-5); they are compared relative to their maximum instead.
+    Refined CAMs of this model are nearly uniform, so normalizing them to [0, 1] enlarges rounding errors to
+    4e-5. They are compared relative to their maximum instead.
     """
-    loaded, views, texts, backgrounds = company
+    loaded, views, texts, backgrounds = batch_inputs
     options = CamSettings(flip=True, cam_scales=(1.0, 1.5), keep_initial=True)
     if not normalized:
         monkeypatch.setattr("pipeline.cams.min_max_normalize", relative_to_maximum)
 
     def cams(batch: int) -> list[dict]:
-        found = []
+        results = []
         for start in range(0, len(COUNTS), batch):
             part = slice(start, start + batch)
-            found += batch_cams(loaded, views[part], texts[part], backgrounds, options)
-        return found
+            results += batch_cams(loaded, views[part], texts[part], backgrounds, options)
+        return results
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -269,9 +269,9 @@ def test_padding_and_company_change_no_cam(normalized, threads, company, monkeyp
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_padding_and_company_change_no_raw_cam(threads, company):
-    """Relative to the label's own maximum; at most 8.5e-6 was measured."""
-    loaded, views, texts, backgrounds = company
+def test_batches_and_padding_do_not_change_raw_cams(threads, batch_inputs):
+    """Differences are relative to the maximum of the label's CAM; the largest measured one was 8.5e-6."""
+    loaded, views, texts, backgrounds = batch_inputs
     mean, std = loaded.config.mean, loaded.config.std
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -310,23 +310,23 @@ def test_the_torch_backend_agrees_with_numba(batch, few, drawn, drawn_masks, tmp
 
 
 @pytest.mark.parametrize("size", [(375, 500), (96, 128), (7, 300), (1, 1), (24, 32)])
-def test_upsampling_on_a_device_is_that_of_the_file(size):
+def test_upsampling_on_a_device_equals_that_of_camfile(size):
     grid = np.random.default_rng(0).random((3, 24, 32), np.float32)
     expected = camfile.resize(grid, size).astype(np.float16)
-    found = upsample(torch.from_numpy(grid), size).numpy()
-    assert found.shape == expected.shape and found.dtype == np.float16
-    difference = np.abs(found.astype(np.float32) - expected.astype(np.float32))
-    assert (difference <= np.spacing(np.maximum(found, expected)).astype(np.float32)).all()
+    upsampled = upsample(torch.from_numpy(grid), size).numpy()
+    assert upsampled.shape == expected.shape and upsampled.dtype == np.float16
+    difference = np.abs(upsampled.astype(np.float32) - expected.astype(np.float32))
+    assert (difference <= np.spacing(np.maximum(upsampled, expected)).astype(np.float32)).all()
 
 
-# Processes, threads, runs that stop
+# Processes, threads, stopped runs
 
 
-def test_processes_and_threads_change_no_byte(data, model, steps, tmp_path, monkeypatch):
+def test_processes_and_threads_do_not_change_masks(data, model, steps, tmp_path, monkeypatch):
     expected = files(steps / "masks")
     flags = [*model, "--batch_size", 1]
     assert fused(data, tmp_path / "threads", *flags, "--threads", 3) == expected
-    monkeypatch.setenv("CLIP_WSSS_CACHE", str(tmp_path / "cache"))  # each computes its text features
+    monkeypatch.setenv("CLIP_WSSS_CACHE", str(tmp_path / "cache"))  # each process computes its text features
     assert fused(data, tmp_path / "four", *flags, "--num_workers", 4, "--prefetch", 2) == expected
 
 
@@ -339,7 +339,7 @@ def test_batches_are_the_same_in_any_number_of_processes(data, model, tmp_path):
     assert record(tmp_path / "two" / "cams") == record(tmp_path / "one" / "cams")
 
 
-def test_a_stopped_run_makes_what_is_missing(data, model, steps, tmp_path):
+def test_a_stopped_run_makes_only_the_missing_masks(data, model, steps, tmp_path):
     out = tmp_path / "masks"
     fused(data, out, *model)
     before = {file.stem: file.stat().st_mtime_ns for file in out.glob("*.png")}
@@ -348,17 +348,17 @@ def test_a_stopped_run_makes_what_is_missing(data, model, steps, tmp_path):
     assert fused(data, out, *model) == files(steps / "masks")
     after = {file.stem: file.stat().st_mtime_ns for file in out.glob("*.png")}
     assert {name for name in before if before[name] != after[name]} == {"es_b", "same_3"}
-    # Masks alone were enough; with CAMs that are to be kept they are not.
+    # With --keep_cams an image without a CAM file is not done.
     assert fused(data, out, *model, "--keep_cams", "compact") == files(steps / "masks")
     assert files(out / "cams", "*.npz") == files(steps / "cams", "*.npz")
 
 
-def test_changed_labels_make_kept_cams_and_their_masks_anew(data, model, tmp_path):
+def test_kept_cams_and_masks_of_changed_labels_are_made_again(data, model, tmp_path):
     labels, out = tmp_path / "labels.txt", tmp_path / "masks"
 
     def make(**changed) -> dict[str, bytes]:
-        given = {name: labels for name, (_, labels) in IMAGES.items()} | changed
-        labels.write_text("".join(" ".join(map(str, [name, *given[name]])) + "\n" for name in given))
+        lines = {name: labels for name, (_, labels) in IMAGES.items()} | changed
+        labels.write_text("".join(" ".join(map(str, [name, *lines[name]])) + "\n" for name in lines))
         return fused(data, out, *model, "--keep_cams", "compact", "--labels", labels)
 
     before = make()
@@ -366,7 +366,7 @@ def test_changed_labels_make_kept_cams_and_their_masks_anew(data, model, tmp_pat
     assert {name for name in before if before[name] != after[name]} == {"near.png"}
     assert set(np.unique(read_mask(out / "near.png"))) <= {0, 6, 255}
     assert camfile.class_ids_of(out / "cams", "near") == [5]
-    assert make(near=[]).keys() == before.keys() - {"near.png"}  # no mask of labels that it has lost
+    assert make(near=[]).keys() == before.keys() - {"near.png"}  # an image without labels has no mask
     assert not camfile.find(out / "cams", "near")
     assert make() == before
     (out / "near.png").write_bytes(after["near.png"])  # as after a kill between CAM and mask
@@ -374,7 +374,7 @@ def test_changed_labels_make_kept_cams_and_their_masks_anew(data, model, tmp_pat
 
 
 def test_a_benchmark_without_backgrounds(data, model, tmp_path, monkeypatch):
-    monkeypatch.setenv("CLIP_WSSS_CACHE", str(tmp_path / "features"))  # nothing is known yet
+    monkeypatch.setenv("CLIP_WSSS_CACHE", str(tmp_path / "features"))  # no cached features
     (tmp_path / "own.yaml").write_text(f"{{name: own, classes: {voc12.CLASSES}, root: {data}}}")
     (tmp_path / "labels.txt").write_text("near 3 19\n")
     common = ["--split_file", tmp_path / "labels.txt", *model, "--output", tmp_path / "masks"]
@@ -385,15 +385,18 @@ def test_a_benchmark_without_backgrounds(data, model, tmp_path, monkeypatch):
 def test_other_settings_need_another_folder(data, model, tmp_path):
     out = tmp_path / "masks"
     before = fused(data, out, *model)
-    for flags, told in ((["--flip"], "cams"), (["--confidence", "0.5"], r"confidence \(was 0.95, now 0.5\)")):
-        with pytest.raises(ValueError, match=told):
+    for flags, message in (
+        (["--flip"], "cams"),
+        (["--confidence", "0.5"], r"confidence \(was 0.95, now 0.5\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
             fused(data, out, *model, *flags)
     assert files(out) == before
     assert fused(data, out, *model, "--confidence", "0.5", "--overwrite") != before
     assert record(out)["settings"]["confidence"] == 0.5
 
 
-def test_bad_images_are_left_out_and_listed(model, tmp_path, capsys):
+def test_damaged_images_are_left_out_and_listed(model, tmp_path, capsys):
     root = write_voc(tmp_path / "voc", {name: IMAGES[name] for name in ("es_b", "other", "near")})
     (root / "JPEGImages" / "es_b.png").write_bytes(b"no image")
     (root / "Annotations" / "near.xml").write_text("<annotation></annotation>")
@@ -402,9 +405,9 @@ def test_bad_images_are_left_out_and_listed(model, tmp_path, capsys):
     assert "images without labels: 1 (near)" in capsys.readouterr().err
 
 
-def test_bfloat16_agrees(drawn, drawn_masks, tmp_path):
+def test_bfloat16_masks_agree_with_float32(drawn, drawn_masks, tmp_path):
     masks = fused(drawn, tmp_path / "masks", "--precision", "bf16", benchmark="shapes")
-    assert masks != files(drawn_masks)  # it is another precision
+    assert masks != files(drawn_masks)  # the precision had an effect
     equal = agreement(tmp_path / "masks", drawn_masks)
     print("bf16", equal)
     assert equal >= 0.99
@@ -416,7 +419,7 @@ def test_cam_folder_without_kept_cams_is_refused(data, model, tmp_path, capsys):
     assert caught.value.code == 2 and "--keep_cams" in capsys.readouterr().err
 
 
-def test_help_tells_every_flag(capsys):
+def test_help_lists_every_flag(capsys):
     with pytest.raises(SystemExit):
         run("pseudo_masks", "--help")
     text = capsys.readouterr().out
@@ -432,7 +435,7 @@ def test_help_tells_every_flag(capsys):
         assert re.search(rf"\n  {flag}[,\s]", text), flag
 
 
-def test_masks_of_changed_labels_are_made_anew(data, model, tmp_path):
+def test_masks_of_changed_labels_are_made_again(data, model, tmp_path):
     labels, out = tmp_path / "labels.txt", tmp_path / "masks"
     lines = {"es_b": "es_b 3", "near": "near 3", "other": "other 7"}
     split = tmp_path / "split.txt"
@@ -447,7 +450,7 @@ def test_masks_of_changed_labels_are_made_anew(data, model, tmp_path):
     assert after["es_b.png"] == before["es_b.png"] and after["near.png"] != before["near.png"]
 
 
-def test_nothing_is_removed_before_both_folders_are_found_in_order(data, model, steps, tmp_path):
+def test_nothing_is_removed_if_either_folder_is_refused(data, model, steps, tmp_path):
     shutil.copytree(steps / "cams", tmp_path / "cams")
     (tmp_path / "foreign").mkdir()
     shutil.copy(steps / "masks" / "es_b.png", tmp_path / "foreign")
@@ -460,21 +463,21 @@ def test_nothing_is_removed_before_both_folders_are_found_in_order(data, model, 
         fused(data, tmp_path / "cams", *model, *keep)
 
 
-def test_presets_set_the_defaults_and_flags_win(data, model, tmp_path):
+def test_presets_set_defaults_and_flags_take_precedence(data, model, tmp_path):
     def made(out, *flags):
         return fused(data, out, *model, "--keep_cams", "compact", *flags)
 
-    usual = made(tmp_path / "usual")
+    default = made(tmp_path / "default")
     preset = made(tmp_path / "preset", "--preset", "cls_seg")
-    spelt_out = made(tmp_path / "spelt_out", "--exclude_last_layer", "--confidence", "0")
-    assert preset == spelt_out and preset.keys() == usual.keys() and preset != usual
-    unsure = {folder: any((read_mask(file) == 255).any() for file in (tmp_path / folder).glob("*.png"))
-              for folder in ("usual", "preset")}  # fmt: skip
-    assert unsure == {"usual": True, "preset": False}
+    explicit = made(tmp_path / "explicit", "--exclude_last_layer", "--confidence", "0")
+    assert preset == explicit and preset.keys() == default.keys() and preset != default
+    ignored = {folder: any((read_mask(file) == 255).any() for file in (tmp_path / folder).glob("*.png"))
+               for folder in ("default", "preset")}  # fmt: skip
+    assert ignored == {"default": True, "preset": False}
     assert record(tmp_path / "preset")["settings"]["confidence"] == 0
     assert record(tmp_path / "preset" / "cams")["settings"]["exclude_last_layer"] is True
     flags = ["--preset", "cls_seg", "--no_exclude_last_layer", "--confidence", "0.95"]
-    assert made(tmp_path / "won", *flags) == usual
+    assert made(tmp_path / "flags", *flags) == default
 
 
 def test_another_backend_continues_a_folder(data, model, steps, tmp_path):

@@ -1,4 +1,4 @@
-"""Step 2b against the golden vectors; resuming, processes, odd and bad images."""
+"""Step 2b equals the golden vectors; resuming, several processes, unusual and damaged images."""
 
 import os
 from dataclasses import replace
@@ -48,7 +48,7 @@ def test_golden_masks_without_ground_truth(arrays, step, tmp_path, capsys):
     assert make_masks(step, NAMES, "voc12") == 0
     for index, name in enumerate(NAMES):
         assert (read_mask(tmp_path / "masks" / f"{name}.png") == arrays[f"pseudo{index}"]).all()
-    assert capsys.readouterr().out == ""  # no truth, no scores
+    assert capsys.readouterr().out == ""  # no scores without ground truth
 
 
 def test_golden_scores(arrays, step, tmp_path):
@@ -73,16 +73,16 @@ def test_processes_and_resuming_give_the_same_bytes(step, tmp_path):
         assert before == {name: os.stat(tmp_path / part / f"{name}.png").st_mtime_ns for name in done}
 
 
-def test_masks_are_scored_as_written_where_there_is_truth(arrays, step, tmp_path, capsys):
+def test_written_masks_are_scored_where_ground_truth_exists(arrays, step, tmp_path, capsys):
     (tmp_path / "truth" / f"{NAMES[1]}.png").unlink()
     step = replace(step, gt_root=str(tmp_path / "truth"))
     first, second = ((make_masks(step, NAMES, "voc12"), capsys.readouterr()) for _ in range(2))
-    assert first == second  # made or found, the scores are those of all masks
+    assert first == second  # existing masks are scored as well
     assert "images without ground truth: 1 (es_crf1)" in first[1].err and "predicted 255" in first[1].out
     assert len(content(tmp_path / "masks")) == 3
 
 
-def test_one_bad_image_is_reported_and_tried_again(step, tmp_path):
+def test_a_failed_image_is_listed_and_retried(step, tmp_path):
     file = tmp_path / "images" / f"{NAMES[1]}.png"
     whole = file.read_bytes()
     Image.new("RGB", (7, 5)).save(file)
@@ -97,7 +97,7 @@ def test_one_bad_image_is_reported_and_tried_again(step, tmp_path):
     assert len(content(tmp_path / "masks")) == 3 and not failed.exists()
 
 
-def test_other_settings_and_other_cams_are_not_mixed(arrays, step, tmp_path):
+def test_masks_of_other_settings_or_cams_are_refused(arrays, step, tmp_path):
     make_masks(step, NAMES, "voc12")
     assert read_settings(tmp_path / "masks")["step"] == "masks"
     with pytest.raises(ValueError, match=r"confidence \(was 0.95, now 0.9\)"):
@@ -110,17 +110,17 @@ def test_other_settings_and_other_cams_are_not_mixed(arrays, step, tmp_path):
     assert not any((read_mask(tmp_path / "masks" / f"{name}.png") == 255).any() for name in NAMES)
 
 
-def test_masks_never_go_to_the_folder_of_the_cams(step, tmp_path):
+def test_the_folder_of_the_cams_is_refused_as_output(step, tmp_path):
     (tmp_path / "cams" / "mine.png").touch()
     before = {file: file.read_bytes() for file in (tmp_path / "cams").iterdir()}
     for output in (tmp_path / "cams", tmp_path / "images" / ".." / "cams"):
         for overwrite in (False, True):
-            with pytest.raises(ValueError, match="cams holds the CAMs: give the masks a folder of their own"):
+            with pytest.raises(ValueError, match="cams is the folder of the CAMs: give another --output"):
                 make_masks(replace(step, output=str(output)), NAMES, "voc12", overwrite=overwrite)
     assert before == {file: file.read_bytes() for file in (tmp_path / "cams").iterdir()}
 
 
-def test_missing_files_are_told(step, tmp_path):
+def test_missing_files_raise_an_error_with_a_cure(step, tmp_path):
     with pytest.raises(FileNotFoundError, match="lacks the CAMs of 1 of 4 images: nowhere"):
         make_masks(step, [*NAMES, "nowhere"], "voc12")
     with pytest.raises(FileNotFoundError, match="give --image_root"):
@@ -131,14 +131,14 @@ def test_missing_files_are_told(step, tmp_path):
 
 
 def labels_of(image, class_ids, cams, step) -> np.ndarray:
-    """Mask of one image, as step 2b computes it without an output folder."""
+    """Return the mask of one image, as step 2b computes it without an output folder."""
     step.start(0)
     return step.compute([MaskInput("any", image.shape[:2], class_ids, image, cams)])[0]
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 20), st.integers(1, 7), st.integers(1, 7), st.booleans(), st.integers(0, 2**31))
-def test_labels_of_any_shape(labels, height, width, zero, seed):
+def test_masks_of_any_shape_contain_only_given_labels(labels, height, width, zero, seed):
     random = np.random.default_rng(seed)
     image = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
     cams = (random.random((labels, height, width)) * (not zero)).astype(np.float16)
@@ -152,18 +152,18 @@ def test_labels_of_any_shape(labels, height, width, zero, seed):
         assert not mask.any()
 
 
-def test_benchmarks_without_background_and_maps_with_one():
+def test_benchmarks_without_background_and_cams_with_background():
     image = np.zeros((2, 3, 3), np.uint8)
     maps = np.stack([np.full((2, 3), 0.2), np.full((2, 3), 0.9)]).astype(np.float16)
     stuff = MaskStep(replace(voc12.BENCHMARK, has_background=False), "", "", None)
     assert (labels_of(image, np.array([3, 0]), maps, stuff) == 0).all()
     own = MaskStep(voc12.BENCHMARK, "", "", None, cam_type="bg_score")
     assert (labels_of(image, np.array([3]), maps, own) == 4).all()
-    with pytest.raises(ValueError, match="holds class 20, which voc12 does not have"):
+    with pytest.raises(ValueError, match=r"contains class 20, but voc12 has the classes 0\.\.19"):
         labels_of(image, np.array([20, 0]), maps, MaskStep(voc12.BENCHMARK, "", "", None))
 
 
-def test_the_record_names_the_backend_that_computes(step, tmp_path):
+def test_the_record_names_the_resolved_backend(step, tmp_path):
     assert step.settings.crf_backend == "auto"
     make_masks(step, NAMES, "voc12")
     assert read_settings(tmp_path / "masks")["info"] == {"crf_backend": "numba"}

@@ -1,4 +1,4 @@
-"""The report page: complete, self-contained, true to the masks it shows."""
+"""The report page is complete and self-contained, and shows the given masks and scores."""
 import base64
 import io
 import json
@@ -24,7 +24,7 @@ SIZES = {"one": (20, 30), "both": (31, 17), "tall": (40, 1)}
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """A folder with what all steps leave behind, for three random images."""
+    """Folder with the outputs of all steps for three random images."""
     root = tmp_path_factory.mktemp("results")
     rng = np.random.default_rng(0)
     palette = Benchmark("tiny", CLASSES).palette
@@ -53,7 +53,7 @@ def results(tmp_path_factory):
 
 
 def page_of(root, truth=True, names=LABELS, benchmark=None, **changes):
-    """The `Results` of the training images, with further fields."""
+    """Return the `Results` of the training images, with further fields."""
     return report.Results(
         benchmark or Benchmark("tiny", CLASSES),
         list(names),
@@ -66,7 +66,7 @@ def page_of(root, truth=True, names=LABELS, benchmark=None, **changes):
 
 
 def auto_masks(root, **changes):
-    """Fields of masks that fit the ground truth, `sure`, of the labels in tags.txt."""
+    """Return the fields of masks from tags: masks equal to the ground truth, and the labels in tags.txt."""
     return {
         "auto_masks": (str(root / "sure"), str(root / "tags.txt")),
         "auto_tags": str(root / "tags.json"),
@@ -76,7 +76,7 @@ def auto_masks(root, **changes):
 
 
 def validation(root, *networks, names=LABELS, **changes):
-    """Fields of networks that are folders of `root`, tested on the images that the pseudo masks are of."""
+    """Return the fields of networks whose masks are in folders of `root`, tested on the training images."""
     score_file = str(root / "crf.json")
     return {
         "networks": [report.Network(f"the {name} one", str(root / name), score_file) for name in networks],
@@ -114,19 +114,19 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def test_page_shows_every_stage_and_fetches_nothing(results):
+def test_page_shows_every_stage_and_loads_nothing(results):
     html = report.render(page_of(results, scores=score_files(results)))
     page = Page(html)
-    assert {alt: len(found) for alt, found in page.figures.items()} == {
+    assert {alt: len(sources) for alt, sources in page.figures.items()} == {
         "input": 3, "ground truth": 3, "dense CRF": 3, "pseudo mask": 3,
         "initial CAM, <cat> & dog": 2, "refined CAM, <cat> & dog": 2,
         "initial CAM, bird": 2, "refined CAM, bird": 2,
     }  # fmt: skip
-    assert all(src.startswith("data:image/") for found in page.figures.values() for src in found)
+    assert all(src.startswith("data:image/") for sources in page.figures.values() for src in sources)
     assert not re.search(r"https?:|<script|<link|@import|url\(", html)
     text = " ".join(" ".join(page.text).split())
-    for told in ("57.5", "25.0", "–", "background exponent 1", "background score 0.3", "best pseudo mask"):
-        assert told in text
+    for words in ("57.5", "25.0", "–", "background exponent 1", "background score 0.3", "best pseudo mask"):
+        assert words in text
 
 
 def test_page_without_ground_truth_or_scores(results):
@@ -136,7 +136,7 @@ def test_page_without_ground_truth_or_scores(results):
     assert "IoU" not in html
 
 
-def test_page_shows_what_networks_predict(results):
+def test_page_shows_the_predictions_of_networks(results):
     trained = validation(results, "sure", "blank", val_scores=score_files(results)[1:])
     html = report.render(page_of(results, scores=score_files(results), note="briefly", **trained), 2)
     page = Page(html)
@@ -151,7 +151,7 @@ def test_page_shows_what_networks_predict(results):
     assert "best to the worst prediction of the sure one" in text
 
 
-def test_networks_without_other_scores(results):
+def test_page_shows_networks_without_other_scores(results):
     html = report.render(page_of(results, truth=False, **validation(results, "blank")))
     text = " ".join(" ".join(Page(html).text).split())
     assert "mIoU, without labels" in text and "with true labels" not in text
@@ -166,14 +166,14 @@ def test_page_shows_masks_from_tags(results):
     assert len(set(page.figures["mask from tags"])) == 3
     assert set(page.figures["mask from tags"]) <= set(page.figures["ground truth"])
     text = " ".join(" ".join(page.text).split())
-    for told in (
+    for words in (
         "mAP 87.5 %", "F1 50.0 %", "Precision 62.5 %", "Recall – %",
         "Pseudo mask 57.5 % mIoU, with true labels",
         "Mask from tags 37.5 % mIoU, without labels 12.5 % ignored",
         "best mask from tags to the worst", "Masks from tags need no annotation",
         "mask from tags: mIoU 100.0 %, 0.0 % ignored",
     ):  # fmt: skip
-        assert told in text
+        assert words in text
     first = "&lt;cat&gt; &amp; dog"
     marked = re.findall(r'<li class="(\w*)"><b>(.*?)</b>', html)
     assert sorted(marked) == [("", first), ("", "bird"), ("", "bird"), ("missed", first), ("wrong", "bird")]
@@ -192,37 +192,37 @@ def test_tags_are_compared_with_the_true_labels():
     assert compared == [("bird", "missed"), ("cat", ""), ("cow", "wrong")]
 
 
-def test_tags_that_lack_an_image_are_said(results, tmp_path):
+def test_an_image_without_tags_raises(results, tmp_path):
     file = tmp_path / "labels.txt"
     file.write_text("one 1\nboth 0\n")
     fields = auto_masks(results, auto_masks=(str(results / "sure"), str(file)))
-    with pytest.raises(ValueError, match=r"labels\.txt has no line of image tall"):
+    with pytest.raises(ValueError, match=r"labels\.txt has no line for image tall: give the labels"):
         report.render(page_of(results, **fields))
 
 
-def test_tags_that_a_mask_was_not_made_of_are_said(results, tmp_path):
+def test_a_mask_of_other_tags_raises(results, tmp_path):
     folder, file = tmp_path / "masks", tmp_path / "labels.txt"
     file.write_text("".join(f"{name} 0\n" for name in LABELS))
     for name in LABELS:
         mask = read_mask(results / "sure" / f"{name}.png")
         write_mask(folder / f"{name}.png", mask, voc_palette(), [1])
     fields = auto_masks(results, auto_masks=(str(folder), str(file)))
-    with pytest.raises(ValueError, match=r"was made of other labels than those in .*labels\.txt"):
+    with pytest.raises(ValueError, match=r"was made from other labels than those in .*labels\.txt"):
         report.render(page_of(results, **fields))
 
 
-def test_what_masks_have_in_common_is_told_once(results, tmp_path):
-    found = {}
+def test_settings_that_all_masks_share_are_listed_once(results, tmp_path):
+    folders = {}
     for folder, settings in {
         "tags": {"names": list("abcdefghijklmnopqrstuvwxyz"), "averaged": 3},
         "true": {"confidence": 0.95, "cams": 1},
         "auto": {"confidence": 0.95, "cams": 2},
     }.items():
-        found[folder] = tmp_path / folder
-        found[folder].mkdir()
-        (found[folder] / "settings.json").write_text(json.dumps({"settings": settings}))
-    made = page_of(results, auto_masks=(str(found["auto"]), str(found["tags"] / "labels.txt")))
-    assert report.recorded(replace(made, mask_dir=str(found["true"]))) == [
+        folders[folder] = tmp_path / folder
+        folders[folder].mkdir()
+        (folders[folder] / "settings.json").write_text(json.dumps({"settings": settings}))
+    made = page_of(results, auto_masks=(str(folders["auto"]), str(folders["tags"] / "labels.txt")))
+    assert report.recorded(replace(made, mask_dir=str(folders["true"]))) == [
         ("Step 0, tags", [("names", "a, b, c, … (26 in all)"), ("affinity layers", "3")]),
         ("Step 2b, all masks", [("confidence", "0.95")]),
         ("Step 2b, pseudo masks", [("cams", "1")]),
@@ -230,7 +230,7 @@ def test_what_masks_have_in_common_is_told_once(results, tmp_path):
     ]
 
 
-def test_page_of_a_benchmark_that_is_scored_by_groups(results, tmp_path):
+def test_page_shows_the_scores_of_groups(results, tmp_path):
     grouped = {"classes": ["sky", "cloud", "sea"], "groups": [0, 0, 1], "group_names": ["above", "below"]}
     benchmark = Benchmark("stuff", has_background=False, **grouped)
     truth = np.repeat(np.uint8([0, 1, 2]), 10)[None]
@@ -244,15 +244,15 @@ def test_page_of_a_benchmark_that_is_scored_by_groups(results, tmp_path):
     page = Page(report.render(made))
     text = " ".join(" ".join(page.text).split())
     assert "above 25.0 25.0 25.0 below 75.0 75.0 75.0 mean" in text
-    assert text.count("cloud") == 3  # in the legend, and as the name of two CAMs
+    assert text.count("cloud") == 3  # in the legend, and for two CAMs
 
 
-def test_predictions_go_from_the_best_to_the_worst(results, tmp_path):
+def test_predictions_are_ordered_from_best_to_worst(results, tmp_path):
     palette = Benchmark("tiny", CLASSES).palette
     expected = {}
     for rank, name in enumerate(("tall", "one", "both")):
         mask = read_mask(results / "truth" / f"{name}.png")
-        mask[: rank * len(mask) // 3] = 0  # the later, the less of it is found
+        mask[: rank * len(mask) // 3] = 0  # later masks contain less of the objects
         write_mask(tmp_path / f"{name}.png", mask, palette)
         expected[name] = report.mask_score(
             str(tmp_path), str(results / "truth"), name, Benchmark("tiny", CLASSES)
@@ -264,7 +264,7 @@ def test_predictions_go_from_the_best_to_the_worst(results, tmp_path):
     assert list(expected.values()) == sorted(expected.values(), reverse=True)
 
 
-def test_what_networks_have_in_common_is_told_once(results, tmp_path):
+def test_settings_that_all_networks_share_are_listed_once(results, tmp_path):
     networks = []
     for name, labels in (("first", "pseudo"), ("second", "truth")):
         masks = tmp_path / name / "test" / "masks"
@@ -288,24 +288,24 @@ def test_what_networks_have_in_common_is_told_once(results, tmp_path):
     )  # fmt: skip
 
 
-def test_a_mask_that_does_not_fit_is_named(results, tmp_path):
+def test_a_mask_of_another_size_raises_with_its_name(results, tmp_path):
     write_mask(tmp_path / "one.png", np.zeros((3, 3), np.uint8), Benchmark("tiny", CLASSES).palette)
     with pytest.raises(ValueError, match=r"one\.png: ground truth is"):
         report.mask_score(str(tmp_path), str(results / "truth"), "one", Benchmark("tiny", CLASSES))
 
 
-def test_networks_of_one_title_are_refused(results):
+def test_networks_with_the_same_title_are_refused(results):
     with pytest.raises(ValueError, match="same title"):
         page_of(results, **validation(results, "sure", "sure"))
 
 
-def test_page_of_a_benchmark_without_background(results):
+def test_page_renders_for_a_benchmark_without_background(results):
     keys = {"has_background": False, "classes": ["sky", "sea", "sand"]}
     benchmark = Benchmark("stuff", **keys)
     Page(report.render(page_of(results, truth=False, names=["both"], benchmark=benchmark)))
 
 
-def test_masks_are_shown_in_the_palettes_colours(results):
+def test_masks_are_shown_in_the_colors_of_the_palette(results):
     made = page_of(results)
     shown = report.sample(made, "one", *report.recorded_masks(made))
     data = base64.b64decode(shown["truth"].partition(",")[2])
@@ -315,7 +315,7 @@ def test_masks_are_shown_in_the_palettes_colours(results):
     assert {tuple(c) for c in pixels.reshape(-1, 3)} == {tuple(c) for c in expected}
 
 
-def test_even_steps_ends_included():
+def test_evenly_spaced_includes_both_ends():
     names = list("abcdefghi")
     assert report.evenly_spaced(names, 3) == ["a", "e", "i"]
     assert report.evenly_spaced(names, 1) == ["a"]
@@ -324,14 +324,14 @@ def test_even_steps_ends_included():
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"best": {}}', '{"best": null}',
     '{"best": {"Mean IoU": 1.0, "Class IoU": {"horse": 1.0}}}'])  # fmt: skip
-def test_a_file_without_scores_is_said(tmp_path, content):
+def test_a_file_without_scores_raises(tmp_path, content):
     file = tmp_path / "scores.json"
     file.write_text(content)
-    with pytest.raises(ValueError, match=r"scores\.json holds no scores"):
+    with pytest.raises(ValueError, match=r"scores\.json contains no scores"):
         records.read_stage("CRF", file, ["background"])
     with pytest.raises(FileNotFoundError, match="--json"):
         records.read_stage("CRF", tmp_path / "none.json", [])
-    with pytest.raises(ValueError, match=r"scores\.json holds no scores of tags"):
+    with pytest.raises(ValueError, match=r"scores\.json contains no scores of tags"):
         records.read_tag_scores(file)
     with pytest.raises(FileNotFoundError, match="classify"):
         records.read_tag_scores(tmp_path / "none.json")
@@ -339,7 +339,7 @@ def test_a_file_without_scores_is_said(tmp_path, content):
 
 @pytest.fixture
 def command(results, tmp_path, monkeypatch):
-    """Runs the command on the results with further words; gives the page."""
+    """Function that runs the command on the results with further arguments and returns the page."""
     yaml, out = tmp_path / "tiny.yaml", tmp_path / "new" / "page.html"
     yaml.write_text(f"name: tiny\nclasses: {json.dumps(CLASSES)}\n")
     flags = {
@@ -381,7 +381,7 @@ def test_command_shows_masks_from_tags(command, results):
     assert {"Pseudo mask", "Mask from tags", "87.5", "37.5"} <= set(page.text)
 
 
-@pytest.mark.parametrize("words, told", [
+@pytest.mark.parametrize("words, message", [
     (["--auto_tags", "tags.json"], "--auto_masks"),
     (["--auto_scores", "masks.json", "auto.json"], "--auto_masks"),
     (["--network", "A", "masks", "scores.json"], "--val_split_file"),
@@ -391,13 +391,13 @@ def test_command_shows_masks_from_tags(command, results):
       "--network_crf", "a.json", "b.json"], "one file for each"),
     (["--val_scores", "refined.json", "crf.json"], "--network"),
 ])  # fmt: skip
-def test_flags_that_need_others_say_so(command, capsys, words, told):
+def test_flags_that_require_other_flags_raise(command, capsys, words, message):
     with pytest.raises(SystemExit) as error:
         command(*words)
-    assert error.value.code == 2 and told in capsys.readouterr().err.splitlines()[-1]
+    assert error.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_cams_without_the_initial_map_are_said(results, tmp_path):
+def test_cam_files_without_initial_cams_raise(results, tmp_path):
     write_cams(tmp_path, "one", [1], {"attn_highres": np.ones((1, 2, 2), np.float32)}, SIZES["one"])
     made = replace(page_of(results, names=["one"]), cam_dir=str(tmp_path))
     with pytest.raises(ValueError, match="--keep_initial"):

@@ -1,4 +1,4 @@
-"""Runs: settings that guard a folder, failures that are listed, processes that share the work."""
+"""Runs: the check of recorded settings, the list of failures, and several processes."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ NAMES = [str(number) for number in range(11)]
 
 
 class Sum(Step):
-    """Sums its names; `trouble` says what goes wrong."""
+    """Sums its names; `trouble` selects a fault."""
 
     def __init__(self, factor: int, trouble: str = ""):
         self.factor, self.trouble, self.total = factor, trouble, 0
@@ -65,18 +65,18 @@ def test_parts_are_a_partition(items, world):
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_results_and_outcomes(tmp_path, capfd, num_workers):
+def test_results_are_returned_and_notes_printed(tmp_path, capfd, num_workers):
     run = Run(tmp_path / "out")
     assert sum(run.map(Sum(2), NAMES, num_workers=num_workers)) == 110
     assert run.finish() == 0
     told = capfd.readouterr().err
     assert "11 images, 0 failed" in told and "odd: 5 (1, 3, 5, 7, 9)" in told
-    assert "image/s" not in told  # no progress bar, for this is no terminal
+    assert "image/s" not in told  # no progress bar without a terminal
     assert not (tmp_path / "out" / "failed.txt").exists()
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_one_bad_image_is_listed_until_a_rerun_mends_it(tmp_path, capsys, num_workers):
+def test_a_failed_image_is_listed_until_a_rerun_succeeds(tmp_path, capsys, num_workers):
     run = Run(tmp_path)
     assert sum(run.map(Sum(1, "bad image"), NAMES, num_workers=num_workers)) == 55 - 7
     assert run.finish() == 1
@@ -103,12 +103,12 @@ def test_a_process_that_fails_fails_the_run(trouble, error, match):
         Run(None).map(Sum(1, trouble), NAMES, num_workers=2)
 
 
-def test_no_images_is_no_work():
+def test_a_run_without_images_succeeds():
     run = Run(None)
     assert run.map(Sum(1), [], num_workers=4) == [0] and run.finish() == 0
 
 
-def test_settings_guard_the_folder(tmp_path):
+def test_a_folder_of_other_settings_is_refused(tmp_path):
     folder = tmp_path / "cams"
     settings = {"benchmark": "voc12", "scales": (1.0,), "flip": False}
     first = Record(settings=settings, inputs={"model": "abc"}, outputs=("*.npy",))
@@ -129,14 +129,14 @@ def test_settings_guard_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_of_unknown_origin_is_left_alone(tmp_path, overwrite):
+def test_a_folder_of_unknown_origin_is_refused(tmp_path, overwrite):
     (tmp_path / "truth.png").touch()
     with pytest.raises(ValueError, match=r"holds truth\.png but no settings\.json"):
         Run(tmp_path, Record(outputs=("*.png",)), overwrite)
     assert [file.name for file in tmp_path.iterdir()] == ["truth.png"]
 
 
-def test_a_folder_of_another_step_is_left_alone(tmp_path):
+def test_a_folder_of_another_step_is_refused(tmp_path):
     Run(tmp_path, Record("cams", {"a": 1}, outputs=("*.npy",)))
     (tmp_path / "truth.png").touch()
     before = (tmp_path / "settings.json").read_bytes()
@@ -146,7 +146,7 @@ def test_a_folder_of_another_step_is_left_alone(tmp_path):
     assert (tmp_path / "truth.png").exists() and (tmp_path / "settings.json").read_bytes() == before
 
 
-def test_overwrite_removes_nothing_from_folders_within(tmp_path):
+def test_overwrite_removes_nothing_from_subfolders(tmp_path):
     first = Record("masks", {"a": 1}, outputs=("*.png",))
     other = replace(first, settings={"a": 2})
     Run(tmp_path, first)
@@ -164,14 +164,14 @@ def test_overwrite_removes_nothing_from_folders_within(tmp_path):
     assert not files[0].exists()
 
 
-def test_a_run_without_outputs_does_not_bind_the_next(tmp_path):
+def test_settings_of_a_run_without_outputs_are_replaced(tmp_path):
     Run(tmp_path, Record("", {"a": 1}, {"model": "wrong"}, ("*.npy",)))
     (tmp_path / "failed.txt").touch()
     Run(tmp_path, Record("", {"a": 2}, {"model": "right"}, ("*.npy",)))
     assert read_settings(tmp_path)["settings"] == {"a": 2}
 
 
-def test_what_a_killed_run_left_is_swept(tmp_path):
+def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
     Run(tmp_path)
     (settings,) = tmp_path.iterdir()
     with replacing(tmp_path / "a.npy"):
@@ -185,7 +185,7 @@ def test_what_a_killed_run_left_is_swept(tmp_path):
 
 
 @pytest.mark.parametrize("text", ['{"settings": {', "[1]", "3", '{"settings": 3}', '{"inputs": [1]}'])
-def test_damaged_settings_are_told(tmp_path, text):
+def test_damaged_settings_raise(tmp_path, text):
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(ValueError, match=r"settings\.json is damaged"):
         Run(tmp_path)
@@ -223,7 +223,7 @@ def test_command_returns_the_code_of_main_and_logs_tracebacks_at_debug_level(cap
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_notes_keep_a_few_names_whatever_the_number_of_images(capsys):
+def test_notes_keep_only_a_few_names(capsys):
     run = Run(None)
     for number in reversed(range(1000)):
         run.take(Outcome(f"{number:04d}", notes=("odd",)))
@@ -233,7 +233,7 @@ def test_notes_keep_a_few_names_whatever_the_number_of_images(capsys):
     assert "odd: 1000 (0000, 0001, 0002, 0003, 0004, ...)" in capsys.readouterr().err
 
 
-def test_devices(monkeypatch):
+def test_device_of_each_process(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert [device_of("auto", index) for index in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
@@ -259,7 +259,7 @@ if __name__ == "__main__":
 """
 
 
-def test_ranks_of_torchrun_share_the_images(tmp_path):
+def test_ranks_of_torchrun_divide_the_images(tmp_path):
     script = tmp_path / "step.py"
     script.write_text(SCRIPT.format(root=str(ROOT), folder=str(tmp_path / "out")))
     with socket.socket() as free:
@@ -272,7 +272,7 @@ def test_ranks_of_torchrun_share_the_images(tmp_path):
         "MASTER_PORT": str(port),
     }
     ranks = []
-    for rank in ("0", "1"):  # with the environment that torchrun gives each process
+    for rank in ("0", "1"):  # the environment of torchrun's processes
         environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
         command_line = [sys.executable, str(script)]
         pipe = subprocess.PIPE
@@ -286,7 +286,7 @@ def test_ranks_of_torchrun_share_the_images(tmp_path):
 
 
 class Slow(Step):
-    """Leaves a mark with the process id for each name."""
+    """Creates a file named after the process id for each name."""
 
     def __init__(self, folder: str):
         self.folder = folder

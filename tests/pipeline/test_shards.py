@@ -1,4 +1,4 @@
-"""Images in tar shards give the files that a folder gives; damaged and missing shards."""
+"""Images in tar shards give the same files as images in a folder; damaged and missing shards."""
 
 import gzip
 import sys
@@ -27,7 +27,7 @@ def run(script: str, *arguments, code: int = 0) -> None:
 
 
 def write_shard(file: Path, members: dict[str, bytes]) -> None:
-    """As webdataset's writers do it."""
+    """Write a shard with webdataset's writer."""
     from webdataset import TarWriter
 
     with TarWriter(str(file), encoder=False) as archive:
@@ -47,7 +47,7 @@ def results(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """The same images in a folder and in shards; the last of them is no JPEG."""
+    """Folder with the same images as files and in shards; the last image is a PNG."""
     root = write_voc(tmp_path_factory.mktemp("voc"), IMAGES)
     content = {}
     for name, (size, labels) in IMAGES.items():
@@ -68,7 +68,7 @@ def model(parity_file) -> list:
 
 @pytest.fixture(scope="module")
 def folder(data, model, tmp_path_factory) -> Path:
-    """Masks, and CAMs in `cams`, of the images in their folder."""
+    """Masks, and CAMs in `cams`, of the images in the folder."""
     out = tmp_path_factory.mktemp("folder") / "masks"
     images = ["--image_root", data / "JPEGImages", "--split_file", data / "split.txt"]
     run("pseudo_masks", *model, *images, "--output", out, "--keep_cams", "compact")
@@ -85,13 +85,13 @@ def sharded(data, model, tmp_path_factory) -> Path:
 
 
 def masks(data: Path, model: list, out: Path, *flags, shards="in-{000..002}.tar", code=0) -> dict[str, bytes]:
-    """pseudo_masks.py on shards; the result shards."""
+    """Run pseudo_masks.py on shards; return the result shards."""
     common = ["--shards", data / shards, "--output", out]
     run("pseudo_masks", *model, *common, *flags, code=code)
     return results(out)
 
 
-def test_masks_are_those_of_the_folder(folder, sharded):
+def test_masks_equal_those_of_the_folder(folder, sharded):
     assert {file.name for file in sharded.iterdir()} == {*SHARDS, "settings.json"}
     for shard, names in SHARDS.items():
         expected = {f"{name}.png": (folder / f"{name}.png").read_bytes() for name in names}
@@ -99,21 +99,21 @@ def test_masks_are_those_of_the_folder(folder, sharded):
 
 
 @pytest.mark.parametrize("cam_format", camfile.FORMATS)
-def test_kept_cams_lie_beside_their_masks(cam_format, data, model, folder, tmp_path):
+def test_kept_cams_are_in_the_shards_of_their_masks(cam_format, data, model, folder, tmp_path):
     masks(data, model, tmp_path / "masks", "--keep_cams", cam_format)
     assert not (tmp_path / "masks" / "cams").exists()
     suffix = camfile.FORMATS[cam_format]
     for shard, names in SHARDS.items():
-        found = members(tmp_path / "masks" / shard)
-        assert set(found) == {f"{name}{end}" for name in names for end in (".png", suffix)}
+        content = members(tmp_path / "masks" / shard)
+        assert set(content) == {f"{name}{end}" for name in names for end in (".png", suffix)}
         for name in names:
-            assert found[f"{name}.png"] == (folder / f"{name}.png").read_bytes()
-            (tmp_path / f"{name}{suffix}").write_bytes(found[f"{name}{suffix}"])
+            assert content[f"{name}.png"] == (folder / f"{name}.png").read_bytes()
+            (tmp_path / f"{name}{suffix}").write_bytes(content[f"{name}{suffix}"])
             ours, theirs = (camfile.read(path, name) for path in (tmp_path, folder / "cams"))
             assert (ours[0] == theirs[0]).all() and (ours[1] == theirs[1]).all()
 
 
-def test_cams_of_step_1_are_those_of_the_folder(data, model, folder, tmp_path):
+def test_cams_of_step_1_equal_those_of_the_folder(data, model, folder, tmp_path):
     common = ["--shards", data / "in-{000..002}.tar", "--output", tmp_path / "cams"]
     run("generate_cams", *model, *common, "--cam_format", "compact")
     for shard, names in SHARDS.items():
@@ -121,7 +121,7 @@ def test_cams_of_step_1_are_those_of_the_folder(data, model, folder, tmp_path):
         assert members(tmp_path / "cams" / shard) == expected
 
 
-def test_a_stopped_run_makes_the_shards_that_are_missing(data, model, sharded, tmp_path):
+def test_a_stopped_run_makes_only_the_missing_shards(data, model, sharded, tmp_path):
     out = tmp_path / "masks"
     first = masks(data, model, out, shards="in-*.tar")
     assert first == results(sharded)
@@ -134,7 +134,7 @@ def test_a_stopped_run_makes_the_shards_that_are_missing(data, model, sharded, t
     assert [file.name for file in before if before[file] != after[file]] == ["in-001.tar"]
 
 
-def test_processes_threads_and_blocks_change_no_byte(data, model, sharded, tmp_path):
+def test_processes_threads_and_blocks_do_not_change_shards(data, model, sharded, tmp_path):
     assert masks(data, model, tmp_path / "threads", "--threads", 3, "--prefetch", 2) == results(sharded)
     assert masks(data, model, tmp_path / "two", "--num_workers", 2) == results(sharded)
 
@@ -146,16 +146,16 @@ def test_a_file_of_labels_replaces_those_of_the_shards(data, model, sharded, tmp
     bare = tmp_path / "bare"
     bare.mkdir()
     for shard in SHARDS:
-        pictures = {name: value for name, value in members(data / shard).items() if not name.endswith(".cls")}
-        write_shard(bare / shard, pictures)
-    found = masks(bare, model, tmp_path / "masks", "--labels", file)
-    assert found == results(sharded)
+        images = {name: value for name, value in members(data / shard).items() if not name.endswith(".cls")}
+        write_shard(bare / shard, images)
+    first = masks(bare, model, tmp_path / "masks", "--labels", file)
+    assert first == results(sharded)
     file.write_text("".join(f"{name} 5\n" for name in IMAGES))
-    for shards, out in ((bare, "other"), (data, "another")):  # without labels, and with others of their own
+    for shards, out in ((bare, "other"), (data, "another")):  # shards without labels, and with other labels
         other = masks(shards, model, tmp_path / out, "--labels", file)
         for shard, names in SHARDS.items():
             assert members(tmp_path / out / shard).keys() == {f"{name}.png" for name in names}
-            assert other[shard] != found[shard]
+            assert other[shard] != first[shard]
     assert results(tmp_path / "other") == results(tmp_path / "another")
 
 
@@ -163,12 +163,12 @@ def test_images_that_fail_are_left_out_of_their_shard(data, model, sharded, tmp_
     content = members(data / "in-000.tar")
     good = NAMES[0]
     whole = content[f"{good}.jpg"]
-    long = "long" * 40  # too long a name for the oldest tar format
+    long = "long" * 40  # too long for the oldest tar format
     changed = {
         **{f"{good}.{suffix}": content[f"{good}.{suffix}"] for suffix in ("jpg", "cls")},
         "cut.jpg": whole[: len(whole) // 2],
         "cut.cls": b"3",
-        "unlabelled.jpg": whole,
+        "unlabeled.jpg": whole,
         "empty.jpg": whole,
         "empty.cls": b" \n",
         "word.jpg": whole,
@@ -186,7 +186,7 @@ def test_images_that_fail_are_left_out_of_their_shard(data, model, sharded, tmp_
         "__meta__.json": b"{}",
     }
     write(tmp_path / "in-000.tar", changed)
-    found = masks(tmp_path, model, tmp_path / "masks", shards="in-000.tar", code=1)
+    shards = masks(tmp_path, model, tmp_path / "masks", shards="in-000.tar", code=1)
     expected = members(sharded / "in-000.tar")[f"{good}.png"]
     names = (good, "in/a.folder/deep", long)
     assert members(tmp_path / "masks" / "in-000.tar") == {f"{name}.png": expected for name in names}
@@ -196,18 +196,19 @@ def test_images_that_fail_are_left_out_of_their_shard(data, model, sharded, tmp_
     failures = dict(
         line.split("\t") for line in (tmp_path / "masks" / "failed.txt").read_text().splitlines()
     )
-    assert failures.keys() == {"cut", "unlabelled", "word", "high", "binary"}
+    assert failures.keys() == {"cut", "unlabeled", "word", "high", "binary"}
     assert failures["cut"].startswith("image cut cannot be read")
-    assert failures["unlabelled"] == (
-        "unlabelled comes without labels: add unlabelled.cls to its shard, or give --labels FILE"
+    assert failures["unlabeled"] == (
+        "unlabeled has no labels: add unlabeled.cls to its shard, or give --labels FILE"
     )
-    assert failures["word"] == "its labels are 'cat', not class indices below 20"
-    assert failures["high"] == "its labels are '3 20', not class indices below 20"
-    assert found.keys() == {"in-000.tar"}
+    cure = "expected class indices 0..19, separated by spaces"
+    assert failures["word"] == f"word.cls contains 'cat': {cure}"
+    assert failures["high"] == f"high.cls contains '3 20': {cure}"
+    assert shards.keys() == {"in-000.tar"}
 
 
 def write(file: Path, content: dict[str, bytes]) -> None:
-    """As tar does it, whose names may have any length."""
+    """Write a shard with tarfile, which allows names of any length."""
     with tarfile.open(file, "w") as archive:
         for name, value in content.items():
             member = tarfile.TarInfo(name)
@@ -223,20 +224,20 @@ def copies(data, tmp_path) -> Path:
     return tmp_path / "copies"
 
 
-def second_header(content: bytes) -> int:
-    """Where the third member of an archive begins."""
+def third_header(content: bytes) -> int:
+    """Return the offset of the third member of an archive."""
     with tarfile.open(fileobj=BytesIO(content)) as archive:
         return archive.getmembers()[2].offset
 
 
 DAMAGES = {
     "in an image": lambda content: content[: len(content) // 2],
-    "between images": lambda content: content[: second_header(content)],
-    "in a header": lambda content: content[: second_header(content) + 100],
-    "a header overwritten": lambda content: content[: second_header(content)]
+    "between images": lambda content: content[: third_header(content)],
+    "in a header": lambda content: content[: third_header(content) + 100],
+    "a header overwritten": lambda content: content[: third_header(content)]
     + b"\xaa" * 512
-    + content[second_header(content) + 512 :],
-    "an image twice": lambda content: content[: second_header(content)] + content,
+    + content[third_header(content) + 512 :],
+    "an image twice": lambda content: content[: third_header(content)] + content,
     "empty": lambda content: b"",
     "no archive": lambda content: b"<html>no such file</html>" * 100,
 }
@@ -247,8 +248,8 @@ def test_a_damaged_shard_fails_alone(damage, copies, model, sharded, tmp_path, c
     shard = copies / "in-001.tar"
     whole = shard.read_bytes()
     shard.write_bytes(DAMAGES[damage](whole))
-    found = masks(copies, model, tmp_path / "masks", code=1)
-    assert found == {name: value for name, value in results(sharded).items() if name != shard.name}
+    shards = masks(copies, model, tmp_path / "masks", code=1)
+    assert shards == {name: value for name, value in results(sharded).items() if name != shard.name}
     assert f"failed: {shard}: shard {shard} cannot be read: " in capsys.readouterr().err
     failures = (tmp_path / "masks" / "failed.txt").read_text().splitlines()
     assert len(failures) == 1 and len(failures[0]) < 500
@@ -257,20 +258,20 @@ def test_a_damaged_shard_fails_alone(damage, copies, model, sharded, tmp_path, c
     assert not (tmp_path / "masks" / "failed.txt").exists()
 
 
-def test_compressed_and_piped_shards(data, model, sharded, tmp_path):
+def test_compressed_and_piped_shards_are_read(data, model, sharded, tmp_path):
     packed = tmp_path / "packed"
     packed.mkdir()
     (packed / "in-000.tar.gz").write_bytes(gzip.compress((data / "in-000.tar").read_bytes()))
-    found = masks(packed, model, tmp_path / "unpacked", shards="*.tar.gz")
-    assert found == {"in-000.tar": results(sharded)["in-000.tar"]}
-    for shard in ("in-001.tar", "in-002.tar"):  # padded to large blocks, as tapes had them
+    shards = masks(packed, model, tmp_path / "unpacked", shards="*.tar.gz")
+    assert shards == {"in-000.tar": results(sharded)["in-000.tar"]}
+    for shard in ("in-001.tar", "in-002.tar"):  # padding after the archive
         (packed / shard).write_bytes((data / shard).read_bytes() + bytes(2**19))
-    command = f"pipe:cat {packed}/in-{{001..002}}.tar || exit 23"  # as curl does if nobody reads to the end
+    command = f"pipe:cat {packed}/in-{{001..002}}.tar || exit 23"  # fails unless read to its end, like curl
     common = ["--shards", command, "--output", tmp_path / "p"]
     run("pseudo_masks", *model, *common)
-    found = results(tmp_path / "p")
-    assert found == {name: value for name, value in results(sharded).items() if name != "in-000.tar"}
-    with pytest.raises(ValueError, match=r"names no \.tar file"):
+    shards = results(tmp_path / "p")
+    assert shards == {name: value for name, value in results(sharded).items() if name != "in-000.tar"}
+    with pytest.raises(ValueError, match=r"contains no name of a \.tar file"):
         shard_files("pipe:cat images")
     assert shard_files("pipe:cp s3://bucket/a.tar - | tee b") == ["pipe:cp s3://bucket/a.tar - | tee b"]
 
@@ -282,20 +283,20 @@ def test_a_failing_command_of_a_pipe_fails_its_shard(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pattern, told",
+    "pattern, message",
     [
         ("in-{000..003}.tar", "in-003.tar does not exist"),
         ("other-*.tar", r"other-\*.tar does not exist"),
-        ("{in-000,JPEGImages/../in-000}.tar", "--shards names in-000.tar twice"),
+        ("{in-000,JPEGImages/../in-000}.tar", "--shards: two shards are named in-000.tar, .*: rename one"),
     ],
 )
-def test_missing_and_repeated_shards_are_mistakes_of_the_command_line(pattern, told, data, model, tmp_path):
-    with pytest.raises((ValueError, OSError), match=told):
+def test_missing_and_repeated_shards_are_usage_errors(pattern, message, data, model, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
         masks(data, model, tmp_path / "masks", shards=pattern)
     assert not (tmp_path / "masks").exists()
 
 
-def test_a_folder_of_files_is_no_folder_for_shards(data, model, folder, sharded, tmp_path):
+def test_folders_of_files_and_of_shards_are_not_mixed(data, model, folder, sharded, tmp_path):
     before = (folder / "settings.json").read_bytes()
     with pytest.raises(ValueError, match="other settings"):
         masks(data, model, folder)
@@ -308,7 +309,7 @@ def test_a_folder_of_files_is_no_folder_for_shards(data, model, folder, sharded,
     assert (folder / "settings.json").read_bytes() == before
 
 
-def test_an_image_without_labels_removes_nothing_elsewhere(data, model, folder, tmp_path):
+def test_an_image_without_labels_removes_no_file_of_another_folder(data, model, folder, tmp_path):
     image = members(data / "in-000.tar")["image_0.jpg"]
     write_shard(tmp_path / "in.tar", {"image_0.jpg": image, "image_0.cls": b""})
     mine = tmp_path / "cams" / "image_0.npz"
@@ -320,8 +321,8 @@ def test_an_image_without_labels_removes_nothing_elsewhere(data, model, folder, 
     assert mine.is_file()
 
 
-def test_failures_of_a_shard_are_told_until_it_is_removed(copies, model, tmp_path, capsys):
-    """A shard that is there is not made again, but what is missing from it stays missing."""
+def test_failures_of_a_shard_are_listed_until_it_is_removed(copies, model, tmp_path, capsys):
+    """An existing result shard is not made again, so the run keeps reporting its failed images."""
     out, good = tmp_path / "masks", members(copies / "in-001.tar")
     write_shard(copies / "in-001.tar", {**good, "image_4.jpg": b"no image"})
     for _ in range(2):
@@ -335,12 +336,12 @@ def test_failures_of_a_shard_are_told_until_it_is_removed(copies, model, tmp_pat
     assert not list(out.glob("*failed.txt")) and "image_4.png" in members(out / "in-001.tar")
 
 
-def test_kept_cams_are_part_of_what_shards_hold(data, model, sharded, tmp_path):
+def test_result_shards_record_whether_cams_are_kept(data, model, sharded, tmp_path):
     with pytest.raises(ValueError, match="keep_cams"):
         masks(data, model, sharded, "--keep_cams", "compact")
 
 
-def test_an_image_that_comes_again_later_is_damage(copies, model, tmp_path, capsys):
+def test_a_shard_with_a_repeated_image_fails(copies, model, tmp_path, capsys):
     content = members(copies / "in-000.tar")
     names = sorted(content)
     with tarfile.open(copies / "in-000.tar", "w") as archive:
@@ -352,7 +353,7 @@ def test_an_image_that_comes_again_later_is_damage(copies, model, tmp_path, caps
     assert "image_0 twice" in capsys.readouterr().err
 
 
-def test_shards_and_folders_of_images_exclude_each_other(data, model, tmp_path, capsys):
+def test_shards_exclude_the_flags_of_image_folders(data, model, tmp_path, capsys):
     with pytest.raises(SystemExit):
         masks(data, model, tmp_path / "masks", "--split_file", data / "split.txt")
     assert "--shards" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The step runner, records of earlier versions, warnings about precision, and affinities of one's own."""
+"""The step runner, records of earlier versions, warnings about precision, and custom affinities."""
 
 import json
 from dataclasses import replace
@@ -26,7 +26,7 @@ from tests.processes import here
 
 
 class Letters(Step):
-    """Writes names in capitals; `done` names are, and "x" stops the step."""
+    """Records names in capitals. Names in `done` are done; "x" interrupts the step."""
 
     def __init__(self, done: str = "", prefetch: int = 1):
         self.done, self.flow = done, FlowSettings(threads=0, prefetch=prefetch)
@@ -55,15 +55,15 @@ class Letters(Step):
         return self.calls
 
 
-def taken(step: Step, names: str, worker_index: int = 0) -> tuple[list[Outcome], list[str]]:
-    """Outcomes, in the order of names, and what `finish` returned."""
+def run_to_end(step: Step, names: str, worker_index: int = 0) -> tuple[list[Outcome], list[str]]:
+    """Run a step; return the outcomes in the order of names, and the result of `finish`."""
     outcomes: list[Outcome] = []
     result = drain(run_step(list(names), worker_index, step), outcomes.append)
     return sorted(outcomes), result
 
 
-def test_done_images_are_counted_and_the_others_taken_through_the_step():
-    outcomes, calls = taken(Letters(done="bd"), "abscd", worker_index=3)
+def test_done_images_are_counted_and_the_others_processed():
+    outcomes, calls = run_to_end(Letters(done="bd"), "abscd", worker_index=3)
     notes = {outcome.name: outcome.notes for outcome in outcomes}
     assert notes == {"a": ("decoded",), "b": (), "c": ("decoded",), "d": (), "s": ("skipped",)}
     assert not any(outcome.failure for outcome in outcomes)
@@ -72,12 +72,12 @@ def test_done_images_are_counted_and_the_others_taken_through_the_step():
 
 def test_a_step_with_nothing_to_do_is_not_started():
     for names, count in (("ab", 2), ("", 0)):
-        outcomes, calls = taken(Letters(done="ab"), names)
+        outcomes, calls = run_to_end(Letters(done="ab"), names)
         assert outcomes == [Outcome(name) for name in names] and len(outcomes) == count
         assert calls == ["finish"]
 
 
-def test_done_outcomes_replace_that_of_the_name():
+def test_done_outcomes_replace_the_outcome_of_the_name():
     class Several(Letters):
         several = True
 
@@ -89,10 +89,10 @@ def test_done_outcomes_replace_that_of_the_name():
     assert run.done == 3 and run.failures == [("a2", "it failed before")]
 
 
-def test_finish_is_called_after_an_error_too():
+def test_finish_is_also_called_after_an_error():
     step = Letters()
     with pytest.raises(KeyboardInterrupt):
-        taken(step, "abx")
+        run_to_end(step, "abx")
     assert step.calls[0] == "start 0" and step.calls[-1] == "finish" and "write A" in step.calls
 
     class Broken(Letters):
@@ -101,12 +101,12 @@ def test_finish_is_called_after_an_error_too():
 
     step = Broken()
     with pytest.raises(FileNotFoundError, match=r"x\.pt"):
-        taken(step, "ab")
+        run_to_end(step, "ab")
     assert step.calls == ["finish"]
 
 
 @pytest.mark.parametrize("num_workers, parts", [(1, ["abcdef"]), (2, ["abef", "cd"])])
-def test_run_divides_names_in_blocks_and_returns_what_each_process_finished_with(num_workers, parts):
+def test_run_divides_names_in_blocks_and_returns_the_result_of_each_process(num_workers, parts):
     run = Run(None)
     results = run.map(Letters(prefetch=2), list("abcdef"), num_workers)
     written = ["".join(call[-1].lower() for call in calls if call.startswith("write")) for calls in results]
@@ -120,7 +120,7 @@ FIRST_NAMES = {present: first for first, present in RENAMED.items()}
 
 
 def as_first_recorded(folder: Path) -> dict:
-    """Rewrite a folder's record with the names of the first version; returns it."""
+    """Rewrite a folder's record with the setting names of the first version; return the record."""
     record = json.loads((folder / "settings.json").read_text())
     record["settings"] = {FIRST_NAMES.get(key, key): value for key, value in record["settings"].items()}
     record.pop("info", None)
@@ -129,7 +129,7 @@ def as_first_recorded(folder: Path) -> dict:
 
 
 def test_folders_of_earlier_versions_are_continued(voc, tmp_path, parity_file):
-    """CAMs and masks whose records have the names of settings of the first version."""
+    """CAMs and masks whose records contain the setting names of the first version."""
     images = ["--img_root", voc / "JPEGImages", "--split_file", voc / "split.txt", "--device", "cpu"]
     cams, masks = tmp_path / "cams", tmp_path / "masks"
     first = ["generate_cams_voc12.py", *images, "--model", parity_file("tiny", 1), "--cam_out_dir", cams]
@@ -163,7 +163,7 @@ def test_records_are_the_same_under_old_and_new_names(tmp_path):
     new = read_settings(tmp_path / "new")
     assert read_settings(tmp_path / "old")["settings"] == new["settings"]
     assert new["settings"]["cam_scales"] == [0.5, 1.0] and new["settings"]["affinity_layers"] == 8
-    # The digest that mask folders of the first version recorded: of the record as it was then.
+    # The digest equals the one that mask folders of the first version recorded.
     assert fingerprint(old) == fingerprint(new) == fingerprint(vars(record)) == fingerprint(
         {"settings": {"cam_format": "compact", **new["settings"]}, "inputs": {"model": "abc"}}
     )
@@ -195,7 +195,7 @@ def test_cpus_with_bfloat16_units(text, flag, expected, tmp_path):
     assert has_bf16_units(tmp_path / "cpuinfo") is expected
 
 
-def test_what_is_unknown_of_a_cpu_is_no_reason_to_warn(tmp_path):
+def test_unknown_cpus_count_as_having_bfloat16_units(tmp_path):
     assert has_bf16_units(tmp_path / "nowhere")
     (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name : any\n")
     assert has_bf16_units(tmp_path / "cpuinfo")
@@ -210,7 +210,7 @@ def test_what_is_unknown_of_a_cpu_is_no_reason_to_warn(tmp_path):
         ("cuda:0", "bf16", False, False),
     ],
 )
-def test_emulated_bfloat16_is_warned_of(device, precision, units, warns, monkeypatch, capsys):
+def test_emulated_bfloat16_prints_a_warning(device, precision, units, warns, monkeypatch, capsys):
     monkeypatch.setattr(compute, "has_bf16_units", lambda: units)
     warn_of_slow_precision(device, precision)
     errors = capsys.readouterr().err
@@ -226,11 +226,11 @@ def test_only_the_first_process_warns(monkeypatch, capsys, parity_file):
         assert capsys.readouterr().err.count("warning") == count
 
 
-# Affinities of one's own
+# Custom affinities
 
 
 def identity(images: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, H', W') -> (B, n, n): every patch belongs to itself alone."""
+    """Images (B, 3, H', W') -> (B, n, n): each patch is related only to itself."""
     patches = images.shape[2] * images.shape[3] // 16**2
     return torch.eye(patches).repeat(len(images), 1, 1)
 
@@ -264,41 +264,41 @@ def test_an_identity_affinity_leaves_the_initial_cams(parity_clip):
         settings = CamSettings(keep_initial=True, **options)
         return image_cams(model, image, features[:3], features[3:], settings, affinity)
 
-    own, usual = cams(identity, refine="mhsa"), cams(refine="mhsa")
-    np.testing.assert_allclose(own[INITIAL], usual[INITIAL], atol=1e-4)  # attention without its weights
-    initial = normalized(own[INITIAL])  # as refined CAMs are; of a faint class it was not
+    own, attention = cams(identity, refine="mhsa"), cams(refine="mhsa")
+    np.testing.assert_allclose(own[INITIAL], attention[INITIAL], atol=1e-4)  # other kernels
+    initial = normalized(own[INITIAL])  # refined CAMs are normalized too; a faint class has a low maximum
     np.testing.assert_allclose(own[REFINED], initial, atol=1e-5)
-    assert np.abs(usual[REFINED] - normalized(usual[INITIAL])).max() > 0.1
-    # Boxes then only cut the initial CAM: what they keep is unchanged.
+    assert np.abs(attention[REFINED] - normalized(attention[INITIAL])).max() > 0.1
+    # Boxes then only mask the initial CAM; values inside are unchanged.
     boxed = cams(identity, refine="caa", include_edge=True)[REFINED]
     kept = boxed > 0
     assert kept.any((1, 2)).all() and (initial[~kept] > 0).any()
     np.testing.assert_allclose(boxed[kept], initial[kept], atol=1e-5)
-    flipped = cams(identity, refine="mhsa", flip=True)  # computed together with the mirror image
-    assert initial[0].max() > 0.99 and own[INITIAL][0].max() > 0.99  # not faint
+    flipped = cams(identity, refine="mhsa", flip=True)  # in a batch with the mirrored image
+    assert initial[0].max() > 0.99 and own[INITIAL][0].max() > 0.99  # the class is not faint
     np.testing.assert_allclose(flipped[REFINED][0], flipped[INITIAL][0], atol=1e-4)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_step_1_with_an_affinity(num_workers, tmp_path, parity_file):
+def test_step_1_uses_a_custom_affinity(num_workers, tmp_path, parity_file):
     voc = write_voc(tmp_path / "voc", {"es_a": ((96, 128), [8, 1, 5]), "es_b": ((75, 100), [3])})
     settings = CamSettings(refine="mhsa", keep_initial=True)
     model = parity_file("tiny", 1)
     own = step_of(voc, tmp_path / "own", model, settings=settings, affinity=identity)
-    usual = step_of(voc, tmp_path / "usual", model, settings=settings)
-    for step, workers in ((own, num_workers), (usual, 1)):
+    attention = step_of(voc, tmp_path / "attention", model, settings=settings)
+    for step, workers in ((own, num_workers), (attention, 1)):
         run = Run(step.output, Record("cams", outputs=OUTPUTS))
         run.map(step, ["es_a", "es_b"], workers)
         assert run.finish() == 0
     for name in ("es_a", "es_b"):
         initial, refined = (camfile.read(tmp_path / "own", name, kind)[1] for kind in (INITIAL, REFINED))
         np.testing.assert_allclose(refined, initial, atol=1e-3)  # float16
-        np.testing.assert_allclose(initial, camfile.read(tmp_path / "usual", name, INITIAL)[1], atol=1e-3)
-        assert np.abs(camfile.read(tmp_path / "usual", name)[1].astype(float) - refined).max() > 0.1
+        np.testing.assert_allclose(initial, camfile.read(tmp_path / "attention", name, INITIAL)[1], atol=1e-3)
+        assert np.abs(camfile.read(tmp_path / "attention", name)[1].astype(float) - refined).max() > 0.1
 
 
-def test_a_resnet_tower_takes_an_affinity(tmp_path):
-    """It has no attention between patches of its own."""
+def test_a_resnet_tower_accepts_a_custom_affinity(tmp_path):
+    """The tower itself has no attention between patches."""
     voc = write_voc(tmp_path / "voc", {"es_a": ((96, 128), [8, 1, 5])})
     torch.save(small_state(SMALL_RESNET), tmp_path / "rn.pt")
 
@@ -308,7 +308,7 @@ def test_a_resnet_tower_takes_an_affinity(tmp_path):
 
     settings = CamSettings(refine="mhsa", keep_initial=True)
     step = step_of(voc, tmp_path / "cams", tmp_path / "rn.pt", settings=settings, affinity=affinity)
-    outcomes, _ = taken(step, ["es_a"])
+    outcomes, _ = run_to_end(step, ["es_a"])
     assert [outcome.failure for outcome in outcomes] == [""]
     initial, refined = (camfile.read(tmp_path / "cams", "es_a", kind)[1] for kind in (INITIAL, REFINED))
     np.testing.assert_allclose(refined, initial, atol=1e-3)
@@ -319,5 +319,5 @@ def test_a_resnet_tower_takes_an_affinity(tmp_path):
 
 def test_a_copy_of_a_step_with_another_output_writes_there(voc, tmp_path, parity_file):
     step = replace(step_of(voc, tmp_path / "first", parity_file("tiny", 1)), output=str(tmp_path / "second"))
-    taken(step, ["es_b"])
+    run_to_end(step, ["es_b"])
     assert camfile.find(tmp_path / "second", "es_b") and not (tmp_path / "first").exists()

@@ -1,4 +1,4 @@
-"""A recipe alone makes a method: training without masks, resuming, testing; see `toy`."""
+"""A recipe is sufficient to define a method: training without masks, resuming and testing; see `toy`."""
 
 import json
 import os
@@ -45,14 +45,14 @@ def trainer_of(world, output, resume: bool = False) -> Trainer:
 
 @pytest.fixture(scope="module")
 def trained(world, tmp_path_factory):
-    """The folder of an undisturbed run, and its trainer."""
+    """The folder of an uninterrupted run, and its trainer."""
     folder = tmp_path_factory.mktemp("trained")
     trainer = trainer_of(world, folder)
     assert trainer.run()
     return folder, trainer
 
 
-def test_frozen_modules_stay_out_of_everything(world, trained):
+def test_frozen_modules_are_not_trained_and_not_saved(world, trained):
     folder, trainer = trained
     assert list(torch.load(folder / FINAL, weights_only=True)) == ["decoder.weight", "decoder.bias"]
     trained_parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
@@ -76,8 +76,8 @@ def test_each_group_follows_the_schedule_from_its_base_rate(trained):
     assert {"validation/Mean IoU", "loss/seg"} <= {*logs.Tags()["scalars"]}
 
 
-def test_the_objective_s_state_is_resumed_to_the_last_bit(world, trained, tmp_path):
-    folder, undisturbed = trained
+def test_resuming_restores_the_state_of_the_objective_exactly(world, trained, tmp_path):
+    folder, uninterrupted = trained
     trainer, calls = trainer_of(world, tmp_path), []
     objective = trainer.objective
 
@@ -95,16 +95,16 @@ def test_the_objective_s_state_is_resumed_to_the_last_bit(world, trained, tmp_pa
     assert list(state["model"]) == ["decoder.weight", "decoder.bias"]
     resumed = trainer_of(world, tmp_path, resume=True)
     assert resumed.run()
-    assert torch.equal(resumed.objective.prototypes, undisturbed.objective.prototypes)
+    assert torch.equal(resumed.objective.prototypes, uninterrupted.objective.prototypes)
     first, second = (torch.load(f / FINAL, weights_only=True) for f in (folder, tmp_path))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
-    batch = calls[0]  # what the objective got
+    batch = calls[0]  # arguments of the objective
     assert batch.extras["image_labels"].dtype == torch.bool and len(batch.extras["image_labels"]) == 3
     assert batch.extras["caption"] == [f"a photo of {name}" for name in batch.names]
     assert {*batch.labels.unique().tolist()} <= {0, 255}
 
 
-def test_the_trained_network_is_tested_by_its_own_protocol(world, trained, tmp_path):
+def test_the_network_is_tested_with_its_own_protocol(world, trained, tmp_path):
     folder, _ = trained
     assert test.main(toy.RECIPE, ["--run", str(folder), "--device", "cpu", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "scores.json").read_text())
@@ -114,7 +114,7 @@ def test_the_trained_network_is_tested_by_its_own_protocol(world, trained, tmp_p
     assert record["step"] == "toy.test" and record["inputs"]["clip"] == sha256(world / "clip.pth")
 
 
-def test_other_frozen_weights_are_another_run(world, trained, tmp_path):
+def test_resuming_with_other_frozen_weights_raises(world, trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
     torch.save(toy.Toy(2).clip.state_dict(), tmp_path / "other.pth")
     words = [f"run.output={tmp_path}/run", f"model.clip={tmp_path}/other.pth"]

@@ -1,8 +1,9 @@
-"""A method that differs from DeepLab in everything that a recipe may differ in, as small as possible.
+"""A minimal method that differs from DeepLab in every part of a recipe.
 
-Image-level labels and a frozen backbone make the labels online, with running class prototypes as state;
-AdamW with warm-up and a cosine to a minimum rate, also for a group of base rate 0; its own configuration
-section; a protocol of a fixed longer side.
+* Labels are made online from image-level labels and a frozen backbone; the state is class prototypes.
+* AdamW with warm-up and a cosine schedule down to a minimum rate; one group has the base rate 0.
+* The configuration has its own section.
+* The test protocol has a fixed longer side.
 """
 
 import math
@@ -25,7 +26,7 @@ from training.recipe import Network, Recipe
 
 @dataclass
 class ModelConfig(base.ModelConfig):
-    network: str = setting("toy", "the only one")
+    network: str = setting("toy", "the only network")
     clip: str = setting("", "file of the frozen backbone")
 
 
@@ -33,7 +34,7 @@ class ModelConfig(base.ModelConfig):
 class PrototypeConfig(Settings):
     SECTION = "prototypes."
 
-    momentum: float = setting(0.9, "of the running mean", least=0, most=1)
+    momentum: float = setting(0.9, "momentum of the running mean", least=0, most=1)
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Toy(nn.Module):
 
 
 class OnlineLabels:
-    """Labels each cell with the class, among the image's, whose running prototype is nearest."""
+    """Labels each cell with the class of the image whose running prototype is nearest."""
 
     def __init__(self, config: Config):
         self.momentum, self.prototypes = config.prototypes.momentum, None
@@ -70,12 +71,12 @@ class OnlineLabels:
     def __call__(self, network, batch, global_count):
         logits, features = network(batch.images)  # (B, C, h, w), (B, 8, h, w)
         assert not features.requires_grad
-        present = batch.extras["image_labels"]  # (B, C) bool
+        in_image = batch.extras["image_labels"]  # (B, C) bool
         if self.prototypes is None:
-            self.prototypes = torch.linspace(-1, 1, present.shape[1])[:, None].repeat(1, features.shape[1])
+            self.prototypes = torch.linspace(-1, 1, in_image.shape[1])[:, None].repeat(1, features.shape[1])
         scores = torch.einsum("bdhw,cd->bchw", features, self.prototypes)
-        labels = scores.masked_fill(~present[..., None, None], -math.inf).argmax(1)  # (B, h, w)
-        means = [features.mean((0, 2, 3)) * (index + 1) for index in range(present.shape[1])]
+        labels = scores.masked_fill(~in_image[..., None, None], -math.inf).argmax(1)  # (B, h, w)
+        means = [features.mean((0, 2, 3)) * (index + 1) for index in range(in_image.shape[1])]
         self.prototypes = self.prototypes.lerp(torch.stack(means), 1 - self.momentum)
         padding = resize_labels(batch.labels, logits.shape[-2:]) == IGNORE
         return {"seg": cross_entropy(logits, labels.masked_fill(padding, IGNORE), global_count)}
