@@ -1,4 +1,4 @@
-"""On what a step computes: device, precision, processes and threads, and how much fits in GPU memory."""
+"""Device, precision, processes and threads of a step, and the batch that fits in GPU memory."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,55 +13,55 @@ from pipeline.flow import FlowSettings
 from pipeline.processes import cores, device_of
 from pytorch_grad_cam.last_block import LABELS_AT_ONCE
 
-MAX_BATCH = 32  # images; a GPU is busy by then, and fewer images of rare shapes are left over
-PREFETCHED_BATCHES = 8  # decoded ahead, among which images of equal size are looked for
-WRITERS = 4  # threads that write a GPU's results: PNG and NumPy files at some thousand a second
+MAX_BATCH = 32  # images keep a GPU busy; larger batches leave more partial batches of rare shapes
+PREFETCHED_BATCHES = 8  # decoded ahead; images of equal size among them form batches
+WRITERS = 4  # threads that write a GPU's results, about a thousand PNG and NumPy files a second
 BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}  # flags in /proc/cpuinfo, of x86 and of ARM
 
 
 @dataclass(frozen=True)
 class ComputeSettings(Settings):
-    """On what a step computes. Results do not depend on it, except that `precision`, `compile` and
-    `batch_size` change rounding."""
+    """Device, precision and parallelism of a step. Only `precision`, `compile` and `batch_size` change
+    results, by rounding."""
 
     device: str = setting("auto", "auto (a GPU if there is one), cpu, cuda or cuda:i", metavar="DEVICE")
     precision: str = setting(
         "fp32",
-        "of the image tower's matrix products; bf16 is faster on GPUs and on CPUs with bf16 units, tf32 and "
-        "fp16 on GPUs. Softmax, norms and sums stay float32",
+        "type of the image tower's matrix products; bf16 is faster on GPUs and on CPUs with bf16 units, tf32 "
+        "and fp16 on GPUs. Softmax, norms and sums stay float32",
         choices=clip.PRECISIONS,
     )
     compile: bool = setting(
-        False, "compile the image tower's blocks; takes about a minute, and a C++ compiler on a CPU"
+        False, "compile the image tower's blocks; takes about a minute, and needs a C++ compiler on a CPU"
     )
     num_workers: int = setting(
-        1, "processes; with several GPUs they take turns, on a CPU one keeps all cores busy", least=1
+        1, "processes; they are divided among the GPUs. On a CPU one process uses all cores", least=1
     )
     threads: int | None = setting(
         None,
-        "CPU threads of a process, each busy with its own images (default: one for each core); fewer need "
-        "less memory",
+        "CPU threads of a process, each for whole images (default: one per core); fewer threads need less "
+        "memory",
         least=1,
     )
     batch_size: int | None = setting(
         None,
-        "images computed at once; auto: what fits on a GPU, 1 on a CPU. A batch that does not fit is halved",
+        "images per batch; auto: as many as fit on a GPU, 1 on a CPU. A batch that does not fit is halved",
         least=1,
         none="auto",
     )
     prefetch: int | None = setting(
         None,
-        "images decoded ahead and grouped by size into batches; bounds memory (default: "
+        "images decoded ahead, which are grouped by size into batches; limits memory (default: "
         f"{PREFETCHED_BATCHES} batches)",
         least=1,
         aliases=["--look_ahead"],
     )
     decode_workers: int | None = setting(
-        None, "processes that decode for a GPU (default: the other cores; on a CPU 0)", least=0
+        None, "processes that decode images for a GPU (default: the other cores; on a CPU 0)", least=0
     )
 
     def flow(self) -> FlowSettings:
-        """Return how images flow; where the user says nothing, a GPU is fed by all other cores."""
+        """Return the settings of the engine; by default all other cores decode images for a GPU."""
         gpu = clip.pick_device(self.device).type == "cuda"
         batch = self.batch_size or (MAX_BATCH if gpu else 1)
         decode_workers = self.decode_workers
@@ -88,13 +88,13 @@ def warn_of_slow_precision(device: str, precision: str) -> None:
     """Log a warning if bfloat16 is emulated: on such a CPU it took 2.3 times as long as float32."""
     if precision == "bf16" and device == "cpu" and not has_bf16_units():
         log.warning(
-            "warning: this CPU has no bfloat16 units, so --precision bf16 is slower than fp32 (0.43 of its "
-            "speed was measured)"
+            "warning: this CPU has no bfloat16 units, so --precision bf16 is slower than fp32 (measured: 0.43 "
+            "of its speed)"
         )
 
 
 def has_bf16_units(cpuinfo: str | Path = "/proc/cpuinfo") -> bool:
-    """Return whether the CPU multiplies bfloat16 in hardware; True where that cannot be read."""
+    """Return whether the CPU multiplies bfloat16 in hardware; True if `cpuinfo` does not say."""
     try:
         text = Path(cpuinfo).read_text()
     except OSError:  # not Linux
@@ -104,10 +104,10 @@ def has_bf16_units(cpuinfo: str | Path = "/proc/cpuinfo") -> bool:
 
 
 def bytes_per_image(model: CLIP, patches: int) -> int:
-    """Return an upper estimate of the memory that a batch needs for each image: quadratic in the patches for
-    the last block's attention, linear for the widest activations, which the gradient holds for all labels."""
+    """Return an upper bound of the GPU memory per image of a batch: quadratic in the patches for the last
+    block's attention, linear for the widest activations, which the gradient keeps for all labels."""
     if not isinstance(model.visual, VisionTransformer):
-        return patches * 2**20  # early stages: 64 positions of each stride-32 cell at hundreds of channels
+        return patches * 2**20  # early stages have 64 positions per stride-32 cell and hundreds of channels
     width = model.config.vision_width
     heads = width // HEAD_WIDTH
     return 4 * patches**2 * (heads + 6) + 4 * patches * width * (12 * LABELS_AT_ONCE + 40)
@@ -116,15 +116,15 @@ def bytes_per_image(model: CLIP, patches: int) -> int:
 def images_that_fit(model: CLIP, patches: int, threads: int, views: int = 1) -> int:
     """Return the number of images of this size that fit in GPU memory, per thread; on a CPU 1.
 
-    On a CPU batches of one image give equal results to the last bit, whichever images a resumed run computes.
+    On a CPU, batches of one image make results bit for bit independent of the images that a run computes.
 
     Args:
         patches: number of patches of an image.
         threads: number of threads that share the GPU.
-        views: number of views of an image, which are computed together.
+        views: number of views per image; they are computed together.
     """
     if model.device.type == "cpu":
         return 1
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    free = 0.8 * (torch.cuda.mem_get_info(model.device)[0] + unused)  # a fifth is left for others
+    free = 0.8 * (torch.cuda.mem_get_info(model.device)[0] + unused)  # a fifth is left for other programs
     return int(min(MAX_BATCH, max(1, free / max(1, threads) // (views * bytes_per_image(model, patches)))))

@@ -1,4 +1,4 @@
-"""Labels from scores: files of scores, rules that choose labels, the label file, metrics."""
+"""Labels from class scores: score files, rules that choose labels, the label file, metrics."""
 
 import hashlib
 import math
@@ -22,8 +22,8 @@ RULES = ("relative", "absolute", "top")
 
 
 def write_scores(folder: str | Path, scores: Mapping[str, np.ndarray]) -> Path:
-    """Write scores, image name -> (K,) float32, to a file named by a hash of the images, so that processes do
-    not collide; return the file."""
+    """Write scores, image name -> (K,) float32, to a file and return its path. The file name contains a hash
+    of the image names, so that processes write different files."""
     names = sorted(scores)
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     file = Path(folder) / f"scores-{digest}{SUFFIX}"
@@ -37,25 +37,25 @@ def read_scores(folder: str | Path, num_classes: int) -> dict[str, np.ndarray]:
     scores: dict[str, np.ndarray] = {}
     for file in sorted(Path(folder).glob(f"scores-*{SUFFIX}")):
         try:
-            with np.load(file) as content:  # refuses pickles
+            with np.load(file) as content:  # raises for pickles
                 names, values = content["names"], content["scores"]
             if values.shape != (len(names), num_classes):
                 raise ValueError(f"its scores have the shape {values.shape}")
-        except Exception as error:  # whatever zipfile and NumPy raise on damaged files
-            raise ValueError(f"{file} is damaged ({error}): remove it, and start again to go on") from None
+        except Exception as error:  # zipfile and NumPy raise many types on damaged files
+            raise ValueError(f"{file} is damaged ({error}): remove it and run the command again") from None
         scores.update(zip(names.tolist(), values, strict=True))
     return scores
 
 
 class LabelRule(NamedTuple):
-    """How scores become labels, see `choose`."""
+    """Rule that turns scores into labels, see `choose`."""
 
     threshold: float
     rule: str = "relative"
 
 
 def label_rule(rule: str, threshold: float | None, ratio: float) -> LabelRule:
-    """Return what --label_rule and --label_threshold ask for; `ratio` is the default of "relative"."""
+    """Return the rule of --label_rule and --label_threshold; `ratio` is the default of "relative"."""
     if rule == "relative":
         threshold = ratio if threshold is None else threshold
         expected, fits = "from 0 to 1", 0 <= threshold <= 1
@@ -71,11 +71,12 @@ def label_rule(rule: str, threshold: float | None, ratio: float) -> LabelRule:
 
 
 def choose(scores: np.ndarray, threshold: float, rule: str = "relative") -> np.ndarray:
-    """Return which classes are predicted from scores (n, K), as (n, K) bool.
+    """Return the predicted classes of scores (n, K), as (n, K) bool.
 
     Args:
-        rule: "relative": above min + threshold * (max - min) of an image's scores, so none if all are equal;
-            "absolute": above the threshold; "top": the `threshold` highest, of equal ones the first.
+        rule: "relative": scores above min + threshold * (max - min) of the image, so no class if all scores
+            are equal; "absolute": scores above the threshold; "top": the `threshold` highest scores, of equal
+            scores those of the first classes.
     """
     if rule == "relative":
         low, high = scores.min(1, keepdims=True), scores.max(1, keepdims=True)
@@ -89,7 +90,7 @@ def choose(scores: np.ndarray, threshold: float, rule: str = "relative") -> np.n
 
 
 def chosen_labels(scores: np.ndarray, threshold: float, rule: str = "relative") -> list[list[int]]:
-    """Return each image's labels, ascending: the chosen classes, or else the one of the highest score."""
+    """Return each image's labels, ascending: the chosen classes, or the best class if none is chosen."""
     chosen = choose(scores, threshold, rule)
     return [
         np.flatnonzero(row).tolist() or [int(values.argmax())]
@@ -98,7 +99,7 @@ def chosen_labels(scores: np.ndarray, threshold: float, rule: str = "relative") 
 
 
 def write_labels(file: str | Path, scores: dict[str, np.ndarray], rule: LabelRule) -> None:
-    """Write lines `name index index ...`, which every script takes as --labels and as --split_file."""
+    """Write lines `name index index ...`, which every script accepts as --labels and as --split_file."""
     chosen = chosen_labels(np.stack([*scores.values()]), *rule) if scores else []
     lines = [" ".join([name, *map(str, row)]) + "\n" for name, row in zip(scores, chosen, strict=True)]
     write_file(file, "".join(lines))
@@ -113,7 +114,7 @@ def report_metrics(
     rule: LabelRule,
     json_file: str | None,
 ) -> None:
-    """Print the metrics of images with true labels, as the reference script does, and write them as JSON."""
+    """Print the metrics of images with true labels in the format of the reference script; write JSON."""
     true_labels, unlabeled = {}, []
     for name in scores if truth else ():
         try:
@@ -142,12 +143,12 @@ def report_metrics(
 def truth_reader(
     benchmark: Benchmark, split: labels.Split, labels_file: str | None, image_root: str
 ) -> labels.LabelReader | None:
-    """Return the true labels: of a file, of the split file, else the benchmark's; None if there are none."""
+    """Return a reader of true labels: of a file, the split file or the benchmark; None if there are none."""
     if labels_file or any(split.values()):
         return labels.reader(replace(benchmark, labels="file"), split, labels_file)
     if benchmark.labels == "file":
         return None
     try:
         return labels.reader(beside_images(benchmark, image_root), split)
-    except FileNotFoundError:  # the images come without annotation
+    except FileNotFoundError:  # the images have no annotation
         return None

@@ -1,4 +1,4 @@
-"""Dividing images among processes: torchrun's ranks, and the processes that a rank starts on its machine."""
+"""Divides images among processes: torchrun's ranks, and the processes that each rank starts."""
 
 import math
 import multiprocessing
@@ -18,14 +18,14 @@ from common.logs import log
 
 @dataclass
 class Decoded:
-    """A decoded sample; the base of what steps decode to.
+    """A decoded sample; base class of the samples of all steps.
 
     Attributes:
         name: image id.
-        notes: remarks that are counted over all images, such as "images shrunk to ...".
-        shape: equal for images that may share a batch.
-        cost: batches are cut in descending order of this number, so that padding to the largest of a batch
-            (its number of labels, for example) wastes little.
+        notes: remarks that the run counts, such as "images shrunk to ...".
+        shape: images of equal shape may share a batch.
+        cost: images are batched in descending order of this number, such as the number of labels, so that
+            padding to the largest image of a batch wastes little.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Decoded:
 
 
 class Outcome(NamedTuple):
-    """The outcome of one image: a failure in one sentence (empty: none), and notes that are counted."""
+    """The outcome of one image: its failure in one line (empty: none), and its notes."""
 
     name: str
     failure: str = ""
@@ -46,7 +46,7 @@ def attempt(name: str, work: Callable[..., Any], *args) -> Any:
     """Return `work(*args)`, or the failed outcome of image `name` if it raises; see `failed`."""
     try:
         return work(*args)
-    except Exception as error:  # one bad image never ends a run, whatever is wrong with it
+    except Exception as error:  # one bad image never ends a run
         return failed(name, error)
 
 
@@ -54,26 +54,26 @@ def failed(name: str, error: Exception) -> Outcome:
     """Return the outcome of an image that failed with `error`.
 
     Raises:
-        DiskFull: the disk is full, so that no later image would fare better.
+        DiskFull: the disk is full, so all later images would fail too.
     """
     if isinstance(error, DiskFull):
         raise error
     if isinstance(error, OSError) and error.errno in FULL:  # numba's cache of compiled code, for example
-        raise DiskFull(f"{error}: make room, and start again to go on") from None
+        raise DiskFull(f"{error}: free disk space and run the same command again") from None
     log.debug("traceback of the failure of %s", name, exc_info=error)
     kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
     return Outcome(name, failure=kind + " ".join(str(error).split()))
 
 
 def part_of(items: Sequence, index: int, count: int, block: int = 1) -> list:
-    """Return the items of process `index` of `count`: every count-th block of items. A part may be divided
-    again by the same blocks."""
+    """Return the items of process `index` of `count`: every count-th block of items. A part can be divided
+    again into the same blocks."""
     starts = range(index * block, len(items), count * block)
     return [item for start in starts for item in items[start : start + block]]
 
 
 def cores() -> int:
-    """Return the CPU cores for this process: torchrun's ranks on one machine divide its cores."""
+    """Return the number of CPU cores for this process: torchrun's ranks on one machine share its cores."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -82,13 +82,13 @@ def device_of(device: str, worker_index: int = 0) -> str:
     """Return the device of one process, "cpu" or "cuda:i".
 
     Args:
-        device: "auto" (CUDA where there is any), "cpu", "cuda" (processes take the GPUs in turn) or "cuda:i".
+        device: "auto" (CUDA if available), "cpu", "cuda" (processes are divided among the GPUs) or "cuda:i".
         worker_index: number of the process on this machine.
 
     Raises:
-        ValueError: no such device, or PyTorch sees no GPU.
+        ValueError: no such device, or PyTorch finds no GPU.
     """
-    import torch  # here, because steps without tensors need not wait for the import
+    import torch  # imported here: steps without tensors do not need it
 
     from clip import pick_device
 
@@ -99,7 +99,7 @@ def device_of(device: str, worker_index: int = 0) -> str:
 
 
 def drain(generator: Generator[Outcome, None, Any], take: Callable[[Outcome], None]) -> Any:
-    """Pass each outcome to `take`; return the generator's return value."""
+    """Call `take` with each outcome of a generator; return the generator's return value."""
     while True:
         try:
             outcome = next(generator)
@@ -119,11 +119,11 @@ def run(
     """Run `work(names, worker_index, *args)` in several processes of this machine, which divide `names`.
 
     Args:
-        work: a module-level generator function, which yields an `Outcome` for each name. `worker_index`
-            counts the processes of this machine; with several processes, `args` are pickled.
-        processes: 1 is this process itself. Several divide the CPU threads, unless OMP_NUM_THREADS is set.
-        take: called here with each outcome as it comes.
-        block: names that stay together, see `part_of`.
+        work: a module-level generator function that yields an `Outcome` for each name. `worker_index` is the
+            number of the process on this machine. With several processes, `args` are pickled.
+        processes: 1 uses this process. Several share the CPU threads, unless OMP_NUM_THREADS is set.
+        take: called in this process with each outcome.
+        block: number of consecutive names that one process gets, see `part_of`.
 
     Returns:
         The return value of each call of `work`.
@@ -140,17 +140,17 @@ def run(
     workers: dict[Connection, BaseProcess] = {}
     results: dict[Connection, Any] = {}
     threads_are_set = "OMP_NUM_THREADS" in os.environ
-    # Read when a worker first loads its libraries.
+    # Workers read this variable when they load their libraries.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     try:
         for index in range(processes):
             receiver, sender = context.Pipe(duplex=False)
             part = part_of(names, index, processes, block)
-            # No daemon, which may not start decoding processes.
+            # Not a daemon: daemons may not start decoding processes.
             options = sender, work, part, first + index, args, logs.level()
             worker = context.Process(target=_worker, args=options)
             worker.start()
-            sender.close()  # the worker alone holds it, so that its death ends the pipe
+            sender.close()  # only the worker keeps it open, so the pipe ends when the worker dies
             workers[receiver] = worker
         if not threads_are_set:
             del os.environ["OMP_NUM_THREADS"]
@@ -173,11 +173,11 @@ def _receive(receiver: Connection, worker: BaseProcess) -> tuple[str, Any]:
     """Return the next message of a worker, see `_worker`; ChildProcessError if it died."""
     try:
         return receiver.recv()
-    except (EOFError, OSError):  # OSError: within a message
+    except (EOFError, OSError):  # OSError: it died within a message
         worker.join()
         raise ChildProcessError(
             f"a worker process died (exit code {worker.exitcode}; -9 often means out of memory); "
-            "the same command continues, fewer --num_workers need less memory"
+            "the same command continues; fewer --num_workers need less memory"
         ) from None
 
 
@@ -186,18 +186,18 @@ def _worker(
 ) -> None:
     """Send ("outcome", Outcome) for each image, then ("result", what `work` returned) or ("error", error)."""
     logs.show(log_level)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and terminates its workers
 
     def send(kind: str, value: Any) -> None:
         try:
             sender.send((kind, value))
-        except BrokenPipeError:  # the parent was killed; the next run continues
+        except BrokenPipeError:  # the parent was killed
             os._exit(1)
 
     try:
         send("result", drain(work(names, worker_index, *args), partial(send, "outcome")))
     except (ValueError, OSError) as error:
-        kinds = (ValueError, DiskFull, ChildProcessError, OSError)  # others may not survive pickling
+        kinds = (ValueError, DiskFull, ChildProcessError, OSError)  # other types may not be picklable
         kind = next(kind for kind in kinds if isinstance(error, kind))
         send("error", kind(str(error)))
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""One run over many images: the output folder and its settings, progress, failures, exit code."""
+"""A run over many images: output folder, recorded settings, progress, failures, exit code."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow",
 SETTINGS = "settings.json"
 FAILED = "failed.txt"
 SHOWN = 5  # names or failures listed before "..."
-# Settings that earlier versions recorded under other names -> their present names.
+# Name of a setting in earlier records -> its present name.
 RENAMED = {
     "averaged": "affinity_layers",
     "leave_out_last": "exclude_last_layer",
@@ -58,15 +58,15 @@ def command(main: Callable[[], int | None], again: str = "the same command conti
 
 @dataclass(frozen=True)
 class Record:
-    """What an output folder records of the run that fills it.
+    """Record of the run that fills an output folder, written to `settings.json`.
 
     Attributes:
         step: name such as "cams"; no other step may fill or overwrite the folder.
         settings: JSON values that the outputs depend on; "benchmark" is what later steps load.
-        inputs: sha256 by name of the files they depend on, such as {"model": ...}.
+        inputs: sha256 by name of the files that the outputs depend on, such as {"model": ...}.
         outputs: file patterns of the outputs, such as ("*.npy", "*.npz").
-        info: not compared with that of the last run.
-        defaults: declared defaults of settings; an earlier record without a setting had its default.
+        info: further values; they may change from run to run in one folder.
+        defaults: declared defaults of settings. A setting that an earlier record lacks had its default.
     """
 
     step: str = ""
@@ -81,8 +81,8 @@ class Run:
     """One run of a step: `Run(folder, record)`, `map` a step over the images, return `finish()`.
 
     Args:
-        folder: output folder, made if missing; None when the step writes no files.
-        overwrite: remove the outputs of the last run and start anew.
+        folder: output folder, made if missing; None if the step writes no files.
+        overwrite: remove the outputs of the last run and start from scratch.
 
     Raises:
         ValueError: see `check_folder`.
@@ -99,15 +99,15 @@ class Run:
         self.rank, self.world = rank_and_world()
         if self.folder is not None and self.rank == 0:
             _fill(self.folder, record or Record(), overwrite)
-        gather(None)  # no rank may write before the record
+        gather(None)  # no rank may write outputs before the record exists
 
     def map(self, step: Step, names: Sequence[str], num_workers: int = 1) -> list:
-        """Run a step over images, which processes divide in blocks of `step.flow.prefetch`.
+        """Run a step over images, divided among processes in blocks of `step.flow.prefetch`.
 
-        Under torchrun every rank takes its part of `names` and may itself have `num_workers` processes.
+        Under torchrun every rank takes its part of `names` and starts `num_workers` processes.
 
         Returns:
-            What `step.finish` returned in each process; under torchrun those of all ranks, on all ranks.
+            The return value of `step.finish` of each process of all ranks, on all ranks.
         """
         self.retry, block = step.retry, step.flow.prefetch
         names = processes.part_of(names, self.rank, self.world, block)
@@ -131,13 +131,13 @@ class Run:
             self._add_note(note, 1, [outcome.name])
 
     def _add_note(self, note: str, count: int, names: list[str]) -> None:
-        """Count a note; of the names only a few are kept, so that memory does not grow with the images."""
+        """Count a note, and keep only a few of its names, so that memory does not grow with the images."""
         total, first = self.notes.get(note, (0, []))
         self.notes[note] = total + count, sorted([*first, *names])[: SHOWN + 1]
 
     def finish(self) -> int:
-        """Log failures and notes of all torchrun ranks; write `failed.txt`, or remove it. From here on
-        `failures` holds those of all ranks.
+        """Log failures and notes of all ranks, and write or remove `failed.txt`. Afterwards `failures` contains
+        those of all ranks.
 
         Returns:
             The exit code: 1 if an image failed, else 0.
@@ -149,7 +149,7 @@ class Run:
             log.log(
                 logging.WARNING if failures else logging.INFO, "%d images, %d failed", total, len(failures)
             )
-            for _, _, notes in parts[1:]:  # rank 0's are here already
+            for _, _, notes in parts[1:]:  # self.notes already contains rank 0's
                 for note, (count, names) in notes.items():
                     self._add_note(note, count, names)
             for note, (count, names) in sorted(self.notes.items()):
@@ -164,9 +164,9 @@ class Run:
 
 
 def read_settings(folder: str | Path) -> dict:
-    """Return what the run that filled `folder` recorded: "step", "settings", "inputs", "versions"; or {}.
+    """Return the record of the run that filled `folder`: "step", "settings", "inputs", "versions"; or {}.
 
-    Settings of earlier versions have their present names (`RENAMED`).
+    Settings of earlier versions are returned under their present names (`RENAMED`).
 
     Raises:
         ValueError: the record is damaged.
@@ -177,10 +177,10 @@ def read_settings(folder: str | Path) -> dict:
     try:
         record = json.loads(file.read_text())
         if not isinstance(record, dict):
-            raise ValueError("it holds no dict")
+            raise ValueError("it contains no JSON object")
         for part in ("settings", "inputs", "versions"):
             if not isinstance(record.get(part, {}), dict):
-                raise ValueError(f"its {part} are no dict")
+                raise ValueError(f"its {part} are not a JSON object")
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): restore it, or remove {folder}") from None
     if "settings" in record:
@@ -193,10 +193,10 @@ def _with_present_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(record: Mapping[str, Any]) -> str:
-    """Return the sha256 of the settings and inputs that CAMs were made with; empty if nothing is recorded.
+    """Return the sha256 of the settings and inputs of recorded CAMs; empty if there is no record.
 
-    The file format is left out, since no mask depends on it. Settings enter under the names of the first
-    version, so that masks made by earlier versions are recognized.
+    The file format is left out, because masks do not depend on it. Settings enter the hash under the names
+    of the first version, so that masks of earlier versions are recognized.
 
     Args:
         record: see `read_settings`.
@@ -210,7 +210,7 @@ def fingerprint(record: Mapping[str, Any]) -> str:
 
 
 def write_json(file: str | Path, content: Mapping[str, Any]) -> None:
-    """Write JSON; NaN, which it does not have, becomes null."""
+    """Write JSON; NaN becomes null, because JSON has no NaN."""
     write_file(file, json.dumps(_without_nan(content), indent=2) + "\n")
 
 
@@ -223,15 +223,15 @@ def _without_nan(value: Any) -> Any:
 
 
 def first_few(names: Sequence[str]) -> str:
-    """Return the first few of `names` in one line, "..." after them if there are more."""
+    """Return the first few of `names` in one line, followed by "..." if there are more."""
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def check_folder(folder: str | Path, record: Record, overwrite: bool = False) -> list[Path]:
-    """Check that a `Run` may fill this folder. Changes nothing.
+    """Check that a `Run` may fill this folder, without changing it.
 
     Returns:
-        The outputs of the last run that it would remove.
+        The outputs of the last run that the run would remove.
 
     Raises:
         ValueError: the folder holds outputs of other settings (the message names them), of another step, or
@@ -241,41 +241,41 @@ def check_folder(folder: str | Path, record: Record, overwrite: bool = False) ->
     last = read_settings(folder)
     existing = [file for pattern in record.outputs for file in folder.rglob(pattern)]
     if not last:
-        if existing:  # perhaps ground truth, or another project's files
+        if existing:  # these may be ground truth or files of another project
             raise ValueError(
-                f"{folder} holds {existing[0].name} but no {SETTINGS}: it was not filled by this command, "
+                f"{folder} contains {existing[0].name} but no {SETTINGS}, so this command did not fill it: "
                 "choose another folder"
             )
         return []
     if last.get("step", "") != record.step:
         raise ValueError(
-            f"{folder} is the folder of another step ({last.get('step') or 'unnamed'}, not "
-            f"{record.step or 'unnamed'}): choose another folder"
+            f"{folder} contains the outputs of step {last.get('step') or 'unnamed'}, not of "
+            f"{record.step or 'unnamed'}: choose another folder"
         )
     if overwrite:
         for file in existing:
             if file.parent != folder:
                 raise ValueError(
-                    f"{folder} also holds {file.relative_to(folder)}, and --overwrite removes nothing from "
-                    "subfolders: move it away, or choose another folder"
+                    f"{folder} also contains {file.relative_to(folder)}, but --overwrite removes nothing in "
+                    "subfolders: move this file, or choose another folder"
                 )
         return existing
-    defaults, settings, inputs = (  # as in the file: tuples become lists
+    defaults, settings, inputs = (  # JSON turns tuples into lists
         json.loads(json.dumps(dict(part))) for part in (record.defaults, record.settings, record.inputs)
     )
     before = {**defaults, **last.get("settings", {}), **last.get("inputs", {})}
     now = {**_with_present_names(settings), **inputs}
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    if existing and differing:  # settings of a run that failed before its first output do not matter
+    if existing and differing:  # a folder without outputs may change its settings
         changes = ", ".join(f"{key} (was {_short(before, key)}, now {_short(now, key)})" for key in differing)
         raise ValueError(
-            f"{folder} was filled with other settings: {changes}; choose another folder, or --overwrite"
+            f"{folder} was filled with other settings: {changes}; choose another folder, or give --overwrite"
         )
     return []
 
 
 def _short(values: Mapping[str, Any], key: str) -> str:
-    """Return a recorded value for an error message; of a sha256 the first digits."""
+    """Return a recorded value for an error message; a sha256 is cut to its first digits."""
     if key not in values:
         return "not recorded"
     text = repr(values[key])
@@ -283,7 +283,7 @@ def _short(values: Mapping[str, Any], key: str) -> str:
 
 
 def _fill(folder: Path, record: Record, overwrite: bool) -> None:
-    """Remove what an overwriting run replaces, and write the record."""
+    """Remove the outputs that an overwriting run replaces, and write the record."""
     sweep(folder)
     for file in check_folder(folder, record, overwrite):
         file.unlink()
@@ -296,7 +296,7 @@ def _fill(folder: Path, record: Record, overwrite: bool) -> None:
 
 
 def write_failures(file: Path, failures: Sequence[tuple[str, str]]) -> None:
-    """Write one line for each failed image, name and message; without any, remove the last list."""
+    """Write a line `name<TAB>message` for each failed image; without failures, remove the last list."""
     if not failures:
         file.unlink(missing_ok=True)
         return

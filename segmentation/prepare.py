@@ -1,4 +1,4 @@
-"""What every benchmark's `prepare` shares: inspecting files, reporting problems, writing lists."""
+"""Functions that all `prepare` commands share: inspect files, report problems, write split files."""
 import argparse
 import hashlib
 import os
@@ -18,10 +18,10 @@ from common.logs import no_progress
 from common.settings import count
 from segmentation.images import find_image, read_image, read_size
 
-PRINTED = 3  # problems of a kind that are printed; the file lists all
+PRINTED = 3  # number of problems of each kind that are printed; the file lists all
 EXIT_CODES = """\
-Exit code 0: fine; 1: problems were found (all listed in the file OUT/*problems*.txt; what can be written is);
-2: wrong usage. A list that is not the published one (by sha256 or length) is reported, and is no problem.
+Exit code 0: no problems; 1: problems, all listed in OUT/*problems*.txt (everything that can be written is
+written); 2: wrong usage. A list that differs from the published one is reported, but is not a problem.
 """
 
 Item = TypeVar("Item")
@@ -31,15 +31,16 @@ class Problem(NamedTuple):
     """A fault in the user's copy of the data."""
 
     kind: str  # "missing image", "bad mask", ...
-    sentence: str  # names the file
+    sentence: str  # one line that names the file
 
 
 @dataclass
 class Inspection:
-    """What was read from the files of one image.
+    """Labels, sizes and problems of the files of one image.
 
-    `labels` is None if they have no source or it cannot be read. `sizes` holds the (height, width) that each
-    kind of file ("image", "annotation", "mask", ...) has or declares.
+    Attributes:
+        labels: class indices; None if there is no source of labels or it cannot be read.
+        sizes: kind of file ("image", "annotation", "mask", ...) -> its (height, width).
     """
 
     name: str
@@ -62,7 +63,7 @@ def collecting(problems: list[Problem], kind: str) -> Iterator[None]:
 
 
 def inspect_image(folder: Path, name: str, decode: bool) -> Inspection:
-    """Return the size of image `name`, read from its header or, with `decode`, after decoding all of it."""
+    """Return the size of image `name`, from its header, or with `decode` after decoding all pixels."""
     inspection = Inspection(name)
     with collecting(inspection.problems, "image"):
         file = find_image(folder, name)
@@ -79,7 +80,7 @@ def inspect_all(
 ) -> dict[str, list[int] | None]:
     """Inspect every image; return image name -> labels in the order of `items`, and add to `problems`."""
     labels = {}
-    with ProcessPoolExecutor(workers) as pool:  # starts no process before it has work
+    with ProcessPoolExecutor(workers) as pool:  # starts processes only when it gets work
         inspections = map(inspect, items) if workers == 1 else pool.map(inspect, items, chunksize=16)
         progress = tqdm(inspections, total=len(items), desc=description, unit="image", disable=no_progress())
         for inspection in progress:
@@ -95,22 +96,22 @@ def inspect_all(
 def write_split(
     file: Path, split: Mapping[str, Sequence[int]], count: int | None = None, sha256: str | None = None
 ) -> None:
-    """Write lines `name index ...` (LF, one blank between fields) and print how many.
+    """Write lines `name index ...` (LF, one space between fields) and print their number.
 
     Args:
         split: image name -> class indices, often none.
-        count: number of lines of the published list, to compare with; None compares nothing.
-        sha256: of the published list; None compares the number of lines alone.
+        count: number of lines of the published list; None: there is none to compare with.
+        sha256: sha256 of the published list; None: only the number of lines is compared.
     """
     content = "".join(" ".join([name, *map(str, labels)]) + "\n" for name, labels in split.items()).encode()
     write_file(file, content)
     verdict = ""
     if sha256 and sha256 == hashlib.sha256(content).hexdigest():
-        verdict = "; sha256 is the published one"
+        verdict = "; sha256 equals that of the published list"
     elif sha256:
-        verdict = f"; sha256 is NOT the published one, so this is another list (published: {count} images)"
+        verdict = f"; sha256 DIFFERS from that of the published list ({count} images)"
     elif count not in (None, len(split)):
-        verdict = f"; this is another list than the published one, which has {count} images"
+        verdict = f"; differs from the published list, which has {count} images"
     print(f"{file}: {len(split)} images{verdict}")
 
 
@@ -140,8 +141,8 @@ def make_parser(package: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     flag = parser.add_argument
-    flag("--root", type=Path, required=True, help="your copy of the data set")
-    flag("--out", type=Path, default=Path(package), help="folder for the lists (%(default)s)")
+    flag("--root", type=Path, required=True, help="folder of your copy of the data set")
+    flag("--out", type=Path, default=Path(package), help="folder for the split files (%(default)s)")
     flag("--check_images", action="store_true", help="decode every image, not only its header (minutes)")
     flag("--num_workers", type=count, default=os.cpu_count() or 1, help="processes (one for each core)")
     return parser
@@ -150,7 +151,7 @@ def make_parser(package: str, description: str) -> argparse.ArgumentParser:
 def run(
     parser: argparse.ArgumentParser, prepare: Callable[[argparse.Namespace], int], args: argparse.Namespace
 ) -> int:
-    """Return the exit code of `prepare(args)`; OSError and ValueError end with exit code 2 at once."""
+    """Return the exit code of `prepare(args)`; exit with code 2 after OSError or ValueError."""
     try:
         return prepare(args)
     except (OSError, ValueError) as error:

@@ -1,8 +1,8 @@
 """Training a segmentation network: one loop for all methods, in one process or under torchrun.
 
-An iteration is `accumulate` batches and one step of the optimizer. It depends on the seed and its number
-alone. A run that was stopped and resumed therefore gives the same weights as an uninterrupted one, to the
-last bit on the same machine with the same number of threads and ranks.
+An iteration is `accumulate` batches and one step of the optimizer. It depends only on the seed and its
+number. A run that was stopped and resumed therefore gives the same weights as an uninterrupted run, bit for
+bit on the same machine with the same number of threads and ranks.
 """
 
 import threading
@@ -33,9 +33,9 @@ from segmentation.schedules import Schedule
 LOGS = "logs"  # TensorBoard's folder
 AVERAGED = 20  # iterations whose mean loss is logged, as in deeplab-pytorch
 
-# (network, batch of tensors, global_count) -> named losses, whose sum is minimized. Sums over pixels are
-# divided by global_count(number of pixels), see `GlobalCount`. An objective with state, which must be equal
-# on all ranks, also has `state_dict()` and `load_state_dict(state)` for resume files.
+# (network, batch of tensors, global_count) -> named losses; their sum is minimized. Sums over pixels are
+# divided by global_count(number of pixels), see `GlobalCount`. An objective with state also has
+# `state_dict()` and `load_state_dict(state)` for resume files; its state must be equal on all ranks.
 Objective = Callable[[nn.Module, Batch, GlobalCount], dict[str, Tensor]]
 
 # The network, in eval mode -> scores to log; called on every rank.
@@ -49,14 +49,14 @@ class Trainer:
     """One run: `Trainer(...)`, then `run()`.
 
     Args:
-        model: network on its device. If batch norm is frozen, the network's `train()` must leave it frozen.
+        model: network on its device. If batch norm is frozen, its `train()` must keep it frozen.
         optimizer: over the trained parameters. The rate of each group is its base rate.
         schedule, objective, dataset, optim, run, validation, figures: see their types.
-        frozen: names of the model's submodules that are not trained: their parameters get no gradients, they
-            stay in eval mode, and no checkpoint or resume file holds them.
+        frozen: names of the model's submodules that are not trained. Their parameters get no gradients, they
+            stay in eval mode, and checkpoints and resume files do not contain them.
 
-    The folder `run.output` gets `checkpoint_<iteration>.pth` and `checkpoint_final.pth` (state dicts of the
-    network alone), `resume.pt` during training, and TensorBoard logs in `logs`.
+    The trainer writes to the folder `run.output`: `checkpoint_<iteration>.pth` and `checkpoint_final.pth`
+    (state dicts of the network), `resume.pt` during training, and TensorBoard logs in `logs`.
     """
 
     def __init__(
@@ -81,7 +81,8 @@ class Trainer:
         self.world = World(self.device)
         if optim.batch_size < self.world.size:
             raise ValueError(
-                f"a batch of {optim.batch_size} images is too small for {self.world.size} processes"
+                f"solver.batch_size {optim.batch_size} is too small for {self.world.size} processes: each "
+                "needs at least one image"
             )
         self.order = Order(len(dataset.names), optim.batch_size, optim.seed, optim.drop_last)
         on_gpu = self.device.type == "cuda"
@@ -99,12 +100,12 @@ class Trainer:
         if run.channels_last:
             model.to(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])  # the base rate, as torch's schedulers name it
-        # Small gradients vanish in half precision unless they are scaled; bfloat16 has float32's range.
+            group.setdefault("initial_lr", group["lr"])  # torch's schedulers use this key for the base rate
+        # float16 rounds small gradients to zero unless they are scaled; bfloat16 has the range of float32.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
         if run.compile:
             model.compile()
-        self.model = self.network = model  # `network` is what is called: with several ranks DDP's wrapper
+        self.model = self.network = model  # `network` is the DDP wrapper if there are several ranks
         if self.world.size > 1:
             self.network = DistributedDataParallel(
                 model, device_ids=[self.device.index] if on_gpu else None, process_group=self.world.group
@@ -121,7 +122,7 @@ class Trainer:
             Whether training is complete.
 
         Raises:
-            WorkFailed: a file is missing or wrong, or the loss is not finite; the message says which.
+            WorkFailed: a file is missing or invalid, or the loss is not finite; the message names the cause.
         """
         world, total, accumulate = self.world, self.optim.iterations, self.optim.accumulate
         numbers = range(self.done * accumulate, total * accumulate)
@@ -129,7 +130,7 @@ class Trainer:
         clock, images = time.monotonic(), 0
         self._set_mode(training=True)
         bar = tqdm(total=total, initial=self.done, unit="iteration", disable=no_progress(world.rank > 0))
-        # Purge what an earlier process logged after the iteration that is resumed.
+        # Remove log entries that an earlier process wrote after the resumed iteration.
         logs = nullcontext() if world.rank else SummaryWriter(self.folder / LOGS, purge_step=self.done + 1)
         with stopping(twice=world.size > 1) as stop, logs as writer, bar:
             self._validate(writer)  # if the last run ended before or during validation
@@ -143,8 +144,8 @@ class Trainer:
                     losses = self.iterate(chunk)
                 except torch.cuda.OutOfMemoryError:
                     raise WorkFailed(
-                        "training stopped: the GPU's memory does not suffice; halve solver.batch_size and "
-                        "double solver.accumulate, or set run.precision=bf16"
+                        "training stopped: the GPU is out of memory; halve solver.batch_size and double "
+                        "solver.accumulate, or set run.precision=bf16"
                     ) from None
                 bar.update()
                 bar.set_postfix(loss=f"{self.recent[-1]:.4f}", refresh=False)
@@ -155,7 +156,7 @@ class Trainer:
                     if self.figures and self._is_due(self.config.picture_every):
                         self._log_figures(writer, chunk[-1])
                     writer.flush()
-                self._save()  # before validation, which may take longer than a batch system waits
+                self._save()  # before validation: a batch system may kill the job during it
                 self._validate(writer)
         return True
 
@@ -168,7 +169,7 @@ class Trainer:
             self.model.get_submodule(name).eval()
 
     def _next(self, batches: Iterator[Batch], stop: threading.Event) -> list[Batch] | None:
-        """Return the batches of the next iteration, or None if any rank was asked to stop."""
+        """Return the batches of the next iteration, or None if any rank got a stop signal."""
         chunk, failure = [], ""
         try:
             chunk = [next(batches) for _ in range(self.optim.accumulate)]
@@ -184,7 +185,7 @@ class Trainer:
         """Run one iteration: forward and backward of each batch, one step.
 
         Returns:
-            The losses by name; means over the batches, as the gradients are.
+            Name -> loss, the mean over the batches.
         """
         done = self.done
         for group in self.optimizer.param_groups:
@@ -211,9 +212,9 @@ class Trainer:
             names = ", ".join(dict.fromkeys(name for part in parts for name in part))
             self._fail(
                 f"the loss of iteration {done + 1} is {float(values.sum())}; its images: {names}; last good "
-                f"checkpoint: {self.last_good}; a lower learning_rate may help"
+                f"checkpoint: {self.last_good}; a lower solver.learning_rate may help"
             )
-        # A recipe that clips gradients would do so here, after scaler.unscale_(optimizer).
+        # Gradients can be clipped here, after scaler.unscale_(optimizer).
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.done += 1
@@ -259,14 +260,14 @@ class Trainer:
         self._set_mode(training=True)
 
     def _validate(self, writer: SummaryWriter | None) -> None:
-        """Validate if it is due and was not done after this iteration yet."""
+        """Validate if it is due and this iteration was not validated before."""
         due = self.done > self.validated and self._is_due(self.config.validate_every)
         if not (self.validation and due):
             return
-        # Statistics of batch norm differ between ranks; checkpoints hold those of rank 0.
+        # Statistics of batch norm differ between ranks; checkpoints contain those of rank 0.
         self.world.copy_from_rank_0(self.model.buffers())
         self._set_mode(training=False)
-        torch.backends.cudnn.benchmark = False  # whole images have many sizes
+        torch.backends.cudnn.benchmark = False  # validation images have many sizes
         with torch.inference_mode():
             scores = self.validation(self.model)
         torch.backends.cudnn.benchmark = not self.config.deterministic
@@ -282,7 +283,7 @@ class Trainer:
             self.save_resume()
 
     def _save(self) -> None:
-        """Write what is due: a checkpoint, the final one, the resume file."""
+        """Write the checkpoint and the resume file that are due after this iteration."""
         complete = self.done == self.optim.iterations
         save = complete or self._is_due(self.config.save_every)
         if save:
@@ -303,14 +304,14 @@ class Trainer:
         """Raise WorkFailed if a parameter or statistic is not finite, on any rank."""
         state = trained_state(self.model, self.frozen)
         finite = all(bool(value.isfinite().all()) for value in state.values())
-        if self.world.any(not finite)[0]:  # live batch norm differs between ranks
+        if self.world.any(not finite)[0]:  # statistics of live batch norm differ between ranks
             self._fail(
-                f"after iteration {self.done} the weights are no longer finite; last good checkpoint: "
-                f"{self.last_good}; a lower learning_rate may help"
+                f"after iteration {self.done} the weights are not finite; last good checkpoint: "
+                f"{self.last_good}; a lower solver.learning_rate may help"
             )
 
     def save_resume(self) -> None:
-        """Write what `load_resume` reads; all ranks call it. Raise WorkFailed as `check_finite`."""
+        """Write the file that `load_resume` reads. All ranks call it. Raises WorkFailed as `check_finite`."""
         self.check_finite()
         if self.world.rank:
             return
@@ -339,8 +340,8 @@ class Trainer:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
             if state["model"].keys() != trained_state(self.model, self.frozen).keys():
-                raise ValueError("the file holds other tensors")
-            self.model.load_state_dict(state["model"], strict=False)  # frozen submodules are not in it
+                raise ValueError("its tensors are those of another network")
+            self.model.load_state_dict(state["model"], strict=False)  # it does not contain frozen submodules
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             if hasattr(self.objective, "load_state_dict"):
@@ -348,10 +349,12 @@ class Trainer:
             self.done, self.validated = state["iteration"], state["validated"]
             self.recent.extend(state["recent_losses"])
             self.last_good = state["last_good"]
-        except (OSError, MemoryError, torch.cuda.OutOfMemoryError):  # not the file's fault
+        except (OSError, MemoryError, torch.cuda.OutOfMemoryError):  # not a damaged file
             raise
-        except Exception:  # a damaged file may raise anything
-            raise ValueError(f"{file} is damaged or of another network: remove it to start anew") from None
+        except Exception:  # damaged files raise exceptions of many types
+            raise ValueError(
+                f"{file} is damaged or of another network: remove it to start from scratch"
+            ) from None
         return True
 
 

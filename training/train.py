@@ -1,4 +1,4 @@
-"""Command `train` of a method: trains a network in a run folder, from which it can be resumed."""
+"""Command `train` of a method: trains a network in a run folder, and resumes a stopped run."""
 
 import os
 from collections.abc import Sequence
@@ -33,15 +33,15 @@ from training.segmenter import protocol_of
 
 OUTPUTS = ("checkpoint_*.pth", RESUME)
 NUM_SHOWN = 3  # samples of an example figure
-AGAIN = "the same command with --resume continues from what was saved last"
+AGAIN = "the same command with --resume continues from the last saved state"
 
 
 def validation(
     split: Split, network: Network, benchmark: Benchmark, device: str, precision: str
 ) -> Validation:
-    """Return a function that scores a network on a split, whose images are divided among the ranks.
+    """Return a function that scores a network on a split. The ranks divide the images.
 
-    Each image is segmented once, at scale 1; the published protocol (command `test`) may have more scales.
+    Each image is segmented once, at scale 1. The published protocol of command `test` may have more scales.
     """
     protocol = replace(network.protocol, scales=(1.0,), flip=False)
     rank, world = rank_and_world()
@@ -68,7 +68,7 @@ def validation(
 
 
 def figures(network: Network, benchmark: Benchmark) -> Figures:
-    """Return a function that draws one example figure: samples in rows; input, label and prediction."""
+    """Return a function that draws an example figure: one row per sample with input, label and prediction."""
 
     def draw(model: nn.Module, batch: Batch) -> dict[str, np.ndarray]:
         images, labels = batch.images[:NUM_SHOWN], batch.labels[:NUM_SHOWN]
@@ -93,16 +93,16 @@ def prepare(
         The trainer, or None if the run to resume is complete.
 
     Raises:
-        FileNotFoundError, ValueError: something is missing or does not fit; no file was changed.
+        FileNotFoundError, ValueError: an input is missing or invalid; no file was changed.
     """
     folder = Path(config.run.output)
     with together():
         network, benchmark = recipe.network(config), benchmark_of(config)
-        # A resumed network has its weights, and does not need the file that it started from.
+        # A resumed network does not need its initial weights; their file may be gone.
         started = resume and (folder / RESUME).is_file()
         recipe.resolve(config, read_settings(folder).get("settings", {}) if started else None)
         split = training_split(config, benchmark, recipe.needs_masks)
-        protocol_of(recipe, config)  # an invalid protocol is an error now, not after days of training
+        protocol_of(recipe, config)  # so that an invalid protocol is an error before training
         record = check_run_folder(recipe, config, split, overwrite, resume, started)
         if resume and (folder / FINAL).is_file():
             return None
@@ -148,22 +148,22 @@ def prepare(
 def check_run_folder(
     recipe: Recipe, config: Config, split: Split, overwrite: bool, resume: bool, started: bool
 ) -> Record:
-    """Return what the run records; changes nothing.
+    """Return the record of the run, without changing any file.
 
     Args:
-        started: the run has a resume file. The recorded initial weights are kept: their file may be gone.
+        started: the run has a resume file; the recorded hash of its initial weights is kept.
 
     Raises:
-        ValueError: the folder holds another run, or files that no run wrote, or this run and neither `resume`
-            nor `overwrite` is set.
+        ValueError: the folder contains another run, files of another origin, or this run while neither
+            `resume` nor `overwrite` is set.
     """
     folder, step = Path(config.run.output), f"{recipe.name}.train"
     if folder.resolve() in (Path(path).resolve() for path in (split.image_dir, split.label_dir) if path):
-        raise ValueError(f"run.output {folder} is the folder of the images or masks: choose another")
+        raise ValueError(f"run.output {folder} is the folder of the images or masks: choose another folder")
     last = read_settings(folder)
     foreign = next((name for name in (configs.CONFIG, LOGS) if (folder / name).exists()), None)
     if foreign and last.get("step") != step:
-        raise ValueError(f"{folder} holds {foreign}, which no training wrote: choose another run.output")
+        raise ValueError(f"run.output {folder} contains {foreign} of another origin: choose another folder")
     sections = asdict(config)
     sections["data"] |= {key: str(Path(value)) for key, value in sections["data"].items() if value}
     info = {name: sections.pop(name) for name in ("run", "test")}
@@ -182,14 +182,14 @@ def check_run_folder(
     first = next((file for file in trained if file.is_file()), None)
     if first and not resume and not overwrite:
         raise ValueError(
-            f"{folder} holds {first.name}: --resume continues that run, --overwrite starts anew, or choose "
-            "another run.output"
+            f"run.output {folder} contains {first.name}: give --resume to continue that run, --overwrite to "
+            "start from scratch, or choose another folder"
         )
     return record
 
 
 def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     parser = Parser(
         prog=f"python -m {recipe.name}.train",
         description=f"Train {recipe.title}; under torchrun in several processes. SIGTERM and Ctrl-C save, "
@@ -199,7 +199,7 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
     flag = parser.add_argument
     flag("--config", metavar="FILE.yaml", help=f"configuration; published ones are in {recipe.name}/configs")
     flag("--resume", action="store_true", help="continue the run in run.output; start it if nothing is saved")
-    flag("--overwrite", action="store_true", help="remove what another run left in run.output")
+    flag("--overwrite", action="store_true", help="remove the outputs of an earlier run in run.output first")
     flag("overrides", nargs="*", metavar="key=value", help="changes to the configuration, such as "
          "data.label_dir=output/voc12/pseudo_masks solver.learning_rate=2e-4")  # fmt: skip
     args = parser.parse_intermixed_args(arguments)
