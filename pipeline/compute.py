@@ -88,8 +88,8 @@ def warn_of_slow_precision(device: str, precision: str) -> None:
     """Log a warning if bfloat16 is emulated: on such a CPU it took 2.3 times as long as float32."""
     if precision == "bf16" and device == "cpu" and not has_bf16_units():
         log.warning(
-            "warning: this CPU has no bfloat16 units, so --precision bf16 is slower than fp32 (measured: 0.43 "
-            "of its speed)"
+            "warning: this CPU has no bfloat16 units, so --precision bf16 is slower than fp32 (measured: "
+            "0.43 of its speed)"
         )
 
 

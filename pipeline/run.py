@@ -136,7 +136,7 @@ class Run:
         self.notes[note] = total + count, sorted([*first, *names])[: SHOWN + 1]
 
     def finish(self) -> int:
-        """Log failures and notes of all ranks, and write or remove `failed.txt`. Afterwards `failures` contains
+        """Log failures and notes of all ranks, and write or remove `failed.txt`. `failures` then contains
         those of all ranks.
 
         Returns:
