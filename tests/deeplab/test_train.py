@@ -280,7 +280,7 @@ def empty_split(root: Path):
 
 MISTAKES = {  # what is done to the files, further words, exit code, sentence
     "size": (mask(np.zeros((40, 51), np.uint8)), [], 1,
-             r"image_2.png is \(40, 51\) but its image .*\(40, 52\)"),
+             r"image_2.png is \(40, 51\) but its image is .*\(40, 52\)"),
     "class": (mask(np.full((40, 52), 13, np.uint8)), [], 1, "image_2.png holds 13.*13 classes"),
     "16 bits": (mask(np.zeros((40, 52), np.uint16)), [], 1, "image_2.png has mode I;16"),
     "RGB": (mask(np.zeros((40, 52, 3), np.uint8)), [], 1, "image_2.png has mode RGB"),
