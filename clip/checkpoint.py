@@ -117,7 +117,7 @@ def from_state_dict(state: dict[str, Tensor], file: Path | str = "state dict", *
         conventions: fields of `Config` that cannot be inferred from weights: activation, mean, std.
 
     Raises:
-        ValueError: keys, shapes or types are not those of a CLIP.
+        ValueError: keys, shapes or types do not match a CLIP.
     """
     config = replace(infer_config(state, file), **conventions)
     with torch.device("meta"):

@@ -95,8 +95,8 @@ def attend_with_weights(
     score_buffer = query.new_empty(chunk, batch, length, length)
     weight_buffer = torch.empty_like(score_buffer, dtype=torch.float32)
     attention = weight_buffer.new_zeros(batch, length, length)
-    mixed = value.new_empty(heads, batch, length, width)
-    kept = value.new_empty(heads, batch, length, length) if keep_heads else None
+    output = value.new_empty(heads, batch, length, width)
+    head_weights = value.new_empty(heads, batch, length, length) if keep_heads else None
     for start in range(0, heads, chunk):
         q, k, v = (x[:, start : start + chunk].transpose(0, 1).flatten(0, 1) for x in (query, key, value))
         scores, weights = score_buffer[: len(q) // batch], weight_buffer[: len(q) // batch]
@@ -107,10 +107,10 @@ def attend_with_weights(
             scores.add_(mask[:, start : start + chunk].transpose(0, 1))
             torch.softmax(scores, -1, dtype=torch.float32, out=weights)
             F.threshold_(weights, NEGLIGIBLE, 0.0)
-        if kept is not None:
-            weights = kept[start : start + chunk].copy_(weights)
-        torch.bmm(weights.to(v.dtype).flatten(0, 1), v, out=mixed[start : start + chunk].flatten(0, 1))
-    return mixed.transpose(0, 1), attention.div_(heads), kept
+        if head_weights is not None:
+            weights = head_weights[start : start + chunk].copy_(weights)
+        torch.bmm(weights.to(v.dtype).flatten(0, 1), v, out=output[start : start + chunk].flatten(0, 1))
+    return output.transpose(0, 1), attention.div_(heads), head_weights
 
 
 def heads_per_chunk(query: Tensor) -> int:
@@ -146,10 +146,10 @@ class Attention(nn.Module):
         query, key, value = self.qkv(x)
         attention = None
         if need_weights:
-            mixed, attention, _ = self.attend(query, key, value, mask)
+            output, attention, _ = self.attend(query, key, value, mask)
         else:
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2)), attention
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out_proj(output.transpose(1, 2).flatten(2)), attention
 
 
 class Block(nn.Module):
@@ -170,8 +170,8 @@ class Block(nn.Module):
 
     def forward(self, x, mask=None, need_weights=False, ln1_output=None) -> tuple[Tensor, Tensor | None]:
         """See `VisionTransformer.block`."""
-        mixed, attention = self.attn(self.ln_1(x) if ln1_output is None else ln1_output, mask, need_weights)
-        x = mixed.add_(x)
+        output, attention = self.attn(self.ln_1(x) if ln1_output is None else ln1_output, mask, need_weights)
+        x = output.add_(x)
         return self.mlp(self.ln_2(x)).add_(x), attention
 
 

@@ -51,7 +51,7 @@ def write_file(file: str | Path, content: str | bytes) -> None:
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove temporary files in and below `folder` that ended processes of this machine left there."""
+    """Remove temporary files of ended processes of this machine, in `folder` and its subfolders."""
     name = re.compile(rf".+\.{re.escape(_machine())}-(\d+)\.tmp")
     for file in Path(folder).rglob("*.tmp"):
         match = name.fullmatch(file.name)

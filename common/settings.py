@@ -145,16 +145,16 @@ def rows(cls: type, prefix: str = "--", values: Any = None) -> list[tuple[str, s
         prefix: "--" for flags; "" for the keys of a YAML file.
         values: instance whose values are listed as defaults; None lists the declared defaults.
     """
-    found = []
+    result = []
     for declared in fields(cls):
         default = _default(declared) if values is None else getattr(values, declared.name)
         if is_dataclass(default):
-            found += rows(type(default), f"{prefix}{declared.name}.", default)
+            result += rows(type(default), f"{prefix}{declared.name}.", default)
         elif spec := declared.metadata.get(SPEC):
             choices = f": {', '.join(f'`{choice}`' for choice in spec.choices)}" if spec.choices else ""
             shown = _as_text(default, spec) or ("off" if default is False else "")
-            found.append((f"{prefix}{declared.name}", shown, spec.help + choices))
-    return found
+            result.append((f"{prefix}{declared.name}", shown, spec.help + choices))
+    return result
 
 
 class _Switch(argparse.Action):

@@ -1,7 +1,7 @@
 """The dense CRF in tensor operations, for many images at once on a GPU.
 
-The mathematics is that of `refinement.densecrf_numba`: an update is softmax(S B S' q - energies) with a
-sparse matrix S of 9 entries per pixel. All images of a group share one lattice: the image number is the
+The mathematics is the same as in `refinement.densecrf_numba`: an update is softmax(S B S' q - energies) with
+a sparse matrix S of 9 entries per pixel. All images of a group share one lattice: the image number is the
 highest digit of a point's key, and class channels are padded with classes of probability 0. Sorting the keys
 numbers the points, and orders the entries of S' for summation. Slice, splat and blur are weighted sums of
 rows, computed by `embedding_bag`.

@@ -144,7 +144,7 @@ def read(
     class_ids = _class_ids(content, file)
     if cam_type not in content:
         types = ", ".join(key for key in content if key not in ("keys", "size"))
-        raise ValueError(f"{file} has no {cam_type} maps; it has: {types or 'none'}: give another --cam_type")
+        raise ValueError(f"{file} has no {cam_type} maps (available: {types or 'none'}): give --cam_type")
     try:
         maps = np.asarray(content[cam_type])
         height, width = (int(side) for side in content.get("size", maps.shape[1:]))

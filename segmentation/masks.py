@@ -31,7 +31,7 @@ def read_mask(file: str | Path) -> np.ndarray:
     image = decode(file)
     if image.mode not in ("P", "L"):
         raise ValueError(
-            f"mask {file} has mode {image.mode}: expected 8-bit class indices: convert it to palette or gray"
+            f"mask {file} has mode {image.mode}, expected 8-bit class indices: convert it to palette or gray"
         )
     labels = np.array(image)
     if image.mode == "L" and image.format == "PNG":

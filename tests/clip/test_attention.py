@@ -15,10 +15,10 @@ def test_attend_with_weights_equals_masked_softmax(bias, size):
     query, key, value = torch.randn(3, 2, 3, 20, 64)  # (B, heads, L, 64)
     query, key = size * query, size**0.5 * key
     mask = torch.full((20, 20), bias).fill_diagonal_(0)
-    mixed, attention, _ = attend_with_weights(query, key, value, mask)
+    output, attention, _ = attend_with_weights(query, key, value, mask)
     scores = query.double() @ key.double().mT / 8
     expected = (scores + mask).softmax(-1) @ value.double()
-    torch.testing.assert_close(mixed.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(attention.double(), scores.softmax(-1).mean(1), rtol=0, atol=1e-6)
 
 
@@ -30,18 +30,18 @@ def test_mask_of_minus_100_can_be_overcome_by_high_scores():
     for score in (0.0, 20.0, 40.0, 80.0, 95.0, 100.0, 105.0, 300.0):
         query, key = torch.zeros(2, 1, 1, 2, 64)
         query[0, 0, 0, 0], key[0, 0, 1, 0] = 8.0, score
-        mixed, *_ = attend_with_weights(query, key, value, mask)
+        output, *_ = attend_with_weights(query, key, value, mask)
         weight = 1 / (1 + math.exp(100 - score))
-        assert mixed[0, 0, 0, 0].item() == pytest.approx(weight if weight > 1e-30 else 0, rel=1e-4, abs=0)
+        assert output[0, 0, 0, 0].item() == pytest.approx(weight if weight > 1e-30 else 0, rel=1e-4, abs=0)
 
 
 def test_half_precision_returns_float32_attention():
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 9, 64).bfloat16()
     mask = torch.full((9, 9), -100.0).fill_diagonal_(0)
-    mixed, attention, _ = attend_with_weights(query, key, value, mask.bfloat16())
-    assert mixed.dtype == torch.bfloat16 and attention.dtype == torch.float32
-    assert torch.equal(mixed, value)
+    output, attention, _ = attend_with_weights(query, key, value, mask.bfloat16())
+    assert output.dtype == torch.bfloat16 and attention.dtype == torch.float32
+    assert torch.equal(output, value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -169,7 +169,8 @@ def test_damaged_and_invalid_files_raise_value_error(tmp_path):
     assert_raises("an array of float64, expected a dict of CAMs", np.zeros(3))
     assert_raises("a NoneType, expected a dict of CAMs", None)
     assert_raises("not a CAM file: it has no entry `keys`", {"cams": one_map})
-    assert_raises("no cams maps; it has: attn_highres: give", {"keys": [0], "attn_highres": one_map}, "cams")
+    content = {"keys": [0], "attn_highres": one_map}
+    assert_raises(r"no cams maps \(available: attn_highres\): give --cam_type", content, "cams")
     assert_raises(r"shape \(1, 2, 2\), expected 2 maps", {"keys": [0, 1], "attn_highres": one_map})
     assert_raises(r"shape \(1, 2, 2\), expected 2 maps", {"keys": [0], "bg_highres": one_map}, "bg_highres")
     assert_raises("is damaged", {"keys": ["cat"], "attn_highres": one_map})
