@@ -297,7 +297,7 @@ def test_bad_files_are_left_out_and_listed(tiny, tree, capsys):
         "no_image": "no image no_image",
         "no_mask": "no_mask.png does not exist",
         "other_size": "other_size.png is (63, 64) but its image is (64, 64)",
-        "other_class": "holds 9, which is neither",
+        "other_class": "has the value 9, expected one of the 5 class indices",
         "deep": "mode I;16",
         "coloured": "mode RGB",
     }
