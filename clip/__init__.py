@@ -1,4 +1,4 @@
-"""The frozen CLIP: loading, towers, prompts, network input."""
+"""Frozen CLIP: checkpoints, image and text towers, prompts, image preprocessing."""
 from clip.checkpoint import PRECISIONS, load, pick_device
 from clip.images import normalize, preprocess, resize_rgb, target_size
 from clip.model import CLIP, Config

@@ -1,8 +1,8 @@
 """Checkpoint files -> CLIP.
 
-Supported are OpenAI's TorchScript archives, state dicts (also of DataParallel, or inside a training
-checkpoint), open_clip's state dicts and safetensors. Code in a file never runs: archives are opened for their
-tensors only, and pickles are read by restricted readers.
+Supported files: OpenAI's TorchScript archives, state dicts (also of DataParallel, or inside a training
+checkpoint), open_clip's state dicts, and safetensors. Code in a file never runs: only the tensors of archives
+are read, and pickles are read by restricted unpicklers.
 """
 import pickle
 import zipfile
@@ -24,7 +24,8 @@ PRECISIONS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-# What the pickle of a TorchScript archive may name, beside the classes of its modules.
+# Globals allowed in the pickle of a TorchScript archive, and their replacements. `_ArchiveReader` also allows
+# module classes and typed lists. Any other global is an error.
 GLOBALS = {
     ("torch", "BFloat16Storage"): torch.bfloat16,
     ("torch", "BoolStorage"): torch.bool,
@@ -41,8 +42,8 @@ GLOBALS = {
     ("torch.jit._pickle", "restore_type_tag"): lambda value, _: value,
     ("collections", "OrderedDict"): dict,
 }
-# Entries of CLIP files that are not weights: numbers in OpenAI's, the causal mask in open_clip's, and a table
-# that CLIP-ES's implementation registers while it runs.
+# Entries of CLIP checkpoints that are not weights: three numbers in OpenAI's files, the causal mask in
+# open_clip's files, and the resampled positions that CLIP-ES's implementation registers at run time.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "positional_embedding_new")
 
 
@@ -56,19 +57,19 @@ def load(
     """Return a frozen CLIP in eval mode.
 
     Args:
-        name: a checkpoint file, or a name that `clip.download.resolve` knows.
+        name: a checkpoint file or a model name, see `clip.download.resolve`.
         device: "auto" (CUDA if available), "cpu", "cuda" or "cuda:i".
         precision: of the image tower: "fp32", "tf32" (fp32 with TF32 products on CUDA), "bf16" or "fp16". The
-            text tower stays float32: its features are computed once.
-        round_weights: round matrix weights to float16 and back, as CLIP-ES's implementation does with every
-            file, also on a CPU; without it, CAMs of a float32 checkpoint differ by about 1e-2. None rounds
-            all files but open_clip's.
-        compile: compile the image tower's blocks by torch.compile at their first call, which takes up to a
-            minute and needs a C++ compiler on a CPU.
+            text tower stays float32, because its features are computed only once.
+        round_weights: round matrix weights to float16 and back. CLIP-ES's implementation does this for every
+            file, also on a CPU. Without rounding, CAMs of a float32 checkpoint differ by about 1e-2. None
+            rounds all files except open_clip's.
+        compile: compile the image tower's blocks with torch.compile at their first call. This takes up to a
+            minute, and on a CPU requires a C++ compiler.
 
     Raises:
-        FileNotFoundError: no such file, or an unknown name.
-        ValueError: an unknown precision or device, or not a CLIP checkpoint; the message says why.
+        FileNotFoundError: the file does not exist, or the name is unknown.
+        ValueError: the precision or device is unknown, or the file is not a CLIP checkpoint.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -87,10 +88,10 @@ def load(
 
 
 def pick_device(device: str) -> torch.device:
-    """Return the CPU or CUDA device of a name; "auto" is CUDA if available, else the CPU.
+    """Return the device "cpu", "cuda" or "cuda:i"; "auto" is CUDA if available, else the CPU.
 
     Raises:
-        ValueError: another kind of device, or a GPU that does not exist.
+        ValueError: the name is not one of these, or the GPU does not exist.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,10 +100,12 @@ def pick_device(device: str) -> torch.device:
     except RuntimeError:
         picked = None
     if picked is None or picked.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device!r} is not a device for this: use auto, cpu, cuda or cuda:0")
+        raise ValueError(f"--device: {device!r} is not supported: use auto, cpu, cuda or cuda:0")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if picked.type == "cuda" and (picked.index or 0) >= count:
-        raise ValueError(f"--device {device}: torch does not see this GPU (of {count}): use cpu or another")
+        raise ValueError(
+            f"--device: {device!r} does not exist: torch detects {count} GPUs; use cpu or another index"
+        )
     return picked
 
 
@@ -110,11 +113,11 @@ def from_state_dict(state: dict[str, Tensor], file: Path | str = "state dict", *
     """Return the CLIP of a cleaned state dict, in float32.
 
     Args:
-        file: named in errors.
-        conventions: fields of `Config` that weights do not show: activation, mean, std.
+        file: shown in errors.
+        conventions: fields of `Config` that cannot be inferred from weights: activation, mean, std.
 
     Raises:
-        ValueError: keys, shapes or types are not those of a CLIP.
+        ValueError: keys, shapes or types do not match a CLIP.
     """
     config = replace(infer_config(state, file), **conventions)
     with torch.device("meta"):
@@ -126,10 +129,13 @@ def from_state_dict(state: dict[str, Tensor], file: Path | str = "state dict", *
         shape = expected[key].shape if key in expected else value.shape
         if value.shape != shape:
             raise ValueError(
-                f"{file} is not a CLIP checkpoint: {key} has shape {tuple(value.shape)}, not {tuple(shape)}"
+                f"{file} is not a CLIP checkpoint: {key} has shape {tuple(value.shape)}, expected "
+                f"{tuple(shape)}"
             )
         if not (value.is_floating_point() or key.endswith("num_batches_tracked")):
-            raise ValueError(f"{file} is not a CLIP checkpoint: {key} holds {value.dtype}, not floats")
+            raise ValueError(
+                f"{file} is not a CLIP checkpoint: {key} has type {value.dtype}, expected floating point"
+            )
         weights[key] = value.float() if value.is_floating_point() else value
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     if missing or unexpected:
@@ -145,13 +151,13 @@ def _first(keys: list[str]) -> str:
 
 
 def infer_config(state: dict[str, Tensor], file: Path | str = "state dict") -> Config:
-    """Return the sizes of a CLIP from its state dict, with OpenAI's conventions.
+    """Return the configuration of a CLIP: sizes from its state dict, and OpenAI's conventions.
 
     Raises:
-        ValueError: a key is missing, or a weight has an impossible shape.
+        ValueError: a key is missing, or a weight has an unexpected shape.
     """
 
-    def count(prefix: str) -> int:  # distinct numbers that follow the prefix
+    def count(prefix: str) -> int:  # number of distinct indices after the prefix
         return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
 
     try:
@@ -176,16 +182,20 @@ def infer_config(state: dict[str, Tensor], file: Path | str = "state dict") -> C
             text_layers=count("transformer.resblocks."),
         )
     except (KeyError, ValueError, IndexError, TypeError) as error:
-        fault = f"it has no {error.args[0]}" if isinstance(error, KeyError) else "weights have other shapes"
+        missing = isinstance(error, KeyError)
+        fault = f"it has no {error.args[0]}" if missing else "a weight has an unexpected shape"
         raise ValueError(f"{file} is not a CLIP checkpoint of OpenAI or open_clip: {fault}") from None
     widths = (config.text_width, *([config.vision_width] if config.patch_size else []))
     if any(width % HEAD_WIDTH or not width for width in widths):
-        raise ValueError(f"{file} is not a CLIP checkpoint: a tower's width is no multiple of {HEAD_WIDTH}")
+        raise ValueError(
+            f"{file} is not a CLIP checkpoint: tower widths must be multiples of {HEAD_WIDTH}, got "
+            f"{', '.join(map(str, widths))}"
+        )
     return config
 
 
 def clean_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors without the prefixes of wrappers: DataParallel's `module.`, open_clip's `text.`."""
+    """Return the tensors, with wrapper prefixes removed: DataParallel's `module.` and open_clip's `text.`."""
     return {
         str(key).replace("module.", "").removeprefix("text."): value
         for key, value in state.items()
@@ -194,10 +204,10 @@ def clean_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_state(file: Path | str) -> dict[str, Tensor]:
-    """Return the state dict in a file of any supported kind.
+    """Return the state dict in a file of any supported format.
 
     Raises:
-        ValueError: the file is of no supported kind, or truncated.
+        ValueError: the format is not supported, or the file is truncated.
     """
     file = Path(file)
     try:
@@ -210,32 +220,32 @@ def read_state(file: Path | str) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{file} is not a readable checkpoint: it is damaged, or holds Python objects beside its tensors "
-            "(settings, say), which are never run; save its state dict alone"
+            f"{file} is not a readable checkpoint: it is damaged, or it contains Python objects other than "
+            "tensors (such as settings), which are not loaded for safety: save only its state dict"
         ) from None
-    except Exception:  # readers raise many types on damaged files
+    except Exception:  # readers raise exceptions of many types for damaged files
         raise ValueError(
-            f"{file} is not a readable checkpoint: it is cut short, or neither a TorchScript archive, "
-            "a state dict of plain tensors nor a safetensors file"
+            f"{file} is not a readable checkpoint: it is truncated, or it is not a TorchScript archive, "
+            "a state dict of plain tensors or a safetensors file"
         ) from None
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
-        raise ValueError(f"{file} holds a {type(state).__name__}, not a state dict")
+        raise ValueError(f"{file} contains a {type(state).__name__}, expected a state dict")
     return state
 
 
 class _Module:
-    """Stands for any scripted module; unpickling fills its __dict__ with attributes."""
+    """Replacement for every scripted module class; unpickling stores the module's attributes in __dict__."""
 
 
 class _ArchiveReader(pickle.Unpickler):
-    """Unpickles the module tree of a TorchScript archive; names outside `GLOBALS` are errors."""
+    """Unpickler of the module tree of a TorchScript archive; raises UnpicklingError for other globals."""
 
     def __init__(self, archive: zipfile.ZipFile):
         self.archive, self.root = archive, archive.namelist()[0].split("/")[0]
-        self.storages: dict[str, Tensor] = {}  # flat values by record
+        self.storages: dict[str, Tensor] = {}  # record name -> flat values
         super().__init__(archive.open(f"{self.root}/data.pkl"))
 
     def find_class(self, module: str, name: str):
@@ -243,7 +253,7 @@ class _ArchiveReader(pickle.Unpickler):
             return _Module
         if (module, name) in GLOBALS:
             return GLOBALS[module, name]
-        if module == "torch.jit._pickle":  # build_intlist and others: typed lists of plain values
+        if module == "torch.jit._pickle":  # build_intlist and similar: typed lists of plain values
             return list
         raise pickle.UnpicklingError(f"unexpected global {module}.{name}")
 
@@ -257,6 +267,7 @@ class _ArchiveReader(pickle.Unpickler):
 
 
 def _named_tensors(module: _Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of a module and its submodules, with the names of a state dict."""
     for name, value in vars(module).items():
         if isinstance(value, _Module):
             yield from _named_tensors(value, f"{prefix}{name}.")

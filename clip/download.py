@@ -1,4 +1,4 @@
-"""Model names -> checkpoint files, downloaded once into ~/.cache/clip, which other CLIP projects use too."""
+"""Model names -> checkpoint files, downloaded once into ~/.cache/clip, which other CLIP projects share."""
 import hashlib
 import json
 import re
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from common.files import replacing, sha256
 from common.logs import no_progress
 
-# OpenAI's files; the folder in each address is the sha256 of the file.
+# OpenAI's files; the folder name in each address is the sha256 of the file.
 OPENAI = "https://openaipublic.azureedge.net/clip/models"
 OPENAI_MODELS = {
     "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
@@ -26,7 +26,8 @@ OPENAI_MODELS = {
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt",
 }
-# Keys of open_clip's configurations of CLIP's own towers, and their values; others make another model.
+# Keys of open_clip configurations that describe CLIP's own towers, and the required values of some of them. A
+# configuration with another key or value describes an architecture that is not supported.
 TOWER_KEYS = {
     "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"},
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
@@ -36,14 +37,14 @@ TOWER_VALUES = {"head_width": 64, "mlp_ratio": 4.0, "vocab_size": 49408}
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint file, and what its weights do not show."""
+    """A checkpoint file, and the properties of the model that its weights do not determine."""
 
     file: Path
     open_clip: bool = False  # whether open_clip trained it
     conventions: dict[str, Any] = field(default_factory=dict)  # fields of `clip.model.Config`
 
     def weights_rounded(self, round_weights: bool | None) -> bool:
-        """Return whether `clip.load` rounds the matrix weights, given its argument."""
+        """Return whether `clip.load` rounds the matrix weights for this value of its argument."""
         return not self.open_clip if round_weights is None else round_weights
 
 
@@ -51,12 +52,12 @@ def resolve(name: str) -> Source:
     """Return the checkpoint file of a model, downloaded if it is not in the cache.
 
     Args:
-        name: a file; one of `OPENAI_MODELS`; an open_clip "model:tag"; or "model:file", a file that open_clip
-            trained with its configuration "model".
+        name: a file; a name in `OPENAI_MODELS`; an open_clip "model:tag"; or "model:file", a checkpoint file
+            of the open_clip configuration "model".
 
     Raises:
-        FileNotFoundError: neither a file nor a known name.
-        ValueError: open_clip's model is not built from CLIP's own towers.
+        FileNotFoundError: the name is neither a file nor a known model.
+        ValueError: the open_clip model is not built from CLIP's own towers.
         OSError: see `fetch`.
     """
     if Path(name).is_file():
@@ -73,7 +74,7 @@ def resolve(name: str) -> Source:
 
 
 def _with_sidecar(file: Path) -> Source:
-    """Return a file with the conventions of the `open_clip_config.json` beside it, if any."""
+    """Return a file, with the conventions in `open_clip_config.json` if its folder contains that file."""
     sidecar = file.with_name("open_clip_config.json")
     if not sidecar.is_file():
         return Source(file)
@@ -81,7 +82,7 @@ def _with_sidecar(file: Path) -> Source:
         content = json.loads(sidecar.read_text())
         conventions = _conventions(content["model_cfg"], content.get("preprocess_cfg", {}), sidecar)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{sidecar} is not a configuration of open_clip: correct or remove it") from None
+        raise ValueError(f"{sidecar} is not an open_clip configuration: correct or remove it") from None
     return Source(file, True, conventions)
 
 
@@ -90,12 +91,16 @@ def _resolve_open_clip(model: str, tag: str) -> Source:
 
     config = open_clip.get_model_config(model)
     if config is None:
-        raise FileNotFoundError(f"open_clip knows no model {model!r} (asked for {model}:{tag})")
+        raise FileNotFoundError(
+            f"open_clip has no model {model!r} (requested {model}:{tag}): open_clip.list_models() lists them"
+        )
     file = Path(tag)
     published = {} if file.is_file() else open_clip.pretrained.get_pretrained_cfg(model, tag)
     if not published and not file.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
-        raise FileNotFoundError(f"open_clip has no weights {tag!r} of {model}; it has {tags}")
+        raise FileNotFoundError(
+            f"open_clip has no weights {tag!r} of {model}: give a checkpoint file or one of {tags}"
+        )
     if published.get("quick_gelu"):
         config = {**config, "quick_gelu": True}
     conventions = _conventions(config, published, f"open_clip's {model}")
@@ -107,13 +112,17 @@ def _resolve_open_clip(model: str, tag: str) -> Source:
 
 
 def _conventions(config: dict, preprocessing: dict, name: str | Path) -> dict[str, Any]:
-    """Return the conventions of an open_clip configuration; raise ValueError if towers are not CLIP's own."""
+    """Return the conventions of an open_clip configuration.
+
+    Raises:
+        ValueError: the towers are not CLIP's own.
+    """
     for tower, known in TOWER_KEYS.items():
         for key, value in config[tower].items():
             if key not in known or value != TOWER_VALUES.get(key, value):
                 raise ValueError(
-                    f"{name} is not supported: it is not built from CLIP's own towers ({tower} says {key} = "
-                    f"{value})"
+                    f"{name} is not supported: it is not built from CLIP's own towers ({tower} sets {key} = "
+                    f"{value}); use another model"
                 )
     conventions = {"activation": "quick_gelu" if config.get("quick_gelu") else "gelu"}
     for statistic in ("mean", "std"):
@@ -127,13 +136,14 @@ def _cache() -> Path:
 
 
 def fetch(url: str, folder: Path) -> Path:
-    """Return the path of a file, downloaded unless it is in the folder; a failed download leaves nothing.
+    """Return the path of a file in `folder`, downloaded if it is missing or has the wrong checksum.
 
-    OpenAI's addresses have the file's sha256 as the last folder, those of open_clip's releases its first 8
-    digits at the end of the file name; others have none.
+    The checksum comes from the address: OpenAI's addresses contain the sha256 as the last folder, open_clip's
+    releases contain its first 8 digits at the end of the file name. Files at other addresses are not checked.
+    A failed download leaves no file.
 
     Raises:
-        OSError: the address cannot be reached, or the file is incomplete or has another checksum.
+        OSError: the address cannot be reached, the file is incomplete, or its checksum is wrong.
     """
     name = url.rsplit("/", 1)[-1]
     target = folder / name
@@ -152,7 +162,12 @@ def fetch(url: str, folder: Path) -> Path:
             if total and file.tell() != total:
                 raise OSError(f"the download of {url} stopped at {file.tell()} of {total} bytes: try again")
             if not digest.hexdigest().startswith(checksum):
-                raise OSError(f"the download of {url} has another sha256 than the published one, {checksum}")
+                raise OSError(
+                    f"the download of {url} has the sha256 {digest.hexdigest()}, expected {checksum}: "
+                    "try again"
+                )
     except URLError as error:
-        raise OSError(f"cannot download {url}: {error.reason}") from None
+        raise OSError(
+            f"cannot download {url} ({error.reason}): check the connection, or give a checkpoint file"
+        ) from None
     return target

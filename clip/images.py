@@ -1,4 +1,4 @@
-"""Pillow image -> network input. As in CLIP-ES: no crop, no padding, sides rounded up to the patch."""
+"""Pillow image -> network input, as in CLIP-ES: sides rounded up to patch multiples, no crop, no padding."""
 import math
 
 import numpy as np
@@ -12,11 +12,11 @@ from clip.model import RGB, Config
 def target_size(
     height: int, width: int, patch: int, scale: float = 1.0, least: int = 1, most: int | None = None
 ) -> tuple[int, int]:
-    """Return the (H', W') an image is resized to: `scale` times its size, rounded up to multiples of `patch`.
+    """Return the network input size (H', W'): `scale` times the image size, rounded up to `patch` multiples.
 
     Args:
-        least: minimum number of patches along a side.
-        most: maximum number of patches of the image; a larger image is shrunk until it fits.
+        least: minimum number of patches along each side.
+        most: maximum number of patches of the image; a larger image is shrunk until it fits. None: no limit.
     """
 
     def grid(factor: float) -> tuple[int, int]:
@@ -32,8 +32,8 @@ def target_size(
 def resize_rgb(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """Resize an image of any mode to `size` (H', W') by Pillow's bicubic and return (H', W', 3) uint8 RGB.
 
-    The image is resized in its own mode, which published results depend on: Pillow resizes palette images
-    by nearest neighbor.
+    The image is resized before it is converted to RGB. Published results depend on this order: Pillow resizes
+    palette images by nearest neighbor.
     """
     return np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC).convert("RGB"))
 
@@ -41,7 +41,8 @@ def resize_rgb(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 def normalize(pixels: Tensor, mean: RGB = Config.mean, std: RGB = Config.std) -> Tensor:
     """Return network input (..., 3, H', W') float32 from `pixels` (..., H', W', 3) uint8 RGB.
 
-    `mean` and `std` are those of RGB in [0, 1] that the model was trained with; they default to OpenAI's.
+    `mean` and `std` are the statistics of RGB values in [0, 1] used in the model's training; the defaults are
+    OpenAI's.
     """
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
     return (pixels.movedim(-1, -3) / 255 - mean) / std

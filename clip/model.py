@@ -1,8 +1,8 @@
 """CLIP as plain modules: attention blocks, the ViT image tower, the text tower.
 
-Parameter names are those of OpenAI's checkpoints (Radford et al., ICML 2021). The vision tower is stepped
-through by explicit calls - `embed`, `block` or `blocks`, `project` - because methods built on a frozen CLIP
-need values between two of its blocks.
+Parameters have the names of OpenAI's checkpoints (Radford et al., ICML 2021). The image tower is run step by
+step (`embed`, `block` or `blocks`, `project`), because methods built on a frozen CLIP need intermediate
+values.
 """
 import math
 from collections import OrderedDict
@@ -17,15 +17,15 @@ from clip.positions import resample_positions
 from clip.resnet import Bottleneck, ModifiedResNet, normal
 
 HEAD_WIDTH = 64  # every published CLIP tower has width // 64 heads
-NEGLIGIBLE = 1e-30  # smaller attention weights change no float32 sum, and denormal ones are ten times slower
-CHUNK_BYTES = 2**28  # scores and weights of a chunk of heads on CUDA: about 2^25 values, enough for any GPU
+NEGLIGIBLE = 1e-30  # smaller attention weights change no float32 sum; denormal numbers are ten times slower
+CHUNK_BYTES = 2**28  # memory for a chunk of heads on CUDA: about 2^25 scores and weights fully use any GPU
 
 RGB = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a CLIP, see `clip.checkpoint.infer_config`, and OpenAI's conventions as defaults."""
+    """Sizes of a CLIP, see `clip.checkpoint.infer_config`, and its conventions; the defaults are OpenAI's."""
 
     embed_dim: int
     image_resolution: int
@@ -49,7 +49,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the activation OpenAI trained CLIP with."""
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (1.702 * x).sigmoid_()
@@ -68,24 +68,24 @@ def attend_with_weights(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the output of attention and its weights.
 
-    Without gradients, heads are computed in chunks that reuse the same memory, and masked weights below
-    NEGLIGIBLE are set to 0.
+    If gradients are disabled, heads are computed in chunks that reuse the same memory, and masked weights
+    below NEGLIGIBLE are set to 0.
 
     Args:
         query, key, value: (B, heads, L, 64).
         mask: additive, broadcastable to (B, heads, L, L).
         keep_heads: also return the weights of each head.
-        heads_at_once: heads per chunk; None is `heads_per_chunk`.
+        heads_at_once: heads per chunk; None uses `heads_per_chunk`.
 
     Returns:
-        output (B, heads, L, 64); weights *without* the mask, averaged over heads, (B, L, L) float32, rows =
-        queries; with `keep_heads` the weights with the mask, (heads, B, L, L) in the type of `value`, else
-        None.
+        Output, (B, heads, L, 64).
+        Weights *without* the mask, averaged over heads, (B, L, L) float32; rows are queries.
+        Weights of each head with the mask, (heads, B, L, L) in the type of `value`; None if not `keep_heads`.
     """
     batch, heads, length, width = query.shape
     if mask is not None:
         mask = mask.expand(batch, heads, length, length)
-    if torch.is_grad_enabled() and query.requires_grad:  # memory that autograd saved must not be overwritten
+    if torch.is_grad_enabled() and query.requires_grad:  # buffers saved by autograd must not be overwritten
         scores = (query * width**-0.5) @ key.mT  # (B, heads, L, L)
         attention = scores.softmax(-1, dtype=torch.float32)
         weights = attention if mask is None else (scores + mask).softmax(-1, dtype=torch.float32)
@@ -95,8 +95,8 @@ def attend_with_weights(
     score_buffer = query.new_empty(chunk, batch, length, length)
     weight_buffer = torch.empty_like(score_buffer, dtype=torch.float32)
     attention = weight_buffer.new_zeros(batch, length, length)
-    mixed = value.new_empty(heads, batch, length, width)
-    kept = value.new_empty(heads, batch, length, length) if keep_heads else None
+    output = value.new_empty(heads, batch, length, width)
+    head_weights = value.new_empty(heads, batch, length, length) if keep_heads else None
     for start in range(0, heads, chunk):
         q, k, v = (x[:, start : start + chunk].transpose(0, 1).flatten(0, 1) for x in (query, key, value))
         scores, weights = score_buffer[: len(q) // batch], weight_buffer[: len(q) // batch]
@@ -107,16 +107,16 @@ def attend_with_weights(
             scores.add_(mask[:, start : start + chunk].transpose(0, 1))
             torch.softmax(scores, -1, dtype=torch.float32, out=weights)
             F.threshold_(weights, NEGLIGIBLE, 0.0)
-        if kept is not None:
-            weights = kept[start : start + chunk].copy_(weights)
-        torch.bmm(weights.to(v.dtype).flatten(0, 1), v, out=mixed[start : start + chunk].flatten(0, 1))
-    return mixed.transpose(0, 1), attention.div_(heads), kept
+        if head_weights is not None:
+            weights = head_weights[start : start + chunk].copy_(weights)
+        torch.bmm(weights.to(v.dtype).flatten(0, 1), v, out=output[start : start + chunk].flatten(0, 1))
+    return output.transpose(0, 1), attention.div_(heads), head_weights
 
 
 def heads_per_chunk(query: Tensor) -> int:
-    """Return the heads that `attend_with_weights` computes at once for `query` (B, heads, L, 64).
+    """Return how many heads `attend_with_weights` computes at once for `query` (B, heads, L, 64).
 
-    On a CPU it is 1: the scores of one head stay in the cache, which halves the time.
+    On a CPU it is 1: the scores of one head fit in the cache, which halves the time.
     """
     batch, heads, length, _ = query.shape
     bytes_per_head = batch * length**2 * (query.element_size() + 4)  # scores, and weights in float32
@@ -126,7 +126,7 @@ def heads_per_chunk(query: Tensor) -> int:
 class Attention(nn.Module):
     """Multi-head self-attention with packed query, key and value projections."""
 
-    attend = staticmethod(attend_with_weights)  # `CLIP.compile_blocks` excludes it
+    attend = staticmethod(attend_with_weights)  # `CLIP.compile_blocks` replaces it by an uncompiled version
 
     def __init__(self, width: int):
         super().__init__()
@@ -146,10 +146,10 @@ class Attention(nn.Module):
         query, key, value = self.qkv(x)
         attention = None
         if need_weights:
-            mixed, attention, _ = self.attend(query, key, value, mask)
+            output, attention, _ = self.attend(query, key, value, mask)
         else:
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2)), attention
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out_proj(output.transpose(1, 2).flatten(2)), attention
 
 
 class Block(nn.Module):
@@ -170,13 +170,13 @@ class Block(nn.Module):
 
     def forward(self, x, mask=None, need_weights=False, ln1_output=None) -> tuple[Tensor, Tensor | None]:
         """See `VisionTransformer.block`."""
-        mixed, attention = self.attn(self.ln_1(x) if ln1_output is None else ln1_output, mask, need_weights)
-        x = mixed.add_(x)
+        output, attention = self.attn(self.ln_1(x) if ln1_output is None else ln1_output, mask, need_weights)
+        x = output.add_(x)
         return self.mlp(self.ln_2(x)).add_(x), attention
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; a module of its own only because checkpoints name it so."""
+    """A stack of blocks; a separate module only to match the parameter names in checkpoints."""
 
     def __init__(self, width: int, layers: int, activation: str):
         super().__init__()
@@ -184,7 +184,7 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The ViT image tower, for images of any size that is a multiple of the patch."""
+    """The ViT image tower, for images whose sides are multiples of the patch size."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -204,18 +204,19 @@ class VisionTransformer(nn.Module):
         return len(self.transformer.resblocks)
 
     def embed(self, images: Tensor, position_rounding: str = "always") -> tuple[Tensor, tuple[int, int]]:
-        """Return tokens (B, 1 + hw, C) before the first block, class token first, and the grid (h, w).
+        """Return the input tokens of the first block (B, 1 + hw, C), class token first, and the grid (h, w).
 
         Args:
             images: (B, 3, H', W'), normalized.
             position_rounding: see `resample_positions`.
 
         Raises:
-            ValueError: a side is not a multiple of the patch.
+            ValueError: a side is not a multiple of the patch size.
         """
         if images.shape[-2] % self.patch_size or images.shape[-1] % self.patch_size:
             raise ValueError(
-                f"image sides {tuple(images.shape[-2:])} are not multiples of the patch, {self.patch_size}"
+                f"image sides {tuple(images.shape[-2:])} are not multiples of the patch size "
+                f"{self.patch_size}: resize images to `clip.target_size`"
             )
         patches = self.conv1(images.to(self.conv1.weight.dtype))  # (B, C, h, w)
         grid = patches.shape[-2:]
@@ -232,14 +233,14 @@ class VisionTransformer(nn.Module):
         need_weights: bool = False,
         ln1_output: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return tokens (B, L, C) after a block, and its attention (B, L, L) float32 or None.
+        """Return the output tokens (B, L, C) of a block, and its attention (B, L, L) float32 or None.
 
         Args:
-            index: 0-based; negative counts from the end.
-            tokens: (B, L, C).
+            index: 0-based; a negative index counts from the end.
+            tokens: (B, L, C), input of the block.
             mask: additive, broadcastable to (B, heads, L, L).
-            need_weights: return attention, without the mask, averaged over heads. Without it the block uses
-                fused attention.
+            need_weights: return attention without the mask, averaged over heads. If False, the block uses
+                fused attention and returns None.
             ln1_output: (B, L, C) that replaces ln_1(tokens); Grad-CAM differentiates with respect to it.
         """
         return self.transformer.resblocks[index](tokens, mask, need_weights, ln1_output)
@@ -254,14 +255,14 @@ class VisionTransformer(nn.Module):
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Run blocks start, ..., stop - 1 and yield the result of each, see `block`.
 
-        Indices are those of a slice: None runs to the end, -1 excludes the last block.
+        `start` and `stop` work as in a slice: stop None includes the last block, stop -1 excludes it.
         """
         for index in range(*slice(start, stop).indices(self.layers)):
             tokens, attention = self.block(index, tokens, mask, need_weights)
             yield tokens, attention
 
     def project(self, tokens: Tensor) -> Tensor:
-        """Return (..., E) in the space shared with text from tokens (..., C) after the last block."""
+        """Return tokens (..., C) of the last block, projected to the embedding space of text, (..., E)."""
         return self.ln_post(tokens) @ self.proj
 
     def forward(self, images: Tensor, position_rounding: str = "always") -> Tensor:
@@ -291,12 +292,12 @@ class CLIP(nn.Module):
         return self.logit_scale.device
 
     def visual_precision(self, dtype: torch.dtype) -> None:
-        """Run the image tower's matrix products in another type; its norms stay float32."""
+        """Convert the image tower's matrices, and so its products, to `dtype`; its norms stay float32."""
         for parameter in matrices(self.visual):
             parameter.data = parameter.data.to(dtype)
 
     def compile_blocks(self) -> None:
-        """Compile each block of the image tower, but not attention with weights, which reuses its memory."""
+        """Compile each block of the image tower, except attention with weights, which reuses its buffers."""
         for module in self.visual.modules():
             if isinstance(module, Attention):
                 module.attend = torch.compiler.disable(attend_with_weights)
@@ -304,14 +305,14 @@ class CLIP(nn.Module):
                 module.compile()
 
     def forget_text_tower(self) -> None:
-        """Free the text tower, two fifths of the weights of ViT-B/16; `encode_text` then fails."""
+        """Delete the text tower, two fifths of the weights of ViT-B/16; afterwards `encode_text` fails."""
         del self.transformer, self.token_embedding
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Return text features (N, E), not normalized, of token ids (N, context_length).
 
         Raises:
-            ValueError: the ids are not `context_length` wide.
+            ValueError: the number of ids per text is not `context_length`.
         """
         context = len(self.positional_embedding)
         if tokens.shape[-1] != context:
@@ -328,8 +329,10 @@ class CLIP(nn.Module):
 
 
 def matrices(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters of a CLIP, or of one of its towers, that OpenAI stores in float16: all but norms,
-    embeddings and the logit scale."""
+    """Yield the parameters of a CLIP or a tower that OpenAI stores in float16.
+
+    These are all parameters except norms, embeddings and the logit scale.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             yield from module.parameters(recurse=False)

@@ -1,4 +1,4 @@
-"""Positional tables, which images of any size need on grids other than the trained one."""
+"""Positional tables, resampled from the trained patch grid to the grid of an image."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,12 +10,13 @@ def resample_positions(table: Tensor, grid: int, height: int, width: int, roundi
     """Return a positional table resampled (bilinear) to another grid, (1 + height * width, C) float32.
 
     Args:
-        table: (1 + grid * grid, C); the first row, of the class token or the mean, is kept.
-        rounding: when the result is rounded to float16 (a relative change of 2^-11): "always", as in
-            CLIP-ES's implementation also for float32 models, only when "resampled", or "never".
+        table: (1 + grid * grid, C); the first row, for the class token (ViT) or the mean (ResNet), is kept.
+        rounding: when the result is rounded to float16 (a relative change of at most 2^-11): "always" (as in
+            CLIP-ES's implementation, also for float32 models), "resampled" (only if the grid differs from
+            the trained one) or "never".
 
     Raises:
-        ValueError: unknown rounding.
+        ValueError: the rounding is unknown.
     """
     if rounding not in POSITION_ROUNDINGS:
         raise ValueError(f"position rounding must be one of {POSITION_ROUNDINGS}, got {rounding!r}")

@@ -1,4 +1,4 @@
-"""Class names -> text features, made once per model and class list and kept on disk."""
+"""Class names -> text features, computed once per model and class list and cached on disk."""
 import hashlib
 import json
 import os
@@ -20,14 +20,16 @@ PROMPTS_PER_BATCH = 256
 
 @torch.no_grad()
 def encode_prompts(model: CLIP, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Return class features (N, E) float32: filled templates normalized, and their mean normalized again.
+    """Return class features (N, E) float32.
+
+    The feature of each filled template is normalized; their mean over templates is normalized again.
 
     Args:
-        names: N class names as the prompts have them.
-        templates: texts with one `{}`.
+        names: N class names as used in the prompts.
+        templates: texts with one `{}`, which is replaced by the class name.
 
     Raises:
-        ValueError: a filled template is longer than the model's context.
+        ValueError: a filled template has more tokens than the model's context.
     """
     texts = [template.format(name) for name in names for template in templates]
     tokens = tokenize(texts, model.config.context_length).to(model.device)
@@ -42,18 +44,18 @@ def text_features(model: CLIP, names: Sequence[str], templates: Sequence[str]) -
     recipe = json.dumps([fingerprint(model), list(templates), list(names)])
     folder = Path(os.environ.get("CLIP_WSSS_CACHE") or Path.home() / ".cache" / "clip-wsss")
     file = folder / f"text-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.npy"
-    with suppress(OSError, ValueError, EOFError):  # missing or damaged; pickles are refused
+    with suppress(OSError, ValueError, EOFError):  # the file is missing or damaged, or contains a pickle
         features = np.load(file)
         if features.shape == (len(names), model.config.embed_dim):
             return torch.from_numpy(features).to(model.device)
     features = encode_prompts(model, names, templates)
-    with suppress(OSError), replacing(file) as stream:  # a cache that cannot be written only costs time
+    with suppress(OSError), replacing(file) as stream:  # if the cache is not writable, nothing is cached
         np.save(stream, features.cpu().numpy())
     return features
 
 
 def fingerprint(model: CLIP) -> str:
-    """Return the sha256 of the text tower's weights in memory."""
+    """Return the sha256 of the model's configuration and of the text tower's weights in memory."""
     digest = hashlib.sha256(repr(model.config).encode())
     for key, value in model.state_dict().items():
         if not key.startswith("visual."):

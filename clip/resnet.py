@@ -1,23 +1,29 @@
-"""The ResNet image towers of CLIP: three stem convolutions, average pooling in place of strides, attention
-pooling at the end (Radford et al., ICML 2021). Parameter names are those of OpenAI's checkpoints."""
+"""The ResNet image towers of CLIP (Radford et al., ICML 2021).
+
+They differ from a standard ResNet: three stem convolutions, average pooling in place of strides, attention
+pooling at the end. Parameters have the names of OpenAI's checkpoints.
+"""
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip.positions import resample_positions
 
-STRIDE = 32  # of the last stage; image sides are rounded to multiples of it
+STRIDE = 32  # total stride of the last stage; image sides are rounded up to multiples of it
 
 
 def normal(*shape: int, std: float) -> nn.Parameter:
-    """Return a parameter drawn from a normal distribution; on the meta device, where checkpoints are loaded,
-    nothing is drawn: PyTorch would first import its compiler, which takes seconds."""
+    """Return a parameter drawn from a normal distribution; its values are not drawn on the meta device.
+
+    Checkpoints are loaded on the meta device. Drawing there makes PyTorch import its compiler, which takes
+    seconds.
+    """
     values = torch.empty(*shape)
     return nn.Parameter(values if values.is_meta else values.normal_(std=std))
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 residual unit; its stride is an average pooling after the 3x3 and in the shortcut."""
+    """Residual unit (1x1, 3x3, 1x1); its stride is average pooling, after the 3x3 and in the shortcut."""
 
     expansion = 4
 
@@ -45,7 +51,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Attention with the spatial mean as the only query."""
+    """Attention pooling whose only query is the spatial mean."""
 
     def __init__(self, grid: int, width: int, heads: int, outputs: int):
         super().__init__()
@@ -57,7 +63,7 @@ class AttentionPool(nn.Module):
         self.c_proj = nn.Linear(width, outputs)
 
     def forward(self, features: Tensor, position_rounding: str = "always") -> Tensor:
-        """Return (B, E) from features (B, C, h, w); for the rounding see `resample_positions`."""
+        """Return (B, E) from features (B, C, h, w); for `position_rounding` see `resample_positions`."""
         tokens = features.flatten(2).mT  # (B, hw, C)
         tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1)  # (B, 1 + hw, C)
         grid = features.shape[-2:]
@@ -70,7 +76,7 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """The tower: `stages` gives the activations of Grad-CAM, `attnpool` the image feature."""
+    """The image tower: `stages` returns the activations for Grad-CAM, `attnpool` the image feature."""
 
     patch_size = STRIDE
 
@@ -95,7 +101,7 @@ class ModifiedResNet(nn.Module):
         self.attnpool = AttentionPool(grid, inputs, inputs // 64, config.embed_dim)
 
     def stages(self, images: Tensor) -> Tensor:
-        """Return the last stage (B, C, H'/32, W'/32) of normalized images (B, 3, H', W')."""
+        """Return the output of the last stage (B, C, H'/32, W'/32) for normalized images (B, 3, H', W')."""
         x = images.to(self.conv1.weight.dtype)
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(conv(x)))

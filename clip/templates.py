@@ -1,4 +1,4 @@
-"""Prompt templates: the 80 that CLIP publishes for ImageNet, and five of scenes that TagCLIP adds."""
+"""Prompt templates: OpenAI's 80 templates for ImageNet, and the five scene templates that TagCLIP adds."""
 from clip.tokenizer import open_clip_file
 
 IMAGENET_TEMPLATES = tuple(

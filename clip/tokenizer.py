@@ -1,6 +1,6 @@
-"""Text -> token ids: the byte-level byte-pair encoding that CLIP was trained with.
+"""Text -> token ids by CLIP's byte-level byte-pair encoding (Radford et al., ICML 2021).
 
-The encoder and its merge table (Radford et al., ICML 2021) are those of the open_clip_torch package.
+The encoder and its merge table come from the open_clip_torch package.
 """
 from functools import cache
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -23,7 +23,9 @@ def open_clip_file(name: str) -> ModuleType:
     """
     package = find_spec("open_clip")
     if package is None:
-        raise FileNotFoundError("tokenizer and prompt templates need open_clip: pip install open_clip_torch")
+        raise FileNotFoundError(
+            "the tokenizer and prompt templates require open_clip: pip install open_clip_torch"
+        )
     spec = spec_from_file_location(f"open_clip_{name}", Path(package.origin).with_name(f"{name}.py"))
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -32,9 +34,10 @@ def open_clip_file(name: str) -> ModuleType:
 
 @cache
 def encoder():
-    """Return open_clip's tokenizer: `encode(text)` gives ids without the start and end tokens."""
+    """Return open_clip's tokenizer; its `encode(text)` returns ids without the start and end tokens."""
     tokenizer = open_clip_file("tokenizer").SimpleTokenizer()
-    # open_clip renamed the special tokens. With OpenAI's names, texts that contain them get OpenAI's ids.
+    # open_clip renamed the special tokens. OpenAI's names are restored, so that texts that contain them get
+    # OpenAI's ids.
     names = dict(zip(SPECIAL_TOKENS, tokenizer.all_special_ids, strict=True))
     tokenizer.encoder |= names
     tokenizer.cache = {name: name for name in names}
@@ -47,12 +50,12 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
     """Return token ids (N, context_length) int32 of texts: start token, ids, end token, zeros.
 
     Args:
-        texts: one text or several.
+        texts: one text, or a list.
         context_length: ids per text; 77 for every published CLIP.
-        truncate: cut longer texts, which then end with the end token.
+        truncate: cut texts that are too long; the last id is then the end token.
 
     Raises:
-        ValueError: a text is too long and not truncated.
+        ValueError: a text is too long, and `truncate` is False.
     """
     texts = [texts] if isinstance(texts, str) else texts
     start, end = encoder().all_special_ids
@@ -62,7 +65,7 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
         if len(tokens) > context_length:
             if not truncate:
                 raise ValueError(
-                    f"text has {len(tokens)} tokens, more than the context of {context_length}: {text!r}"
+                    f"text {text!r} has {len(tokens)} tokens; the context is {context_length}: shorten it"
                 )
             tokens = [*tokens[: context_length - 1], end]
         row[: len(tokens)] = torch.tensor(tokens)

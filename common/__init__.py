@@ -1,1 +1,1 @@
-"""What every room stands on: settings that are declared once, and files that appear whole or not at all."""
+"""Base of all packages: settings that are declared once, and files that are written whole or not at all."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, written under a temporary name and renamed; and their sha256."""
+"""Files that appear whole or not at all (written under a temporary name, then renamed), and their sha256."""
 
 import errno
 import hashlib
@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # no space, or no quota, is left
+FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk is full, or the disk quota is used up
 
 
 class DiskFull(OSError):
@@ -21,11 +21,11 @@ class DiskFull(OSError):
 def replacing(file: str | Path) -> Iterator[BinaryIO]:
     """Open `file` for writing; it appears, complete, only when the block ends without an error.
 
-    Each process has its own temporary name, so processes that write the same file do not mix. `sweep` removes
-    the temporary files of killed processes. Missing folders are made.
+    Each process uses its own temporary name, so that processes can write the same file at the same time.
+    `sweep` removes the temporary files of killed processes. Missing folders are created.
 
     Raises:
-        DiskFull: no space, or no quota, is left.
+        DiskFull: the disk is full, or the disk quota is used up.
     """
     file = Path(file)
     temporary = file.with_name(f"{file.name}.{_machine()}-{os.getpid()}.tmp")
@@ -35,21 +35,23 @@ def replacing(file: str | Path) -> Iterator[BinaryIO]:
             yield stream
         os.replace(temporary, file)
     except BaseException as error:
-        with suppress(OSError):  # above all: it is not there
+        with suppress(OSError):  # usually FileNotFoundError: the file was never created
             temporary.unlink()
         if isinstance(error, OSError) and error.errno in FULL:
-            raise DiskFull(f"no space is left to write {file}: make room, and start again to go on") from None
+            raise DiskFull(
+                f"no space is left to write {file}: free some space, then run the command again to continue"
+            ) from None
         raise
 
 
 def write_file(file: str | Path, content: str | bytes) -> None:
-    """Write `file` as `replacing` does; text as UTF-8."""
+    """Write `file` whole or not at all, see `replacing`; text is encoded as UTF-8."""
     with replacing(file) as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove temporary files in and below `folder` whose processes ran on this machine and have ended."""
+    """Remove temporary files of ended processes of this machine, in `folder` and its subfolders."""
     name = re.compile(rf".+\.{re.escape(_machine())}-(\d+)\.tmp")
     for file in Path(folder).rglob("*.tmp"):
         match = name.fullmatch(file.name)
@@ -67,7 +69,11 @@ def sha256(file: Path | str) -> str:
 
 
 def check_outputs(read: Sequence[str | None], written: Sequence[str | None]) -> None:
-    """Check files that a command writes against those that it reads; None stands for no file.
+    """Raise ValueError if output files of a command conflict with each other or with its input files.
+
+    Args:
+        read: input files; None entries are skipped.
+        written: output files; None entries are skipped.
 
     Raises:
         ValueError: an output is a folder, is written twice, or is also an input.
@@ -75,15 +81,15 @@ def check_outputs(read: Sequence[str | None], written: Sequence[str | None]) -> 
     inputs, outputs = ([Path(file).resolve() for file in files if file] for files in (read, written))
     for file in outputs:
         if file.is_dir():
-            raise ValueError(f"{file} is a folder: name a file in it")
+            raise ValueError(f"output {file} is a folder: give a file")
         if file in inputs:
-            raise ValueError(f"{file} is read, and would be overwritten: write to another file or folder")
+            raise ValueError(f"{file} is an input and would be overwritten: give another output")
         if outputs.count(file) > 1:
-            raise ValueError(f"{file} would be written twice: name two files")
+            raise ValueError(f"{file} is given for two outputs: give two different files")
 
 
 def _machine() -> str:
-    """Return this machine's name; process ids of other machines that share the folder mean nothing here."""
+    """Return this machine's name. Temporary names contain it, because process ids are local to a machine."""
     return platform.node().split(".")[0] or "local"
 
 

@@ -4,9 +4,9 @@
     class CamSettings(Settings):
         affinity_layers: int = setting(8, "last blocks whose attention is averaged", least=1)
 
-Flags (`add_flags`, `from_args`), range checks (`Settings`), and the option tables of docs/ (`common.docs`)
-derive from the field. The same dataclasses are the schema of YAML configurations (OmegaConf), and their
-values are what an output folder records.
+Flags (`add_flags`, `from_args`), range checks (`Settings`) and the option tables of docs/ (`common.docs`) are
+derived from the field. The same dataclasses are the schema of YAML configurations (OmegaConf), and an output
+folder records their values.
 """
 
 import argparse
@@ -27,15 +27,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Spec:
-    """What `setting` declares beside the default.
+    """Declaration of a setting, apart from its default.
 
     Attributes:
         help: what the setting does, in one sentence; shown by --help and in docs/.
-        least, most, above: range of a number, or of each number of a list; `above` excludes the bound.
-        choices: allowed values: a sequence, or the registry (dict) they come from.
-        aliases: further spellings of the flag, such as those of a reference implementation.
-        none: word that stands for None on the command line, such as "auto"; it is shown as the default.
-        metavar: placeholder of the value in --help.
+        least, most: inclusive range of a number, or of each number of a list.
+        above: exclusive lower bound.
+        choices: allowed values: a sequence, or a registry (dict) whose keys are allowed.
+        aliases: other spellings of the flag, such as the flag of a reference implementation.
+        none: word for None on the command line, such as "auto"; --help shows it as the default.
+        metavar: placeholder for the value in --help.
     """
 
     help: str
@@ -48,7 +49,7 @@ class Spec:
     metavar: str | None = None
 
     def allows(self, value: Any, hint: Any) -> bool:
-        """Return whether a value has the annotated type `hint` and is in the range; of a list, each item."""
+        """Return whether a value (each item of a list) has the annotated type `hint` and is in the range."""
         kind, is_list = _type_of(hint)
         if value is None:
             return isinstance(hint, types.UnionType)
@@ -63,7 +64,7 @@ class Spec:
         return math.isfinite(value) and self.above < value and self.least <= value <= self.most
 
     def expected(self, hint: Any) -> str:
-        """Return the range in words, such as "a whole number, 1 or more"; `hint` is the annotation."""
+        """Return the allowed values in words, as "a whole number, 1 or more"; `hint` is the annotation."""
         if self.choices is not None:
             return f"one of {', '.join(self.choices)}"
         kind, is_list = _type_of(hint)
@@ -78,7 +79,7 @@ class Spec:
 
 
 def setting(default: Any, help: str, **options: Any) -> Any:
-    """Return a dataclass field that declares a setting; `options` are the further attributes of `Spec`."""
+    """Return a dataclass field that declares a setting; `options` are the other attributes of `Spec`."""
     metadata = {SPEC: Spec(help, **options)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -86,9 +87,9 @@ def setting(default: Any, help: str, **options: Any) -> Any:
 
 
 class Settings:
-    """Base of dataclasses of settings: a value outside its range raises ValueError.
+    """Base class of settings dataclasses; raises ValueError for a value outside its range.
 
-    `SECTION` precedes the names in errors: "solver." for a section of a YAML configuration.
+    `SECTION` is the prefix of names in errors, such as "solver." for that section of a YAML configuration.
     """
 
     SECTION = ""
@@ -103,13 +104,14 @@ class Settings:
 def add_flags(parser: Any, cls: type, show: Mapping[str, str] | None = None) -> None:
     """Add a flag for each setting of a dataclass.
 
-    A flag that is not given leaves no attribute in the namespace, so that `from_args` keeps the value of
-    what it starts from.
+    A flag that is not given adds no attribute to the namespace, so that `from_args` keeps the value of its
+    argument `base`.
 
     Args:
         parser: ArgumentParser or argument group.
         cls: dataclass of settings.
-        show: name -> text shown as the default where another rule decides, such as "the benchmark's".
+        show: setting name -> text that --help shows as the default instead of the declared one, such as
+            "the benchmark's".
     """
     for name, spec, hint, default in _declared(cls):
         shown = (show or {}).get(name) or _as_text(default, spec)
@@ -127,12 +129,12 @@ def add_flags(parser: Any, cls: type, show: Mapping[str, str] | None = None) -> 
 
 
 def given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings of `cls` that were given as flags: name -> value."""
+    """Return the settings of `cls` that were given on the command line: name -> value."""
     return {name: getattr(args, name) for name, *_ in _declared(cls) if hasattr(args, name)}
 
 
 def from_args(base: T, args: argparse.Namespace) -> T:
-    """Return `base`, a dataclass of settings, with the values that were given as flags."""
+    """Return `base`, a dataclass of settings, updated with the values given on the command line."""
     return replace(base, **given(type(base), args))
 
 
@@ -141,22 +143,22 @@ def rows(cls: type, prefix: str = "--", values: Any = None) -> list[tuple[str, s
 
     Args:
         prefix: "--" for flags; "" for the keys of a YAML file.
-        values: instance whose values are the defaults; None takes the declared ones.
+        values: instance whose values are listed as defaults; None lists the declared defaults.
     """
-    found = []
+    result = []
     for declared in fields(cls):
         default = _default(declared) if values is None else getattr(values, declared.name)
         if is_dataclass(default):
-            found += rows(type(default), f"{prefix}{declared.name}.", default)
+            result += rows(type(default), f"{prefix}{declared.name}.", default)
         elif spec := declared.metadata.get(SPEC):
             choices = f": {', '.join(f'`{choice}`' for choice in spec.choices)}" if spec.choices else ""
             shown = _as_text(default, spec) or ("off" if default is False else "")
-            found.append((f"{prefix}{declared.name}", shown, spec.help + choices))
-    return found
+            result.append((f"{prefix}{declared.name}", shown, spec.help + choices))
+    return result
 
 
 class _Switch(argparse.Action):
-    """--name and --no_name: True and False; also --no-name, and --no-alias for each alias."""
+    """Flag --name (True) with --no_name (False); also accepts --no-name, and --no-alias for each alias."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options):
         off = [f"--no_{option_strings[0][2:]}", *(f"--no-{flag[2:]}" for flag in option_strings)]
@@ -168,7 +170,7 @@ class _Switch(argparse.Action):
 
 
 def _parser(hint: Any, spec: Spec) -> Callable[[str], Any]:
-    """Return an argparse type: text -> value in the range; lists are separated by commas."""
+    """Return an argparse type that parses and checks a value; list items are separated by commas."""
     kind, is_list = _type_of(hint)
 
     def parse(text: str) -> Any:
@@ -199,7 +201,7 @@ def _default(declared: Field) -> Any:
 
 
 def _as_text(value: Any, spec: Spec) -> str:
-    """Return a default for --help and docs/; empty for None without a word, and for switches that are off."""
+    """Return a default as text for --help and docs/: empty for False, and for None if `spec.none` is None."""
     if value is None:
         return spec.none or ""
     if isinstance(value, bool):
@@ -210,11 +212,11 @@ def _as_text(value: Any, spec: Spec) -> str:
 
 
 def _type_of(hint: Any) -> tuple[type, bool]:
-    """Return bool, int, float or str, and whether the annotation is a list of it; None is ignored."""
+    """Return an annotation's type (bool, int, float, str) and whether it is a list of it; None is ignored."""
     if isinstance(hint, types.UnionType):
         hint = next(member for member in typing.get_args(hint) if member is not type(None))
     is_list = typing.get_origin(hint) in (list, tuple)
     return (typing.get_args(hint)[0] if is_list else hint), is_list
 
 
-count = _parser(int, Spec("", least=1))  # argparse type of flags that are no setting
+count = _parser(int, Spec("", least=1))  # argparse type, 1 or more, for flags that are not settings

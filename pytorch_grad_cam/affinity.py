@@ -1,8 +1,8 @@
 """Attention affinity: refine a class activation map (CAM) along the self-attention of a frozen ViT.
 
 CLIP-ES (Lin et al., CVPR 2023, section 3.3) propagates each CAM with a transition matrix built from the
-attention of the vision tower. One matrix serves all labels of an image. Each label has its own box mask,
-which restricts the patches that its activation may come from.
+attention of the image tower. All labels of an image use the same matrix. Each label has its own box mask;
+only activations inside the mask are propagated.
 """
 import cv2
 import numpy as np
@@ -19,7 +19,7 @@ def transition_matrix(attention: Tensor, iterations: int = SINKHORN_ITERATIONS) 
     Finally T <- (T + T^T) / 2.
 
     Args:
-        attention: (..., n, n) non-negative over patches (no class token), or another affinity of them.
+        attention: (..., n, n), non-negative, over patches without the class token; or another affinity.
         iterations: Sinkhorn iterations; 3 reproduces CLIP-ES.
 
     Returns:
@@ -40,8 +40,8 @@ def transition_matrix(attention: Tensor, iterations: int = SINKHORN_ITERATIONS) 
 def refine(cams: Tensor, affinity: Tensor, box_masks: Tensor | None = None, power: int = 2) -> Tensor:
     """Return CAMs propagated by the transition matrix T: T^power (box_mask * cam).
 
-    The paper computes T^2 and multiplies once. Repeated matrix-vector products give the same values in
-    O(n^2) instead of O(n^3).
+    The paper computes T^2 first. Repeated matrix-vector products give the same values in O(n^2) instead of
+    O(n^3).
 
     Args:
         cams: (..., K, h, w) in [0, 1].
@@ -63,14 +63,15 @@ def refine(cams: Tensor, affinity: Tensor, box_masks: Tensor | None = None, powe
 def box_mask(cam: np.ndarray, threshold: float, include_edge: bool = False) -> np.ndarray:
     """Return the union of the bounding boxes of a CAM's activated regions.
 
-    The reference implementation uses contours, including holes and nested regions. Their boxes lie inside
-    those of the 8-connected regions, so the union is the same.
+    The reference implementation also uses the contours of holes and nested regions. Their boxes are inside
+    the boxes of the 8-connected regions, so the union is the same.
 
     Args:
         cam: (h, w) float in [0, 1].
         threshold: relative to the maximum of the 8-bit map (the paper's lambda).
-        include_edge: let boxes reach the last row and column. The reference implementation clips an
-            exclusive end to size - 1 and never covers them; published numbers depend on that.
+        include_edge: let boxes include the last row and column. The reference implementation clips the
+            exclusive end of a box to size - 1, so its boxes never include them; published numbers depend on
+            this.
 
     Returns:
         (h, w) uint8 of 0 and 1; all 0 if nothing is activated.
@@ -89,7 +90,7 @@ def box_mask(cam: np.ndarray, threshold: float, include_edge: bool = False) -> n
 def box_masks(cams: Tensor, threshold: float | Tensor, include_edge: bool = False) -> Tensor:
     """Return `box_mask` of every map of `cams` (..., h, w), on their device.
 
-    `threshold` is one number, or one for each map, (...).
+    `threshold` is one number, or a tensor (...) with one number for each map.
     """
     thresholds = torch.as_tensor(threshold, dtype=torch.float64).expand(cams.shape[:-2])
     maps = cams.float().cpu().flatten(0, -3).numpy()

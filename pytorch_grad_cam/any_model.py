@@ -3,7 +3,7 @@
     with GradCAM(model, target_layers=[model.layer4[-1]]) as cam:
         cams = cam(images, targets=[ClassifierOutputTarget(281)])  # (B, H, W) in [0, 1]
 
-For CLIP itself use `pytorch_grad_cam.grad_cam.text_cams`.
+For CLIP use `pytorch_grad_cam.grad_cam.text_cams`.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from pytorch_grad_cam.methods import METHODS, min_max_normalize
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-BRIGHTNESS = (0.9, 1, 1.1)  # factors of aug_smooth, those of the package
+BRIGHTNESS = (0.9, 1, 1.1)  # factors of aug_smooth, as in the pytorch-grad-cam package
 
 
 @dataclass(eq=False)
 class GradCAM:
     """CAMs from the gradients at the outputs of `target_layers`, averaged over these layers.
 
-    Layers have hooks during a call only.
+    Hooks are registered on the layers only during a call.
     """
 
     model: nn.Module  # maps images (B, 3, H, W) to outputs (B, ...)
     target_layers: Sequence[nn.Module]
-    reshape_transform: Callable[[Tensor], Tensor] | None = None  # of outputs to (B, C, h, w), such as tokens
+    reshape_transform: Callable[[Tensor], Tensor] | None = None  # layer output, e.g. tokens -> (B, C, h, w)
     method: str = "gradcam"  # a name in `pytorch_grad_cam.methods.METHODS`
 
     def __enter__(self):
@@ -49,14 +49,14 @@ class GradCAM:
 
         Args:
             input_tensor: (B, 3, H, W).
-            targets: per image a function of its output; None uses the class with the largest score.
-            aug_smooth: average over the image and its mirror image, each at three brightnesses.
+            targets: for each image a function of its output; None uses the class with the largest score.
+            aug_smooth: average over the image and its mirror image, each at three levels of brightness.
 
         Raises:
             ValueError: the numbers of targets and images differ.
         """
         if targets is not None and len(targets) != len(input_tensor):
-            raise ValueError(f"{len(targets)} targets for {len(input_tensor)} images: give one for each")
+            raise ValueError(f"{len(targets)} targets for {len(input_tensor)} images: give one per image")
         views = ttach.Compose([ttach.HorizontalFlip(), ttach.Multiply(BRIGHTNESS)] if aug_smooth else [])
         cams = [
             view.deaugment_mask(self._cams(view.augment_image(input_tensor), targets)[:, None])[:, 0]
@@ -65,12 +65,12 @@ class GradCAM:
         return torch.stack(cams).mean(0).numpy()
 
     def _cams(self, input_tensor: Tensor, targets: Sequence[Callable[[Tensor], Tensor]] | None) -> Tensor:
-        """Return (B, H, W) in [0, 1], the mean over the layers."""
+        """Return the mean CAM over the layers, (B, H, W) in [0, 1]."""
         outputs: dict[nn.Module, Tensor] = {}
 
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
             outputs[module] = output
-            return output.clone()  # later modules may work in place
+            return output.clone()  # later in-place modules must not change the stored output
 
         handles = [layer.register_forward_hook(hook) for layer in self.target_layers]
         try:

@@ -6,10 +6,12 @@ background prompts, computed from the *mean patch feature* f of the last block:
     p = softmax(tau T f / |f|)          T: text features (K + M, E); tau: CLIP's logit scale
     dp_k = p_k (e_k - p) . dlogits      e_k: unit vector of label k
 
-The gradient of p_k with respect to that block's ln_1 output, averaged over the patches, weighs the channels
-of the CAM. All labels of a batch are computed at once; blocks before the last run once, without gradient.
-Shapes: B images of equal size, K labels, M background prompts, n = h * w patches; text features are unit
-vectors of length E; `valid` (B, K) bool is False at padding, None if there is none. Results are float32.
+The gradient of p_k with respect to the ln_1 output of the last block, averaged over the patches, is the
+weight of each channel in the CAM. All labels of a batch are computed at once. The blocks before the last run
+once, without gradients.
+
+Shapes: B images of equal size, K labels, M background prompts, n = h * w patches. Text features have length E
+and norm 1. `valid` (B, K) bool is False at padding; None means no padding. Results are float32.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,15 +34,15 @@ class TextCAMs:
     cams: Tensor  # (B, K, h, w) in [0, 1]
     raw: Tensor  # (B, K, h, w), before the ReLU
     probabilities: Tensor  # (B, K + M), labels, then backgrounds
-    affinity: Tensor | None  # (B, n, n) over patches, see `text_cams`; None for a ResNet without the argument
+    affinity: Tensor | None  # (B, n, n) over patches, see `text_cams`; None for a ResNet without `affinity`
 
 
 @dataclass
 class Encoded:
-    """Result of all blocks but the last."""
+    """Result of all blocks except the last."""
 
     tokens: Tensor  # (B, 1 + n, C)
-    attention: Tensor | None  # (B, 1 + n, 1 + n), sum over `num_maps` blocks; None if there are none
+    attention: Tensor | None  # (B, 1 + n, 1 + n), sum over `num_maps` blocks; None if num_maps is 0
     num_maps: int
     grid: tuple[int, int]  # (h, w)
 
@@ -65,16 +67,16 @@ def text_cams(
         background_features: (M, E) of the background prompts.
         valid: (B, K) bool or None; the CAMs of padding are 0.
         method: a name in `pytorch_grad_cam.methods.METHODS`. "gradcam" computes the mean gradient in closed
-            form; the others need the whole gradient, by automatic differentiation.
-        affinity_layers: number of blocks, counted from the end, whose attention is averaged.
-        exclude_last_layer: average all of these but the very last. The reference implementation of
-            CLS-SEG averages `[-8:-1]`, 7 blocks.
+            form; the others need the gradient at each patch, by automatic differentiation.
+        affinity_layers: number of last blocks whose attention is averaged.
+        exclude_last_layer: exclude the last block from this average. The reference implementation of CLS-SEG
+            averages `[-8:-1]`, 7 blocks.
         position_rounding: see `clip.positions`.
         affinity: function that maps `images` to an affinity (B, n, n), which replaces the averaged attention.
 
     Raises:
-        ValueError: the method is unknown, no block is left to average, or the result of `affinity` has
-            another shape.
+        ValueError: the method is unknown, no block remains to average, or `affinity` returns an invalid
+            matrix, see `check_affinity`.
     """
     if method not in METHODS:
         raise ValueError(f"CAM method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -83,7 +85,10 @@ def text_cams(
         if affinity is not None:
             affinity_layers = 0
         elif exclude_last_layer and min(affinity_layers, visual.layers) < 2:
-            raise ValueError("exclude_last_layer leaves no block to average: give 2 affinity_layers or more")
+            raise ValueError(
+                f"with exclude_last_layer and affinity_layers {affinity_layers} no block remains to average: "
+                "set affinity_layers to 2 or more"
+            )
         encoded = encode(visual, images, affinity_layers, position_rounding)
         if method == "gradcam":
             activations, weights, probabilities, last = mean_gradients(model, encoded.tokens, *candidates)
@@ -117,11 +122,11 @@ def check_affinity(matrix: Tensor, batch: int, grid: tuple[int, int]) -> None:
     n = grid[0] * grid[1]
     if matrix.shape != (batch, n, n):
         raise ValueError(
-            f"affinity returned shape {tuple(matrix.shape)}, expected {(batch, n, n)}: a row and a column "
+            f"affinity returned shape {tuple(matrix.shape)}, expected {(batch, n, n)}: one row and column "
             f"for each of the {grid[0]} x {grid[1]} patches"
         )
     if not ((matrix >= 0) & (matrix < torch.inf)).all():
-        raise ValueError("affinity returned values that are negative or not finite")
+        raise ValueError("affinity returned values that are negative or not finite: return values >= 0")
 
 
 @torch.no_grad()
@@ -131,7 +136,10 @@ def encode(
     affinity_layers: int = AFFINITY_LAYERS,
     position_rounding: str = "always",
 ) -> Encoded:
-    """Run all blocks but the last, see `text_cams`; blocks before `affinity_layers` use fused attention."""
+    """Return the result of all blocks except the last, see `text_cams`.
+
+    Blocks whose attention is not averaged use fused attention.
+    """
     tokens, grid = visual.embed(images, position_rounding)
     first = min(max(0, visual.layers - affinity_layers), visual.layers - 1)
     total = None
@@ -162,14 +170,14 @@ def mean_gradients(
     feature = saved.feature / length
     logits, candidates = _logits(model, feature, text_features, background_features, valid)
     probabilities = logits.softmax(-1)
-    # d log p_k / df: along the text features, then through f / |f|. e_k - p is computed first: at p_k near 1
-    # a difference of the weighted vectors would lose its digits.
+    # d log p_k / df: gradient with respect to f / |f|, then chain rule for f. e_k - p is computed first,
+    # because for p_k near 1 the difference of two weighted sums of text features loses precision.
     dlogits = torch.eye(candidates.shape[1], device=candidates.device)[:num_labels] - probabilities[:, None]
     directions = dlogits @ candidates  # (B, K, K + M) @ (B, K + M, E)
     directions = directions - (directions @ feature[:, :, None]) * feature[:, None]
     directions = directions * (model.logit_scale.exp() / length)[:, None]
-    # The gradient is linear in the direction: unit length keeps it within the range of half precision,
-    # and a factor p_k in float32 keeps improbable labels from underflow.
+    # The gradient is linear in the direction. With directions of norm 1 it stays in the range of half
+    # precision. The factor p_k is applied in float32, so that improbable labels do not underflow.
     norms = directions.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     weights = last_block.vjp(saved, directions / norms) * norms * probabilities[:, :num_labels, None]
     return saved.ln1_output, weights, probabilities, saved.attention
@@ -183,7 +191,7 @@ def full_gradients(
     background_features: Tensor,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of `mean_gradients` for each patch, by automatic differentiation.
+    """Return the gradients at each patch, by automatic differentiation; `mean_gradients` returns their mean.
 
     Returns:
         activations (B, C, h, w), gradients (B, K, C, h, w), probabilities (B, K + M) and the last block's
@@ -192,7 +200,7 @@ def full_gradients(
     visual, block = model.visual, model.visual.transformer.resblocks[-1]
     with torch.enable_grad():
         ln1_output = block.ln_1(tokens).detach().requires_grad_()  # (B, 1 + n, C)
-        # `forward` is never compiled: compiled code cannot be differentiated for several labels at once.
+        # `forward` is called because it is not compiled: compiled code does not support batched gradients.
         output, attention = block.forward(tokens, need_weights=True, ln1_output=ln1_output)
         pooled = visual.ln_post(output[:, 1:].float()).mean(1) @ visual.proj.float()  # (B, E)
         gradients, probabilities = _softmax_gradients(
@@ -211,8 +219,14 @@ def feature_gradients(
     valid: Tensor | None = None,
     position_rounding: str = "always",
 ) -> tuple[Tensor, Tensor]:
-    """Return gradients (B, K, C, h, w) of each label's probability and probabilities (B, K + M), with respect
-    to the last stage (B, C, h, w) of a ResNet tower."""
+    """Return the gradients of each label's probability, and the probabilities, for a ResNet tower.
+
+    Args:
+        features: (B, C, h, w), output of the last stage.
+
+    Returns:
+        gradients with respect to `features` (B, K, C, h, w), and probabilities (B, K + M).
+    """
     with torch.enable_grad():
         features = features.detach().requires_grad_()
         pooled = model.visual.attnpool(features, position_rounding).float()
@@ -227,10 +241,11 @@ def _softmax_gradients(
     background_features: Tensor,
     valid: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return dp_k / d activations of all labels k, (B, K, *activations.shape[1:]), and p.
+    """Return dp_k / d activations of all labels k, (B, K, *activations.shape[1:]), and p (B, K + M).
 
-    One batched vector-Jacobian product differentiates log p_k as logit_k - sum_j p_j logit_j with constant p.
-    The factor p_k follows in float32 and keeps improbable labels from underflow in half precision.
+    One batched vector-Jacobian product computes the gradient of log p_k, which is the gradient of
+    logit_k - sum_j p_j logit_j with constant p. The factor p_k is applied in float32, so that improbable
+    labels do not underflow in half precision.
     """
     num_labels = text_features.shape[1]
     feature = F.normalize(pooled, dim=-1)
@@ -248,7 +263,10 @@ def _softmax_gradients(
 def _logits(
     model: CLIP, feature: Tensor, text_features: Tensor, background_features: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return tau T f / |f|, (B, K + M), -inf at padding, and T, (B, K + M, E); `feature` is f / |f|."""
+    """Return the logits tau T f / |f|, (B, K + M), -inf at padding, and T, (B, K + M, E).
+
+    `feature` is f / |f|, (B, E).
+    """
     backgrounds = background_features.expand(len(text_features), -1, -1)
     candidates = torch.cat([text_features, backgrounds], 1).float()
     logits = model.logit_scale.exp() * (candidates @ feature[:, :, None])[..., 0]

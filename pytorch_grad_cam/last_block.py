@@ -1,8 +1,8 @@
 """The last transformer block of a ViT and its vector-Jacobian product in closed form.
 
-Grad-CAM on a ViT needs, for each label, only the *mean over patches* of the gradient of its score with
-respect to the block's ln_1 output a. The score depends on the mean patch feature f. With L tokens, n of
-them patches, d = 64, and x^ = (x - mean(x)) / sigma(x) over channels, `forward` computes:
+For each label, Grad-CAM on a ViT needs only the *mean over patches* of the gradient of the label's score with
+respect to the block's ln_1 output a. The score depends on the mean patch feature f. There are L tokens, of
+which n are patches; d = 64; x^ = (x - mean(x)) / sigma(x) over channels. `forward` computes:
 
     q, k, v = a W_in^T + b_in                         per head, (L, d)
     A = softmax(q k^T / sqrt(d))                      per head, (L, L)
@@ -12,8 +12,8 @@ them patches, d = 64, and x^ = (x - mean(x)) / sigma(x) over channels, `forward`
     z = y + phi(u) W_proj^T + b_proj                  (n, C)
     f = mean_i(g z^_i + b) P                          (E); g, b: weight and bias of ln_post; P: proj
 
-`vjp` computes, for a direction e in the space of f, the mean over patches of d(e . f) / da. A gradient is
-written dx = d(e . f) / dx, and all are multiplied by n until the end:
+`vjp` computes, for a direction e in the space of f, the mean over patches of d(e . f) / da. The gradient
+d(e . f) / dx is written dx. All gradients are multiplied by n until the end:
 
     c  = g (e P^T)                                    the same for all patches, (C)
     s  = c . z^ / C                                   per patch
@@ -25,16 +25,16 @@ written dx = d(e . f) / dx, and all are multiplied by n until the end:
     r  = do . o                                       per patch and head
     dS = A (do v^T - r)                               d(e . f) / d(q k^T / sqrt(d))
 
-Only sums over patches of dq, dk and dv are needed. A row of dS sums to 0, so its sum over patches is minus
-the column of the class token (index 0):
+Only the sums over patches of dq, dk and dv are needed. Each row of dS sums to 0, so its sum over patches is
+minus its entry in the column of the class token (index 0):
 
     sum dq = sum_j (v_j . (A^T do)_j - (A^T r)_j) k_j / sqrt(d)
     sum dk = -sum_i A_i0 (do_i . v_0 - r_i) q_i / sqrt(d)
     sum dv = sum_i (1 - A_i0) do_i
-    result = [sum dq, sum dk, sum dv] W_in / n^2      once n for the mean in f, once for the mean of da
+    result = [sum dq, sum dk, sum dv] W_in / n^2      1 / n for the mean in f, 1 / n for the mean of da
 
-Each label costs one product with W_fc, one with W_out and one with A: 5.4 GFLOP for ViT-B/16 at 375 x 500,
-against 17 for automatic differentiation. z^ W_proj phi'(u) / sigma(z) is the same for all labels.
+Each label costs one product with W_fc, one with W_out and one with A: 5.4 GFLOP for ViT-B/16 at 375 x 500.
+Automatic differentiation costs 17 GFLOP. z^ W_proj phi'(u) / sigma(z) is the same for all labels.
 """
 import math
 from typing import NamedTuple
@@ -44,13 +44,13 @@ from torch import Tensor
 
 from clip.model import HEAD_WIDTH, LayerNorm, QuickGELU, VisionTransformer, attend_with_weights
 
-LABELS_AT_ONCE = 4  # bounds memory: each label needs several arrays of (n, 4C)
+LABELS_AT_ONCE = 4  # limits memory: each label needs several arrays of (n, 4C)
 
 
 class LastBlock(NamedTuple):
-    """Result of `forward`, with the symbols of the equations above; y, z and u at the patches only."""
+    """Result of `forward`, with the symbols of the equations above; y, z and u only at the patches."""
 
-    visual: VisionTransformer  # whose weights `vjp` needs
+    visual: VisionTransformer  # `vjp` uses its weights
     ln1_output: Tensor  # (B, n, C) float32, a at the patches: the activations of Grad-CAM
     attention: Tensor  # (B, L, L) float32, mean of A over heads
     feature: Tensor  # (B, E) float32, f
@@ -69,7 +69,7 @@ class LastBlock(NamedTuple):
 
 @torch.no_grad()
 def forward(visual: VisionTransformer, tokens: Tensor) -> LastBlock:
-    """Run the last block of a tower on `tokens` (B, 1 + n, C) and keep what `vjp` needs."""
+    """Run the last block of a tower on `tokens` (B, 1 + n, C); return the values that `vjp` needs."""
     block = visual.transformer.resblocks[-1]
     a = block.ln_1(tokens)  # (B, L, C)
     q, k, v = block.attn.qkv(a)
@@ -91,7 +91,7 @@ def forward(visual: VisionTransformer, tokens: Tensor) -> LastBlock:
 
 @torch.no_grad()
 def vjp(saved: LastBlock, directions: Tensor) -> Tensor:
-    """Return the mean gradients (B, K, C) float32 for directions e of K labels, (B, K, E) float32."""
+    """Return the mean gradients over patches (B, K, C) for directions e of K labels (B, K, E), float32."""
     return torch.cat([_vjp(saved, chunk) for chunk in directions.split(LABELS_AT_ONCE, 1)], 1)
 
 

@@ -1,26 +1,28 @@
-"""CAM weightings: activations and their gradients -> a raw CAM.
+"""CAM methods: activations and their gradients -> a raw CAM.
 
-Each function takes activations and gradients (..., C, h, w) and returns the weighted sum over
-channels (..., h, w), before the ReLU. `gradients` may have more leading axes than `activations`.
+Each function takes activations and gradients (..., C, h, w) and returns the weighted sum over channels
+(..., h, w), before the ReLU. `gradients` may have more leading axes than `activations`.
 """
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-# Against division by zero, as in the pytorch-grad-cam package.
+# These avoid division by zero, as in the pytorch-grad-cam package.
 PLUS_PLUS_EPSILON, X_EPSILON = 1e-6, 1e-7
 
 
 def grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Weigh channels by the mean gradient (Selvaraju et al., ICCV 2017)."""
+    """Weight channels by the mean gradient (Selvaraju et al., ICCV 2017)."""
     weights = gradients.mean((-2, -1), keepdim=True)  # (..., C, 1, 1)
     return (weights * activations).sum(-3)
 
 
 def grad_cam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Weigh channels by the sum over positions of alpha relu(g), with gradients g, activations a and
-    alpha = g^2 / (2 g^2 + sum(a) g^3), where g is not 0 (Chattopadhyay et al., WACV 2018)."""
+    """Weight channels by the sum over positions of alpha relu(g) (Chattopadhyay et al., WACV 2018).
+
+    alpha = g^2 / (2 g^2 + sum(a) g^3) for gradients g that are not 0, else 0; a are the activations.
+    """
     square = gradients**2
     total = activations.sum((-2, -1), keepdim=True)  # (..., C, 1, 1)
     alpha = square / (2 * square + total * square * gradients + PLUS_PLUS_EPSILON)
@@ -29,18 +31,18 @@ def grad_cam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
 
 
 def x_grad_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Weigh channels by the mean gradient, itself weighted by activation (Fu et al., BMVC 2020)."""
+    """Weight channels by the activation-weighted mean gradient (Fu et al., BMVC 2020)."""
     total = activations.sum((-2, -1), keepdim=True) + X_EPSILON
     weights = (gradients * activations / total).sum((-2, -1), keepdim=True)
     return (weights * activations).sum(-3)
 
 
 def layer_cam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Weigh each position by its own positive gradient (Jiang et al., TIP 2021)."""
+    """Weight each position of each channel by its positive gradient (Jiang et al., TIP 2021)."""
     return (gradients.relu() * activations).sum(-3)
 
 
-# Flags, checks and `any_model` read this registry.
+# Flags, checks and `any_model` use this registry.
 METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gradcam": grad_cam,
     "gradcam++": grad_cam_plus_plus,
@@ -52,8 +54,8 @@ METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def min_max_normalize(cams: Tensor) -> Tensor:
     """Return (x - min) / (1e-7 + max(x - min)) of each map x of `cams` (..., h, w), float32.
 
-    The epsilon is that of the reference implementation. Maps with a range near or below 1e-7 (raw CAMs of
-    improbable labels) stay well below 1; a constant map becomes 0.
+    The epsilon is the reference implementation's. Maps whose range is near or below 1e-7 (raw CAMs of
+    improbable labels) stay far below 1; a constant map becomes 0.
     """
     cams = cams.float()
     cams = cams - cams.amin((-2, -1), keepdim=True)
@@ -61,8 +63,9 @@ def min_max_normalize(cams: Tensor) -> Tensor:
 
 
 def activation_map(raw: Tensor) -> Tensor:
-    """Return raw CAMs (..., h, w) in [0, 1]: ReLU, then normalized twice.
+    """Return CAMs in [0, 1] from raw CAMs (..., h, w): ReLU, then `min_max_normalize` twice.
 
-    The reference implementation normalizes for the layer and again for the mean over its single layer; on
-    faint maps the second epsilon changes the result."""
+    The reference implementation normalizes the map of the layer, then the mean over its single layer. The
+    second epsilon changes the result for maps with small values.
+    """
     return min_max_normalize(min_max_normalize(raw.relu()))

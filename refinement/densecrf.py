@@ -1,7 +1,7 @@
-"""The dense CRF: class probabilities refined along the edges of the image.
+"""The dense CRF: refine class probabilities along the edges of the image.
 
-Fully connected pairwise terms with Gaussian kernels, mean-field inference on the permutohedral lattice
-(Kraehenbuehl and Koltun, NeurIPS 2011).
+The pairwise terms are fully connected with Gaussian kernels. Mean-field inference runs on the permutohedral
+lattice (Kraehenbuehl and Koltun, NeurIPS 2011).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from refinement.presets import IMAGE_MODES, PRESETS, UNARY_TYPES, Preset, guide_image, unary
 
-if TYPE_CHECKING:  # torch and numba are imported by the backends that need them
+if TYPE_CHECKING:  # at run time only the backends import torch and numba
     import torch
     from torch import Tensor
 
@@ -31,13 +31,13 @@ def densecrf(
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        probabilities: (C, H, W) float in [0, 1], not necessarily summing to 1; background included.
+        probabilities: (C, H, W) float in [0, 1], including background; the sum over C need not be 1.
         preset: a name in `PRESETS`, or a `Preset`.
-        backend: a name in `BACKENDS`, or "auto": torch on a GPU and numba on a CPU.
+        backend: a name in `BACKENDS`, or "auto": torch on a GPU, numba on a CPU.
 
     Raises:
         ValueError: shapes do not match, the preset or backend is unknown, the backend is not installed, or
-            kernels are too narrow for the size of the image.
+            kernels are too narrow for the image size.
     """
     return densecrf_batch([image], [probabilities], preset, backend)[0]
 
@@ -49,34 +49,36 @@ def densecrf_batch(
     backend: str = "auto",
     device: str | torch.device | None = None,
 ) -> list[np.ndarray | Tensor]:
-    """Return the class posteriors of images of any sizes and numbers of classes, see `densecrf`.
+    """Return the class posteriors of several images, see `densecrf`; sizes and numbers of classes may differ.
 
     Args:
-        images, probabilities: arrays or tensors.
-        device: of the torch backend and of returned tensors; None is the device of the first probabilities.
+        images, probabilities: arrays or tensors; one of each per image.
+        preset, backend: see `densecrf`.
+        device: device of the torch backend and of returned tensors; None uses the device of the first
+            probabilities.
 
     Returns:
-        (C, H, W) float32 each: arrays for arrays of probabilities, tensors on `device` for tensors, which the
-        torch backend never moves to the CPU.
+        (C, H, W) float32 for each image: an array if its probabilities are an array, else a tensor on
+        `device`. The torch backend does not move tensors to the CPU.
     """
     if isinstance(preset, str):
         if preset not in PRESETS:
-            raise ValueError(f"no CRF preset {preset!r}, choose from {', '.join(PRESETS)}")
+            raise ValueError(f"no CRF preset {preset!r}: choose one of {', '.join(PRESETS)}")
         preset = PRESETS[preset]
     if backend not in BACKENDS and backend != "auto":
-        raise ValueError(f"no CRF backend {backend!r}, choose from auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"no CRF backend {backend!r}: choose one of auto, {', '.join(BACKENDS)}")
     if len(images) != len(probabilities):
-        raise ValueError(f"the CRF got {len(images)} images but {len(probabilities)} arrays of probabilities")
+        raise ValueError(f"{len(images)} images but {len(probabilities)} arrays of probabilities for the CRF")
     for image, classes in zip(images, probabilities, strict=True):
         if str(image.dtype).removeprefix("torch.") != "uint8" or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
-                f"the CRF needs an (H, W, 3) uint8 image, got {tuple(image.shape)} {image.dtype}"
+                f"the CRF requires an (H, W, 3) uint8 image, got {tuple(image.shape)} {image.dtype}"
             )
         size, shape = tuple(image.shape[:2]), tuple(classes.shape)
         if len(shape) != 3 or shape[1:] != size:
             raise ValueError(f"class probabilities are {shape[1:]} but the image is {size} (H, W)")
         if 0 in shape:
-            raise ValueError(f"the CRF needs classes and pixels, got probabilities of shape {shape}")
+            raise ValueError(f"the CRF requires at least one class and pixel, got shape {shape} (C, H, W)")
     if not images:
         return []
     if device is None:
@@ -89,7 +91,12 @@ def densecrf_batch(
 def _per_image(
     infer: Callable[[np.ndarray, np.ndarray, Preset], np.ndarray], images, probabilities, preset, device
 ) -> list[np.ndarray | Tensor]:
-    """Run a backend of one guide image (H, W, 3) uint8 and energies (C, H, W) on several images."""
+    """Run a backend for single images on several images.
+
+    Args:
+        infer: (guide image (H, W, 3) uint8, energies (C, H, W) float32, preset) -> posterior (C, H, W).
+        images, probabilities, preset, device: see `densecrf_batch`.
+    """
     posteriors = []
     for pair in zip(images, probabilities, strict=True):
         image, classes = (x if isinstance(x, np.ndarray) else x.detach().cpu().numpy() for x in pair)
@@ -103,7 +110,7 @@ def _per_image(
 
 
 def _pydensecrf(image: np.ndarray, energies: np.ndarray, preset: Preset) -> np.ndarray:
-    """Run the reference implementation, Kraehenbuehl's."""
+    """Run Kraehenbuehl's reference implementation."""
     try:
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError:
@@ -123,12 +130,12 @@ def _pydensecrf(image: np.ndarray, energies: np.ndarray, preset: Preset) -> np.n
 
 
 def _numba(image: np.ndarray, energies: np.ndarray, preset: Preset) -> np.ndarray:
-    """Run `refinement.densecrf_numba`: one core, about twice as fast."""
+    """Run `refinement.densecrf_numba`: one CPU core, about twice as fast as the reference implementation."""
     try:
         from refinement import densecrf_numba
     except ImportError:
         raise ValueError("the CRF backend numba is not installed: pip install numba") from None
-    except RuntimeError:  # numba found no folder for its cache
+    except RuntimeError:  # raised by numba if it has no writable folder for its cache
         raise ValueError(
             "numba cannot store its compiled code: set NUMBA_CACHE_DIR to a writable folder"
         ) from None
@@ -136,13 +143,13 @@ def _numba(image: np.ndarray, energies: np.ndarray, preset: Preset) -> np.ndarra
 
 
 def _torch(images, probabilities, preset, device) -> list[np.ndarray | Tensor]:
-    """Run `refinement.densecrf_torch`: many images at once, on a device."""
+    """Run `refinement.densecrf_torch`: many images at once, on a GPU or CPU."""
     import torch
 
     from refinement import densecrf_torch
 
     def on_device(values: np.ndarray | Tensor) -> Tensor:
-        # Arrays are copied: views may be read-only or have negative strides.
+        # torch does not accept views with negative strides and warns of read-only arrays: copy them.
         return torch.as_tensor(values.copy() if isinstance(values, np.ndarray) else values, device=device)
 
     posteriors = densecrf_torch.infer([*map(on_device, images)], [*map(on_device, probabilities)], preset)

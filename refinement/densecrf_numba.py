@@ -1,20 +1,21 @@
-"""The dense CRF on a CPU core: the permutohedral lattice compiled by numba.
+"""The dense CRF on one CPU core: the permutohedral lattice compiled by numba.
 
-One mean-field update is softmax(S B S' q - energies): S' spreads the pixels' probabilities over the lattice
-points around them ("splat"), B blurs along the lattice directions, S gathers ("slice"). S has 3 entries per
-pixel for the smoothness kernel and 6 for the appearance kernel, with half of the normalization and Potts
-weights on each side: both kernels are one sparse matrix, which an update reads once: slice, softmax and the
-next splat follow each other pixel by pixel.
+One mean-field update is softmax(S B S' q - energies). S' adds the probabilities q of each pixel to the
+lattice points around it ("splat"), B blurs along the lattice directions, S interpolates at the pixels
+("slice"). S has 3 entries per pixel for the smoothness kernel and 6 for the appearance kernel. S and S' each
+contain the normalization and the square root of the Potts weight, so both kernels together are one sparse
+matrix. An update reads it once: slice, softmax and the next splat run pixel by pixel.
 
-The blur walks each line of neighboring points ("chain") in place. It skips points without neighbors, which
-are many in a textured image. Class channels are the innermost dimension, padded to one of `LANES`, and are
-computed by one vector instruction (`Lanes`), which the compiler does not find by itself.
+The blur processes each line of neighboring points ("chain") in place. It skips points without neighbors; a
+textured image has many of them. Class channels are the innermost dimension, padded to one of `LANES`. One
+vector instruction (`Lanes`) computes them all; the compiler does not vectorize this loop automatically.
 
-Everything runs on one core without the GIL: threads can refine several images at once. Compiled code is
-cached beside this file, or in the user's cache folder if that is read-only (NUMBA_CACHE_DIR moves it). The
-cache is invalidated when this file changes, not when an imported file does: keep all compiled functions here.
+The code releases the GIL, so threads can refine several images in parallel, each on one core. Compiled code
+is cached in this file's folder, or in the user's cache folder if this one is read-only (NUMBA_CACHE_DIR sets
+another folder). numba invalidates the cache when this file changes, but not when an imported file changes, so
+all compiled functions must be in this file.
 
-Memory at up to 4 classes: 300 to 350 bytes per pixel for photographs, up to 570 for noise.
+Memory with up to 4 classes: 300 to 350 bytes per pixel for photographs, up to 570 for noise.
 """
 
 import math
@@ -26,18 +27,18 @@ from numba.extending import intrinsic, models, register_model
 
 from refinement.lattice import Kernel, packing
 
-LANES = (4, 8, 16)  # classes computed at once; more are split into blocks
-TILE = 64  # pixels per vectorized softmax; their slices fit in the first-level cache
-FIRST_SLOTS = 1 << 14  # initial size of the hash table, which doubles when half full
-# Smaller probabilities become 0: products with them would be denormal numbers, which are slow.
+LANES = (4, 8, 16)  # classes computed at once; more classes are split into blocks
+TILE = 64  # pixels per vectorized softmax; their values fit in the first-level cache
+FIRST_SLOTS = 1 << 14  # initial size of the hash table, which is doubled when half full
+# Smaller probabilities become 0, because products with them would be denormal numbers, which are slow.
 MIN_PROBABILITY = np.float32(1e-26)
 JIT = {"cache": True, "nogil": True, "error_model": "numpy"}
-# Contraction changes the rounding: never use it where the rounding selects a lattice point.
+# Contraction changes the rounding, so it must not be used where rounding selects a lattice point.
 JIT_CONTRACT = JIT | {"fastmath": {"contract", "nsz"}}
 
 
 class Lanes(types.Type):
-    """Numba type of a vector of `width` float32, that lives in a register."""
+    """Numba type of a vector of `width` float32 in a register."""
 
     def __init__(self, width: int):
         self.width = width
@@ -51,7 +52,7 @@ class LanesModel(models.PrimitiveModel):
 
 
 def _address(context, builder, signature, arguments, width):
-    """Return a pointer to row arguments[1] of array arguments[0], whose rows are vectors of `width`."""
+    """Return a pointer to row arguments[1] of array arguments[0]; a row is a vector of `width` float32."""
     data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
     row = context.cast(builder, arguments[1], signature.args[1], types.intp)
     start = builder.gep(data, [builder.mul(row, row.type(width))])
@@ -60,7 +61,7 @@ def _address(context, builder, signature, arguments, width):
 
 @intrinsic
 def load(typing, array, row, lanes):
-    """load(array, row, lanes): a row of a C-contiguous float32 array; `lanes` is a tuple of its length."""
+    """load(array, row, lanes): return a row of a C-contiguous float32 array; a row has len(lanes) values."""
 
     def generate(context, builder, signature, arguments):
         return builder.load(_address(context, builder, signature, arguments, lanes.count), align=4)
@@ -70,7 +71,7 @@ def load(typing, array, row, lanes):
 
 @intrinsic
 def store(typing, array, row, vector):
-    """store(array, row, vector), see `load`."""
+    """store(array, row, vector): write a row, see `load`."""
 
     def generate(context, builder, signature, arguments):
         builder.store(arguments[2], _address(context, builder, signature, arguments, vector.width), align=4)
@@ -81,7 +82,7 @@ def store(typing, array, row, vector):
 
 @intrinsic
 def madd(typing, total, weight, vector):
-    """madd(total, weight, vector): the vector total + weight * vector, for a float32 weight."""
+    """madd(total, weight, vector): return the vector total + weight * vector, for a float32 weight."""
 
     def generate(context, builder, signature, arguments):
         start, factor, value = arguments
@@ -94,12 +95,17 @@ def madd(typing, total, weight, vector):
     return total(total, types.float32, vector), generate
 
 
-# Variable array indices below are cast to unsigned: numba checks signed ones for negative values.
+# Variable array indices below are cast to unsigned, because numba checks whether signed indices are negative.
 
 
 @njit(**JIT)
 def _slot(table, keys, key):
-    """Return the slot of `key`, or a free one; table is (2^k,) int32 of indices into `keys`, -1 if free."""
+    """Return the slot of `key` in the hash table, or the free slot for it.
+
+    Args:
+        table: (2^k,) int32, indices into `keys`, or -1 for free slots.
+        keys: int64 keys.
+    """
     mask = len(table) - 1
     slot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(24)) & mask
     while True:
@@ -111,7 +117,7 @@ def _slot(table, keys, key):
 
 @njit(**JIT)
 def _enlarge(keys, count, slots):
-    """Return a table of `slots` slots for the first `count` keys, and the keys in an array half as long."""
+    """Return a hash table of `slots` slots with the first `count` keys, and these keys in a larger array."""
     table = np.full(slots, -1, np.int32)
     larger = np.empty(slots // 2, np.int64)
     larger[:count] = keys[:count]
@@ -122,19 +128,21 @@ def _enlarge(keys, count, slots):
 
 @njit(**JIT)
 def embed(image, widths, scale, low, strides, points, weights, column, offset):
-    """Return the packed keys (M,) int64 of an image's lattice points, and write the simplex of each pixel.
+    """Return the packed keys (M,) int64 of an image's lattice points; write points and weights of each pixel.
 
-    Every operation is float32 and in the order of Kraehenbuehl's code, so that the lattice is the same.
+    All operations are float32 and have the order of Kraehenbuehl's code, so that the lattice is the same.
 
     Args:
-        image: (H, W, d - 2) uint8; widths, scale, low, strides: tuples of d, see `refinement.lattice`.
-        points, weights: (H * W, entries) int32 and float32, columns `column` to `column` + d are written.
-            Points are numbered in order of appearance, from `offset`.
+        image: (H, W, d - 2) uint8.
+        widths, scale, low, strides: tuples of d numbers, see `refinement.lattice`.
+        points, weights: (H * W, entries) int32 and float32; columns `column` to `column` + d are written.
+        column: first column to write.
+        offset: number of the first point; points are numbered in order of appearance.
     """
     height, width, colors = image.shape
     d = len(scale)
     table, keys, count = np.full(FIRST_SLOTS, -1, np.int32), np.empty(FIRST_SLOTS // 2, np.int64), 0
-    stride = np.zeros(d + 1, np.int64)  # the last coordinate is not packed
+    stride = np.zeros(d + 1, np.int64)  # 0 for the last coordinate, which is not packed
     origin = np.int64(0)
     factor, feature, extent = np.empty(d, np.float32), np.empty(d, np.float32), np.empty(d, np.float32)
     for i in range(d):
@@ -159,7 +167,7 @@ def embed(image, widths, scale, low, strides, points, weights, column, offset):
                 total += scaled
             elevated[0] = total
 
-            # The nearest point with all coordinates 0 modulo d + 1, then the order of what remains.
+            # The nearest point with all coordinates 0 modulo d + 1, then the ranks of the differences to it.
             off_plane = 0
             for i in range(d + 1):
                 nearest = np.rint(elevated[i] * down)
@@ -185,7 +193,7 @@ def embed(image, widths, scale, low, strides, points, weights, column, offset):
                 ranked[np.uint64(place)] = i
                 packed += vertex[i] * stride[i]
 
-            # From vertex to vertex of the simplex, a step along one direction each.
+            # From one vertex of the simplex to the next is one step along a lattice direction.
             for r in range(d + 1):
                 if r == 0:
                     weight = height_of_rank[d] + (one - height_of_rank[0])
@@ -193,7 +201,7 @@ def embed(image, widths, scale, low, strides, points, weights, column, offset):
                     packed += jump[np.uint64(ranked[d + 1 - r])]
                     weight = height_of_rank[d - r] - height_of_rank[d + 1 - r]
                 weights[pixel, column + r] = weight
-                if last_key[r] != packed:  # neighboring pixels often share it
+                if last_key[r] != packed:  # neighboring pixels often have the same vertex
                     slot = _slot(table, keys, packed)
                     index = table[slot]
                     if index < 0:
@@ -212,14 +220,16 @@ def embed(image, widths, scale, low, strides, points, weights, column, offset):
 
 @njit(**JIT)
 def link(keys, order, jumps, offset):
-    """Return the chains of two or more points of every direction, (L,) int32; each ends with a ~point.
+    """Return the chains of two or more points of all directions, (L,) int32.
 
-    A step adds a constant to a key, so one walk over the sorted keys finds all successors of a direction.
+    The last point p of a chain is stored as ~p. A step along a direction adds a constant to a key, so one
+    pass over the sorted keys finds the successors of all points.
 
     Args:
-        keys: (M,) int64; order: (M,), the indices that sort them.
+        keys: (M,) int64.
+        order: (M,), the indices that sort `keys`.
         jumps: (d + 1,) int64, see `refinement.lattice.Packing`.
-        offset: added to the numbers of points.
+        offset: added to the point numbers.
     """
     count = len(keys)
     ordered = keys[order]
@@ -252,7 +262,7 @@ def link(keys, order, jumps, offset):
 
 @njit(**JIT)
 def _blur(values, chains, lanes, blocks):
-    """Add half of its neighbors to each row of values (points, blocks * lanes), direction by direction."""
+    """Add half of its two neighbors to each row of values (points, blocks * lanes), for each direction."""
     half, one = np.float32(0.5), np.float32(1)
     for block in range(blocks):
         index = 0
@@ -277,12 +287,15 @@ def _blur(values, chains, lanes, blocks):
 
 @njit(**JIT)
 def normalize(points, weights, chains, size, first, last, alpha, compat):
-    """Multiply half of normalization and Potts weight into the columns `first` to `last` of `weights`.
+    """Multiply columns `first` to `last` - 1 of `weights` by normalization and square root of Potts weight.
 
-    The normalization is that of `pydensecrf`: 1 / sqrt(F(1) + 1e-20) before and after the filter F.
+    The normalization is pydensecrf's: 1 / sqrt(F(1) + 1e-20) before and after the filter F. The weights are
+    used before and after the filter, so each time they contribute the square root of `alpha * compat`.
 
     Args:
-        size: number of lattice points; alpha, compat: see `refinement.lattice.Kernel`.
+        points, weights, chains: see `embed` and `link`.
+        size: number of lattice points.
+        alpha, compat: see `refinement.lattice.Kernel`.
     """
     values = np.zeros((size, 1), np.float32)
     for pixel in range(len(points)):
@@ -301,10 +314,10 @@ def normalize(points, weights, chains, size, first, last, alpha, compat):
 
 @njit(**JIT_CONTRACT)
 def _softmax(tile, powers, channels):
-    """Apply softmax to the first `channels` of each row of tile (T, lanes); `powers` is a buffer like it.
+    """Apply softmax to the first `channels` of each row of `tile` (T, lanes), in place.
 
     The exponential is 2^k times a polynomial on [-ln 2 / 2, ln 2 / 2] (coefficients as in Cephes' expf,
-    error 1e-7), written so that the compiler vectorizes it.
+    error 1e-7), written so that the compiler vectorizes it. `powers` is a buffer of the same shape.
     """
     for i in range(len(tile)):
         highest = tile[i, 0]
@@ -340,12 +353,14 @@ def _softmax(tile, powers, channels):
 
 @njit(**JIT)
 def mean_field(logits, points, weights, chains, size, iterations, lanes, posterior):
-    """Run mean-field inference and write the posterior (C, N) float32.
+    """Run mean-field inference and write the result to `posterior` (C, N) float32.
 
     Args:
-        logits: (N, blocks * lanes) float32, minus the energies; padding is very low.
-        points, weights: (N, entries), see `embed` and `normalize`; chains: see `link`.
-        size: number of lattice points; lanes: see `load`.
+        logits: (N, blocks * lanes) float32, the negative energies; a large negative number at padding.
+        points, weights: (N, entries), see `embed` and `normalize`.
+        chains: see `link`.
+        size: number of lattice points.
+        lanes: see `load`.
     """
     channels, pixels = posterior.shape
     entries, width = points.shape[1], logits.shape[1]
@@ -387,22 +402,24 @@ def infer(image: np.ndarray, energies: np.ndarray, kernels: list[Kernel], iterat
     Args:
         image: (H, W, 3) uint8, see `refinement.presets.guide_image`.
         energies: (C, H, W) float32.
+        kernels: see `refinement.presets.Preset.kernels`.
+        iterations: mean-field iterations.
 
     Raises:
-        ValueError: the image is too large to number its lattice points.
+        ValueError: the image is too large for 32-bit numbers of lattice points.
     """
     channels, height, width = energies.shape
     pixels = height * width
     entries = sum(len(kernel.widths) + 1 for kernel in kernels)
     if pixels * entries >= 2**31:
-        raise ValueError(f"an image of {height} x {width} pixels is too large for the dense CRF")
+        raise ValueError(f"an image of {height} x {width} pixels is too large for the CRF: make it smaller")
     points, weights = np.empty((pixels, entries), np.int32), np.empty((pixels, entries), np.float32)
     chains, size, column = [], 0, 0
     for kernel in kernels:
         dimensions = len(kernel.widths)
         pack = packing(kernel.widths, height, width)
         widths = tuple(np.float32(w) for w in kernel.widths)
-        # A copy: of an array that is read-only or not contiguous numba would compile another version.
+        # A copy, because numba compiles another version for read-only or non-contiguous arrays.
         guide = np.array(image[..., : dimensions - 2], order="C")
         keys = embed(guide, widths, pack.scale, pack.low, pack.strides, points, weights, column, size)
         chains.append(link(keys, np.argsort(keys), np.array(pack.jumps, np.int64), size))

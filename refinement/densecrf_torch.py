@@ -1,19 +1,20 @@
 """The dense CRF in tensor operations, for many images at once on a GPU.
 
-The same mathematics as `refinement.densecrf_numba`: an update is softmax(S B S' q - energies) with a sparse
-matrix S of 9 entries per pixel. All images of a group share one lattice: the image's number is the highest
-digit of a point's key, and channels are padded with impossible classes. Sorting the keys numbers the points
-and orders the entries of S' for summation. Slice, splat and blur are weighted sums of rows, `embedding_bag`.
+The mathematics is the same as in `refinement.densecrf_numba`: an update is softmax(S B S' q - energies) with
+a sparse matrix S of 9 entries per pixel. All images of a group share one lattice: the image number is the
+highest digit of a point's key, and class channels are padded with classes of probability 0. Sorting the keys
+numbers the points, and orders the entries of S' for summation. Slice, splat and blur are weighted sums of
+rows, computed by `embedding_bag`.
 
-A lattice point of a plain image gathers many thousand pixels, so S' sums runs of 32 entries first, then runs
-of those sums, and so on. Without atomic additions the result is the same each time, and on a CPU equals that
-of numba up to the last few bits.
+In a smooth image, one lattice point sums over thousands of pixels. S' therefore sums runs of 32 entries
+first, then runs of these sums, and so on. Without atomic additions the result is the same in every run. On a
+CPU it equals the numba backend up to the last few bits.
 
 An update moves about 2 kB per pixel (3 classes, photographs with 2.6 lattice points per pixel) in about 50
-kernel launches. Building the lattices takes about 200 and a sort of 9 keys per pixel, once per group, and is
-the only step in which the host waits for the device, about ten times.
+kernel launches. Building the lattices takes about 200 launches and a sort of 9 keys per pixel, once per
+group. Only in this step the CPU waits for the GPU, about ten times.
 
-Memory at 3 classes: 600 to 700 bytes per pixel of a group for photographs, up to 1400 for noise.
+Memory with 3 classes: 600 to 700 bytes per pixel of a group for photographs, up to 1400 for noise.
 """
 
 import math
@@ -29,7 +30,7 @@ from torch import Tensor
 from refinement.lattice import MAX_KEYS, Kernel, Packing, packing
 from refinement.presets import MEAN_BGR, Preset, unary
 
-GROUP_PIXELS = 2**22  # total pixels of the images that share a lattice: 3 to 6 GB
+GROUP_PIXELS = 2**22  # maximum pixels of the images that share a lattice; they need 3 to 6 GB
 RUN = 32  # entries summed by one thread
 
 
@@ -37,17 +38,17 @@ class Lattice(NamedTuple):
     """S and B of one kernel, for N pixels and M lattice points."""
 
     points: Tensor  # (N, d + 1) int32, lattice points of each pixel
-    weights: Tensor  # (N, d + 1) float32, with normalization and Potts weight
-    pixels: Tensor  # (N * (d + 1),) int32, pixel of each entry, sorted by lattice point
-    pixel_weights: Tensor  # (N * (d + 1),) float32, weights in that order
-    runs: list[Tensor]  # starts of sums of these entries, of sums of those sums, ..., int32, see `_runs`
-    neighbors: list[Tensor]  # (M, 2) int32 for each direction, points before and after; M is none
+    weights: Tensor  # (N, d + 1) float32, with normalization and square root of Potts weight
+    pixels: Tensor  # (N * (d + 1),) int32, pixel of each entry of S', sorted by lattice point
+    pixel_weights: Tensor  # (N * (d + 1),) float32, weights in the order of `pixels`
+    runs: list[Tensor]  # int32, starts of the sums over these entries, over their sums, ..., see `_runs`
+    neighbors: list[Tensor]  # per direction (M, 2) int32, the points before and after; M: no neighbor
 
 
 def _embed(features: Tensor, pack: Packing) -> tuple[Tensor, Tensor]:
-    """Return keys and weights, (d + 1, N) int64 and float32, of the simplexes of features (d, N) float32.
+    """Return keys and weights, (d + 1, N) int64 and float32, of the simplex vertices of features (d, N).
 
-    Every operation is in the order of Kraehenbuehl's code, so that the lattice is the same.
+    The operations have the order of Kraehenbuehl's code, so that the lattice is the same.
     """
     device, d = features.device, len(features)
     total, elevated = torch.zeros_like(features[0]), []
@@ -57,7 +58,7 @@ def _embed(features: Tensor, pack: Packing) -> tuple[Tensor, Tensor]:
         total = total + scaled
     elevated = torch.stack([total, *reversed(elevated)])  # (d + 1, N)
     down = float(np.float32(1) / np.float32(d + 1))
-    # The nearest point with all coordinates 0 modulo d + 1, then the order of what remains.
+    # The nearest point with all coordinates 0 modulo d + 1, then the ranks of the differences to it.
     nearest = torch.round(elevated * down)
     off_plane = nearest.sum(0).long()
     nearest = nearest * (d + 1)
@@ -71,7 +72,7 @@ def _embed(features: Tensor, pack: Packing) -> tuple[Tensor, Tensor]:
     vertex = turn.add_(nearest.long())
     height = torch.empty_like(elevated).scatter_(0, rank, (elevated - vertex) * down)  # by rank
     weights = torch.cat([height[d:] + (1 - height[:1]), (height[:-1] - height[1:]).flip(0)])
-    # From vertex to vertex of the simplex, a step along one direction each, that of the highest rank first.
+    # From one vertex of the simplex to the next is one step along a direction, by descending rank.
     strides, low = (torch.tensor(values, device=device)[:, None] for values in (pack.strides, pack.low))
     jumps = torch.tensor(pack.jumps, device=device)[:, None].expand(d + 1, rank.shape[1])
     keys = torch.empty_like(rank).scatter_(0, (d + 1 - rank) % (d + 1), jumps)
@@ -80,9 +81,13 @@ def _embed(features: Tensor, pack: Packing) -> tuple[Tensor, Tensor]:
 
 
 def _runs(point: Tensor, points: int) -> list[Tensor]:
-    """Return where runs of at most RUN entries of one point start, then runs of their sums, and so on.
+    """Return the starts of the runs to sum: of entries, then of the sums of these runs, and so on.
 
-    `point` is the lattice point of each entry, (E,) int32, sorted, each of 0..points-1 at least once.
+    A run has at most RUN entries, all of one lattice point. The last list has one run per point.
+
+    Args:
+        point: lattice point of each entry, (E,) int32, sorted; each of 0..points-1 occurs.
+        points: number of lattice points.
     """
     runs, all_points = [], torch.arange(points, device=point.device, dtype=torch.int32)
     while not runs or len(runs[-1]) > points:
@@ -95,7 +100,14 @@ def _runs(point: Tensor, points: int) -> list[Tensor]:
 
 
 def _lattice(features: Tensor, image: Tensor, kernel: Kernel, pack: Packing) -> Lattice:
-    """Return the lattice of one kernel for features (d, N) of pixels of several images; image: (N,) int64."""
+    """Return the lattice of one kernel for several images.
+
+    Args:
+        features: (d, N) float32, see `_features`.
+        image: (N,) int64, the image number of each pixel.
+        kernel: kernel of the lattice.
+        pack: packing of its keys.
+    """
     device, entries = features.device, len(features) + 1
     keys, weights = _embed(features, pack)  # (d + 1, N)
     keys += image * pack.keys
@@ -131,31 +143,31 @@ def _lattice(features: Tensor, image: Tensor, kernel: Kernel, pack: Packing) -> 
 
 
 def _filter(lattice: Lattice, values: Tensor) -> Tensor:
-    """Return S B S' values, (N, C)."""
-    sums = partial(F.embedding_bag, mode="sum")  # of rows of values, over each bag of row numbers
+    """Return S B S' values for values (N, C)."""
+    sums = partial(F.embedding_bag, mode="sum")  # sums rows of values over each bag of row numbers
     values = sums(lattice.pixels, values, lattice.runs[0], per_sample_weights=lattice.pixel_weights)
     for starts in lattice.runs[1:]:
         values = sums(torch.arange(len(values), device=starts.device, dtype=torch.int32), values, starts)
-    values = F.pad(values, (0, 0, 0, 1))  # (M + 1, C), the last is for missing neighbors
+    values = F.pad(values, (0, 0, 0, 1))  # (M + 1, C); the last row, 0, replaces missing neighbors
     for pairs in lattice.neighbors:
         values[:-1].add_(sums(pairs, values), alpha=0.5)
     return sums(lattice.points, values, per_sample_weights=lattice.weights)
 
 
 def _features(guides: Sequence[Tensor], widths: Sequence[float]) -> Tensor:
-    """Return position and color of all pixels, divided by the kernel's widths, (d, N) float32."""
+    """Return position (and color if d is 5) of all pixels, divided by the kernel's widths, (d, N) float32."""
     device = guides[0].device
     columns = []
     for guide in guides:
         sides = [torch.arange(side, device=device, dtype=torch.float32) for side in guide.shape[:2]]
         y, x = torch.meshgrid(*sides, indexing="ij")
         columns.append(torch.stack([x, y, *guide.float().unbind(-1)][: len(widths)]).flatten(1))  # (d, H * W)
-    # Divided by a tensor: by a number, CUDA would multiply with the reciprocal and round differently.
+    # The divisor is a tensor: for a number, CUDA multiplies by the reciprocal, which rounds differently.
     return torch.cat(columns, 1) / torch.tensor(widths, device=device, dtype=torch.float32)[:, None]
 
 
 def _groups(sizes: Sequence[tuple[int, int]], kernels: Sequence[Kernel]) -> Iterator[list[int]]:
-    """Yield runs of consecutive images that share a lattice, limited by GROUP_PIXELS and the key range."""
+    """Yield groups of consecutive images that share a lattice, limited by GROUP_PIXELS and MAX_KEYS."""
 
     def fits(group: list[int]) -> bool:
         sides = [max(side) for side in zip(*(sizes[i] for i in group), strict=True)]
@@ -174,14 +186,14 @@ def _groups(sizes: Sequence[tuple[int, int]], kernels: Sequence[Kernel]) -> Iter
 
 @cache
 def _half_energies(preset: Preset, device: torch.device) -> Tensor:
-    """Return the energy of every float16, (65536,), computed by NumPy: the same on every device."""
+    """Return the energy of every float16 number, (65536,); NumPy computes it, so all devices get the same."""
     with np.errstate(invalid="ignore"):
         energies = unary(np.arange(2**16, dtype=np.uint16).view(np.float16), preset)
     return torch.from_numpy(energies).to(device)
 
 
 def _unary(probabilities: Tensor, preset: Preset) -> Tensor:
-    """Compute `refinement.presets.unary` on a device."""
+    """Return `refinement.presets.unary` of a tensor, computed on its device."""
     if preset.unary_type == "float16":
         bits = probabilities.half().contiguous().view(torch.int16).int() & 0xFFFF
         table = _half_energies(preset, probabilities.device)
@@ -190,7 +202,7 @@ def _unary(probabilities: Tensor, preset: Preset) -> Tensor:
 
 
 def _guide_image(image: Tensor, preset: Preset) -> Tensor:
-    """Compute `refinement.presets.guide_image` on a device."""
+    """Return `refinement.presets.guide_image` of a tensor, computed on its device."""
     if preset.image_mode == "raw":
         return image
     bgr = image.flip(-1)
@@ -214,7 +226,12 @@ def infer(images: Sequence[Tensor], probabilities: Sequence[Tensor], preset: Pre
 def _mean_field(
     guides: Sequence[Tensor], energies: Sequence[Tensor], kernels: Sequence[Kernel], iterations: int
 ) -> list[Tensor]:
-    """Return the posteriors of one group: guides (H, W, 3) uint8 and energies (C, H, W) float32 each."""
+    """Return the posteriors of one group of images.
+
+    Args:
+        guides: (H, W, 3) uint8 for each image.
+        energies: (C, H, W) float32 for each image.
+    """
     device, sizes = guides[0].device, [guide.shape[:2] for guide in guides]
     sides = [max(side) for side in zip(*sizes, strict=True)]
     pixels = [math.prod(size) for size in sizes]

@@ -1,1 +1,1 @@
-"""What every segmenter shares: benchmarks, images, labels, CAM files, masks, scores. Knows no CLIP."""
+"""Shared by all segmentation methods, independent of CLIP: benchmarks, files, masks, training, scores."""

@@ -1,7 +1,8 @@
 """A benchmark: the classes of a data set, their prompts, and the layout of its files.
 
-Class indices are 0-based without background (`keys` in CAM files). Index masks hold 0 for background, k + 1
-for class k and 255 for ignored pixels; without a background class they hold k.
+Class indices are 0-based without background (`keys` in CAM files). The values of index masks are 0 for
+background, k + 1 for class k and 255 for ignored pixels. In a benchmark without background class, the value
+of class k is k.
 """
 import importlib
 from collections.abc import Iterator
@@ -15,13 +16,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-IGNORE = 255  # index-mask value of ignored pixels: no loss and no score counts them
+IGNORE = 255  # index-mask value of ignored pixels, which losses and scores do not count
 LABEL_SOURCES = ("voc_xml", "file", "masks", "coco_json")
 
 
 @cache
 def voc_palette() -> np.ndarray:
-    """Return PASCAL VOC's palette, (256, 3) uint8, read-only: the bits of an index spread over R, G and B."""
+    """Return PASCAL VOC's palette, (256, 3) uint8, read-only; R, G and B are made of the bits of an index."""
     index, channel = np.ogrid[:256, :3]
     palette = np.zeros((256, 3), np.uint8)
     for bit in range(8):
@@ -32,17 +33,17 @@ def voc_palette() -> np.ndarray:
 
 @dataclass
 class Benchmark:
-    """Everything the pipeline needs to know about a data set; one YAML file describes a new one.
+    """Description of a data set: classes, prompts and files. A YAML file with these fields adds a new one.
 
-    Folders are relative to `root` unless absolute. `prompts` are the class names as the text tower
-    reads them (empty: `classes`). `labels` says where image-level labels come from:
-    "voc_xml" (`annotation_dir`), "file" (the split lines, `id idx idx ...`), "masks" (the values of
-    `mask_dir`) or "coco_json" (`annotation_file`).
+    Folders are relative to `root` unless absolute. `prompts` are the class names for the text tower (empty:
+    `classes`). `labels` is the source of image-level labels: "voc_xml" (XML files in `annotation_dir`),
+    "file" (lines `id idx idx ...` of the split file), "masks" (values of the masks in `mask_dir`) or
+    "coco_json" (`annotation_file`).
 
-    Tagging, which predicts the labels, reads the plain `classes`, not `prompts`. `tag_backgrounds` are its
-    background names (None: `backgrounds`), `tag_templates` its templates (empty: TagCLIP's).
+    Tagging, which predicts the labels, uses `classes` instead of `prompts`, the background names
+    `tag_backgrounds` (None: `backgrounds`) and the templates `tag_templates` (empty: TagCLIP's).
 
-    `groups` are classes that are scored as one: an index into `group_names` for each class.
+    `groups` merges classes for scoring: for each class, an index into `group_names`.
     """
 
     name: str
@@ -62,9 +63,9 @@ class Benchmark:
     mask_dir: str = "SegmentationClass"
     annotation_dir: str = "Annotations"
     annotation_file: str = ""
-    category_ids: list[int] = field(default_factory=list)  # of each class in annotation_file; empty: rank
-    split_file: str = ""  # the default of --split_file
-    model: str = ""  # the default of --model; empty: none
+    category_ids: list[int] = field(default_factory=list)  # one per class; empty: the file's ids, ascending
+    split_file: str = ""  # default of --split_file
+    model: str = ""  # default of --model; empty: no default
 
     def __post_init__(self):
         self.prompts = list(self.prompts) or list(self.classes)
@@ -75,46 +76,46 @@ class Benchmark:
 
     @property
     def channels(self) -> int:
-        """Number of values of an index mask, 255 aside: the classes, and background if there is one."""
+        """Number of values of an index mask without 255: the classes, plus background if there is one."""
         return len(self.classes) + self.has_background
 
     @property
     def tag_names(self) -> list[str]:
-        """Names that tagging distinguishes: the classes, then the backgrounds."""
+        """Names that tagging scores: the classes, then the background names."""
         return [*self.classes, *self.tag_backgrounds]
 
     @property
     def palette(self) -> np.ndarray:
-        """Colors of its masks, see `voc_palette`."""
+        """Colors of the masks, see `voc_palette`."""
         return voc_palette()
 
     def path(self, name: str) -> Path:
-        """Return a file or folder of the data set, `root / name` unless `name` is absolute."""
+        """Return the path of a file or folder of the data set: `root / name`, or `name` if it is absolute."""
         return Path(self.root) / name
 
 
 def _faults(benchmark: Benchmark) -> Iterator[str]:
-    """Yield what is wrong with the fields of a benchmark, in the words of an error."""
+    """Yield an error message for each invalid field of a benchmark."""
     classes, prompts = benchmark.classes, benchmark.prompts
     groups, group_names = benchmark.groups, benchmark.group_names
     if len(prompts) != len(classes):
-        yield f"{len(classes)} classes but {len(prompts)} prompts"
+        yield f"{len(classes)} classes but {len(prompts)} prompts: give one prompt for each class, or none"
     if not classes:
-        yield "it names no classes"
-    if twice := sorted({name for name in classes if classes.count(name) > 1}):
-        yield f"it names these classes twice: {', '.join(twice)}"
+        yield "classes is empty: give at least one class name"
+    if duplicates := sorted({name for name in classes if classes.count(name) > 1}):
+        yield f"classes contains these names more than once: {', '.join(duplicates)}"
     if benchmark.channels > IGNORE:
-        yield f"an index mask holds {IGNORE} values, {benchmark.channels} needed"
+        yield f"an index mask can store {IGNORE} values, {benchmark.channels} are needed: give fewer classes"
     if len(set(group_names)) < len(group_names) or bool(groups) != bool(group_names):
-        yield "groups and group_names go together, and no name is there twice"
+        yield "groups and group_names must be given together, and group_names must not contain duplicates"
     indices_fit = len(groups) == len(classes) and all(0 <= group < len(group_names) for group in groups)
     if groups and (benchmark.has_background or not indices_fit):
-        yield "groups must hold an index into group_names for each class, and go without a background"
+        yield "groups must contain an index into group_names for each class, and has_background must be false"
     for template in [*(benchmark.templates or [""]), *benchmark.tag_templates]:
         if not _takes_name(template):
-            yield f"template {template!r} needs one {{}}, where the class name goes, and no other braces"
+            yield f"template {template!r} must contain one {{}} for the class name, and no other braces"
     if benchmark.category_ids and len(set(benchmark.category_ids)) != len(classes):
-        yield "category_ids must hold one id for each class"
+        yield f"category_ids must contain one distinct id for each of the {len(classes)} classes"
     if benchmark.labels not in LABEL_SOURCES:
         yield f"labels must be one of {', '.join(LABEL_SOURCES)}, got {benchmark.labels!r}"
 
@@ -122,12 +123,12 @@ def _faults(benchmark: Benchmark) -> Iterator[str]:
 def _takes_name(template: str) -> bool:
     try:
         return "name" in template.format("name")
-    except (LookupError, ValueError, AttributeError):  # what str.format raises on fields it cannot fill
+    except (LookupError, ValueError, AttributeError):  # raised by str.format for other or invalid fields
         return False
 
 
 def load(name: str) -> Benchmark:
-    """Return a benchmark by name or from a file.
+    """Return a benchmark by name, or from a YAML file.
 
     Args:
         name: a `.yaml` file with the fields of `Benchmark` (a relative `root` or `split_file` is relative to
@@ -135,14 +136,14 @@ def load(name: str) -> Benchmark:
             shapes.
 
     Raises:
-        ValueError: unknown name, unreadable file, unknown or wrongly typed field.
+        ValueError: the name is unknown, the file cannot be read, or a field is unknown or invalid.
     """
     if name.endswith((".yaml", ".yml")):
         return _read_yaml(Path(name))
     module = importlib.import_module(name) if name.isidentifier() and find_spec(name) else None
     if not isinstance(getattr(module, "BENCHMARK", None), Benchmark):
         names = "voc12, coco14, cocostuff, shapes"
-        raise ValueError(f"no benchmark {name!r}: give {names} or a .yaml file that describes yours")
+        raise ValueError(f"no benchmark {name!r}: give {names} or a .yaml file that describes your data")
     return module.BENCHMARK
 
 

@@ -1,10 +1,10 @@
 """The CAM file: the class activation maps of one image, one map per label, in one of two formats.
 
-* full, `<name>.npy`: the public CLIP-ES format, a pickled dict {"keys": (K,) int64,
-  "attn_highres": (K, H, W) float16}, maps at image size. Other projects read it.
+* full, `<name>.npy`: the format of CLIP-ES's reference implementation, a pickled dict {"keys": (K,) int64,
+  "attn_highres": (K, H, W) float16} with maps at image size. Other projects can read it.
 * compact, `<name>.npz`: the float32 maps on the patch grid and the image size, about 120 times smaller.
 
-Both read to the same maps, so the choice affects no result.
+`read` returns the same maps from both formats, so the format does not affect results.
 """
 
 import pickle
@@ -22,17 +22,17 @@ FORMATS = {"full": ".npy", "compact": ".npz"}
 
 def _latin1(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the encoding {encoding}, which no CAM file needs")
+        raise pickle.UnpicklingError(f"it uses the encoding {encoding}, which is not allowed in CAM files")
     return text.encode("latin1")
 
 
-# All that a pickled dict of arrays needs. The modules of these functions differ between NumPy 1 and 2;
-# __reduce__ of an array returns them in both.
+# The globals that a pickled dict of arrays refers to, and their values. NumPy 1 and 2 define the functions in
+# different modules; __reduce__ of an array returns them in both versions.
 _ALLOWED = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _latin1,  # how protocols 0 to 2 store bytes,
-    ("__builtin__", "bytes"): lambda: b"",  # and how they store none
+    ("_codecs", "encode"): _latin1,  # bytes in protocols 0 to 2
+    ("__builtin__", "bytes"): lambda: b"",  # empty bytes in protocols 0 to 2
 }
 for _core in ("numpy.core", "numpy._core"):
     _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = np.empty(0).__reduce__()[0]
@@ -41,12 +41,12 @@ for _core in ("numpy.core", "numpy._core"):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Loads containers and NumPy arrays; raises UnpicklingError for anything else."""
+    """Unpickler of containers and NumPy arrays; raises UnpicklingError for other objects."""
 
     def find_class(self, module: str, name: str):
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CAM file needs")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not allowed in CAM files")
 
 
 def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -81,12 +81,12 @@ def encode(
         format: "full" or "compact".
     """
     if format not in FORMATS:
-        raise ValueError(f"CAM format must be full or compact, got {format!r}")
+        raise ValueError(f"CAM format must be one of {', '.join(FORMATS)}, got {format!r}")
     keys = np.asarray(class_ids, np.int64).reshape(-1)
     cams = {cam_type: np.ascontiguousarray(grid, np.float32) for cam_type, grid in cams.items()}
     for cam_type, grid in cams.items():
         if grid.ndim != 3 or len(grid) != len(keys):
-            raise ValueError(f"{cam_type} of shape {grid.shape} does not hold {len(keys)} maps")
+            raise ValueError(f"{cam_type} has shape {grid.shape}, expected {len(keys)} maps (K, h, w)")
     stream = BytesIO()
     if format == "full":
         full = {cam_type: resize(grid, size).astype(np.float16) for cam_type, grid in cams.items()}
@@ -97,16 +97,16 @@ def encode(
 
 
 def find(folder: str | Path, name: str) -> Path | None:
-    """Return the CAM file of image `name`, of either format; None without one."""
+    """Return the CAM file of image `name`, in either format; None if there is none."""
     files = (Path(folder) / f"{name}{suffix}" for suffix in FORMATS.values())
     return next((file for file in files if file.is_file()), None)
 
 
 def class_ids_of(folder: str | Path, name: str) -> list[int] | None:
-    """Return the class indices of the maps of image `name`; None without a CAM file.
+    """Return the class indices in the CAM file of image `name`; None if there is no file.
 
     Raises:
-        ValueError: as `read`.
+        ValueError: see `read`.
     """
     file = find(folder, name)
     return None if file is None else _class_ids(_content(file, only="keys"), file).tolist()
@@ -119,22 +119,23 @@ def read(
     most: int | None = None,
     rounded: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the CAMs of one image, full or compact.
+    """Return the CAMs of one image, from a file in either format.
 
     Args:
-        folder: of the CAM files.
+        folder: folder of the CAM files.
         name: image id.
-        cam_type: type of the maps. Types with "bg" in their name have a background channel before the K.
-        most: pixels; maps of a larger image are shrunk, see `segmentation.images.size_within`.
-        rounded: False leaves the maps of a compact file float32: rounding all of them takes longer than the
-            rest, and some callers need few.
+        cam_type: type of the maps. Types with "bg" in their name have a background channel before the K maps.
+        most: maximum number of pixels; maps of a larger image are resized to
+            `segmentation.images.size_within`. None: no limit.
+        rounded: round maps of a compact file to float16. False returns them as float32: rounding all maps
+            takes longer than everything else here, and some callers use only a few of them.
 
     Returns:
         class_ids (K,) int64 and maps (K, H, W) float16; (K + 1, H, W) if the type has a background channel.
 
     Raises:
-        FileNotFoundError: no CAM file of this image.
-        ValueError: the file is damaged, is no CAM file, asks to run code, or lacks `cam_type`.
+        FileNotFoundError: the image has no CAM file.
+        ValueError: the file is damaged, is not a CAM file, contains code, or has no `cam_type`.
     """
     file = find(folder, name)
     if file is None:
@@ -143,7 +144,7 @@ def read(
     class_ids = _class_ids(content, file)
     if cam_type not in content:
         types = ", ".join(key for key in content if key not in ("keys", "size"))
-        raise ValueError(f"{file} holds no {cam_type}, but {types or 'nothing else'}: give --cam_type")
+        raise ValueError(f"{file} has no {cam_type} maps (available: {types or 'none'}): give --cam_type")
     try:
         maps = np.asarray(content[cam_type])
         height, width = (int(side) for side in content.get("size", maps.shape[1:]))
@@ -156,25 +157,25 @@ def read(
         raise ValueError(f"{file} is damaged: {str(error).strip().splitlines()[-1]}") from None
     expected = len(class_ids) + ("bg" in cam_type)
     if maps.ndim != 3 or len(maps) != expected:
-        raise ValueError(f"{file}: {cam_type} of shape {maps.shape} does not hold {expected} maps")
+        raise ValueError(f"{file}: {cam_type} has shape {maps.shape}, expected {expected} maps (K, H, W)")
     return class_ids, maps
 
 
 def _class_ids(content: dict, file: Path) -> np.ndarray:
     """Return the class indices of a CAM file, (K,) int64."""
     if "keys" not in content:
-        raise ValueError(f"{file} is no CAM file: it holds no keys")
+        raise ValueError(f"{file} is not a CAM file: it has no entry `keys`")
     try:
         class_ids = np.asarray(content["keys"]).astype(np.int64).reshape(-1)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     if (class_ids < 0).any():
-        raise ValueError(f"{file} is damaged: it holds the class index {class_ids.min()}")
+        raise ValueError(f"{file} is damaged: it has the class index {class_ids.min()}")
     return class_ids
 
 
 def _content(file: Path, only: str | None = None) -> dict:
-    """Return the entries of a CAM file; `only` this one, if the format can be read in parts."""
+    """Return the entries of a CAM file. Of a compact file, read only the entry `only` if it is given."""
     try:
         if file.suffix == FORMATS["compact"]:
             with np.load(file, allow_pickle=False) as arrays:
@@ -183,10 +184,10 @@ def _content(file: Path, only: str | None = None) -> dict:
             np.lib.format.read_magic(stream)  # always version 1.0: the header of a 0-d array is short
             shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
             if shape != () or not dtype.hasobject:
-                raise ValueError(f"it holds an array of {dtype}, not a dict of CAMs")
+                raise ValueError(f"it contains an array of {dtype}, expected a dict of CAMs")
             content = _Unpickler(stream).load()[()]
         if not isinstance(content, dict):
-            raise ValueError("it holds no dict")
+            raise ValueError(f"it contains a {type(content).__name__}, expected a dict of CAMs")
         return content
     except Exception as error:  # damaged pickles and archives raise exceptions of any type
         raise ValueError(f"{file} cannot be read as CAM file: {error}") from None

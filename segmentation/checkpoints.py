@@ -1,4 +1,4 @@
-"""Files of a training run: checkpoints that public projects can read, and resume files."""
+"""Files of a training run: checkpoints, which the reference implementations can load, and resume files."""
 
 import io
 from collections.abc import Collection, Mapping
@@ -15,20 +15,24 @@ FINAL = "checkpoint_final.pth"
 
 
 def trained_state(model: nn.Module, frozen: Collection[str] = ()) -> dict[str, Tensor]:
-    """Return the state dict of a network without its submodules named in `frozen`, such as "clip"."""
+    """Return the state dict of a network without the submodules named in `frozen`, such as "clip"."""
     prefixes = tuple(f"{name}." for name in frozen)
     return {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
 
 
 def write_checkpoint(model: nn.Module, file: Path, frozen: Collection[str] = ()) -> None:
-    """Write the state dict of a network and nothing else, as the public projects do; see `trained_state`."""
+    """Write only the state dict of a network, as the reference implementations do; see `trained_state`."""
     state = trained_state(model, frozen)
     write_tensors({key: value.cpu().contiguous() for key, value in state.items()}, file)
 
 
 def write_tensors(content: Mapping[str, Any], file: Path) -> None:
-    """Write with `torch.save`; the file appears whole or not at all. Raise DiskFull if the disk is full."""
-    # torch reports a full disk as RuntimeError, so it writes into memory first.
+    """Write `content` by `torch.save`; the file appears whole or not at all.
+
+    Raises:
+        DiskFull: the disk is full.
+    """
+    # torch reports a full disk as RuntimeError, therefore it writes to memory first.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with replacing(file) as stream:
@@ -36,6 +40,6 @@ def write_tensors(content: Mapping[str, Any], file: Path) -> None:
 
 
 def numbered_checkpoints(folder: Path) -> list[Path]:
-    """Return the files `checkpoint_<iteration>.pth` of a folder, oldest first."""
+    """Return the files `checkpoint_<iteration>.pth` of a folder, by ascending iteration."""
     numbered = [file for file in folder.glob("checkpoint_*.pth") if file.stem.split("_")[1].isdecimal()]
     return sorted(numbered, key=lambda file: int(file.stem.split("_")[1]))

@@ -1,4 +1,4 @@
-"""Training samples: image and mask files -> batches, in an order that depends on a seed alone."""
+"""Training samples: image and mask files -> batches, in an order that depends only on a seed."""
 
 import random
 from collections import deque
@@ -18,11 +18,11 @@ from segmentation.masks import read_mask
 
 # (image (H, W, 3) uint8 RGB, mask (H, W) uint8, generator) -> image (3, h, w) float32, mask (h, w) int64
 Transform = Callable[[np.ndarray, np.ndarray, random.Random], tuple[np.ndarray, np.ndarray]]
-PREFETCH = 2  # batches that are read while one is computed
+PREFETCH = 2  # batches that are read while the trainer processes another one
 
 
 class Draw(NamedTuple):
-    """One sample: image `index` of the split, at `position` of an epoch."""
+    """One sample: image `index` of the split, which is number `position` of an epoch."""
 
     epoch: int
     position: int
@@ -30,14 +30,14 @@ class Draw(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Samples: arrays when they are read, tensors on the training device when an objective gets them.
+    """Samples: arrays when they are read; the trainer passes them to objectives as tensors on its device.
 
     Attributes:
         images: (B, 3, H, W) float32.
-        labels: (B, H, W) int64 masks. Without masks (`TrainingSet.label_dir` None) they are 0 on the image
+        labels: (B, H, W) int64 masks. Without masks (`TrainingSet.label_dir` is None) they are 0 on the image
             and 255 in the padding.
         names: ids of the images.
-        extras: what `TrainingSet.extras` adds, by name: (B, ...) arrays, or lists of B objects.
+        extras: values of `TrainingSet.extras` by name: (B, ...) arrays, or lists of B objects.
     """
 
     images: np.ndarray | Tensor
@@ -48,12 +48,12 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """The images of each batch; they depend on the seed and the batch's number alone.
+    """The images of each batch, which depend only on the seed and the batch number.
 
     Attributes:
-        images: number of images of the split; each comes once an epoch.
-        batch_size: images of a batch, of all processes together.
-        drop_last: leave out the images of an epoch that do not fill a batch; else they form a smaller one.
+        images: number of images in the split; an epoch uses each image once.
+        batch_size: images per batch, over all processes together.
+        drop_last: skip the last batch of an epoch if it is incomplete; else it is a smaller batch.
     """
 
     images: int
@@ -63,7 +63,10 @@ class Order:
 
     def __post_init__(self):
         if self.images < 1 or self.batch_size < 1:
-            raise ValueError("training needs at least one image, and a batch at least one")
+            raise ValueError(
+                f"training requires at least one image and a batch_size of 1 or more, got {self.images} "
+                f"images and batch_size {self.batch_size}"
+            )
         if self.drop_last and self.images < self.batch_size:
             raise ValueError(
                 f"the split's {self.images} images do not fill one batch of {self.batch_size}: lower "
@@ -71,7 +74,7 @@ class Order:
             )
 
     def batch(self, number: int) -> list[Draw]:
-        """Return the samples of batch `number`, counted from 0 on over all epochs."""
+        """Return the samples of batch `number`, counted from 0 over all epochs."""
         full_batches, remainder = divmod(self.images, self.batch_size)
         batches_per_epoch = full_batches + bool(remainder and not self.drop_last)
         epoch, batch_in_epoch = divmod(number, batches_per_epoch)
@@ -94,12 +97,12 @@ class TrainingSet:
     Attributes:
         names: image ids.
         image_dir: folder of the images.
-        label_dir: folder of the masks `<name>.png`; None without masks, see `Batch`.
-        channels: number of classes that a mask may hold besides 255.
+        label_dir: folder of the masks `<name>.png`; None to train without masks, see `Batch`.
+        channels: number of classes; mask values must be below it, or 255.
         transform: see `Transform`.
-        seed: of the augmentation. Each sample has its own generator, from the seed, the epoch and its
-            position there, so the process or thread that draws it does not matter.
-        extras: further entries of a batch (image-level labels, captions): name -> function of the image id.
+        seed: seed of the augmentation. Each sample has its own generator, made from the seed, the epoch and
+            the position in the epoch. Samples therefore do not depend on the process or thread.
+        extras: additional entries of a batch (image-level labels, captions): name -> function of image id.
     """
 
     names: Sequence[str]
@@ -111,7 +114,7 @@ class TrainingSet:
     extras: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
 
     def sample(self, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
-        """Return image (3, h, w) float32 and mask (h, w) int64 as `transform` gives them.
+        """Return the transformed image (3, h, w) float32 and mask (h, w) int64 of a sample.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing or invalid; the message names it.
@@ -128,19 +131,19 @@ class TrainingSet:
     def batches(
         self, order: Order, numbers: range, rank: int = 0, world: int = 1, threads: int = 1
     ) -> Iterator[Batch]:
-        """Yield the samples of rank `rank` of each of the batches `numbers`, prefetched by threads.
+        """Yield the part of rank `rank` (of `world` ranks) of each of the batches `numbers`.
 
-        Decoding, resizing and most of NumPy release the interpreter lock, so threads are as fast as processes
-        and pass their arrays without a copy.
+        Threads read the batches in advance. Decoding, resizing and most of NumPy release the interpreter
+        lock, so threads are as fast as processes, and their arrays need no copy.
 
         Raises:
-            FileNotFoundError, ValueError: see `sample`; raised when the batch is due.
+            FileNotFoundError, ValueError: see `sample`; raised when the invalid batch would be returned.
         """
 
         def start(number: int) -> tuple[list[str], list[Future]]:
             draws, read = order.batch(number), self.sample
-            # A rank without a sample (of the last, smaller batch of an epoch) computes on an ignored one,
-            # because it has to take part in every exchange of gradients.
+            # The last, smaller batch of an epoch can leave a rank without a sample. This rank then gets a
+            # sample whose pixels are all ignored, because it must take part in every gradient exchange.
             if rank >= len(draws):
                 draws, read = draws[:1], self._ignored
             else:
@@ -184,18 +187,18 @@ def read_labels(folder: str | Path, name: str, channels: int, size: tuple[int, i
     """Return the mask `<name>.png` of an image of `size` (H, W): (H, W) uint8, in [0, channels) or 255.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing or unreadable, or has another size or value.
+        FileNotFoundError, ValueError: the file is missing or unreadable, or its size or a value is invalid.
     """
     file = Path(folder) / f"{name}.png"
     if not file.is_file():
         raise FileNotFoundError(f"mask {file} does not exist")
     mask = read_mask(file)
     if mask.shape != size:
-        raise ValueError(f"mask {file} is {mask.shape} but its image {size} (height, width)")
+        raise ValueError(f"mask {file} is {mask.shape} but its image is {size} (height, width)")
     wrong = mask[(mask >= channels) & (mask != IGNORE)]
     if wrong.size:
         raise ValueError(
-            f"mask {file} holds {wrong[0]}, which is neither one of the {channels} classes (0 to "
-            f"{channels - 1}) nor {IGNORE}"
+            f"mask {file} has the value {wrong[0]}, expected one of the {channels} class indices (0 to "
+            f"{channels - 1}) or {IGNORE}"
         )
     return mask

@@ -1,6 +1,6 @@
-"""Processes that work together: torchrun's ranks, what they exchange, and the signals that stop them.
+"""Communication of torchrun's processes (ranks), and a context that handles stop signals.
 
-The default process group is gloo, for values on the CPU; tensors on GPUs are reduced by NCCL.
+The default process group is gloo, for values on the CPU; NCCL reduces tensors on GPUs.
 """
 
 import atexit
@@ -13,15 +13,15 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # importing torch takes seconds, and not every step needs it
+if TYPE_CHECKING:  # torch takes seconds to import, and some callers never use it
     import torch
     from torch import Tensor
 
-LOST = "another of torchrun's processes died: start again to go on"
+LOST = "another process of torchrun died: run the command again to continue"
 
 
 class WorkFailed(OSError):
-    """Work that had begun cannot continue, for another reason than its arguments."""
+    """Work that already started cannot continue; wrong arguments are not the cause."""
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -34,11 +34,11 @@ def _start() -> None:
 
     if not distributed.is_initialized():
         distributed.init_process_group("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
-        atexit.register(distributed.destroy_process_group)  # else its threads may abort the exit
+        atexit.register(distributed.destroy_process_group)  # otherwise its threads may crash at exit
 
 
 def gather(value: Any) -> list:
-    """Return the `value` of every rank, in rank order; waits until all ranks call it."""
+    """Return the list of all ranks' values, in rank order; blocks until all ranks call it."""
     world = rank_and_world()[1]
     if world == 1:
         return [value]
@@ -48,15 +48,17 @@ def gather(value: Any) -> list:
     values = [None] * world
     try:
         distributed.all_gather_object(values, value)
-    except RuntimeError as error:  # gloo's: a connection broke
+    except RuntimeError as error:  # gloo raises it if a connection is lost
         raise ChildProcessError(LOST) from error
     return values
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Context of a block that fails on all ranks if it fails on any: rank 0 raises the ValueError or OSError,
-    the others exit with code 1."""
+    """Context whose block fails on all ranks if it raises ValueError or OSError on any rank.
+
+    Rank 0 then raises the error, and the other ranks exit with code 1.
+    """
     failure = None
     try:
         yield
@@ -71,7 +73,7 @@ def together() -> Iterator[None]:
 def exit_after_rank_0() -> None:
     """On ranks other than 0: wait until rank 0 has printed the error and exited, then exit with code 1.
 
-    torchrun terminates all ranks as soon as one exits, so rank 0, which prints the error, must be first.
+    torchrun terminates all ranks as soon as one exits. Rank 0 prints the error, so it must exit first.
     """
     if rank_and_world()[0]:
         with suppress(ChildProcessError):
@@ -81,15 +83,15 @@ def exit_after_rank_0() -> None:
 
 @contextmanager
 def stopping(twice: bool = False) -> Iterator[threading.Event]:
-    """Context in which SIGTERM and SIGINT set an event; a second SIGINT interrupts at once.
+    """Context in which SIGTERM and SIGINT set an event; a second SIGINT raises KeyboardInterrupt.
 
     Args:
-        twice: ignore a second SIGINT: torchrun passes on a Ctrl-C that its processes also got from the
-            terminal.
+        twice: ignore a second SIGINT. Under torchrun one Ctrl-C arrives twice: from the terminal, and
+            forwarded by torchrun.
     """
     event = threading.Event()
     numbers = (signal.SIGTERM, signal.SIGINT)
-    in_main = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
+    in_main = threading.current_thread() is threading.main_thread()  # only the main thread can set handlers
     previous = {number: signal.getsignal(number) for number in numbers} if in_main else {}
 
     def stop(number, _):
@@ -107,11 +109,11 @@ def stopping(twice: bool = False) -> Iterator[threading.Event]:
 
 
 class World:
-    """The ranks that train one network; `rank` is this process's number, `size` their number."""
+    """The ranks that train one network: `rank` is the index of this process, `size` the number of ranks."""
 
     def __init__(self, device: "torch.device"):
         self.rank, self.size = rank_and_world()
-        self.group = None  # of tensors on the training device; None is the default group
+        self.group = None  # process group for tensors on the training device; None: the default group
         if self.size > 1:
             from torch import distributed
 
@@ -120,11 +122,11 @@ class World:
                 self.group = distributed.new_group(backend="nccl")
 
     def mean(self, values: "Tensor") -> "Tensor":
-        """Return the mean of tensors over the ranks, which are on the CPU or on the training device."""
+        """Return the mean over the ranks of a tensor on the CPU or on the training device."""
         return self._reduced(values, "sum") / self.size
 
     def copy_from_rank_0(self, values: Iterable["Tensor"]) -> None:
-        """Overwrite tensors on the training device with those of rank 0."""
+        """Overwrite tensors on the training device with the values of rank 0."""
         if self.size > 1:
             from torch import distributed
 
@@ -132,7 +134,7 @@ class World:
                 distributed.broadcast(value, 0, self.group)
 
     def any(self, *flags: bool) -> list[bool]:
-        """Return, for each flag, whether it is set on any rank."""
+        """Return, for each flag, whether it is True on any rank."""
         import torch
 
         return self._reduced(torch.tensor(flags, dtype=torch.uint8), "max").bool().tolist()
@@ -145,6 +147,6 @@ class World:
         values, group = values.clone(), self.group if values.is_cuda else None
         try:
             distributed.all_reduce(values, getattr(distributed.ReduceOp, operation.upper()), group)
-        except RuntimeError as error:  # a connection broke
+        except RuntimeError as error:  # a connection is lost
             raise ChildProcessError(LOST) from error
         return values

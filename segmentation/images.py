@@ -1,6 +1,6 @@
-"""The image reader of all steps, so that all get the same pixels.
+"""The image reader of all steps, so that all steps get the same pixels.
 
-Pillow decodes everything. EXIF orientation is ignored, because annotations are drawn in stored order.
+Pillow decodes all images. EXIF orientation is ignored, because annotations refer to pixels in stored order.
 """
 import math
 import struct
@@ -16,18 +16,19 @@ from PIL import Image, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
-# Pillow warns of images above 89 million pixels, which are shrunk here; twice that it refuses.
+# Pillow warns above 89 million pixels; this project shrinks such images, so the warning is not needed. Above
+# twice that size Pillow raises DecompressionBombError.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-# What Pillow's decoders raise on files that are damaged, cut short, no images or absurdly large.
+# Exceptions of Pillow's decoders for files that are damaged, truncated, too large, or not images.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def find_image(folder: str | Path, name: str) -> Path:
-    """Return the file of image `name` in `folder`, with the first of `IMAGE_SUFFIXES` that exists.
+    """Return the file of image `name` in `folder`: the first of `IMAGE_SUFFIXES` for which a file exists.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: no file exists.
     """
     for suffix in IMAGE_SUFFIXES:
         if (file := Path(folder) / f"{name}{suffix}").is_file():
@@ -36,20 +37,20 @@ def find_image(folder: str | Path, name: str) -> Path:
 
 
 def image_files(path: str) -> list[str]:
-    """Return the image file, or those of a folder by name.
+    """Return the image files of a folder, sorted by name; a list of one file if `path` is a file.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: the folder holds no images, or two that differ only in their suffix.
+        FileNotFoundError: `path` does not exist.
+        ValueError: the folder contains no images, or two that differ only in their suffix.
     """
     if Path(path).is_file():
         return [path]
     if not Path(path).is_dir():
         raise FileNotFoundError(f"image or folder {path} does not exist")
     files = sorted(file for file in Path(path).iterdir() if file.suffix in IMAGE_SUFFIXES)
-    files = [file for file in files if not file.name.startswith(".")]  # metadata of file managers
+    files = [file for file in files if not file.name.startswith(".")]  # file managers write such files
     if not files:
-        raise ValueError(f"folder {path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        raise ValueError(f"folder {path} contains no images ({', '.join(IMAGE_SUFFIXES)})")
     by_stem: dict[str, Path] = {}
     for file in files:
         if by_stem.setdefault(file.stem, file) is not file:
@@ -58,37 +59,37 @@ def image_files(path: str) -> list[str]:
 
 
 def read_image(file: str | Path | BinaryIO) -> Image.Image:
-    """Return a decoded image in its own mode: gray and palette images are not converted.
+    """Return a decoded image in its original mode: gray and palette images are not converted.
 
     Args:
-        file: a path, or an open file, whose `name` is used in errors.
+        file: a path, or an open file; errors show its `name`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is not an image, is cut short, or has more than 8 bits of gray.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not an image, is truncated, or has more than 8 bits per gray value.
     """
     image = decode(file)
-    if image.mode.startswith(("I", "F")):  # Pillow would clip their values to 255 without a warning
+    if image.mode.startswith(("I", "F")):  # conversion by Pillow clips values to 255 without a warning
         mode = f"more than 8 bits (mode {image.mode})"
         raise ValueError(f"image {_label(file)} has {mode}: convert it to 8 bits")
     return image
 
 
 def decode(file: str | Path | BinaryIO) -> Image.Image:
-    """Return an image or mask of any mode, decoded; raises as `read_image`, except for the mode."""
+    """Return a decoded image or mask of any mode; raises the errors of `read_image`, except for the mode."""
     with _opened(file) as image:
         image.load()
         return image
 
 
 def read_size(file: str | Path) -> tuple[int, int]:
-    """Return the (height, width) in an image file's header; decodes nothing, raises as `decode`."""
+    """Return the (height, width) in an image's header, without decoding; raises the errors of `decode`."""
     with _opened(file) as image:
         return image.height, image.width
 
 
 def read_rgb(file: str | Path) -> np.ndarray:
-    """Return an image as (H, W, 3) uint8 RGB; raises as `read_image`."""
+    """Return an image as (H, W, 3) uint8 RGB; raises the errors of `read_image`."""
     return np.asarray(read_image(file).convert("RGB"))
 
 
@@ -99,8 +100,8 @@ def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
     try:
         with Image.open(file) as image:
             yield image
-    except UnidentifiedImageError:  # its message has the address of a file in memory
-        raise ValueError(f"image {_label(file)} cannot be read: it is no image") from None
+    except UnidentifiedImageError:  # Pillow's message can contain a memory address
+        raise ValueError(f"image {_label(file)} cannot be read: it is not an image") from None
     except UNREADABLE as error:
         raise ValueError(f"image {_label(file)} cannot be read: {error}") from None
 
@@ -110,7 +111,7 @@ def _label(file: str | Path | BinaryIO) -> str:
 
 
 def shrunk(image: np.ndarray, most: int) -> np.ndarray:
-    """Return an image (H, W, 3) uint8 shrunk to at most `most` pixels, by area averaging."""
+    """Return an image (H, W, 3) uint8, shrunk by area averaging if it has more than `most` pixels."""
     height, width = size_within(image.shape[:2], most)
     if (height, width) == image.shape[:2]:
         return image
@@ -118,7 +119,7 @@ def shrunk(image: np.ndarray, most: int) -> np.ndarray:
 
 
 def size_within(size: tuple[int, int], most: int) -> tuple[int, int]:
-    """Return the size (H, W) shrunk, in proportion, to at most `most` pixels; itself if it fits."""
+    """Return `size` (H, W), shrunk proportionally if it has more than `most` pixels."""
     height, width = size
     if height * width <= most:
         return size

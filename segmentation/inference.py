@@ -12,24 +12,24 @@ from torch.nn import functional as F
 
 AVERAGES = ("probabilities", "logits")
 RESIZES = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}
-PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of products
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # autocast types
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a network is tested. The defaults are deeplab-pytorch's: the image once, at scale 1.
+    """Test protocol of a network. The defaults are deeplab-pytorch's: one forward pass at scale 1.
 
     Attributes:
-        scales: multiples of the image's size.
+        scales: factors of the image size.
         flip: also use the mirrored image, at every scale.
-        average: what is averaged over scales and mirrored images, at the image's size: "probabilities",
-            or "logits" (SEAM), where the softmax is of the mean.
-        align_corners: of the bilinear resize of logits to the image's size.
+        average: what is averaged over scales and mirrored images, at image size: "probabilities", or
+            "logits" (SEAM), with one softmax of the mean.
+        align_corners: option of the bilinear resize of logits to image size.
         resize: interpolation of the normalized image, "linear" or "cubic" (SEAM).
-        longer_side: pixels of the image's longer side at scale 1 (WeCLIP: 512); None is the image's own.
+        longer_side: pixels of the image's longer side at scale 1 (WeCLIP: 512); None keeps the image size.
 
     Raises:
-        ValueError: no scales, scales that are not above 0, or unknown names.
+        ValueError: `scales` is empty, a scale is not above 0, or `average` or `resize` is unknown.
     """
 
     scales: tuple[float, ...] = (1.0,)
@@ -49,11 +49,10 @@ class Protocol:
 
 
 class Segmented(NamedTuple):
-    """Result for one image: probabilities (C, H, W) float32, summing to 1 over C, and the network's logits at
-    scale 1, (C, h, w) float32, both on its device; the logits are None if the protocol has no scale 1."""
+    """Result for one image, on the network's device."""
 
-    probabilities: Tensor
-    logits: Tensor | None
+    probabilities: Tensor  # (C, H, W) float32, summing to 1 over C
+    logits: Tensor | None  # (C, h, w) float32, the network's output at scale 1; None without scale 1
 
     @property
     def labels(self) -> np.ndarray:
@@ -74,9 +73,9 @@ def infer(
     Args:
         model: (B, 3, h, w) -> logits (B, C, h', w'); in eval mode, on `device`, in any memory format.
         image: (3, H, W) float32, normalized as in training.
-        protocol: scales, flip and how they are averaged.
-        device: where the model is.
-        precision: a name in `PRECISIONS`: type of the network's products; the softmax is float32.
+        protocol: scales, flip and averaging.
+        device: device of the model.
+        precision: a name in `PRECISIONS`, the type of the network's products; the softmax is float32.
 
     Raises:
         ValueError: the model is in training mode, the precision is unknown, or the image is too small for a
@@ -112,19 +111,19 @@ def infer(
 
 
 def rescale(image: np.ndarray, scale: float, resize: str = "linear") -> np.ndarray:
-    """Resize a normalized image (3, H, W) float32 by a factor, see `resize_by`."""
+    """Return a normalized image (3, H, W) float32, resized by the factor `scale`, see `resize_by`."""
     pixels = np.ascontiguousarray(image.transpose(1, 2, 0))  # (H, W, 3)
     return np.ascontiguousarray(resize_by(pixels, scale, resize).transpose(2, 0, 1))
 
 
 def resize_by(pixels: np.ndarray, scale: float, resize: str = "linear") -> np.ndarray:
-    """Resize an image (H, W, 3) of uint8 or float32 by a factor, with OpenCV.
+    """Return an image (H, W, 3), uint8 or float32, resized by the factor `scale` with OpenCV.
 
-    Sides are rounded, halves to the even number. Source positions follow from the factor, not from the
-    rounded sides, with half-pixel centers; there is no antialiasing. `resize` is a name in `RESIZES`.
+    Sides are rounded, halves to the even number. Source positions are computed from the factor, not from the
+    rounded sides, with half-pixel centers and without antialiasing. `resize` is a name in `RESIZES`.
 
     Raises:
-        ValueError: a side would have no pixels.
+        ValueError: a side of the result would have 0 pixels.
     """
     if min(round(side * scale) for side in pixels.shape[:2]) < 1:
         raise ValueError(f"an image of {pixels.shape[:2]} (H, W) is too small for scale {scale:g}")

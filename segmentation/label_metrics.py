@@ -4,17 +4,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-EPSILON = 1e-9  # added to the denominators of precision and recall, as in TagCLIP's code
-AVERAGES = {"overall": None, "category": 0, "sample": 1}  # -> axis of (n, K) arrays that is summed
+EPSILON = 1e-9  # added to the denominators of precision and recall, as in TagCLIP's reference implementation
+AVERAGES = {"overall": None, "category": 0, "sample": 1}  # average -> axis of (n, K) arrays that is summed
 
 
 def average_precisions(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return the mean precision at the ranks of each class's positives, without interpolation.
+    """Return the average precision of each class: the mean precision at the ranks of its positives.
 
-    Images of equal scores keep their order.
+    There is no interpolation.
+
+    Images with equal scores keep their order.
 
     Args:
-        scores: (n, K).
+        scores: (n, K), n images and K classes.
         truth: (n, K) of 0 and 1.
 
     Returns:
@@ -29,12 +31,12 @@ def average_precisions(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def f1(predicted: np.ndarray, truth: np.ndarray, average: str = "overall") -> tuple[float, float, float]:
-    """Return F1, precision and recall, fractions; F1 is NaN when the others are 0.
+    """Return F1, precision and recall as fractions; F1 is NaN if precision and recall are 0.
 
     Args:
         predicted, truth: (n, K) of 0 and 1.
-        average: "overall" counts all pairs of image and class together; "category" and "sample" take the
-            means of precision and recall over classes or images, where those without positives count 0.
+        average: "overall" counts all pairs of image and class together. "category" and "sample" average
+            precision and recall over classes or images; classes or images without positives count as 0.
     """
     axis = AVERAGES[average]
     predicted, truth = predicted.astype(bool), truth.astype(bool)
@@ -48,16 +50,16 @@ def f1(predicted: np.ndarray, truth: np.ndarray, average: str = "overall") -> tu
 def label_scores(
     scores: np.ndarray, truth: np.ndarray, classes: Sequence[str], predicted: np.ndarray
 ) -> dict:
-    """Return all scores of predicted labels, fractions in [0, 1].
+    """Return all scores of predicted labels, as fractions in [0, 1].
 
     Args:
-        scores, truth, predicted: (n, K), see above.
+        scores, truth, predicted: (n, K), see `average_precisions` and `f1`.
         classes: K names.
 
     Returns:
-        "mAP" as TagCLIP publishes it, where classes without positives count 0, and "mAP of classes with
-        positives"; "F1", "Precision" and "Recall" overall, by category and by sample; "AP" by class, None for
-        classes without positives.
+        "images" and "classes without positives" are counts. "mAP" is TagCLIP's: classes without positives
+        count as 0; "mAP of classes with positives" excludes them. "F1", "Precision" and "Recall" are overall,
+        by category and by sample. "AP" is a dict class -> AP, with None for classes without positives.
     """
     precisions = average_precisions(scores, truth)
     occurring = precisions[~np.isnan(precisions)]

@@ -1,7 +1,7 @@
-"""Image-level labels: which classes an image contains, whatever their source.
+"""Image-level labels: the classes that an image contains.
 
-Every source is read as a `LabelReader`: image name -> class indices (0-based, without background). Readers
-can be pickled for worker processes.
+A `LabelReader` reads the labels of an image from any source: image name -> class indices (0-based, without
+background). Readers can be pickled for worker processes.
 """
 import json
 from collections.abc import Callable, Sequence
@@ -16,24 +16,24 @@ from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.images import image_files
 from segmentation.masks import read_mask
 
-# Image name -> distinct class indices, in order of first appearance; raises ValueError or OSError with a
-# sentence for the user if they cannot be read.
+# Image name -> distinct class indices, in order of first appearance. Raises ValueError or OSError, with a
+# message for the user, if the labels cannot be read.
 LabelReader = Callable[[str], list[int]]
 
-Split = dict[str, list[int]]  # image name -> labels on its line (often none), in the order of the file
+Split = dict[str, list[int]]  # image name -> labels on its line (often empty), in the order of the file
 
 
 def reader(benchmark: Benchmark, split: Split, labels_file: str | Path | None = None) -> LabelReader:
     """Return a reader of a benchmark's image-level labels.
 
     Args:
-        benchmark: its `labels` names the source.
-        split: read by `read_split`; it is the source itself if `benchmark.labels` is "file".
-        labels_file: lines `name index index ...` that replace the benchmark's source.
+        benchmark: `benchmark.labels` is the type of the source.
+        split: result of `read_split`; the source of labels if `benchmark.labels` is "file".
+        labels_file: file with lines `name index index ...`, used instead of the benchmark's source.
 
     Raises:
         FileNotFoundError: the label file or annotation folder does not exist.
-        ValueError: it holds no labels, or labels that the benchmark does not have.
+        ValueError: the source contains no labels, or class indices that the benchmark does not have.
     """
     num_classes = len(benchmark.classes)
     if labels_file:
@@ -50,8 +50,8 @@ def reader(benchmark: Benchmark, split: Split, labels_file: str | Path | None = 
         return partial(_look_up, {name: image.labels for name, image in images.items()}, str(file))
     if not any(split.values()):
         raise ValueError(
-            f"the split file gives no labels, and benchmark {benchmark.name} has no other source of them: "
-            "write lines like `name 3 17`, or name a file of such lines with --labels"
+            f"the split file contains no labels, and benchmark {benchmark.name} has no other label source: "
+            "add class indices to its lines (`name 3 17`), or give a file with such lines by --labels"
         )
     for name, labels in split.items():
         _check_range(labels, num_classes, f"image {name} of the split file")
@@ -61,16 +61,16 @@ def reader(benchmark: Benchmark, split: Split, labels_file: str | Path | None = 
 def read_split(path: str | Path, num_classes: int | None = None) -> Split:
     """Return the content of a split or label file, with lines `name` or `name index index ...`.
 
-    Blank lines, trailing blanks, CRLF line ends and a byte order mark are ignored; a class that is twice on a
-    line counts once.
+    Empty lines, trailing blanks, CRLF line ends and a byte order mark are ignored. A class that appears twice
+    on a line counts once.
 
     Args:
-        path: the text file, UTF-8; image names hold no blanks and no file suffix.
-        num_classes: indices must lie in [0, num_classes); None: they must not be negative.
+        path: the text file, UTF-8; image names contain no blanks and no file suffix.
+        num_classes: indices must be in [0, num_classes); None: they must not be negative.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: an image that is listed twice, or labels that are no class indices, with the line.
+        FileNotFoundError: the file does not exist.
+        ValueError: an image is listed twice, or a label is not a class index; the message names the line.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"split or label file {path} does not exist")
@@ -98,11 +98,16 @@ def read_split(path: str | Path, num_classes: int | None = None) -> Split:
 def split_of(
     benchmark: Benchmark, path: str | Path | None = None, image_root: str | Path | None = None
 ) -> Split:
-    """Return the split file at `path`, or else the benchmark's own, or else all images in `image_root`.
+    """Return the content of a split file, or all images of a folder without labels.
+
+    Args:
+        benchmark: its split file is used if `path` is not given.
+        path: split file.
+        image_root: image folder, used if there is no split file.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_split`; or there is no split file, and no image in
-            `image_root` or one whose name has a blank.
+        FileNotFoundError, ValueError: see `read_split`; or there is no split file, and `image_root` contains
+            no image, or an image whose name contains a blank.
     """
     if image_root is not None and not Path(image_root).is_dir():
         raise FileNotFoundError(f"image folder {image_root} does not exist: give --image_root")
@@ -116,7 +121,7 @@ def split_of(
     if benchmark.split_file:
         return read_split(benchmark.split_file)
     if image_root is None:
-        raise ValueError(f"benchmark {benchmark.name} has no split file of its own: give --split_file")
+        raise ValueError(f"benchmark {benchmark.name} has no split file: give --split_file")
     names = [Path(file).stem for file in image_files(str(image_root))]
     for name in names:
         if len(name.split()) != 1:
@@ -125,9 +130,13 @@ def split_of(
 
 
 def from_file(path: str | Path, num_classes: int) -> LabelReader:
-    """Return a reader of lines `name index index ...`; errors: `read_split`, at once.
+    """Return a reader of a file with lines `name index index ...`, which is read at once by `read_split`.
 
-    It raises ValueError for an image that is not listed; one that is listed without labels has none.
+    The reader returns an empty list for an image without labels, and raises ValueError for an image that is
+    not listed.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_split`.
     """
     return partial(_look_up, read_split(path, num_classes), str(path))
 
@@ -155,20 +164,20 @@ def _existing(folder: Path, kind: str) -> Path:
 
 
 class VocAnnotation(NamedTuple):
-    """What this project reads of a VOC XML file."""
+    """Content of a VOC XML file, as far as this project uses it."""
 
     names: list[str]  # distinct class names of its objects, in order of first appearance
-    size: tuple[int, int] | None  # declared (height, width), which need not be the image's
+    size: tuple[int, int] | None  # declared (height, width), which can differ from the image file's size
 
 
 def read_voc_xml(file: str | Path) -> VocAnnotation:
-    """Return the objects of a VOC annotation, also difficult and truncated ones.
+    """Return the objects of a VOC annotation, including difficult and truncated ones.
 
-    Entities are not resolved and nothing is fetched: annotations may come from strangers.
+    Entities are not resolved and no other file is read, because annotations can come from untrusted sources.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a VOC annotation, or an object without a name.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a VOC annotation, or an object has no name.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"annotation {file} does not exist")
@@ -179,7 +188,7 @@ def read_voc_xml(file: str | Path) -> VocAnnotation:
         raise ValueError(f"annotation {file} cannot be read: {error}") from None
     if root.tag != "annotation":
         raise ValueError(f"annotation {file} is not a VOC annotation: its root is <{root.tag}>")
-    # Direct children only: the <part>s of a person have names of their own ("head", "hand").
+    # Only direct children: the <part> elements of a person also have names ("head", "hand").
     names = [(item.findtext("name") or "").strip() for item in root.findall("object")]
     if "" in names:
         raise ValueError(f"annotation {file} has an object without a name")
@@ -191,10 +200,14 @@ def read_voc_xml(file: str | Path) -> VocAnnotation:
 
 
 def class_indices(names: Sequence[str], classes: Sequence[str], file: str | Path) -> list[int]:
-    """Return the indices of `names` in `classes`; raise ValueError with `file` for another name."""
+    """Return the indices of `names` in `classes`.
+
+    Raises:
+        ValueError: a name is not in `classes`; the message names the annotation `file`.
+    """
     for name in names:
         if name not in classes:
-            raise ValueError(f"annotation {file} names the class {name!r}, which the benchmark does not have")
+            raise ValueError(f"annotation {file} contains the class {name!r}, which is not in the benchmark")
     return [classes.index(name) for name in names]
 
 
@@ -210,18 +223,18 @@ def mask_labels(mask: np.ndarray, has_background: bool, num_classes: int, file: 
     """Return the class indices in an index mask, ascending.
 
     Args:
-        mask: (H, W) uint8. With a background class 0 is background and k + 1 is class k, without
-            one k is class k; 255 is neither.
-        file: the mask's file, for the error.
+        mask: (H, W) uint8; 255 is ignored. With a background class, 0 is background and k + 1 is class k;
+            without one, k is class k.
+        file: file of the mask, shown in errors.
 
     Raises:
-        ValueError: a value that stands for no class.
+        ValueError: a value is not a class.
     """
     values = np.flatnonzero(np.bincount(mask.ravel(), minlength=IGNORE + 1))
     labels = [int(value) - has_background for value in values if value != IGNORE]
     if labels and labels[-1] >= num_classes:
         raise ValueError(
-            f"mask {file} holds the value {labels[-1] + has_background}, which stands for no class: "
+            f"mask {file} has the value {labels[-1] + has_background}, which is not a class: "
             f"expected 0 to {num_classes - 1 + has_background}, or {IGNORE}"
         )
     return [label for label in labels if label >= 0]
@@ -239,22 +252,25 @@ class CocoImage(NamedTuple):
     """An image of an instances file."""
 
     size: tuple[int, int]  # (height, width)
-    annotations: list[dict[str, Any]]  # as they stand in the file, in its order
-    labels: list[int]  # the classes annotated, crowds included, ascending
+    annotations: list[dict[str, Any]]  # unchanged, in the order of the file
+    labels: list[int]  # annotated classes including crowds, ascending
 
 
 def read_coco_json(
     path: str | Path, num_classes: int, category_ids: Sequence[int] = ()
 ) -> dict[str, CocoImage]:
-    """Return the images of a COCO instances file by name: the file name without folder and suffix.
+    """Return the images of a COCO instances file: name (file name without folder and suffix) -> image.
 
     Args:
-        category_ids: the official id of each class; empty: the classes are the categories of the file in
-            ascending order of their ids.
+        path: the JSON file.
+        num_classes: number of classes of the benchmark.
+        category_ids: the category id of each class; empty: the classes are the categories of the file, in
+            ascending order of ids.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an instances file, cut short, or of other categories than the benchmark has classes.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not an instances file or is truncated, or its categories do not match the
+            classes.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"annotation file {path} does not exist")
@@ -267,7 +283,7 @@ def read_coco_json(
         declared = sorted(int(item["id"]) for item in content["categories"])
         for item in content["annotations"]:
             if item["category_id"] not in declared:
-                raise ValueError(f"annotation {item['id']} is of the unknown category {item['category_id']}")
+                raise ValueError(f"annotation {item['id']} has the unknown category {item['category_id']}")
             images[item["image_id"]][1].annotations.append(item)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

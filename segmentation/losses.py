@@ -1,8 +1,8 @@
-"""Losses for masks whose ignored pixels (255) do not count.
+"""Losses for masks with ignored pixels (255).
 
-Means are over the labelled pixels of the whole batch. If the batch is split over processes, each process
-divides its sum by `global_count(its count)`. A mean of the processes' means would depend on how many of the
-pixels of each process are labelled.
+Means are over the labeled pixels of the whole batch. If the batch is split over processes, each process
+divides its sum by `global_count(its count)`. Averaging the means of the processes would be wrong, because the
+number of labeled pixels differs between processes.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,20 +15,20 @@ from segmentation.benchmark import IGNORE
 from segmentation.transforms import resize_labels
 
 # Pixel counts of this process (n,) float64 -> their mean over all processes (`World.mean`), which divides the
-# process's sums. The average of the processes' gradients is then the gradient of the whole batch.
+# sums of this process. The mean of the processes' gradients is then the gradient of the whole batch.
 GlobalCount = Callable[[Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, global_count: GlobalCount | None = None) -> Tensor:
-    """Return the mean of -log p(label) over the labelled pixels.
+    """Return the mean of -log p(label) over the labeled pixels.
 
     Args:
-        logits: (B, C, h, w); half precision is computed in float32.
+        logits: (B, C, h, w); half-precision logits are converted to float32.
         labels: (B, h, w) int64, in [0, C) or 255.
-        global_count: see `GlobalCount`; None divides by the count itself.
+        global_count: see `GlobalCount`; None divides by the count of this process.
 
     Returns:
-        A scalar; 0, with gradients of 0, if no pixel is labelled.
+        A scalar; 0, with gradients of 0, if no pixel is labeled.
     """
     return _mean_of_means(logits, labels, [labels != IGNORE], global_count)
 
@@ -36,8 +36,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, global_count: GlobalCount | No
 def balanced_cross_entropy(logits: Tensor, labels: Tensor, global_count: GlobalCount | None = None) -> Tensor:
     """Return the mean of two means of -log p(label): over background pixels and over foreground pixels.
 
-    AdvCAM and CLIMS train with it from ImageNet weights. A mean over no pixels is 0, where the reference
-    implementation gives NaN. Arguments and result are those of `cross_entropy`.
+    AdvCAM and CLIMS use it to train from ImageNet weights. A mean over no pixels is 0; the reference
+    implementation returns NaN. For arguments and result see `cross_entropy`.
     """
     parts = [labels == 0, (labels != 0) & (labels != IGNORE)]
     return _mean_of_means(logits, labels, parts, global_count)
@@ -52,10 +52,10 @@ def pyramid(
     loss: Callable[[Tensor, Tensor, GlobalCount | None], Tensor],
     global_count: GlobalCount | None = None,
 ) -> list[Tensor]:
-    """Return a scalar for every output: its loss, against labels resized to its size.
+    """Return the loss of each output, a scalar, with labels resized to the size of the output.
 
     Args:
-        outputs: (B, C, h, w) each, or a single one.
+        outputs: one tensor (B, C, h, w), or several.
         labels: (B, H, W) int64.
         loss: one of `LOSSES`.
         global_count: see `GlobalCount`.
@@ -69,7 +69,8 @@ def _mean_of_means(
 ) -> Tensor:
     """Return the mean over `parts`, (B, h, w) bool each, of the mean of -log p; a part without pixels adds 0.
 
-    Unlike the reduction of F.cross_entropy, it does not synchronize with the GPU and adds in a fixed order.
+    The reduction of F.cross_entropy is not used: this sum has a fixed order and does not synchronize with the
+    GPU.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()

@@ -12,7 +12,7 @@ from common.files import write_file
 from segmentation.benchmark import IGNORE
 from segmentation.images import UNREADABLE, decode
 
-CLASS_IDS = "keys"  # name of the text in a PNG
+CLASS_IDS = "keys"  # name of the PNG text entry with the class indices
 
 
 def read_mask(file: str | Path) -> np.ndarray:
@@ -25,16 +25,18 @@ def read_mask(file: str | Path) -> np.ndarray:
         (H, W) uint8, the indices (not the palette's colors).
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it cannot be read, or its pixels are no 8-bit indices (RGB, 16-bit, two-level).
+        FileNotFoundError: the file does not exist.
+        ValueError: the file cannot be read, or its pixels are not 8-bit indices (RGB, 16-bit, 1-bit gray).
     """
     image = decode(file)
     if image.mode not in ("P", "L"):
-        raise ValueError(f"mask {file} has mode {image.mode}: expected 8-bit class indices, palette or grey")
+        raise ValueError(
+            f"mask {file} has mode {image.mode}, expected 8-bit class indices: convert it to palette or gray"
+        )
     labels = np.array(image)
     if image.mode == "L" and image.format == "PNG":
         with open(file, "rb") as stream:
-            bits = stream.read(25)[24]  # after the signature (8), the header chunk's length, name and size
+            bits = stream.read(25)[24]  # bit depth, after the PNG signature and the first 16 header bytes
         labels //= 255 // (2**bits - 1)  # Pillow maps gray of 2 or 4 bits to 0..255
     return labels
 
@@ -42,17 +44,18 @@ def read_mask(file: str | Path) -> np.ndarray:
 def write_mask(
     file: str | Path, labels: np.ndarray, palette: np.ndarray, class_ids: Sequence[int] | None = None
 ) -> None:
-    """Write an index mask to `file`, which appears whole or not at all; other arguments: `encode_mask`."""
+    """Write an index mask; the file appears whole or not at all. For other arguments see `encode_mask`."""
     write_file(file, encode_mask(labels, palette, class_ids))
 
 
 def encode_mask(labels: np.ndarray, palette: np.ndarray, class_ids: Sequence[int] | None = None) -> bytes:
-    """Return an index mask as palette PNG.
+    """Return the bytes of a palette PNG with an index mask.
 
     Args:
         labels: (H, W) uint8.
         palette: (256, 3) uint8.
-        class_ids: classes that it was made for, recorded as text in the file, see `mask_class_ids`.
+        class_ids: image-level labels that the mask was made from, recorded as a text entry; see
+            `mask_class_ids`.
     """
     image = Image.fromarray(labels)
     image.putpalette(palette.astype(np.uint8).tobytes())  # now of mode P
@@ -65,7 +68,7 @@ def encode_mask(labels: np.ndarray, palette: np.ndarray, class_ids: Sequence[int
 
 
 def mask_class_ids(file: str | Path) -> list[int] | None:
-    """Return the classes that `write_mask` recorded; None if it did not, or the file cannot be read."""
+    """Return the classes recorded by `write_mask`; None if none are recorded or the file cannot be read."""
     try:
         with Image.open(file) as image:
             return [int(class_id) for class_id in image.info[CLASS_IDS].split()]
@@ -80,14 +83,14 @@ def overlay(
     opacity: float = 0.6,
     clear: Sequence[int] = (0, IGNORE),
 ) -> np.ndarray:
-    """Return an image with its mask painted over it.
+    """Return an image with a mask painted over it.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         labels: (H, W) uint8.
         palette: (256, 3) uint8.
-        opacity: of the paint, in [0, 1].
-        clear: indices that leave the image as it is.
+        opacity: opacity of the mask, in [0, 1].
+        clear: indices that are not painted.
 
     Returns:
         (H, W, 3) uint8 RGB.

@@ -10,13 +10,13 @@ ABSENT = ("drop", "zero", "nan-mean")
 def confusion(truth: np.ndarray, prediction: np.ndarray, channels: int) -> np.ndarray:
     """Return the number of pixels by true and predicted class.
 
-    Pixels whose truth is no class (>= channels, usually 255) or whose prediction is 255 are ignored; the
-    caller counts and reports the latter.
+    Pixels are ignored if their true value is not a class (>= channels, usually 255) or their prediction is
+    255. The caller counts and reports predictions of 255.
 
     Args:
         truth: integers, any shape.
         prediction: integers of the same shape, in [0, channels) or 255.
-        channels: values a clean mask can hold, n.
+        channels: n, the number of valid mask values.
 
     Returns:
         (n, n) int64, [truth, prediction].
@@ -25,24 +25,25 @@ def confusion(truth: np.ndarray, prediction: np.ndarray, channels: int) -> np.nd
         ValueError: the shapes differ, or a prediction is neither a class nor 255.
     """
     if truth.shape != prediction.shape:
-        raise ValueError(f"ground truth is {truth.shape} but the prediction {prediction.shape} (H, W)")
+        raise ValueError(f"ground truth is {truth.shape} but the prediction is {prediction.shape} (H, W)")
     counted = (truth < channels) & (prediction != IGNORE)
     truth, prediction = truth[counted].astype(np.int64), prediction[counted].astype(np.int64)
     if prediction.size and prediction.max() >= channels:
-        raise ValueError(f"the prediction holds {prediction.max()}, but there are {channels} classes")
+        raise ValueError(
+            f"the prediction has the value {prediction.max()}, expected 0 to {channels - 1} or {IGNORE}"
+        )
     return np.bincount(truth * channels + prediction, minlength=channels**2).reshape(channels, channels)
 
 
 def joint_counts(truth: np.ndarray, code: np.ndarray, channels: int, codes: int) -> np.ndarray:
-    """Return the number of pixels by true class and by a code of the caller.
+    """Return the number of pixels by true class and by an arbitrary code.
 
-    Neighboring pixels are mostly equal, so runs of them are counted with their lengths.
+    Neighboring pixels are mostly equal, so runs of equal pixels are counted with their lengths.
 
     Args:
-        truth: unsigned integers, any shape but an empty one; those that are no class (>= channels) are
-            ignored.
+        truth: unsigned integers, any non-empty shape; values that are not a class (>= channels) are ignored.
         code: unsigned integers of the same shape, in [0, codes).
-        channels: n, at most 255.
+        channels: n, the number of classes, at most 255.
         codes: number of codes.
 
     Returns:
@@ -54,27 +55,27 @@ def joint_counts(truth: np.ndarray, code: np.ndarray, channels: int, codes: int)
     lengths = np.diff(ends, prepend=-1)
     rows = np.minimum(truth[ends].astype(np.int64), channels)  # the last row counts ignored pixels
     counts = np.bincount(rows * codes + code[ends], lengths, (channels + 1) * codes)
-    return counts.astype(np.int64).reshape(-1, codes)[:channels]  # lengths are summed in float64: exactly
+    return counts.astype(np.int64).reshape(-1, codes)[:channels]  # sums of lengths are exact in float64
 
 
 def scores(hist: np.ndarray, absent: str = "drop") -> dict:
-    """Return the scores that WSSS projects print, under their names; fractions in [0, 1].
+    """Return the scores of a confusion matrix, with the names used by WSSS projects; fractions in [0, 1].
 
     Args:
         hist: (n, n), see `confusion`.
         absent: how the mean IoU treats classes without ground truth; published systems differ.
-            "drop": left out, even if predicted (CLIP-ES). "nan-mean": left out unless predicted, then 0
+            "drop": excluded, even if predicted (CLIP-ES). "nan-mean": 0 if predicted, else excluded
             (nanmean of all IoU). "zero": 0.
 
     Returns:
         "Pixel Accuracy", "Mean Accuracy", "Frequency Weighted IoU", "Mean IoU" and "Class IoU" (a dict
-        class -> IoU), floats; NaN where nothing is counted.
+        class -> IoU), floats; a score without any pixels is NaN.
     """
     if absent not in ABSENT:
         raise ValueError(f"absent must be one of {', '.join(ABSENT)}, got {absent!r}")
     hist = np.asarray(hist, np.float64)
     true, predicted, correct = hist.sum(axis=1), hist.sum(axis=0), np.diag(hist)
-    with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is NaN: nothing to count
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is NaN: a score without pixels
         accuracy = correct / true
         iou = correct / (true + predicted - correct)
         frequency = true / hist.sum()

@@ -1,22 +1,23 @@
-"""Learning-rate schedules: functions of a group's base rate and of the number of completed iterations."""
+"""Learning-rate schedules: functions of a group's base rate and the number of completed iterations."""
 
 from collections.abc import Callable
 
 # (base rate of a parameter group, completed iterations) -> learning rate of the next iteration. The base rate
-# is an argument because not all schedules scale it: WeakCLIP's cosine anneals all groups to one minimum.
+# is an argument because not all schedules are factors of it: WeakCLIP's cosine schedule ends at the same
+# minimum for all groups.
 Schedule = Callable[[float, int], float]
 
 
 def poly(done: int, iterations: int, power: float = 0.9, every: int = 1) -> float:
     """Return the factor of the polynomial decay of the DeepLab papers (Chen et al., TPAMI 2018, section 4.1).
 
-    DeepLab-v2 (deeplab-pytorch) updates it every 10 iterations. DeepLab-v1 on ResNet-38d (SEAM) never
-    reaches 0: it is `poly(done, iterations + 1)`.
+    DeepLab-v2 (deeplab-pytorch) updates the factor every 10 iterations. The factor of DeepLab-v1 on
+    ResNet-38d (SEAM) is `poly(done, iterations + 1)`, which never reaches 0.
 
     Args:
-        done: completed iterations; the factor is that of the next one.
-        iterations: the factor is 0 from here on, if this is a multiple of `every`.
-        power: exponent of the remaining part.
+        done: completed iterations; the factor is for the next iteration.
+        iterations: the factor is 0 from this number on, if it is a multiple of `every`.
+        power: exponent of the remaining fraction of iterations.
         every: iterations between two updates of the factor.
 
     Returns:

@@ -1,8 +1,9 @@
-"""Image and mask -> the input and target of a segmentation network.
+"""Image and mask -> input and target of a segmentation network.
 
 `ScaleCrop` and `JitterScaleCrop` draw training samples. They take an image (H, W, 3) uint8 RGB, its labels
-(H, W) uint8 and a random generator, and return (3, crop, crop) float32, normalized and padded with 0 (the
-mean), and (crop, crop) int64, padded with 255. They raise ValueError if image and labels differ in size.
+(H, W) uint8 and a random generator. They return the normalized image (3, crop, crop) float32, padded with 0
+(the mean), and the labels (crop, crop) int64, padded with 255. They raise ValueError if image and labels
+differ in size.
 """
 
 import math
@@ -22,28 +23,28 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def caffe_normalize(image: np.ndarray) -> np.ndarray:
-    """Return (3, H, W) float32 BGR minus `CAFFE_MEAN`, of (H, W, 3) RGB, uint8 or float32."""
-    bgr = np.float64(image[..., ::-1]) - CAFFE_MEAN  # in double precision, then rounded once
+    """Return BGR minus `CAFFE_MEAN`, (3, H, W) float32, for RGB (H, W, 3), uint8 or float32."""
+    bgr = np.float64(image[..., ::-1]) - CAFFE_MEAN  # in double precision, so that it is rounded only once
     return np.ascontiguousarray(bgr.transpose(2, 0, 1), np.float32)
 
 
 def caffe_denormalize(image: np.ndarray) -> np.ndarray:
-    """Return (H, W, 3) uint8 RGB: the inverse of `caffe_normalize`, rounded."""
+    """Return RGB (H, W, 3) uint8: the inverse of `caffe_normalize`, rounded."""
     bgr = np.rint(image.transpose(1, 2, 0) + CAFFE_MEAN)
     return np.clip(bgr, 0, 255).astype(np.uint8)[..., ::-1]
 
 
 def imagenet_normalize(image: np.ndarray) -> np.ndarray:
-    """Return (3, H, W) float32, standardized, of (H, W, 3) uint8 RGB; float32 at every step, as published."""
+    """Return standardized RGB (3, H, W) float32 for (H, W, 3) uint8, computed in float32 as published."""
     scaled = np.float32(image) / np.float32(255)
     standard = (scaled - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
     return np.ascontiguousarray(standard.transpose(2, 0, 1))
 
 
 def imagenet_denormalize(image: np.ndarray) -> np.ndarray:
-    """Return (H, W, 3) uint8 RGB, as SEAM's CRF reads it: the inverse of `imagenet_normalize`, truncated.
+    """Return RGB (H, W, 3) uint8, the input of SEAM's CRF: the inverse of `imagenet_normalize`, truncated.
 
-    A third to half of the values are 1 below the original ones.
+    Because of the truncation, a third to half of the values are 1 less than in the original image.
     """
     unit = image.transpose(1, 2, 0) * np.float32(IMAGENET_STD) + np.float32(IMAGENET_MEAN)
     return np.clip(unit * np.float32(255), 0, 255).astype(np.uint8)
@@ -51,13 +52,13 @@ def imagenet_denormalize(image: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ScaleCrop:
-    """Training samples of DeepLab-v2 as deeplab-pytorch draws them: a scale, a crop, a flip.
+    """Training samples of DeepLab-v2, as in deeplab-pytorch: random scale, crop and flip.
 
     Attributes:
         crop: side of the sample in pixels.
-        scales: one of these is drawn.
-        base: longer side at scale 1 in pixels; None is that of the image.
-        flip: half of the samples are mirrored.
+        scales: factors, from which one is drawn.
+        base: longer side at scale 1 in pixels; None uses the size of the image.
+        flip: mirror half of the samples.
     """
 
     crop: int
@@ -72,7 +73,7 @@ class ScaleCrop:
     def __call__(
         self, image: np.ndarray, label: np.ndarray, draw: random.Random
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw scale, top, left and flip, in this order; padding is right of and below the image."""
+        """Return a sample: draw scale, top, left and flip, in this order; pad at the right and bottom."""
         height, width = _common_size(image, label)
         if self.base is not None:
             longer = max(height, width)
@@ -93,13 +94,13 @@ class ScaleCrop:
 
 @dataclass(frozen=True)
 class JitterScaleCrop:
-    """Training samples of DeepLab-v1 on ResNet-38d as SEAM's code base draws them.
+    """Training samples of DeepLab-v1 on ResNet-38d, as in SEAM's reference implementation.
 
     Attributes:
         crop: side of the sample in pixels.
-        scale_range: the scale is drawn uniformly from it.
-        jitter: of hue, saturation and value, see `jitter_hsv`.
-        flip: half of the samples are mirrored.
+        scale_range: range from which the scale is drawn uniformly.
+        jitter: maximum shift of hue, saturation and value, see `jitter_hsv`.
+        flip: mirror half of the samples.
     """
 
     crop: int
@@ -114,14 +115,15 @@ class JitterScaleCrop:
     def __call__(
         self, image: np.ndarray, label: np.ndarray, draw: random.Random
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw jitter, flip, scale, left and top, in this order; the side of a padding is random."""
+        """Return a sample: draw jitter, flip, scale, left and top, in this order; the padding is random."""
         size = _common_size(image, label)
         image = jitter_hsv(image, draw, self.jitter)
         if self.flip and draw.random() < 0.5:
             image, label = cv2.flip(image, 1), cv2.flip(label, 1)
         least, most = self.scale_range
         scale = max(draw.random() * (most - least) + least, 1 / min(size))  # no side of 0 pixels
-        # With factors instead of a size, source positions follow from the scale, not from rounded sides.
+        # With factors instead of a size, OpenCV computes source positions from the scale, not from rounded
+        # sides.
         factors = {"dsize": None, "fx": scale, "fy": scale}
         image = cv2.resize(image, **factors, interpolation=cv2.INTER_CUBIC)
         label = cv2.resize(label, **factors, interpolation=cv2.INTER_NEAREST)
@@ -133,15 +135,15 @@ class JitterScaleCrop:
         return _padded(imagenet_normalize(image[window]), label[window], self.crop, y, x)
 
     def _offsets(self, side: int, draw: random.Random) -> tuple[int, int]:
-        """Return an offset in the image and one in the sample, one of which is 0."""
+        """Return the offset of the crop in the image and of the image in the sample; one of them is 0."""
         offset = draw.randrange(abs(side - self.crop) + 1)
         return (offset, 0) if side > self.crop else (0, offset)
 
 
 def jitter_hsv(image: np.ndarray, draw: random.Random, most: int = 10) -> np.ndarray:
-    """Return an image (H, W, 3) uint8 RGB with hue, saturation and value shifted by up to `most` steps each.
+    """Return an image (H, W, 3) uint8 RGB with hue, saturation and value shifted by up to `most` each.
 
-    Steps are OpenCV's: hue is cyclic, 0 to 179; saturation and value are clipped to 0 to 255.
+    Values are OpenCV's: hue is cyclic, 0 to 179; saturation and value are clipped to 0 to 255.
     """
     hue, saturation, value = (draw.randint(-most, most) for _ in range(3))
     steps = np.arange(256)
@@ -153,14 +155,14 @@ def jitter_hsv(image: np.ndarray, draw: random.Random, most: int = 10) -> np.nda
 
 def _common_size(image: np.ndarray, label: np.ndarray) -> tuple[int, int]:
     if image.shape[:2] != label.shape:
-        raise ValueError(f"the image is {image.shape[:2]} but its mask {label.shape} (H, W)")
+        raise ValueError(f"the image is {image.shape[:2]} but its mask is {label.shape} (H, W)")
     return label.shape
 
 
 def _padded(
     image: np.ndarray, label: np.ndarray, crop: int, y: int = 0, x: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return image (3, h, w) and label (h, w) at (y, x) of (3, crop, crop) zeros and (crop, crop) of 255."""
+    """Return image (3, h, w) and label (h, w), placed at (y, x) and padded to side `crop` with 0 and 255."""
     height, width = label.shape
     images = np.zeros((3, crop, crop), np.float32)
     labels = np.full((crop, crop), IGNORE, np.int64)
@@ -170,10 +172,10 @@ def _padded(
 
 
 def nearest_index(out: int, size: int) -> np.ndarray:
-    """Return (out,) int64: which of `size` source pixels Pillow's NEAREST takes for each of `out` pixels.
+    """Return the source pixel in [0, size) of each of `out` pixels, as in Pillow's NEAREST, (out,) int64.
 
-    Pillow sums source positions step by step in double precision, starting at half a step. The product
-    (i + 0.5) * step would round to other pixels at common factors such as 0.75 and 1.25.
+    Pillow adds up source positions step by step in double precision, starting at half a step. The product
+    (i + 0.5) * step selects other pixels at common factors such as 0.75 and 1.25.
     """
     steps = np.full(out, size / out)
     steps[0] /= 2
@@ -181,9 +183,9 @@ def nearest_index(out: int, size: int) -> np.ndarray:
 
 
 def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return labels (B, H, W) of any type, resized to `size` (h, w) as by Pillow's NEAREST, on their device.
+    """Return labels (B, H, W) of any type, resized on their device to `size` (h, w) like Pillow's NEAREST.
 
-    Labels of that size are returned as they are.
+    Labels that already have this size are returned unchanged.
     """
     if labels.shape[-2:] == size:
         return labels

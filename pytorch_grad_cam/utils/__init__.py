@@ -1,1 +1,1 @@
-"""Targets under the module path of the pytorch-grad-cam package."""
+"""Targets, at the same module path as in the pytorch-grad-cam package."""

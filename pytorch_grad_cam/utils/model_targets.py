@@ -1,4 +1,4 @@
-"""Targets of CAMs: functions from one image's output to a scalar."""
+"""Targets of CAMs: functions that map the output for one image to a scalar."""
 from torch import Tensor
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint files of every supported kind, and of the kinds people give by mistake."""
+"""Checkpoint files of every supported format, and errors for unsupported files."""
 import argparse
 import json
 import zipfile
@@ -26,11 +26,11 @@ def small_state(config: Config = SMALL_VIT) -> dict[str, torch.Tensor]:
     [
         SMALL_VIT,
         SMALL_RESNET,
-        Config(32, 14 * 3, 2, 128, 14, 77, 49408, 64, 1),  # the patch of ViT-L/14
-        Config(32, 64, 1, 64, 32, 77, 49408, 64, 1),  # the patch of ViT-B/32
+        Config(32, 14 * 3, 2, 128, 14, 77, 49408, 64, 1),  # patch size of ViT-L/14
+        Config(32, 64, 1, 64, 32, 77, 49408, 64, 1),  # patch size of ViT-B/32
     ],
 )
-def test_sizes_are_inferred(config, tmp_path):
+def test_load_infers_the_configuration(config, tmp_path):
     torch.save(small_state(config), tmp_path / "model.pt")
     assert clip.load(tmp_path / "model.pt", device="cpu").config == config
 
@@ -45,15 +45,15 @@ def test_sizes_are_inferred(config, tmp_path):
         ("RN50x4", Config(640, 288, (4, 6, 10, 6), 80, None, 77, 49408, 640, 12)),
     ],
 )
-def test_sizes_of_the_published_models(name, config):
-    """Shapes only, nothing allocated."""
+def test_infer_config_of_the_published_models(name, config):
+    """The state dict is on the meta device: it has shapes but no memory."""
     with torch.device("meta"):
         state = CLIP(config).state_dict()
     assert clip.checkpoint.infer_config(state) == config
 
 
 class Archived(torch.nn.Module):
-    """Parameters under the names of a state dict, as a module tree that can be scripted."""
+    """Scriptable module tree whose parameters have the names of a state dict."""
 
     def __init__(self, state):
         super().__init__()
@@ -71,13 +71,13 @@ class Archived(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_torchscript_archive_of_half_precision(tmp_path):
+def test_torchscript_archive_loads_like_its_state_dict(tmp_path):
     state = {key: value.half() for key, value in parity_state("tiny", 1).items()}
     torch.save(dict(state), tmp_path / "state.pt")
     module = Archived(state)
-    for name in ("input_resolution", "context_length", "vocab_size"):  # as OpenAI's archives have
+    for name in ("input_resolution", "context_length", "vocab_size"):  # entries of OpenAI's archives
         module.register_buffer(name, torch.tensor(1))
-    module.sizes, module.flags = [1, 2], {"half": True}  # attributes that are no weights
+    module.sizes, module.flags = [1, 2], {"half": True}  # attributes that are not weights
     torch.jit.script(module).save(str(tmp_path / "archive.pt"))
     with zipfile.ZipFile(tmp_path / "archive.pt") as archive:
         assert any(name.endswith("constants.pkl") for name in archive.namelist())
@@ -88,7 +88,7 @@ def test_torchscript_archive_of_half_precision(tmp_path):
         assert torch.equal(loaded[key], value), key
 
 
-def test_archive_that_wants_to_run_code_is_refused(tmp_path):
+def test_archive_with_code_raises_value_error(tmp_path):
     file = tmp_path / "evil.pt"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("m/data.pkl", b"cos\nsystem\n(S'echo hacked'\ntR.")
@@ -97,7 +97,7 @@ def test_archive_that_wants_to_run_code_is_refused(tmp_path):
         clip.load(file, device="cpu")
 
 
-def test_wrapped_and_prefixed_state_dicts(tmp_path):
+def test_wrapped_and_prefixed_state_dicts_are_loaded(tmp_path):
     state = small_state()
     reference = clip.checkpoint.from_state_dict(state).state_dict()
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "plain.safetensors")
@@ -112,7 +112,7 @@ def test_wrapped_and_prefixed_state_dicts(tmp_path):
         assert all(torch.equal(loaded[key], value) for key, value in reference.items()), name
 
 
-def test_rounding_of_weights_is_an_option(tmp_path):
+def test_round_weights_rounds_matrices_only(tmp_path):
     state = small_state()
     torch.save(state, tmp_path / "model.pt")
     rounded = clip.load(tmp_path / "model.pt", device="cpu").state_dict()
@@ -124,8 +124,8 @@ def test_rounding_of_weights_is_an_option(tmp_path):
         assert torch.equal(rounded[key], state[key])
 
 
-def test_activation_of_open_clip_models(tmp_path):
-    """An open_clip configuration decides between GELU and QuickGELU; such files are not rounded."""
+def test_open_clip_configuration_sets_the_activation(tmp_path):
+    """GELU by default, QuickGELU if the configuration says so. Weights of such files are not rounded."""
     file, sidecar = tmp_path / "open_clip_pytorch_model.pt", tmp_path / "open_clip_config.json"
     torch.save(small_state(), file)
     config = {"embed_dim": 32, "vision_cfg": {}, "text_cfg": {}}
@@ -140,7 +140,7 @@ def test_activation_of_open_clip_models(tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("config", [SMALL_VIT, SMALL_RESNET])
-def test_precision_is_of_the_image_tower(tmp_path, precision, config):
+def test_precision_changes_only_the_image_tower(tmp_path, precision, config):
     torch.save(small_state(config), tmp_path / "model.pt")
     full = clip.load(tmp_path / "model.pt", device="cpu")
     half = clip.load(tmp_path / "model.pt", device="cpu", precision=precision)
@@ -157,7 +157,7 @@ def broken_files(folder):
     whole = (folder / "good.pt").read_bytes()
     (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.pt").write_bytes(b"")
-    (folder / "picture.pt").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    (folder / "image.pt").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     torch.save({k: v for k, v in state.items() if k != "visual.conv1.weight"}, folder / "no_conv.pt")
     torch.save({k: v for k, v in state.items() if "c_fc" not in k}, folder / "no_mlp.pt")
     torch.save({**state, "head.weight": torch.ones(3)}, folder / "extra.pt")
@@ -171,25 +171,25 @@ def broken_files(folder):
     save_file({"weight": torch.ones(3)}, folder / "other.safetensors")
     (folder / "broken.safetensors").write_bytes(b"\xff" * 64)
     return {
-        "truncated.pt": "cut short",
+        "truncated.pt": "truncated",
         "empty.pt": "not a readable checkpoint",
-        "picture.pt": "not a readable checkpoint",
+        "image.pt": "not a readable checkpoint",
         "no_conv.pt": "has no visual.conv1.weight",
         "no_mlp.pt": "6 weights are missing",
         "extra.pt": "1 are unknown (head.weight)",
         "shape.pt": "visual.proj has shape (63, 32)",
         "other.pt": "is not a CLIP checkpoint",
-        "list.pt": "holds a list",
+        "list.pt": "contains a list, expected a state dict",
         "numbered.pt": "is not a CLIP checkpoint",
-        "integers.pt": "holds torch.int32, not floats",
-        "arguments.pt": "Python objects beside its tensors",
-        "narrow.pt": "no multiple of 64",
+        "integers.pt": "visual.proj has type torch.int32, expected floating point",
+        "arguments.pt": "Python objects other than tensors",
+        "narrow.pt": "tower widths must be multiples of 64, got 40, 40",
         "other.safetensors": "is not a CLIP checkpoint",
         "broken.safetensors": "not a readable checkpoint",
     }
 
 
-def test_wrong_files_get_one_sentence(tmp_path):
+def test_invalid_files_raise_one_line_that_names_file_and_fault(tmp_path):
     for name, sentence in broken_files(tmp_path).items():
         with pytest.raises(ValueError) as caught:
             clip.load(tmp_path / name, device="cpu")
@@ -197,16 +197,16 @@ def test_wrong_files_get_one_sentence(tmp_path):
         assert sentence in message and name in message and "\n" not in message, message
 
 
-def test_unknown_names_and_settings(tmp_path):
+def test_unknown_model_precision_or_device_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no model 'nothing\.pt'"):
         clip.load("nothing.pt")
     torch.save(small_state(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match="precision must be one of"):
         clip.load(tmp_path / "model.pt", precision="int8")
     for device in ("gpu", "mps", "xpu", "meta"):
-        with pytest.raises(ValueError, match="not a device"):
+        with pytest.raises(ValueError, match=f"--device: '{device}' is not supported"):
             clip.load(tmp_path / "model.pt", device=device)
-    with pytest.raises(ValueError, match="torch does not see"):
+    with pytest.raises(ValueError, match="'cuda:63' does not exist: torch detects"):
         clip.load(tmp_path / "model.pt", device="cuda:63")
 
 
@@ -219,7 +219,7 @@ def test_text_features_are_cached_per_model_template_and_names(tmp_path, monkeyp
     files = {file.name: file for file in tmp_path.glob("text-*.npy")}
     assert len(files) == 1
     with monkeypatch.context() as patch:
-        patch.setattr("clip.prompts.encode_prompts", None)  # must not be needed
+        patch.setattr("clip.prompts.encode_prompts", None)  # a call would fail
         assert torch.equal(text_features(model, ["cat", "dog"], ["a {}."]), first)
     next(iter(files.values())).write_bytes(b"damaged")
     assert torch.equal(text_features(model, ["cat", "dog"], ["a {}."]), first)

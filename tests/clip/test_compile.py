@@ -1,4 +1,4 @@
-"""Compiled blocks of the vision tower give what plain ones give."""
+"""Compiled blocks of the image tower give the same results as plain blocks."""
 import os
 import shutil
 
@@ -14,7 +14,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 
 @pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_and_plain_blocks_agree(tmp_path):
-    """Fused, with weights and, in Grad-CAM, with gradients; the state dict keeps its keys."""
+    """Compares fused attention, attention with weights, and gradients; the state dict keeps its keys."""
     torch.save(small_state(SMALL_VIT), tmp_path / "model.pt")
     plain, compiled = (clip.load(tmp_path / "model.pt", "cpu", compile=compile) for compile in (False, True))
     assert compiled.state_dict().keys() == plain.state_dict().keys()

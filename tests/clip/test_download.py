@@ -1,4 +1,4 @@
-"""Downloads, from a server that the test runs."""
+"""Downloads of checkpoints from a local test server, and open_clip model names."""
 import hashlib
 import threading
 from functools import partial
@@ -27,14 +27,14 @@ def server(tmp_path):
 
 
 def serve(folder, content: bytes, name: str, checksum: str | None = None) -> str:
-    """Put a file where OpenAI's layout has it; returns its address below the server."""
+    """Store a file at <sha256>/<name>, OpenAI's layout; return this path."""
     checksum = checksum or hashlib.sha256(content).hexdigest()
     (folder / checksum).mkdir(exist_ok=True)
     (folder / checksum / name).write_bytes(content)
     return f"{checksum}/{name}"
 
 
-def test_public_name_is_downloaded_once_and_checked(server, tmp_path, monkeypatch):
+def test_resolve_downloads_a_model_once_and_checks_it(server, tmp_path, monkeypatch):
     folder, address = server
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(download, "OPENAI", address)
@@ -45,21 +45,22 @@ def test_public_name_is_downloaded_once_and_checked(server, tmp_path, monkeypatc
     assert file.read_bytes() == b"weights" * 1000
     (folder / path).unlink()
     assert download.resolve("ViT-B/16").file == file  # from the cache, without the server
-    file.write_bytes(b"damaged")  # a damaged cache is not trusted
+    file.write_bytes(b"damaged")  # a damaged file in the cache is downloaded again
     with pytest.raises(OSError, match="cannot download"):
         download.resolve("ViT-B/16")
 
 
-def test_wrong_checksum_leaves_nothing(server, tmp_path):
+def test_wrong_checksum_raises_and_leaves_no_file(server, tmp_path):
     folder, address = server
     path = serve(folder, b"other bytes", "ViT-B-16.pt", checksum="0" * 64)
-    with pytest.raises(OSError, match="another sha256"):
+    found = hashlib.sha256(b"other bytes").hexdigest()
+    with pytest.raises(OSError, match=f"has the sha256 {found}, expected {'0' * 64}: try again"):
         download.fetch(f"{address}/{path}", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_truncated_download_leaves_nothing(server, tmp_path, monkeypatch):
-    """Also where the address has no checksum."""
+def test_incomplete_download_raises_and_leaves_no_file(server, tmp_path, monkeypatch):
+    """The address contains no checksum."""
     folder, address = server
     (folder / "model.pt").write_bytes(b"weights")
     send_header = Quiet.send_header
@@ -73,23 +74,23 @@ def test_truncated_download_leaves_nothing(server, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_checksum_prefix_in_a_file_name(server, tmp_path):
+def test_checksum_prefix_in_a_file_name_is_checked(server, tmp_path):
     folder, address = server
     digest = hashlib.sha256(b"abc").hexdigest()[:8]
     (folder / f"vit_b_16-{digest}.pt").write_bytes(b"abc")
     assert download.fetch(f"{address}/vit_b_16-{digest}.pt", tmp_path / "cache").read_bytes() == b"abc"
     (folder / "vit_b_16-00000000.pt").write_bytes(b"abc")
-    with pytest.raises(OSError, match="another sha256"):
+    with pytest.raises(OSError, match=f"has the sha256 {digest}[0-9a-f]+, expected 00000000: try again"):
         download.fetch(f"{address}/vit_b_16-00000000.pt", tmp_path / "cache")
 
 
-def test_unreachable_server_is_one_sentence(tmp_path):
+def test_unreachable_server_raises_a_one_line_error(tmp_path):
     with pytest.raises(OSError, match="cannot download") as caught:
         download.fetch("http://127.0.0.1:9/model.pt", tmp_path / "cache")
     assert "\n" not in str(caught.value)
 
 
-def test_open_clip_names(tmp_path):
+def test_resolve_accepts_open_clip_models_with_a_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model 'ViT-Q'"):
         download.resolve("ViT-Q:openai")
     with pytest.raises(FileNotFoundError, match="no weights 'nothing'"):
@@ -105,11 +106,11 @@ def test_open_clip_names(tmp_path):
     [
         ("ViT-B-16-SigLIP", "timm_model_name"),
         ("ViT-H-14", "head_width = 80"),
-        ("ViT-L-14-worldwide", "text_cfg says"),
-        ("coca_ViT-B-32", "says"),
+        ("ViT-L-14-worldwide", "text_cfg sets"),
+        ("coca_ViT-B-32", "sets"),
     ],
 )
-def test_other_architectures_are_refused(tmp_path, model, reason):
+def test_models_without_clips_own_towers_raise(tmp_path, model, reason):
     (tmp_path / "file.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="own towers") as caught:
         download.resolve(f"{model}:{tmp_path / 'file.pt'}")
@@ -117,13 +118,13 @@ def test_other_architectures_are_refused(tmp_path, model, reason):
 
 
 @pytest.mark.parametrize("model", ["ViT-B-16", "ViT-B-32-quickgelu", "ViT-L-14-336", "RN50", "RN50x64"])
-def test_architectures_that_are_clips_own(tmp_path, model):
+def test_models_with_clips_own_towers_are_accepted(tmp_path, model):
     (tmp_path / "file.pt").write_bytes(b"")
     assert download.resolve(f"{model}:{tmp_path / 'file.pt'}").open_clip
 
 
-def test_normalisation_of_published_weights(tmp_path, monkeypatch):
-    """Some open_clip weights were trained with another mean than OpenAI's."""
+def test_resolve_returns_normalization_and_activation_of_open_clip_weights(tmp_path, monkeypatch):
+    """Some open_clip weights were trained with a different mean and standard deviation from OpenAI's."""
     monkeypatch.setattr(download, "fetch", lambda url, folder: tmp_path / "file.pt")
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", lambda *_, **__: tmp_path / "file.pt")
     source = download.resolve("ViT-L-14:laion2b_s32b_b82k")
@@ -132,7 +133,7 @@ def test_normalisation_of_published_weights(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["[1]", '{"model_cfg": 3}', "{", "{}"])
-def test_broken_sidecar_is_named(tmp_path, content):
+def test_invalid_open_clip_configuration_is_named_in_the_error(tmp_path, content):
     (tmp_path / "model.pt").write_bytes(b"")
     (tmp_path / "open_clip_config.json").write_text(content)
     with pytest.raises(ValueError, match="open_clip_config"):

@@ -1,5 +1,7 @@
-"""The towers against open_clip's own, with the same weights: an independent check of what no golden
-covers - ResNet towers, GELU, and features at another image size than the pre-training one."""
+"""The towers against open_clip's implementation with the same weights.
+
+This is an independent check of parts that no golden vectors cover: ResNet towers and GELU.
+"""
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ import clip
 
 @pytest.mark.parametrize("layers", [2, [1, 2, 1, 1]], ids=["vit", "resnet"])
 @pytest.mark.parametrize("quick_gelu", [False, True])
-def test_features_are_those_of_open_clip(layers, quick_gelu):
+def test_features_equal_open_clip(layers, quick_gelu):
     open_clip = pytest.importorskip("open_clip.model")
     torch.manual_seed(0)
     theirs = open_clip.CLIP(
@@ -17,7 +19,7 @@ def test_features_are_those_of_open_clip(layers, quick_gelu):
         text_cfg=open_clip.CLIPTextCfg(context_length=77, vocab_size=49408, width=64, heads=1, layers=2),
         quick_gelu=quick_gelu,
     ).eval()
-    for module in theirs.modules():  # statistics that a fresh network does not have
+    for module in theirs.modules():  # the initial statistics, 0 and 1, would hide errors
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
@@ -33,7 +35,7 @@ def test_features_are_those_of_open_clip(layers, quick_gelu):
         else:
             exact, rounded = (ours.visual(images, rounding) for rounding in ("never", "always"))
             torch.testing.assert_close(exact, theirs.encode_image(images), rtol=1e-4, atol=1e-5)
-            assert torch.equal(ours.visual(images, "resampled"), exact)  # this is the trained size
+            assert torch.equal(ours.visual(images, "resampled"), exact)  # the grid is the trained one
             table = theirs.visual.attnpool.positional_embedding
             table.data = table.data.half().float()
             torch.testing.assert_close(rounded, theirs.encode_image(images), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""CLIP against golden vectors: tokens, text features, network input, vision tower."""
+"""CLIP against golden vectors: tokens, text features, network input, image tower."""
 import json
 
 import numpy as np
@@ -18,7 +18,7 @@ BENCHMARKS = {"voc": voc12.BENCHMARK, "coco": coco14.BENCHMARK}
 
 
 @pytest.mark.parametrize("data", BENCHMARKS)
-def test_token_ids_of_every_class(data):
+def test_token_ids_of_every_prompt_match_golden(data):
     reference, benchmark = golden("tokens"), BENCHMARKS[data]
     template = benchmark.templates[0]
     for kind, names in (("fg", benchmark.prompts), ("bg", benchmark.backgrounds)):
@@ -26,7 +26,7 @@ def test_token_ids_of_every_class(data):
         np.testing.assert_array_equal(ids, reference[f"{data}_{kind}"])
 
 
-def test_token_ids_of_awkward_texts():
+def test_token_ids_of_edge_cases_match_golden():
     reference = golden("tokens")
     texts = json.loads(str(reference["edge_strings"]))
     np.testing.assert_array_equal(clip.tokenize(texts), reference["edge"])
@@ -36,8 +36,8 @@ def test_token_ids_of_awkward_texts():
         clip.tokenize(long)
 
 
-def test_prompts_do_not_depend_on_those_beside_them(parity_clip):
-    """Text is encoded as far as the longest goes, and the others see nothing of it; there may be none."""
+def test_text_features_do_not_depend_on_the_batch(parity_clip):
+    """All texts of a batch are cut to the longest one. An empty batch is allowed."""
     model = parity_clip("tiny", 0)
     tokens = clip.tokenize(["a dog", "a photo of a very long name of a dog", "dog"])
     together = model.encode_text(tokens)
@@ -49,20 +49,20 @@ def test_prompts_do_not_depend_on_those_beside_them(parity_clip):
 @pytest.mark.parametrize(
     ("preset", "seed"), [("tiny", 0), ("tiny", 1), ("tiny", 2), ("tiny", 3), ("vit_b16", 0)]
 )
-def test_text_features(parity_clip, preset, seed):
+def test_text_features_match_golden(parity_clip, preset, seed):
     reference, model = golden("text"), parity_clip(preset, seed)
     compared = 0
-    some = slice(None, None, 8 if preset == "vit_b16" else 1)  # each is encoded on its own
+    subset = slice(None, None, 8 if preset == "vit_b16" else 1)  # every eighth prompt of the large model
     for data, benchmark in BENCHMARKS.items():
         for kind, names in (("fg", benchmark.prompts), ("bg", benchmark.backgrounds)):
             key = f"{preset}_s{seed}_{data}_{kind}"
             if key in reference:
-                features = encode_prompts(model, names[some], benchmark.templates)
-                assert relative(features, reference[key][some]) <= 5e-5
+                features = encode_prompts(model, names[subset], benchmark.templates)
+                assert relative(features, reference[key][subset]) <= 5e-5
                 compared += 1
             if f"{key}_raw" in reference:
-                tokens = torch.as_tensor(golden("tokens")["voc_fg"][some])
-                assert relative(model.encode_text(tokens), reference[f"{key}_raw"][some]) <= 5e-5
+                tokens = torch.as_tensor(golden("tokens")["voc_fg"][subset])
+                assert relative(model.encode_text(tokens), reference[f"{key}_raw"][subset]) <= 5e-5
     assert compared >= 2
 
 
@@ -73,7 +73,7 @@ def test_features_of_several_templates_are_averaged(parity_clip):
     torch.testing.assert_close(both, F.normalize(sum(single) / 2, dim=-1))
 
 
-def test_preprocessing_keeps_the_mode_until_after_the_resize():
+def test_preprocess_resizes_before_conversion_to_rgb():
     palette = [0, 0, 0, 255, 0, 0, 0, 255, 0, 10, 20, 250]
     for key, reference in golden("preprocess").items():
         mode, size = key.split("_")
@@ -91,7 +91,7 @@ def test_preprocessing_keeps_the_mode_until_after_the_resize():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_vision_tower(parity_clip, case):
+def test_image_tower_matches_golden(parity_clip, case):
     name, size, preset, seed, _, _ = CASES[case]
     reference, visual = golden(f"case_{case}"), parity_clip(preset, seed).visual
     image = clip.preprocess(parity_image(name, size), clip.target_size(*size, visual.patch_size))

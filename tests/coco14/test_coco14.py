@@ -276,7 +276,7 @@ def mask_of(value, shape=(HEIGHT, WIDTH)):
         (lambda copy: first_image(copy).unlink(), "missing image: 1"),
         (lambda copy: first_image(copy).write_bytes(b"no"), "bad image: 1"),
         (damage_annotation, f"image {TRAIN[0]}: annotation 0 cannot be rasterized: its size"),
-        (mask_of(81), "holds the value 81, which stands for no class: expected 0 to 80, or 255"),
+        (mask_of(81), "has the value 81, which is not a class: expected 0 to 80, or 255"),
         (mask_of(1, (5, 5)), "differ: annotation 8 x 10, image 8 x 10, mask 5 x 5"),
     ],
 )

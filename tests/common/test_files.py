@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whoever else writes them, and what killed writers leave."""
+"""Files appear whole or not at all, also if two processes write them or a writer is killed."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ with replacing(sys.argv[1]) as stream:
 
 @pytest.fixture
 def writer(tmp_path):
-    """Another process in the middle of writing a.txt."""
+    """Another process that has written part of a.txt and waits."""
     command = [sys.executable, "-c", WRITER, str(tmp_path / "deep" / "a.txt")]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
@@ -33,7 +33,7 @@ def writer(tmp_path):
         process.kill()
 
 
-def test_a_file_appears_when_the_block_ends_well(tmp_path):
+def test_replacing_writes_the_file_only_if_the_block_succeeds(tmp_path):
     file = tmp_path / "deep" / "a.txt"
     with pytest.raises(KeyboardInterrupt), replacing(file) as stream:
         stream.write(b"half")
@@ -45,7 +45,7 @@ def test_a_file_appears_when_the_block_ends_well(tmp_path):
     assert file.read_bytes() == b"whole" and list(file.parent.iterdir()) == [file]
 
 
-def test_two_processes_may_write_the_same_file(tmp_path, writer):
+def test_two_processes_can_write_the_same_file(tmp_path, writer):
     file = tmp_path / "deep" / "a.txt"
     with replacing(file) as stream:
         stream.write(b"mine, and longer")
@@ -55,14 +55,14 @@ def test_two_processes_may_write_the_same_file(tmp_path, writer):
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path, writer):
+def test_sweep_removes_only_temporary_files_of_killed_processes(tmp_path, writer):
     folder = tmp_path / "deep"
-    (left,) = folder.iterdir()
+    (temporary,) = folder.iterdir()
     kept = [folder / "notes.tmp", folder / f"a.txt.elsewhere-{writer.pid}.tmp", folder / "a.txt"]
     for file in kept:
         file.touch()
     sweep(tmp_path)
-    assert left.exists()  # its process lives
+    assert temporary.exists()  # its process still runs
     os.kill(writer.pid, signal.SIGKILL)
     writer.wait()
     sweep(tmp_path)

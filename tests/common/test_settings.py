@@ -1,4 +1,4 @@
-"""A setting is declared once: flags, checks and docs tables derive from its field."""
+"""Settings: flags, range checks and docs tables are derived from dataclass fields."""
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ def parsed(*words, base=None):
     return from_args(base or Example(), parser.parse_args(words))
 
 
-def test_flags_that_are_not_given_keep_the_base():
+def test_from_args_keeps_base_values_of_missing_flags():
     base = Example(count=7, flip=True)
     assert parsed(base=base) == base
     assert parsed("--count", "2", base=base) == Example(count=2, flip=True)
@@ -55,7 +55,7 @@ def test_flags_parse_every_type():
         ("--method c", "argument --method: invalid choice: 'c'"),
     ],
 )
-def test_bad_flags_say_what_is_expected(words, message, capsys):
+def test_invalid_flags_print_the_expected_values(words, message, capsys):
     with pytest.raises(SystemExit) as stop:
         parsed(*words.split())
     assert stop.value.code == 2
@@ -77,13 +77,13 @@ def test_bad_flags_say_what_is_expected(words, message, capsys):
         ({"flip": "no"}, "example.flip must be True or False, got 'no'"),
     ],
 )
-def test_values_outside_their_range_are_refused(values, message):
+def test_values_of_wrong_range_or_type_raise_value_error(values, message):
     with pytest.raises(ValueError) as error:
         Example(**values)
     assert str(error.value) == message
 
 
-def test_help_shows_defaults():
+def test_help_shows_defaults_and_both_switch_flags():
     parser = argparse.ArgumentParser()
     add_flags(parser, Example, show={"count": "the benchmark's"})
     text = " ".join(parser.format_help().split())
@@ -94,17 +94,17 @@ def test_help_shows_defaults():
     assert "--flip, --no_flip, --no-flip mirrored images too" in text
 
 
-def test_rows_of_a_docs_table():
+def test_rows_return_name_default_and_help():
     assert rows(Example)[4] == ("--method", "a", "how: `a`, `b`")
     assert rows(Example)[5] == ("--flip", "off", "mirrored images too")
     assert rows(Example, prefix="")[0] == ("count", "3", "images")
 
 
-def test_a_settings_dataclass_is_a_yaml_schema():
+def test_settings_dataclass_is_a_yaml_schema():
     merged = OmegaConf.merge(OmegaConf.structured(Example), OmegaConf.create("count: 5\nscales: [2.0]"))
     assert OmegaConf.to_object(merged) == Example(count=5, scales=(2.0,))
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
-def test_option_tables_of_the_docs_are_current(file):
+def test_option_tables_of_docs_are_up_to_date(file):
     assert page(file.read_text()) == file.read_text(), "run `make docs`"

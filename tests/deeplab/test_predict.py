@@ -179,7 +179,7 @@ def test_mistakes_are_told(run, pictures, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         main(["nowhere", "--run", str(run)])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="contains no images"):
         main([str(tmp_path / "empty"), "--run", str(run)])
     Image.new("RGB", (9, 9)).save(pictures / "a.jpg")
     with pytest.raises(ValueError, match=r"a.jpg and a.png have the same name"):

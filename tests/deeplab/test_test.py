@@ -296,8 +296,8 @@ def test_bad_files_are_left_out_and_listed(tiny, tree, capsys):
         "unreadable": "cannot be read",
         "no_image": "no image no_image",
         "no_mask": "no_mask.png does not exist",
-        "other_size": "other_size.png is (63, 64) but its image (64, 64)",
-        "other_class": "holds 9, which is neither",
+        "other_size": "other_size.png is (63, 64) but its image is (64, 64)",
+        "other_class": "has the value 9, expected one of the 5 class indices",
         "deep": "mode I;16",
         "coloured": "mode RGB",
     }
@@ -329,7 +329,7 @@ def test_a_mask_of_another_size_is_noticed_when_the_prediction_is_there(tiny, tr
     assert tiny() == 0
     write_mask(tree / "truth" / "im1.png", np.zeros((50, 75), np.uint8), voc_palette())
     assert tiny() == 1
-    assert "im1.png is (50, 75) but its image (75, 50)" in (tree / "run/test/failed.txt").read_text()
+    assert "im1.png is (50, 75) but its image is (75, 50)" in (tree / "run/test/failed.txt").read_text()
 
 
 @pytest.mark.parametrize(("flags", "competition", "folder"), [

@@ -280,8 +280,8 @@ def empty_split(root: Path):
 
 MISTAKES = {  # what is done to the files, further words, exit code, sentence
     "size": (mask(np.zeros((40, 51), np.uint8)), [], 1,
-             r"image_2.png is \(40, 51\) but its image .*\(40, 52\)"),
-    "class": (mask(np.full((40, 52), 13, np.uint8)), [], 1, "image_2.png holds 13.*13 classes"),
+             r"image_2.png is \(40, 51\) but its image is .*\(40, 52\)"),
+    "class": (mask(np.full((40, 52), 13, np.uint8)), [], 1, "image_2.png has the value 13.*13 class indices"),
     "16 bits": (mask(np.zeros((40, 52), np.uint16)), [], 1, "image_2.png has mode I;16"),
     "RGB": (mask(np.zeros((40, 52, 3), np.uint8)), [], 1, "image_2.png has mode RGB"),
     "cut image": (cut, [], 1, "image_2.png cannot be read"),
@@ -341,7 +341,7 @@ def test_two_ranks_tell_a_mistake_once(world, tmp_path):
     mask(np.full((40, 52), 13, np.uint8))(tmp_path)
     (first, told), (other, silent) = run(world, tmp_path / "run", *copies, count=2)
     assert (first, other, silent) == (1, 1, "")
-    assert re.fullmatch("error: training stopped: mask .*image_2.png holds 13.*\n", told)
+    assert re.fullmatch("error: training stopped: mask .*image_2.png has the value 13.*\n", told)
 
 
 def test_the_initial_weights_say_where_strides_are(world, tmp_path):

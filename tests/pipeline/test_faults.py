@@ -34,7 +34,7 @@ from tests.processes import script as run_script
 
 IMAGES = 80
 ATTEMPTS = 5  # maximum number of attempts to hit a run before it finishes
-LOST = "error: another of torchrun's processes died: start again to go on\n"
+LOST = "error: another process of torchrun died: run the command again to continue\n"
 linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
 
 YAML = """name: faults
@@ -449,8 +449,8 @@ def test_damaged_images_fail_and_unusual_sizes_work(tmp_path, capsys, monkeypatc
     assert code == 1 and "7 images, 4 failed" in errors and "Traceback" not in errors
     for sentence in (
         "failed: cut: image {}/cut.jpg cannot be read: image file is truncated",
-        "failed: empty: image {}/empty.jpg cannot be read: it is no image",
-        "failed: text: image {}/text.jpg cannot be read: it is no image",
+        "failed: empty: image {}/empty.jpg cannot be read: it is not an image",
+        "failed: text: image {}/text.jpg cannot be read: it is not an image",
         "failed: deep: image {}/deep.png has more than 8 bits (mode I;16): convert it to 8 bits",
     ):
         assert sentence.format(images) in errors, errors

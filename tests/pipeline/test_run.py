@@ -240,7 +240,7 @@ def test_device_of_each_process(monkeypatch):
     assert device_of("cpu", 1) == "cpu" and device_of("cuda:1", 0) == "cuda:1"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert device_of("auto", 3) == "cpu"
-    with pytest.raises(ValueError, match=r"torch does not see this GPU .of 0.: use cpu"):
+    with pytest.raises(ValueError, match=r"does not exist: torch detects 0 GPUs; use cpu"):
         device_of("cuda")
 
 

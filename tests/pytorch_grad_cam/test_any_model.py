@@ -1,4 +1,4 @@
-"""Grad-CAM for any torch model, against what the formulas give by hand."""
+"""Grad-CAM for any torch model, against the published formulas."""
 import numpy as np
 import pytest
 import torch
@@ -10,7 +10,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 
 class Linear(nn.Module):
-    """Convolution, then a linear readout of the mean: its Grad-CAM is known exactly."""
+    """Convolution, spatial mean, linear layer: the Grad-CAM of this network has a closed form."""
 
     def __init__(self):
         super().__init__()
@@ -30,8 +30,8 @@ def expected(model, images, category):
 
 
 @pytest.mark.parametrize("method", [GradCAM, XGradCAM])
-def test_linear_model_is_met_exactly(method):
-    """The gradient is the same everywhere, so weighing by activation changes nothing."""
+def test_cams_of_linear_model_equal_closed_form(method):
+    """The gradient is the same at all positions, so XGradCAM equals GradCAM."""
     model, images = Linear(), torch.randn(2, 3, 8, 10)
     with method(model=model, target_layers=[model.conv]) as cam:
         maps = cam(input_tensor=images, targets=[ClassifierOutputTarget(1)] * 2)
@@ -39,7 +39,7 @@ def test_linear_model_is_met_exactly(method):
     np.testing.assert_allclose(maps, expected(model, images, 1), atol=1e-5)
 
 
-def test_best_class_is_the_default_target():
+def test_default_target_is_the_class_with_the_largest_score():
     model, images = Linear(), torch.randn(2, 3, 8, 10)
     best = model(images).argmax(1).tolist()
     cam = GradCAM(model, [model.conv])
@@ -48,8 +48,8 @@ def test_best_class_is_the_default_target():
 
 
 @pytest.mark.parametrize("method", [GradCAM, GradCAMPlusPlus, XGradCAM, LayerCAM])
-def test_transformers_and_frozen_models(method):
-    """Tokens are reshaped to a grid; several layers are averaged; hooks and gradients do not stay."""
+def test_frozen_transformer_with_two_layers(method):
+    """Tokens are reshaped to a grid and two layers averaged. No hooks or gradients remain in the model."""
     block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
     model = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), Transpose(), block, Mean(), nn.Linear(16, 3))
     model.eval().requires_grad_(False)
@@ -72,7 +72,7 @@ class Mean(nn.Module):
 
 
 def by_hand(method, activations, gradients):
-    """The published formulas, one channel and place after the other."""
+    """The published formulas, computed for one channel and position after the other."""
     channels, rows, columns = activations.shape
     raw = np.zeros((rows, columns))
     for c in range(channels):
@@ -92,7 +92,7 @@ def by_hand(method, activations, gradients):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_formulas_on_signed_gradients(method):
+def test_methods_equal_the_published_formulas(method):
     generator = torch.Generator().manual_seed(1)
     activations = torch.rand(5, 3, 4, generator=generator)
     gradients = torch.randn(5, 3, 4, generator=generator)
@@ -100,8 +100,7 @@ def test_formulas_on_signed_gradients(method):
     np.testing.assert_allclose(METHODS[method](activations, gradients), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_followed_by_work_in_place():
-    """The activations looked at are those the layer gave, not what a later ReLU made of them."""
+def test_in_place_module_after_the_layer_does_not_change_its_activations():
     torch.manual_seed(0)
     conv, head = nn.Conv2d(3, 4, 3, padding=1), nn.Sequential(nn.Flatten(), nn.Linear(4 * 80, 2))
     images, target = torch.randn(1, 3, 8, 10), [ClassifierOutputTarget(1)]
@@ -112,7 +111,7 @@ def test_layers_followed_by_work_in_place():
     np.testing.assert_array_equal(*maps)
 
 
-def test_smoothing_over_mirror_image_and_brightness():
+def test_aug_smooth_averages_mirror_images_and_brightness():
     model, images, target = Linear(), torch.randn(1, 3, 8, 10), [ClassifierOutputTarget(1)]
     cam = GradCAM(model, [model.conv])
     views = [cam(images * factor, target) for factor in (0.9, 1, 1.1)]
@@ -121,7 +120,7 @@ def test_smoothing_over_mirror_image_and_brightness():
     np.testing.assert_allclose(smooth, np.mean(views, axis=0), atol=1e-6)
 
 
-def test_one_target_per_image():
+def test_wrong_number_of_targets_raises():
     model = Linear()
     with pytest.raises(ValueError, match="1 targets for 2 images"):
         GradCAM(model, [model.conv])(torch.randn(2, 3, 8, 8), [ClassifierOutputTarget(0)])

@@ -25,39 +25,39 @@ def case(request, parity_clip):
     return reference, model, image[None], text[None], backgrounds
 
 
-def each_label(mine, reference, tolerance):
-    """Label by label, each against its own maximum, so that faint labels count."""
+def assert_labels_close(mine, reference, tolerance):
+    """Compare each label relative to its own maximum, so that labels with small values are checked too."""
     assert len(mine) == len(reference)
     for label, (one, other) in enumerate(zip(mine, reference, strict=True)):
         assert relative(one, other) <= tolerance, f"label {label}"
 
 
-def test_closed_form_and_automatic_gradients(case):
+def test_closed_form_and_automatic_gradients_match_golden(case):
     reference, model, images, text, backgrounds = case
     encoded = encode(model.visual, images)
     assert relative(encoded.tokens[0], reference["tokens"]) <= 1e-4
     activations, weights, probabilities, _ = mean_gradients(model, encoded.tokens, text, backgrounds)
     assert relative(probabilities[0], reference["probs"]) <= 3e-4
     assert relative(activations[0].mT.reshape(reference["act"].shape), reference["act"]) <= 1e-4
-    each_label(weights[0], reference["weights"], 1e-3)
+    assert_labels_close(weights[0], reference["weights"], 1e-3)
     activations, gradients, probabilities, _ = full_gradients(
         model, encoded.tokens, encoded.grid, text, backgrounds
     )
     assert relative(probabilities[0], reference["probs"]) <= 3e-4
     assert relative(activations[0], reference["act"]) <= 1e-4
-    each_label(gradients[0], reference["grad"], 1e-3)
-    each_label(gradients[0].mean((-2, -1)), reference["weights"], 1e-3)
+    assert_labels_close(gradients[0], reference["grad"], 1e-3)
+    assert_labels_close(gradients[0].mean((-2, -1)), reference["weights"], 1e-3)
 
 
-def test_cams(case):
+def test_cams_match_golden(case):
     reference, model, images, text, backgrounds = case
     result = text_cams(model, images, text, backgrounds)
-    each_label(result.raw[0], reference["raw"], 1e-3)
+    assert_labels_close(result.raw[0], reference["raw"], 1e-3)
     assert np.abs(result.cams[0].numpy() - reference["cam"]).max() <= 5e-4
     assert relative(result.affinity[0], reference["attn_mean"]) <= 1e-4
 
 
-def test_affinity_matrices(case):
+def test_transition_matrix_matches_golden(case):
     reference = case[0]
     attention = torch.as_tensor(reference["attn_mean"])
     symmetric = transition_matrix(attention)
@@ -65,7 +65,7 @@ def test_affinity_matrices(case):
     assert relative(symmetric @ symmetric, reference["affinity"]) <= 1e-4
 
 
-def test_refinement(case):
+def test_refined_cams_match_golden(case):
     reference, model, images, text, backgrounds = case
     result = text_cams(model, images, text, backgrounds)
     masks = box_masks(result.cams, float(reference["threshold"]))
@@ -76,14 +76,14 @@ def test_refinement(case):
     assert np.abs(maps - reference["attn_highres"].astype(np.float32)).max() <= 1.5e-3
 
 
-def test_degenerate_labels_of_case_z(parity_clip):
+def test_activation_map_of_zero_and_tiny_cams_matches_golden(parity_clip):
     reference = golden("case_z")
     assert not reference["cam"][1].any() and 0 < reference["cam"][2].max() < 0.99999
     cams = activation_map(torch.as_tensor(reference["raw"])).numpy()
     assert np.abs(cams - reference["cam"]).max() <= 1e-6
 
 
-def test_scaling_and_resizing():
+def test_min_max_normalize_and_resize_match_golden():
     reference = golden("scaling")
     for key in ("plain", "tiny", "const", "zero", "row", "same", "down"):
         scaled = min_max_normalize(torch.as_tensor(reference[f"in_{key}"])).numpy()
@@ -94,7 +94,7 @@ def test_scaling_and_resizing():
 
 
 @pytest.mark.parametrize(("data", "threshold"), [("voc", 0.4), ("coco", 0.7)])
-def test_box_masks(data, threshold):
+def test_box_mask_matches_golden(data, threshold):
     reference = golden("boxes")
     maps = {key[4:]: value for key, value in reference.items() if key.startswith("map_")}
     assert len(maps) == 11
@@ -102,10 +102,10 @@ def test_box_masks(data, threshold):
         np.testing.assert_array_equal(box_mask(cam, threshold), reference[f"mask_{data}_{key}"], err_msg=key)
 
 
-def test_boxes_that_cover_the_edge():
+def test_box_mask_includes_the_edge_only_with_include_edge():
     cam = np.zeros((4, 5), np.float32)
     cam[3, 4] = cam[0, 0] = 1
-    public = np.zeros((4, 5))
-    public[0, 0] = 1
-    np.testing.assert_array_equal(box_mask(cam, 0.4), public)
+    without_edge = np.zeros((4, 5))
+    without_edge[0, 0] = 1
+    np.testing.assert_array_equal(box_mask(cam, 0.4), without_edge)
     np.testing.assert_array_equal(box_mask(cam, 0.4, include_edge=True), cam)

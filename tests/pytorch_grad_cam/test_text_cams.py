@@ -1,4 +1,4 @@
-"""Batches, padding, other methods, other towers and half precision of text-driven Grad-CAM."""
+"""Text-driven Grad-CAM: batches, padding, all methods, ResNet towers, affinities, half precision."""
 import math
 
 import pytest
@@ -13,7 +13,7 @@ from tests.clip.test_checkpoint import SMALL_RESNET, SMALL_VIT
 
 
 def network(config: Config, scale: float = 2.0) -> CLIP:
-    """A network with random weights large enough that CAMs are no noise."""
+    """A network with random weights. They are large enough that CAM values exceed rounding errors."""
     torch.manual_seed(3)
     model = CLIP(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -29,7 +29,7 @@ def features(count: int, width: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("config", [SMALL_VIT, SMALL_RESNET])
 @pytest.mark.parametrize("method", METHODS)
-def test_batches_and_padding_change_nothing(config, method):
+def test_batches_and_padding_do_not_change_results(config, method):
     model = network(config, 1.0)
     images, text, backgrounds = torch.randn(3, 3, 64, 96), features(9, 32), features(4, 32, 1)
     rows = [[0, 1, 2], [3], [4, 5]]
@@ -51,7 +51,7 @@ def test_batches_and_padding_change_nothing(config, method):
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("size", [(8, 8), (8, 40), (24, 32)])
-def test_closed_form_is_the_mean_of_the_automatic_gradient(activation, size):
+def test_closed_form_equals_the_mean_of_automatic_gradients(activation, size):
     config = Config(32, 32, 3, 128, 8, 77, 49408, 64, 1, activation)
     model = network(config).double()
     for norm in (m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)):
@@ -69,8 +69,8 @@ def test_closed_form_is_the_mean_of_the_automatic_gradient(activation, size):
     assert (weights - reference).abs().max() <= 1e-4 * reference.abs().max()
 
 
-def test_closed_form_of_an_almost_certain_label():
-    """At p near 1 the difference logit_k - sum_j p_j logit_j is small beside its terms."""
+def test_closed_form_is_accurate_for_a_probability_near_1():
+    """For p near 1 the difference logit_k - sum_j p_j logit_j is much smaller than its terms."""
     model = network(Config(32, 32, 3, 128, 8, 77, 49408, 64, 1))
     images, backgrounds = torch.randn(1, 3, 32, 56), features(3, 32, 1)
     pooled = mean_feature(model, images)
@@ -89,7 +89,7 @@ def test_closed_form_of_an_almost_certain_label():
 
 @pytest.mark.parametrize("method", ["gradcam", "layercam"])
 @pytest.mark.parametrize(("layers", "without"), [(1, False), (2, False), (8, False), (2, True), (8, True)])
-def test_attention_is_the_mean_of_the_last_blocks(layers, without, method):
+def test_affinity_is_the_mean_attention_of_the_last_blocks(layers, without, method):
     model = network(SMALL_VIT)
     images = torch.randn(1, 3, 24, 16)
     text, backgrounds = features(1, 32)[None], features(2, 32, 1)
@@ -107,8 +107,8 @@ def test_attention_is_the_mean_of_the_last_blocks(layers, without, method):
 
 
 @pytest.mark.parametrize("method", ["gradcam", "layercam"])
-def test_affinity_of_ones_own(method, monkeypatch):
-    """It is the result's affinity; the CAMs are the same, and blocks before the last compute no weights."""
+def test_affinity_function_replaces_attention(method, monkeypatch):
+    """The result contains its matrix and the same CAMs. The first block computes no attention weights."""
     model = network(SMALL_VIT)
     images, backgrounds = torch.randn(2, 3, 24, 16), features(2, 32, 1)
     text = features(2, 32).expand(2, -1, -1)
@@ -123,7 +123,7 @@ def test_affinity_of_ones_own(method, monkeypatch):
     torch.testing.assert_close(own.affinity, default.affinity)
     torch.testing.assert_close(own.cams, default.cams)
     first = model.visual.transformer.resblocks[0].attn
-    monkeypatch.setattr(first, "attend", None)  # an error if it were called
+    monkeypatch.setattr(first, "attend", None)  # a call would fail
     identity = torch.eye(6).expand(2, -1, -1)
     own = text_cams(model, images, text, backgrounds, method=method, affinity=lambda images: identity)
     assert own.affinity is identity
@@ -132,15 +132,15 @@ def test_affinity_of_ones_own(method, monkeypatch):
         text_cams(model, images, text, backgrounds, method=method, affinity=lambda images: identity[0])
 
 
-def test_affinity_of_a_resnet():
+def test_affinity_of_a_resnet_is_none_without_a_function():
     model, identity = network(SMALL_RESNET, 1.0), torch.eye(6)[None]
     arguments = model, torch.randn(1, 3, 64, 96), features(2, 32)[None], features(2, 32, 1)
     assert text_cams(*arguments).affinity is None
     assert text_cams(*arguments, affinity=lambda images: identity).affinity is identity
 
 
-def test_leaving_out_the_only_block_is_refused():
-    with pytest.raises(ValueError, match="give 2 affinity_layers or more"):
+def test_excluding_the_only_averaged_block_raises():
+    with pytest.raises(ValueError, match=r"affinity_layers 1 no block remains .*: set affinity_layers to 2"):
         text_cams(
             network(SMALL_VIT),
             torch.randn(1, 3, 24, 16),
@@ -150,8 +150,8 @@ def test_leaving_out_the_only_block_is_refused():
         )
 
 
-def test_improbable_labels_do_not_vanish_in_half_precision():
-    """A label of probability about 1e-10: float16 gradients of the probability itself would be zero."""
+def test_improbable_labels_do_not_underflow_in_half_precision():
+    """A label of probability about 1e-10: the gradient of the probability itself would be 0 in float16."""
     model = network(SMALL_VIT, 1.0)
     model.logit_scale.fill_(2.5)
     images, backgrounds = torch.randn(1, 3, 32, 48), features(3, 32, 1)
@@ -174,7 +174,7 @@ def mean_feature(model, images):
     return F.normalize(model.visual.project(tokens[0, 1:]).mean(0), dim=-1)
 
 
-def test_resnet_gradients_are_those_of_the_probability():
+def test_resnet_gradients_equal_automatic_gradients_of_the_probability():
     model = network(SMALL_RESNET, 1.0)
     stage = model.visual.stages(torch.randn(1, 3, 64, 96))
     text, backgrounds = features(2, 32)[None], features(3, 32, 1)
@@ -189,7 +189,7 @@ def test_resnet_gradients_are_those_of_the_probability():
         assert (gradients[0, label] - gradient[0]).abs().max() <= 1e-4 * gradient.abs().max()
 
 
-def test_nothing_is_left_behind_in_the_model():
+def test_text_cams_leaves_no_hooks_or_gradients_in_the_model():
     model = network(SMALL_VIT)
     keys = set(model.state_dict())
     text_cams(model, torch.randn(1, 3, 16, 16), features(2, 32)[None], features(2, 32, 1), method="layercam")
@@ -200,7 +200,7 @@ def test_nothing_is_left_behind_in_the_model():
         assert parameter.grad is None and not parameter.requires_grad
 
 
-def test_unknown_method_is_one_sentence():
+def test_unknown_method_raises():
     model, text = network(SMALL_VIT), features(1, 32)
     with pytest.raises(ValueError, match="CAM method must be one of gradcam"):
         text_cams(model, torch.randn(1, 3, 8, 8), text[None], text, method="x")

@@ -1,4 +1,4 @@
-"""The CRF after DeepLab against the golden vectors: both networks' presets, on every backend."""
+"""CRF presets of both DeepLab networks against golden vectors, on every backend."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def softmax(logits):
 
 
 def upsampled(name):
-    """(C, H, W) probabilities of logits at an eighth."""
+    """Probabilities (C, H, W) from logits of an eighth of the size."""
     height, width, classes = CASES[name]
     coarse = parity_array(f"dl:crfl_{name}", (classes, -(-height // 8), -(-width // 8)), scale=2.0)
     logits = F.interpolate(torch.from_numpy(coarse)[None], (height, width), mode="bilinear")[0]
@@ -33,7 +33,7 @@ def assert_labels(posterior, expected):
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("name", CASES)
-def test_golden_of_deeplab_v2(name, backend):
+def test_deeplab_v2_presets_match_golden(name, backend):
     arrays, probabilities = golden("a_crf"), upsampled(name)
     every = 2 if len(probabilities) > 6 else 1
     np.testing.assert_allclose(probabilities[:, ::4, ::4], arrays[f"{name}_prob"], rtol=0, atol=1e-6)
@@ -47,7 +47,7 @@ def test_golden_of_deeplab_v2(name, backend):
         assert_labels(posterior, arrays[f"{name}_label_{kind}"])
 
 
-def test_every_grey_level_wraps_as_in_double_precision():
+def test_wrapped_bgr_equals_double_precision_for_all_gray_levels():
     levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2)
     shifted = levels - np.array([104.008, 116.669, 122.675])
     np.testing.assert_array_equal(wrapped_bgr(levels), np.trunc(shifted).astype(np.int64) % 256)
@@ -55,7 +55,7 @@ def test_every_grey_level_wraps_as_in_double_precision():
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("index, size", [(0, (40, 56)), (1, (49, 33))])
-def test_golden_of_seam(index, size, backend):
+def test_seam_preset_matches_golden(index, size, backend):
     name = f"{size[0]}x{size[1]}_"
     arrays = {key.removeprefix(name): value for key, value in golden("b_test").items()}
     image = imagenet_denormalize(imagenet_normalize(parity_image(f"r38:ms{index}", *size)))
@@ -66,8 +66,8 @@ def test_golden_of_seam(index, size, backend):
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("dataset, preset", [("voc12", "r38_voc"), ("coco", "r38_coco")])
-def test_golden_of_weakclips_fork(dataset, preset, backend):
-    """It keeps the logits of those classes only that win somewhere."""
+def test_presets_of_weakclips_fork_match_golden(dataset, preset, backend):
+    """The fork keeps only the logits of classes that are the maximum of at least one pixel."""
     arrays = golden("b_test")
     keys = arrays["fork_keys"]
     np.testing.assert_array_equal(np.unique(arrays["40x56_mean_logits"].argmax(0)), keys)
@@ -77,8 +77,8 @@ def test_golden_of_weakclips_fork(dataset, preset, backend):
     assert (keys[posterior.argmax(0)] != arrays[f"fork_{dataset}_label"]).mean() <= 1e-3
 
 
-def test_which_image_each_preset_sees():
+def test_guide_image_of_each_preset():
     image = parity_image("dl:crf_two", 30, 45)
-    shown = {"deeplab": image[..., ::-1], "deeplab_published": wrapped_bgr(image)}
+    expected = {"deeplab": image[..., ::-1], "deeplab_published": wrapped_bgr(image)}
     for preset in ["deeplab", "deeplab_published", "seam", "r38_voc", "r38_coco"]:
-        np.testing.assert_array_equal(guide_image(image, PRESETS[preset]), shown.get(preset, image))
+        np.testing.assert_array_equal(guide_image(image, PRESETS[preset]), expected.get(preset, image))

@@ -1,4 +1,4 @@
-"""The dense CRF against the golden vectors, and on shapes that images come in."""
+"""The dense CRF: golden vectors, agreement of backends on many shapes, batches, errors."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ def stacked(crf, index):
 
 
 def drawn(index, size, channels=3, seed=5):
-    """An image of the drawn world, and its mask as blurred, noisy probabilities of `channels` classes."""
+    """An image drawn by `shapes`, and its mask as blurred, noisy probabilities of `channels` classes."""
     scene, random = draw(seed, index, size), np.random.default_rng([seed, index])
     lookup = np.append(0, np.full(255, channels - 1))
     lookup[[label + 1 for label in scene.labels]] = np.arange(len(scene.labels)) % channels
@@ -45,7 +45,7 @@ def drawn(index, size, channels=3, seed=5):
     return scene.image, np.stack(maps).astype(np.float16)
 
 
-def test_every_grey_level_wraps_as_it_does_on_x86():
+def test_wrapped_bgr_wraps_as_on_x86():
     levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2)
     blue = wrapped_bgr(levels)[:, 0, 0]
     assert (blue[0], blue[103], blue[104], blue[105], blue[106]) == (152, 255, 0, 0, 1)
@@ -53,11 +53,11 @@ def test_every_grey_level_wraps_as_it_does_on_x86():
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_golden(crf, index, backend):
+def test_posterior_and_labels_match_golden(crf, index, backend):
     probabilities = stacked(crf, index)
     image = parity_image(f"es_crf{index}", *probabilities.shape[1:])
     assert (wrapped_bgr(image)[:8] == crf[f"bgr_wrapped{index}"]).all()
-    # NumPy's float16 logarithm differs between builds in the last bit of a value now and then.
+    # The last bit of NumPy's float16 logarithm differs between builds for a few values.
     energies = unary(probabilities, CLIP_ES)[:, ::4, ::4]
     np.testing.assert_allclose(energies, crf[f"unary{index}"], rtol=1e-3)
     assert (energies == crf[f"unary{index}"]).mean() > 0.999
@@ -70,7 +70,7 @@ def test_golden(crf, index, backend):
     assert (labels == crf[f"pseudo{index}"]).all()
 
 
-def test_options_move_the_posterior_little_or_much(crf):
+def test_unary_type_changes_the_posterior_less_than_image_mode(crf):
     probabilities = stacked(crf, 0)
     image = parity_image("es_crf0", *probabilities.shape[1:])
     full = densecrf(image, probabilities, replace(CLIP_ES, unary_type="float32"))
@@ -82,7 +82,7 @@ def test_options_move_the_posterior_little_or_much(crf):
 @needs_pydensecrf
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 21), st.integers(0, 2**31))
-def test_posterior_is_a_distribution_on_any_shape(height, width, channels, seed):
+def test_posterior_sums_to_1_and_backends_agree_on_any_shape(height, width, channels, seed):
     random = np.random.default_rng(seed)
     image = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
     probabilities = random.random((channels, height, width)).astype(np.float16)
@@ -101,7 +101,7 @@ def test_backends_agree_on_drawn_images(size, channels, backend):
         image, probabilities = drawn(index, (max(size), max(size)), channels)
         image, probabilities = image[: size[0], : size[1]], probabilities[:, : size[0], : size[1]]
         reference = densecrf(image, probabilities, backend="pydensecrf")
-        assert np.abs(reference - probabilities).max() > 0.1  # the CRF has had something to do
+        assert np.abs(reference - probabilities).max() > 0.1  # the CRF changes the probabilities
         posterior = densecrf(image, probabilities, backend=backend)
         np.testing.assert_allclose(posterior, reference, atol=1e-3)
         assert (posterior.argmax(0) == reference.argmax(0)).mean() >= 0.999
@@ -113,7 +113,7 @@ def mixed_batch():
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
-def test_a_batch_gives_what_its_images_give(backend, monkeypatch):
+def test_batch_gives_the_same_results_as_single_images(backend, monkeypatch):
     images, probabilities = mixed_batch()
     single = [densecrf(*pair, backend=backend) for pair in zip(images, probabilities, strict=True)]
     together = densecrf_batch(images, probabilities, backend=backend)
@@ -131,7 +131,7 @@ def test_a_batch_gives_what_its_images_give(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
-def test_views_and_read_only_arrays_will_do(backend):
+def test_views_and_read_only_arrays_are_accepted(backend):
     image, probabilities = drawn(1, (20, 30))
     raw = replace(CLIP_ES, image_mode="raw")
     expected = densecrf(image[::-1].copy(), probabilities[:, ::-1].copy(), raw, backend)
@@ -139,7 +139,7 @@ def test_views_and_read_only_arrays_will_do(backend):
     np.testing.assert_array_equal(densecrf(image[::-1], probabilities[:, ::-1], raw, backend), expected)
 
 
-def test_threads_may_refine_at_once():
+def test_threads_give_the_same_results_as_one_thread():
     pairs = list(zip(*mixed_batch(), strict=True)) * 3
     with ThreadPoolExecutor(4) as pool:
         threaded = list(pool.map(lambda pair: densecrf(*pair, backend="numba"), pairs))
@@ -147,7 +147,7 @@ def test_threads_may_refine_at_once():
         np.testing.assert_array_equal(posterior, densecrf(*pair, backend="numba"))
 
 
-def test_auto_is_numba_on_a_cpu(monkeypatch):
+def test_auto_uses_numba_on_a_cpu_and_torch_on_other_devices(monkeypatch):
     image, probabilities = drawn(0, (24, 30))
     monkeypatch.setitem(BACKENDS, "numba", lambda *arguments: ["numba"])
     monkeypatch.setitem(BACKENDS, "torch", lambda *arguments: ["torch", arguments[3]])
@@ -158,7 +158,7 @@ def test_auto_is_numba_on_a_cpu(monkeypatch):
     assert densecrf_batch([image], [torch.zeros(2, 24, 30, device="meta")])[0] == "torch"
 
 
-def test_absent_backend_is_told(monkeypatch):
+def test_missing_backend_raises_with_the_install_command(monkeypatch):
     image, probabilities = drawn(0, (4, 5))
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "refinement.densecrf_numba", raising=False)
@@ -167,7 +167,7 @@ def test_absent_backend_is_told(monkeypatch):
         densecrf(image, probabilities, backend="numba")
 
 
-def test_wrong_use_is_told():
+def test_invalid_arguments_raise():
     image, probabilities = np.zeros((4, 5, 3), np.uint8), np.ones((2, 4, 5), np.float16)
     with pytest.raises(ValueError, match=r"\(4, 5\) but the image is \(5, 4\)"):
         densecrf(image.transpose(1, 0, 2), probabilities)
@@ -179,13 +179,13 @@ def test_wrong_use_is_told():
         densecrf(image, probabilities, backend="magic")
     with pytest.raises(ValueError, match="2 images but 1 arrays"):
         densecrf_batch([image, image], [probabilities])
-    with pytest.raises(ValueError, match="classes and pixels"):
+    with pytest.raises(ValueError, match=r"at least one class and pixel, got .*\(0, 4, 5\)"):
         densecrf(image, probabilities[:0])
     with pytest.raises(ValueError, match="bilateral_srgb must be a number above 0, got 0"):
         replace(CLIP_ES, bilateral_srgb=0)
     with pytest.raises(ValueError, match="gaussian_compat must be a number, 0 or more, got -1"):
         replace(CLIP_ES, gaussian_compat=-1)
-    with pytest.raises(ValueError, match="image_mode must be one of raw, bgr, wrapped, got 'grey'"):
-        replace(CLIP_ES, image_mode="grey")
+    with pytest.raises(ValueError, match="image_mode must be one of raw, bgr, wrapped, got 'gray'"):
+        replace(CLIP_ES, image_mode="gray")
     with pytest.raises(ValueError, match="unary_type must be one of float16, float32, got 'float8'"):
         Preset(1, 1, 1, 1, 1, 1, unary_type="float8")

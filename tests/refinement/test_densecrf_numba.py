@@ -1,4 +1,4 @@
-"""The numba backend compiles once per machine."""
+"""The numba backend caches its compiled code."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ for function in (embed, link, mean_field, normalize):
 """
 
 
-def test_a_second_process_does_not_compile():
+def test_second_process_uses_the_cache_and_does_not_compile():
     densecrf(np.zeros((5, 6, 3), np.uint8), np.ones((3, 5, 6), np.float16), backend="numba")
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", SECOND_PROCESS], cwd=root, capture_output=True, text=True)

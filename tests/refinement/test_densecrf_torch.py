@@ -1,4 +1,4 @@
-"""What the torch backend does on the device itself: energies, the guide, groups of images."""
+"""Parts of the torch backend: energies, guide image, lattice, groups of images."""
 
 import math
 from dataclasses import replace
@@ -14,8 +14,8 @@ from refinement.presets import IMAGE_MODES, PRESETS, guide_image, unary
 CLIP_ES = PRESETS["clip_es"]
 
 
-def test_energies_are_numpys_for_every_half():
-    halves = np.arange(0x3C01, dtype=np.uint16).view(np.float16)[:, None, None]  # all from 0 to 1
+def test_energies_equal_numpy_for_every_float16_probability():
+    halves = np.arange(0x3C01, dtype=np.uint16).view(np.float16)[:, None, None]  # all numbers from 0 to 1
     np.testing.assert_array_equal(_unary(torch.from_numpy(halves), CLIP_ES), unary(halves, CLIP_ES))
     single = halves.astype(np.float32)
     np.testing.assert_array_equal(_unary(torch.from_numpy(single), CLIP_ES), unary(single, CLIP_ES))
@@ -25,7 +25,7 @@ def test_energies_are_numpys_for_every_half():
     )
 
 
-def test_guide_image_is_the_same_on_the_device():
+def test_guide_image_equals_the_numpy_version():
     levels = np.arange(256 * 3, dtype=np.uint32).reshape(16, 16, 3).astype(np.uint8)
     for mode in IMAGE_MODES:
         preset = replace(CLIP_ES, image_mode=mode)
@@ -33,12 +33,12 @@ def test_guide_image_is_the_same_on_the_device():
         np.testing.assert_array_equal(on_device, guide_image(levels, preset))
 
 
-def test_runs_sum_what_they_should():
+def test_runs_sum_the_entries_of_each_point():
     counts = torch.tensor([1, RUN, RUN + 1, 3 * RUN**2, 2])
     point = torch.repeat_interleave(torch.arange(5, dtype=torch.int32), counts)
     values = torch.ones(len(point))
     runs = _runs(point, 5)
-    assert len(runs) == 3  # 3 * RUN^2 entries take three turns
+    assert len(runs) == 3  # 3 * RUN^2 entries of one point need three levels of sums
     for starts in runs:
         ends = torch.cat([starts[1:], torch.tensor([len(values)])])
         assert (ends - starts).max() <= RUN
@@ -47,7 +47,7 @@ def test_runs_sum_what_they_should():
     assert values.tolist() == counts.tolist()
 
 
-def test_images_do_not_meet_on_the_lattice_they_share():
+def test_images_in_a_shared_lattice_do_not_affect_each_other():
     features = torch.rand(5, 60, generator=torch.Generator().manual_seed(0))
     pack = packing((67, 67, 3, 3, 3), 60, 60)
     image = torch.arange(2).repeat_interleave(60)
@@ -55,10 +55,10 @@ def test_images_do_not_meet_on_the_lattice_they_share():
     matrix = _filter(lattice, torch.eye(120))
     assert (matrix[:60, 60:] == 0).all() and (matrix[60:, :60] == 0).all()
     torch.testing.assert_close(matrix[:60, :60], matrix[60:, 60:])
-    assert (matrix[:60, :60] > 0).float().mean() > 0.9  # within an image, pixels so close do
+    assert (matrix[:60, :60] > 0).float().mean() > 0.9  # nearby pixels of one image affect each other
 
 
-def test_groups_are_bounded_by_pixels_and_by_keys(monkeypatch):
+def test_groups_are_limited_by_pixels_and_by_keys(monkeypatch):
     sizes = [(10, 20), (20, 10), (30, 30), (1, 1), (5, 5)]
     monkeypatch.setattr(densecrf_torch, "GROUP_PIXELS", 450)
     assert list(_groups(sizes, CLIP_ES.kernels())) == [[0, 1], [2], [3, 4]]

@@ -1,4 +1,4 @@
-"""Benchmarks: those of the project, YAML files of users, and what is said of bad ones."""
+"""Benchmarks: YAML files, defaults, and errors for invalid fields."""
 from dataclasses import fields
 from pathlib import Path
 
@@ -33,17 +33,17 @@ def write(folder, text):
     return file
 
 
-def test_palette_is_vocs():
+def test_voc_palette_matches_golden():
     palette = voc_palette()
     assert palette.shape == (256, 3)
     assert palette.dtype == np.uint8
     known = {0: (0, 0, 0), 1: (128, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128), 255: (224, 224, 192)}
     assert {index: tuple(palette[index].tolist()) for index in known} == known
-    painted = golden("b_metrics")["colormap_255_and_0_to_20"]  # as a public trainer paints its predictions
-    np.testing.assert_array_equal(palette[:21], painted[:21])  # 255, its last row, is white there
+    painted = golden("b_metrics")["colormap_255_and_0_to_20"]  # from a reference implementation
+    np.testing.assert_array_equal(palette[:21], painted[:21])  # its last row, 255, is white: not compared
 
 
-def test_yaml_with_every_field(tmp_path):
+def test_load_reads_the_fields_of_a_yaml_file(tmp_path):
     benchmark = load(str(write(tmp_path, FULL)))
     assert benchmark.prompts == ["oak leaf", "maple leaf"]
     assert benchmark.channels == 3
@@ -53,7 +53,7 @@ def test_yaml_with_every_field(tmp_path):
     assert benchmark.model == "ViT-B/16"
 
 
-def test_yaml_with_the_least(tmp_path):
+def test_load_fills_defaults_of_a_minimal_yaml_file(tmp_path):
     benchmark = load(str(write(tmp_path, "{name: a, classes: [x, y], has_background: false}")))
     assert benchmark.prompts == ["x", "y"]
     assert benchmark.channels == 2
@@ -62,41 +62,41 @@ def test_yaml_with_the_least(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         ("classes: [x]", "missing mandatory value: name"),
-        ("{name: a, classes: []}", "names no classes"),
-        ("{name: a, classes: [x, x]}", "names these classes twice: x"),
+        ("{name: a, classes: []}", "benchmark a: classes is empty"),
+        ("{name: a, classes: [x, x]}", "classes contains these names more than once: x"),
         ("{name: a, classes: [x, y], prompts: [u]}", "2 classes but 1 prompts"),
         ("{name: a, classes: [x], labels: guess}", "labels must be one of voc_xml, file"),
-        ("{name: a, classes: [x], templates: [a photo]}", "benchmark a: template 'a photo' needs one {}"),
+        ("{name: a, classes: [x], templates: [a photo]}", "a: template 'a photo' must contain one {}"),
         ("{name: a, classes: [x], typo: 1}", "Key 'typo' not in"),
         ("{name: a, classes: [x], box_threshold: high}", "could not be converted to Float"),
-        ("{name: a, classes: [x, y], category_ids: [1]}", "one id for each class"),
-        ("{name: a, classes: [x], tag_templates: [a photo]}", "benchmark a: template 'a photo' needs one {}"),
+        ("{name: a, classes: [x, y], category_ids: [1]}", "one distinct id for each of the 2 classes"),
+        ("{name: a, classes: [x], tag_templates: [a photo]}", "a: template 'a photo' must contain one {}"),
         ("{name: a, classes: [x, y], has_background: false, groups: [0], group_names: [u]}", "each class"),
         ("{name: a, classes: [x], has_background: false, groups: [1], group_names: [u]}", "into group_names"),
-        ("{name: a, classes: [x], groups: [0], group_names: [u]}", "without a background"),
-        ("{name: a, classes: [x], has_background: false, group_names: [u]}", "go together"),
-        ("{name: a, classes: [x], has_background: false, groups: [0], group_names: [u, u]}", "twice"),
+        ("{name: a, classes: [x], groups: [0], group_names: [u]}", "has_background must be false"),
+        ("{name: a, classes: [x], has_background: false, group_names: [u]}", "must be given together"),
+        ("{name: a, classes: [x], has_background: false, groups: [0], group_names: [u, u]}", "duplicates"),
         ("[x, y]", r"benchmark\.yaml: "),
         ("name: [", r"benchmark\.yaml: while parsing"),
         ("", "missing mandatory value"),
     ],
 )
-def test_bad_yaml(tmp_path, text, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_invalid_yaml_raises_value_error(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
         load(str(write(tmp_path, text)))
 
 
 @pytest.mark.parametrize("template", ["{} {x}", "{} {}", "{} {", "{0} {}", "{{}}", "{.x} {}", "a photo", ""])
-def test_templates_that_no_class_name_fits(template):
+def test_template_without_exactly_one_placeholder_raises(template):
     with pytest.raises(ValueError, match="benchmark a: template") as error:
         Benchmark("a", ["x"], templates=["a {}.", template])
     assert repr(template) in str(error.value)
 
 
-def test_no_such_benchmark(tmp_path):
+def test_load_of_unknown_benchmark_raises(tmp_path):
     with pytest.raises(ValueError, match=r"none\.yaml does not exist"):
         load(str(tmp_path / "none.yaml"))
     message = r"no benchmark .*: give voc12, coco14, cocostuff, shapes or a \.yaml"
@@ -105,7 +105,7 @@ def test_no_such_benchmark(tmp_path):
             load(name)
 
 
-def test_what_tagging_tells_apart():
+def test_tag_names_are_classes_and_tag_backgrounds():
     benchmark = Benchmark("a", ["x", "y"], prompts=["x ray", "y"], backgrounds=["sky"])
     assert benchmark.tag_names == ["x", "y", "sky"]
     benchmark.tag_backgrounds = []
@@ -113,16 +113,16 @@ def test_what_tagging_tells_apart():
 
 
 @given(st.integers(250, 260), st.booleans())
-def test_classes_fit_an_index_mask(count, has_background):
+def test_more_than_255_mask_values_raise(count, has_background):
     names = [str(i) for i in range(count)]
     if count + has_background <= 255:
         assert Benchmark("many", names, has_background=has_background).channels == count + has_background
     else:
-        with pytest.raises(ValueError, match="an index mask holds 255 values"):
+        with pytest.raises(ValueError, match="an index mask can store 255 values"):
             Benchmark("many", names, has_background=has_background)
 
 
-def test_the_documented_example_is_complete(tmp_path):
+def test_documented_example_has_every_field(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     text = page.split("```yaml\n")[1].split("```")[0]
     assert set(yaml.safe_load(text)) == {field.name for field in fields(Benchmark)}

@@ -1,4 +1,4 @@
-"""CAM files: both formats say the same, old and foreign files are read, no file runs code."""
+"""CAM files: both formats give equal maps, files of other programs are read, no file runs code."""
 
 import codecs
 import io
@@ -15,7 +15,7 @@ from tests.camfiles import write_cams
 from tests.conftest import golden
 
 
-def test_resize_is_the_golden_one():
+def test_resize_matches_golden():
     arrays = golden("scaling")
     for key in [name[len("scaled_") :] for name in arrays if name.startswith("scaled_")]:
         width, height = arrays[f"size_wh_{key}"]
@@ -30,7 +30,7 @@ def test_resize_is_the_golden_one():
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     zero=st.booleans(),
 )
-def test_full_holds_what_compact_gives(tmp_path_factory, labels, grid, size, zero):
+def test_full_and_compact_files_read_equal(tmp_path_factory, labels, grid, size, zero):
     random = np.random.default_rng(labels)
     maps = random.random((labels, *grid), np.float32) * (not zero)
     keys = random.permutation(20)[:labels]
@@ -45,7 +45,7 @@ def test_full_holds_what_compact_gives(tmp_path_factory, labels, grid, size, zer
     assert (camfile.read(folder / "full", "a", "highres")[1] <= 0.5).all()
 
 
-def test_full_is_the_public_format(tmp_path):
+def test_full_format_is_the_one_of_the_reference_implementation(tmp_path):
     file = write_cams(tmp_path, "a", [3, 1], {"attn_highres": np.ones((2, 2, 2), np.float32)}, (4, 6))
     content = np.load(file, allow_pickle=True).item()
     assert file.name == "a.npy" and set(content) == {"keys", "attn_highres"}
@@ -53,15 +53,15 @@ def test_full_is_the_public_format(tmp_path):
     assert content["attn_highres"].dtype == np.float16 and content["attn_highres"].shape == (2, 4, 6)
 
 
-def test_the_same_maps_give_the_same_bytes(tmp_path):
+def test_equal_maps_give_equal_bytes(tmp_path):
     maps = {"attn_highres": np.random.default_rng(0).random((2, 3, 3), np.float32)}
     for format in camfile.FORMATS:
         one, two = (write_cams(tmp_path / part, "a", [0, 1], maps, (9, 9), format) for part in "xy")
         assert one.read_bytes() == two.read_bytes()
-        assert sorted(os.listdir(one.parent))[-1] == one.name  # and no temporary file is left
+        assert sorted(os.listdir(one.parent))[-1] == one.name
 
 
-def test_names_may_have_folders(tmp_path):
+def test_image_names_can_contain_folders(tmp_path):
     maps = {"attn_highres": np.ones((1, 1, 1), np.float32)}
     assert not camfile.find(tmp_path, "2012/a.b")
     write_cams(tmp_path, "2012/a.b", [0], maps, (2, 2), "compact")
@@ -70,7 +70,7 @@ def test_names_may_have_folders(tmp_path):
 
 
 @pytest.mark.parametrize("format", camfile.FORMATS)
-def test_keys_alone(tmp_path, format):
+def test_class_ids_of_reads_only_the_class_indices(tmp_path, format):
     assert camfile.class_ids_of(tmp_path, "a") is None
     maps = {"attn_highres": np.ones((2, 2, 2), np.float32)}
     file = write_cams(tmp_path, "a", [7, 2], maps, (4, 6), format)
@@ -83,16 +83,16 @@ def test_keys_alone(tmp_path, format):
 
 
 @pytest.mark.parametrize("keys", [["cat"], [-1], None])
-def test_keys_that_are_no_class_indices_are_reported(tmp_path, keys):
+def test_missing_or_invalid_keys_raise_value_error(tmp_path, keys):
     content = {"attn_highres": np.zeros((1, 2, 2))} if keys is None else {"keys": keys}
     np.save(tmp_path / "a.npy", content, allow_pickle=True)
     for read in (camfile.class_ids_of, camfile.read):
-        with pytest.raises(ValueError, match=r"a\.npy is (damaged|no CAM file)"):
+        with pytest.raises(ValueError, match=r"a\.npy is (damaged|not a CAM file)"):
             read(tmp_path, "a")
 
 
 def save(file, payload: bytes):
-    """A .npy file of one object, with any pickle inside."""
+    """Write a .npy file of one object with the pickle `payload`."""
     stream = io.BytesIO()
     np.lib.format.write_array_header_1_0(stream, {"descr": "|O", "fortran_order": False, "shape": ()})
     file.write_bytes(stream.getvalue() + payload)
@@ -107,16 +107,16 @@ def test_files_of_every_pickle_protocol_are_read(tmp_path, labels, protocol, pac
     payload = pickle.dumps(np.array(content, dtype=object), protocol)
     current = np.empty(0).__reduce__()[0].__module__.removesuffix(".multiarray").encode()
     if protocol >= 4 and package != current:
-        pytest.skip("from protocol 4 on, names are stored with their length")
+        pytest.skip("from protocol 4 on, names are stored with their length and cannot be replaced")
     save(tmp_path / "a.npy", payload.replace(current, package))
     keys, read = camfile.read(tmp_path, "a")
     assert (keys == content["keys"]).all() and (read == maps).all() and read.shape == maps.shape
 
 
-def test_bytes_are_decoded_from_latin1_only(tmp_path):
+def test_encoding_other_than_latin1_raises(tmp_path):
     content = {"keys": [0], "attn_highres": Malicious(codecs.encode, "abc", "rot13")}
     np.save(tmp_path / "a.npy", content, allow_pickle=True)
-    with pytest.raises(ValueError, match="asks for the encoding rot13"):
+    with pytest.raises(ValueError, match="uses the encoding rot13, which is not allowed"):
         camfile.read(tmp_path, "a")
 
 
@@ -136,11 +136,11 @@ class Malicious:
 
 
 @pytest.mark.parametrize("function, argument", [(os.system, "touch {}"), (eval, "open('{}', 'w')")])
-def test_a_file_that_would_run_code_is_refused(tmp_path, function, argument):
+def test_file_with_code_raises_and_runs_nothing(tmp_path, function, argument):
     trace = tmp_path / "trace"
     content = {"keys": Malicious(function, argument.format(trace)), "attn_highres": np.zeros((1, 1, 1))}
     np.save(tmp_path / "a.npy", content, allow_pickle=True)
-    with pytest.raises(ValueError, match=r"a\.npy cannot be read as CAM file: it asks for"):
+    with pytest.raises(ValueError, match=r"a\.npy cannot be read as CAM file: it refers to"):
         camfile.read(tmp_path, "a")
     np.savez(tmp_path / "b.npz", keys=np.array([Malicious(function, argument.format(trace))], dtype=object))
     with pytest.raises(ValueError, match=r"b\.npz cannot be read as CAM file"):
@@ -148,7 +148,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, function, argument):
     assert not trace.exists()
 
 
-def test_damaged_and_wrong_files_are_reported(tmp_path):
+def test_damaged_and_invalid_files_raise_value_error(tmp_path):
     maps = {"attn_highres": np.ones((1, 2, 2), np.float32)}
     for format, suffix in camfile.FORMATS.items():
         file = write_cams(tmp_path, format, [0], maps, (4, 4), format)
@@ -160,19 +160,21 @@ def test_damaged_and_wrong_files_are_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="no CAM file of nowhere"):
         camfile.read(tmp_path, "nowhere")
 
-    def refuse(match, content, cam_type="attn_highres"):
+    def assert_raises(match, content, cam_type="attn_highres"):
         np.save(tmp_path / "b.npy", content, allow_pickle=True)
         with pytest.raises(ValueError, match=match):
             camfile.read(tmp_path, "b", cam_type)
 
-    refuse("an array of float64", np.zeros(3))
-    refuse("no dict", None)
-    refuse("holds no keys", {"cams": np.zeros((1, 2, 2))})
-    refuse("holds no cams, but attn_highres", {"keys": [0], "attn_highres": np.zeros((1, 2, 2))}, "cams")
-    refuse("does not hold 2 maps", {"keys": [0, 1], "attn_highres": np.zeros((1, 2, 2))})
-    refuse("does not hold 2 maps", {"keys": [0], "bg_highres": np.zeros((1, 2, 2))}, "bg_highres")
-    refuse("is damaged", {"keys": ["cat"], "attn_highres": np.zeros((1, 2, 2))})
-    with pytest.raises(ValueError, match="full or compact"):
+    one_map = np.zeros((1, 2, 2))
+    assert_raises("an array of float64, expected a dict of CAMs", np.zeros(3))
+    assert_raises("a NoneType, expected a dict of CAMs", None)
+    assert_raises("not a CAM file: it has no entry `keys`", {"cams": one_map})
+    content = {"keys": [0], "attn_highres": one_map}
+    assert_raises(r"no cams maps \(available: attn_highres\): give --cam_type", content, "cams")
+    assert_raises(r"shape \(1, 2, 2\), expected 2 maps", {"keys": [0, 1], "attn_highres": one_map})
+    assert_raises(r"shape \(1, 2, 2\), expected 2 maps", {"keys": [0], "bg_highres": one_map}, "bg_highres")
+    assert_raises("is damaged", {"keys": ["cat"], "attn_highres": one_map})
+    with pytest.raises(ValueError, match="must be one of full, compact, got 'tiny'"):
         write_cams(tmp_path, "c", [0], maps, (4, 4), "tiny")
-    with pytest.raises(ValueError, match="does not hold 2 maps"):
+    with pytest.raises(ValueError, match=r"shape \(1, 2, 2\), expected 2 maps"):
         write_cams(tmp_path, "c", [0, 1], maps, (4, 4))

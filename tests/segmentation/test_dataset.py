@@ -1,4 +1,4 @@
-"""Training samples: an order that depends on the seed alone, samples that depend on nothing else."""
+"""Training samples: order and augmentation depend only on the seed and the position; errors for bad files."""
 
 import random
 import re
@@ -37,7 +37,7 @@ def dataset_of(root: Path, transform=SMALL, names=None) -> TrainingSet:
 @given(
     st.integers(1, 40), st.integers(1, 12), st.integers(0, 3), st.booleans(), st.integers(1, 4), st.data()
 )
-def test_every_epoch_is_a_permutation(images, batch_size, seed, drop_last, epochs, data):
+def test_every_epoch_uses_each_image_at_most_once(images, batch_size, seed, drop_last, epochs, data):
     if drop_last and images < batch_size:
         with pytest.raises(ValueError, match=f"{images} images do not fill one batch of {batch_size}"):
             Order(images, batch_size, seed, drop_last)
@@ -47,7 +47,7 @@ def test_every_epoch_is_a_permutation(images, batch_size, seed, drop_last, epoch
     sizes = [batch_size] * whole + ([rest] if rest and not drop_last else [])
     seen = []
     for epoch in range(epochs):
-        batches = [order.batch(epoch * len(sizes) + place) for place in range(len(sizes))]
+        batches = [order.batch(epoch * len(sizes) + number) for number in range(len(sizes))]
         assert [len(batch) for batch in batches] == sizes
         draws = [draw for batch in batches for draw in batch]
         assert [draw.position for draw in draws] == list(range(sum(sizes)))
@@ -56,11 +56,11 @@ def test_every_epoch_is_a_permutation(images, batch_size, seed, drop_last, epoch
         assert len({*indices}) == len(indices) and {*indices} <= set(range(images))
         assert drop_last or sorted(indices) == list(range(images))
         seen.append(indices)
-    number = data.draw(st.integers(0, epochs * len(sizes) - 1))  # a function, whatever was asked before
+    number = data.draw(st.integers(0, epochs * len(sizes) - 1))  # a batch does not depend on earlier calls
     assert Order(images, batch_size, seed, drop_last).batch(number) == order.batch(number)
 
 
-def test_order_differs_from_epoch_to_epoch_and_from_seed_to_seed():
+def test_order_differs_between_epochs_and_between_seeds():
     def first(seed, epoch):
         return [draw.index for draw in Order(30, 30, seed).batch(epoch)]
 
@@ -69,13 +69,13 @@ def test_order_differs_from_epoch_to_epoch_and_from_seed_to_seed():
 
 
 @pytest.mark.parametrize("images, batch_size", [(0, 1), (1, 0)])
-def test_an_order_of_nothing_is_refused(images, batch_size):
-    with pytest.raises(ValueError, match="at least one image"):
+def test_order_without_images_or_with_batch_size_0_raises(images, batch_size):
+    with pytest.raises(ValueError, match=f"got {images} images and batch_size {batch_size}"):
         Order(images, batch_size, 0)
 
 
 def merged(parts: list[Batch]) -> dict[str, tuple[bytes, bytes]]:
-    """The samples of a batch by name."""
+    """The samples of one batch, from the parts of all ranks: name -> bytes of image and labels."""
     return {
         name: (image.tobytes(), labels.tobytes())
         for part in parts
@@ -84,22 +84,22 @@ def merged(parts: list[Batch]) -> dict[str, tuple[bytes, bytes]]:
 
 
 @pytest.mark.parametrize("transform", [ScaleCrop(33, (0.75, 1.0)), JitterScaleCrop(33)])
-def test_samples_do_not_depend_on_ranks_threads_or_where_one_begins(world, transform):
+def test_samples_do_not_depend_on_ranks_threads_or_first_batch(world, transform):
     dataset, order = dataset_of(world, transform), Order(7, 4, 3)
     expected = [merged([batch]) for batch in dataset.batches(order, range(6))]
     assert [len(batch) for batch in expected] == [4, 3] * 3
-    assert len({sample for batch in expected for sample in batch.values()}) == 21  # drawn anew each epoch
+    assert len({sample for batch in expected for sample in batch.values()}) == 21  # all of 3 epochs differ
     for ranks, threads, start in ((1, 5, 0), (2, 1, 0), (2, 3, 3), (3, 2, 1), (4, 2, 2)):
         parts = [dataset.batches(order, range(start, 6), rank, ranks, threads) for rank in range(ranks)]
         for number, batches in enumerate(zip(*parts, strict=True), start=start):
             filled = [batch for batch, draw in zip(batches, range(len(expected[number])), strict=False)]
             assert merged(filled) == expected[number]
-            for batch in batches[len(filled) :]:  # nothing is left for this rank
+            for batch in batches[len(filled) :]:  # a rank without samples gets one ignored sample
                 assert len(batch.images) == 1 and (batch.labels == 255).all()
                 assert batch.images.shape[1:] == (3, 33, 33)
 
 
-def test_a_sample_is_what_the_transform_draws_from_its_own_generator(world):
+def test_sample_generator_is_seeded_by_seed_epoch_and_position(world):
     dataset = dataset_of(world, lambda image, mask, draw: (draw.random(), image, mask))
     found, image, mask = dataset.sample(Draw(2, 5, 0))
     assert found == random.Random("sample 3 2 5").random()
@@ -107,13 +107,13 @@ def test_a_sample_is_what_the_transform_draws_from_its_own_generator(world):
     assert np.array_equal(image, np.asarray(Image.open(file))) and mask.shape == image.shape[:2]
 
 
-def failing(world: Path, tmp_path: Path, spoil) -> str:
-    """What is told when image_0 is spoilt."""
+def error_message(world: Path, tmp_path: Path, damage) -> str:
+    """The error when `damage` has changed the files of image_0."""
     for folder in ("JPEGImages", "SegmentationClass"):
         (tmp_path / folder).mkdir()
         file = world / folder / "image_0.png"
         (tmp_path / folder / file.name).write_bytes(file.read_bytes())
-    spoil(tmp_path / "JPEGImages" / "image_0.png", tmp_path / "SegmentationClass" / "image_0.png")
+    damage(tmp_path / "JPEGImages" / "image_0.png", tmp_path / "SegmentationClass" / "image_0.png")
     batches = dataset_of(tmp_path, names=["image_0"]).batches(Order(1, 1, 0), range(3))
     with pytest.raises((ValueError, OSError)) as caught:
         next(batches)
@@ -124,28 +124,29 @@ def save(pixels: np.ndarray):
     return lambda image, mask: Image.fromarray(pixels).save(mask)
 
 
-SPOILT = {
+DAMAGED = {
     "other size": (save(np.zeros((40, 51), np.uint8)),
-                   r"mask .*image_0.png is \(40, 51\) but its image .*52\)"),
+                   r"mask .*image_0.png is \(40, 51\) but its image is .*52\)"),
     "16 bits": (save(np.zeros((40, 52), np.uint16)), "mask .*image_0.png has mode I;16"),
     "RGB": (save(np.zeros((40, 52, 3), np.uint8)), "mask .*image_0.png has mode RGB"),
-    "no class": (save(np.full((40, 52), 21, np.uint8)), "mask .*image_0.png holds 21.*21 classes"),
+    "no class": (save(np.full((40, 52), 21, np.uint8)),
+                 "mask .*image_0.png has the value 21, .* 21 class indices"),
     "no mask": (lambda image, mask: mask.unlink(), "Class/image_0.png does not exist"),
     "no image": (lambda image, mask: image.unlink(), "no image image_0 .* in .*JPEGImages"),
     "cut image": (
         lambda image, mask: image.write_bytes(image.read_bytes()[:2000]), "image_0.png cannot be read",
     ),
-    "no picture": (lambda image, mask: mask.write_text("mask"), "image_0.png cannot be read"),
+    "text file": (lambda image, mask: mask.write_text("mask"), "image_0.png cannot be read"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SPOILT)
-def test_what_is_wrong_with_a_file_is_told(world, tmp_path, case):
-    spoil, sentence = SPOILT[case]
-    assert re.search(sentence, failing(world, tmp_path, spoil))
+@pytest.mark.parametrize("case", DAMAGED)
+def test_error_names_the_file_and_the_fault(world, tmp_path, case):
+    damage, message = DAMAGED[case]
+    assert re.search(message, error_message(world, tmp_path, damage))
 
 
-def test_all_files_are_looked_for(world, tmp_path):
+def test_check_files_raises_for_a_missing_image_or_mask(world, tmp_path):
     names = (world / "train.txt").read_text().split()
     check_files(names, world / "JPEGImages", world / "SegmentationClass")
     with pytest.raises(FileNotFoundError, match="no image absent"):
@@ -155,10 +156,10 @@ def test_all_files_are_looked_for(world, tmp_path):
         check_files(names, world / "JPEGImages", tmp_path)
 
 
-def test_values_of_a_mask(tmp_path):
+def test_read_labels_accepts_class_indices_and_255_only(tmp_path):
     labels = np.array([[0, 3, 255]], np.uint8)
     write_mask(tmp_path / "m.png", labels, voc_palette())
     np.testing.assert_array_equal(read_labels(tmp_path, "m", 4, (1, 3)), labels)
     write_mask(tmp_path / "m.png", np.array([[0, 4, 255]], np.uint8), voc_palette())
-    with pytest.raises(ValueError, match=r"m.png holds 4, .* 4 classes \(0 to 3\) nor 255"):
+    with pytest.raises(ValueError, match=r"m.png has the value 4, .* 4 class indices \(0 to 3\) or 255"):
         read_labels(tmp_path, "m", 4, (1, 3))

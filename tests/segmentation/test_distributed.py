@@ -1,4 +1,4 @@
-"""Ranks that train one network: what they tell each other, and that together they are as one."""
+"""Ranks that train one network: their communication, and results equal to those of one process."""
 
 
 import numpy as np
@@ -21,7 +21,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_two(world, tmp_path_factory):
-    """What two ranks have trained: ((loss, whole), ...) -> what each rank returned."""
+    """Results of training on two ranks: for each rank a dict (loss, whole) -> (parameters, losses)."""
     cases = [*((loss, True) for loss in LOSSES), ("ce", False)]
     started = processes.ranks(training_world.train_cases, world, tmp_path_factory.mktemp("two"), cases)
     ended = [process.end() for process in started]
@@ -29,18 +29,18 @@ def on_two(world, tmp_path_factory):
     return [dict(zip(cases, returned, strict=True)) for _, _, returned in ended]
 
 
-def furthest(found, expected):
+def largest_difference(found, expected):
     return max(np.abs(found[name] - expected[name]).max() for name in expected)
 
 
-def test_the_world_has_what_ranks_may_stumble_over(world):
-    """A rank without an image, one without a labelled pixel, and one with hardly any."""
+def test_training_data_covers_the_special_cases_of_ranks(world):
+    """Batches in which a rank has no image, no labeled pixel, or few labeled pixels."""
     names = (world / "train.txt").read_text().split()
     masks = [read_mask(world / "SegmentationClass" / f"{name}.png") for name in names]
-    labelled = [(mask != 255).mean() for mask in masks]
+    labeled = [(mask != 255).mean() for mask in masks]
     order = Order(len(names), 4, 0)
     batches = [[draw.index for draw in order.batch(number)] for number in range(40)]
-    found = [[sum(labelled[index] for index in batch[rank::2]) for rank in (0, 1)] for batch in batches]
+    found = [[sum(labeled[index] for index in batch[rank::2]) for rank in (0, 1)] for batch in batches]
     assert [0, 0] in found
     assert any(not batch[1::2] and part[0] > 0 for batch, part in zip(batches, found, strict=True))
     assert any(batch[1::2] and max(part) > 0 == min(part) for batch, part in zip(batches, found, strict=True))
@@ -48,18 +48,18 @@ def test_the_world_has_what_ranks_may_stumble_over(world):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_two_ranks_train_as_one(world, on_two, tmp_path, loss):
+def test_two_ranks_train_the_same_network_as_one_process(world, on_two, tmp_path, loss):
     expected, losses = training_world.train_a(world, tmp_path, loss, whole=True)
-    for parameters, told in (rank[loss, True] for rank in on_two):
-        assert furthest(parameters, expected) < 1e-9
-        assert np.abs(np.subtract(told, losses)).max() < 1e-9
-    assert len({round(value, 6) for value in losses}) == 20  # it has learned
+    for parameters, logged in (rank[loss, True] for rank in on_two):
+        assert largest_difference(parameters, expected) < 1e-9
+        assert np.abs(np.subtract(logged, losses)).max() < 1e-9
+    assert len({round(value, 6) for value in losses}) == 20  # the loss changes in every iteration
 
-    if loss == "ce":  # a mean of the ranks' means would have gone elsewhere
-        assert furthest(on_two[0]["ce", False][0], expected) > 1e-4
+    if loss == "ce":  # the mean of the ranks' means gives another network
+        assert largest_difference(on_two[0]["ce", False][0], expected) > 1e-4
 
 
-def test_ranks_exchange():
+def test_world_exchanges_values_between_ranks():
     ended = [process.end() for process in processes.ranks(training_world.exchange)]
     assert [code for code, *_ in ended] == [0, 0]
     for rank, (_, _, found) in enumerate(ended):
@@ -67,11 +67,11 @@ def test_ranks_exchange():
             "any": [True, False],
             "mean": [0.5, 5.0],
             "same": [0.0, 0.0],
-            "given": [float(rank), 10.0 * rank],  # what is summed stays as it was
+            "given": [float(rank), 10.0 * rank],  # the reduction does not change its argument
         }
 
 
-def test_alone_nothing_is_exchanged():
+def test_one_process_exchanges_nothing():
     world = World(torch.device("cpu"))
     values = torch.tensor([1.0, 2.0])
     assert world.any(True, False) == [True, False]
@@ -80,21 +80,21 @@ def test_alone_nothing_is_exchanged():
         raise ValueError("wrong")
 
 
-def test_what_fails_on_one_rank_is_told_once():
+def test_error_on_one_rank_is_printed_once():
     ended = [process.end() for process in processes.ranks(training_world.fail_on_rank_1)]
-    (code, told, _), (other, silent, _) = ended
-    assert (code, other) == (2, 1)
-    assert told == "error: rank 1 found nothing\n" and silent == ""
+    (code, errors, _), (other_code, other_errors, _) = ended
+    assert (code, other_code) == (2, 1)
+    assert errors == "error: rank 1 found nothing\n" and other_errors == ""
 
 
-def test_a_loss_that_is_no_number_on_one_rank_stops_all(world, tmp_path):
+def test_nan_loss_on_one_rank_stops_all_ranks(world, tmp_path):
     started = processes.ranks(training_world.nan_on_rank_1, world, tmp_path)
-    (code, told, _), (other, silent, _) = [process.end() for process in started]
-    assert (code, other, silent) == (1, 1, "")
+    (code, errors, _), (other_code, other_errors, _) = [process.end() for process in started]
+    assert (code, other_code, other_errors) == (1, 1, "")
     order, names = Order(5, 4, 0), (world / "train.txt").read_text().split()
     draws = [draw for rank in (0, 1) for number in (4, 5) for draw in order.batch(number)[rank::2]]
     images = ", ".join(names[draw.index] for draw in draws)
-    assert told == (
+    assert errors == (
         f"error: training stopped: the loss of iteration 3 is nan; its images: {images}; last good "
         f"checkpoint: {tmp_path / 'checkpoint_2.pth'}; a lower learning_rate may help\n"
     )
@@ -103,8 +103,8 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all(world, tmp_path):
     assert state["iteration"] == 2 and all(value.isfinite().all() for value in state["model"].values())
 
 
-def test_ranks_validate_the_network_that_is_saved(world, tmp_path):
-    """Batch norm counts each rank's images alone; what is saved are the statistics of rank 0."""
+def test_all_ranks_validate_the_saved_network(world, tmp_path):
+    """Batch norm statistics differ between ranks. Rank 0's are saved, so all ranks validate with them."""
     started = processes.ranks(training_world.statistics_validated, world, tmp_path)
     (before, found), (_, other) = [process.end()[2] for process in started]
     assert not np.array_equal(before, found) and np.array_equal(found, other)
@@ -113,7 +113,8 @@ def test_ranks_validate_the_network_that_is_saved(world, tmp_path):
     assert np.array_equal(np.concatenate(saved), found)
 
 
-def test_a_lost_rank_is_noticed():
-    (code, told, _), (lost, *_) = [process.end() for process in processes.ranks(training_world.lose_rank_1)]
-    assert (code, lost) == (1, 9)
-    assert told == "error: another of torchrun's processes died: start again to go on\n"
+def test_killed_rank_ends_the_other_rank_with_an_error():
+    ended = [process.end() for process in processes.ranks(training_world.lose_rank_1)]
+    (code, errors, _), (killed_code, *_) = ended
+    assert (code, killed_code) == (1, 9)
+    assert errors == "error: another process of torchrun died: run the command again to continue\n"

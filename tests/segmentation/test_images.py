@@ -1,4 +1,4 @@
-"""The image reader: size and pixels as stored, one sentence for files that are no images."""
+"""The image reader: size and pixels as stored, and one-line errors for files that are not images."""
 import io
 
 import numpy as np
@@ -28,17 +28,17 @@ def test_find_image_tries_every_suffix(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".JPG", ".JPEG", ".PNG"])
-def test_suffixes_of_cameras_are_found(tmp_path, suffix):
+def test_find_image_accepts_upper_case_suffixes(tmp_path, suffix):
     (tmp_path / f"a{suffix}").touch()
     assert images.find_image(tmp_path, "a").is_file()
 
 
-def test_names_with_dots_keep_them(tmp_path):
+def test_find_image_accepts_names_with_dots(tmp_path):
     (tmp_path / "a.b.jpg").touch()
     assert images.find_image(tmp_path, "a.b").name == "a.b.jpg"
 
 
-def test_read_rgb_and_size(tmp_path):
+def test_read_rgb_and_read_size_return_stored_pixels_and_size(tmp_path):
     file = tmp_path / "a.png"
     file.write_bytes(encoded())
     np.testing.assert_array_equal(images.read_rgb(file), PIXELS)
@@ -46,7 +46,7 @@ def test_read_rgb_and_size(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "1"])
-def test_images_keep_their_mode_until_rgb_is_asked_for(tmp_path, mode):
+def test_read_image_keeps_the_mode_and_read_rgb_converts_it(tmp_path, mode):
     file = tmp_path / "a.png"
     Image.fromarray(PIXELS).convert(mode).save(file)
     assert images.read_image(file).mode == mode
@@ -54,7 +54,7 @@ def test_images_keep_their_mode_until_rgb_is_asked_for(tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode, suffix", [("I;16", "png"), ("I", "tif"), ("F", "tif")])
-def test_more_than_eight_bits_of_grey_are_refused(tmp_path, mode, suffix):
+def test_images_with_more_than_8_bits_raise(tmp_path, mode, suffix):
     file = tmp_path / f"a.{suffix}"
     Image.new(mode, (3, 2), 3000).save(file)
     for read in (images.read_image, images.read_rgb):
@@ -65,7 +65,7 @@ def test_more_than_eight_bits_of_grey_are_refused(tmp_path, mode, suffix):
 
 def test_exif_orientation_is_ignored(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by a quarter to display
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees for display
     file = tmp_path / "a.jpg"
     file.write_bytes(encoded("JPEG", exif=exif))
     assert images.read_rgb(file).shape == (5, 7, 3)
@@ -73,7 +73,7 @@ def test_exif_orientation_is_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("read", [images.read_image, images.read_rgb, images.read_size])
-def test_files_that_are_no_images(tmp_path, read):
+def test_missing_and_invalid_files_raise(tmp_path, read):
     with pytest.raises(FileNotFoundError, match=r"none\.png does not exist"):
         read(tmp_path / "none.png")
     for content in (b"", b"not an image", encoded()[:20]):
@@ -85,7 +85,7 @@ def test_files_that_are_no_images(tmp_path, read):
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["PNG", "JPEG"]), st.data())
-def test_damaged_files_give_a_sentence_or_pixels(tmp_path_factory, kind, data):
+def test_damaged_files_raise_value_error_or_return_pixels(tmp_path_factory, kind, data):
     content = bytearray(encoded(kind))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))

@@ -1,4 +1,4 @@
-"""Test-time scales and flips: the published multi-scale test, and what each argument means."""
+"""Multi-scale and flip inference: the published tests, and each option of a protocol."""
 import numpy as np
 import pytest
 import torch
@@ -16,22 +16,22 @@ SEAM = Protocol((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), True, "logits", align_corners
 
 
 class Small(nn.Module):
-    """Four classes at stride 8, not symmetric."""
+    """Network with four classes, stride 8 and an asymmetric filter; records the shapes of its inputs."""
 
     def __init__(self):
         super().__init__()
         self.layer = nn.Conv2d(3, 4, 9, stride=8, padding=4)
         fill_module(self)
-        self.seen = []
+        self.input_shapes = []
         self.eval()
 
     def forward(self, batch):
-        self.seen.append(tuple(batch.shape))
+        self.input_shapes.append(tuple(batch.shape))
         return 20 * self.layer(batch)
 
 
 class Constant(nn.Module):
-    """Gives the same logits for every image."""
+    """Network that returns the same logits for every image."""
 
     def __init__(self, logits: torch.Tensor):
         super().__init__()
@@ -53,11 +53,11 @@ def image(name: str, height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("average", ["probabilities", "logits"])
 def test_scales_and_flips_are_averaged(average, align_corners):
-    model, picture = Small(), image("protocol", 41, 58)
-    found = infer(model, picture, Protocol((0.5, 1.0, 1.5), True, average, align_corners))
+    model, pixels = Small(), image("protocol", 41, 58)
+    found = infer(model, pixels, Protocol((0.5, 1.0, 1.5), True, average, align_corners))
     views = []
     for scale in (0.5, 1.0, 1.5):
-        batch = torch.from_numpy(rescale(picture, scale))[None]
+        batch = torch.from_numpy(rescale(pixels, scale))[None]
         for mirrored in (False, True):
             logits = model(batch.flip(3) if mirrored else batch)
             full = F.interpolate(logits, (41, 58), mode="bilinear", align_corners=align_corners)
@@ -70,64 +70,64 @@ def test_scales_and_flips_are_averaged(average, align_corners):
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.75, 1.25, 1.5])
-def test_pixels_lie_where_the_factor_says(scale):
-    """PyTorch's resize by a given factor is an independent witness; it rounds sizes down."""
-    picture = image("factor", 41, 58)
-    found = rescale(picture, scale)
+def test_rescale_computes_source_positions_from_the_factor(scale):
+    """F.interpolate with scale_factor does the same; it rounds sizes down."""
+    pixels = image("factor", 41, 58)
+    found = rescale(pixels, scale)
     assert found.shape[1:] == (round(41 * scale), round(58 * scale))
-    witness = F.interpolate(torch.from_numpy(picture)[None], scale_factor=scale, mode="bilinear")[0].numpy()
-    height, width = witness.shape[1:]
-    np.testing.assert_allclose(found[:, :height, :width], witness, atol=1e-4)
+    expected = F.interpolate(torch.from_numpy(pixels)[None], scale_factor=scale, mode="bilinear")[0].numpy()
+    height, width = expected.shape[1:]
+    np.testing.assert_allclose(found[:, :height, :width], expected, atol=1e-4)
 
 
-def test_a_mirrored_image_shares_its_batch():
+def test_image_and_mirrored_image_are_one_batch():
     model = Small()
     infer(model, image("batch", 20, 30), Protocol((1.0, 2.0), flip=True))
     infer(model, image("batch", 20, 30), Protocol())
-    assert model.seen == [(2, 3, 20, 30), (2, 3, 40, 60), (1, 3, 20, 30)]
+    assert model.input_shapes == [(2, 3, 20, 30), (2, 3, 40, 60), (1, 3, 20, 30)]
 
 
-def test_a_mirrored_image_gives_mirrored_probabilities():
-    picture = image("mirror", 32, 48)  # sides that stay whole, or one edge is cut
-    found = infer(Small(), picture, Protocol((1.0, 1.5), flip=True))
-    mirrored = infer(Small(), picture[..., ::-1].copy(), Protocol((1.0, 1.5), flip=True))
+def test_mirrored_image_gives_mirrored_probabilities():
+    pixels = image("mirror", 32, 48)  # 1.5 times each side is whole; otherwise `rescale` is not symmetric
+    found = infer(Small(), pixels, Protocol((1.0, 1.5), flip=True))
+    mirrored = infer(Small(), pixels[..., ::-1].copy(), Protocol((1.0, 1.5), flip=True))
     torch.testing.assert_close(found, mirrored.flip(-1), atol=1e-5, rtol=0)
 
 
-def test_the_default_is_the_network_s_logits_at_image_size():
-    model, picture = Small(), image("plain", 25, 39)
-    probabilities, logits = segment(model, picture, Protocol())
+def test_default_protocol_resizes_the_logits_to_image_size():
+    model, pixels = Small(), image("plain", 25, 39)
+    probabilities, logits = segment(model, pixels, Protocol())
     assert logits.shape == (4, 4, 5)
     expected = F.interpolate(logits[None], (25, 39), mode="bilinear", align_corners=False).softmax(1)[0]
     torch.testing.assert_close(probabilities, expected, atol=1e-6, rtol=0)
-    of_several = segment(model, picture, Protocol((0.5, 1.0, 2.0), flip=True)).logits
-    torch.testing.assert_close(of_several, logits, atol=1e-5, rtol=0)
-    assert segment(model, picture, Protocol((0.5,))).logits is None
+    multi_scale = segment(model, pixels, Protocol((0.5, 1.0, 2.0), flip=True)).logits
+    torch.testing.assert_close(multi_scale, logits, atol=1e-5, rtol=0)
+    assert segment(model, pixels, Protocol((0.5,))).logits is None
 
 
-def test_averages_differ():
-    picture = image("averages", 33, 47)
-    one, two = (infer(Small(), picture, Protocol((0.5, 1.0), average=a)) for a in ("probabilities", "logits"))
+def test_averages_of_probabilities_and_logits_differ():
+    pixels = image("averages", 33, 47)
+    one, two = (infer(Small(), pixels, Protocol((0.5, 1.0), average=a)) for a in ("probabilities", "logits"))
     assert (one - two).abs().max() > 1e-3
 
 
-def test_half_precision_is_close_and_leaves_float32():
-    model, picture = Small(), image("half", 33, 47)
-    full, half = infer(model, picture, Protocol()), infer(model, picture, Protocol(), precision="bf16")
+def test_half_precision_is_close_and_returns_float32():
+    model, pixels = Small(), image("half", 33, 47)
+    full, half = infer(model, pixels, Protocol()), infer(model, pixels, Protocol(), precision="bf16")
     assert half.dtype == torch.float32
     torch.testing.assert_close(half.sum(0), torch.ones(33, 47))
     assert 0 < (full - half).abs().max() < 0.2
 
 
-def test_memory_format_changes_nothing():
-    model, picture = Small(), image("format", 33, 47)
-    expected = infer(model, picture, SEAM)
-    found = infer(model.to(memory_format=torch.channels_last), picture, SEAM)
+def test_memory_format_does_not_change_the_result():
+    model, pixels = Small(), image("format", 33, 47)
+    expected = infer(model, pixels, SEAM)
+    found = infer(model.to(memory_format=torch.channels_last), pixels, SEAM)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("options", "message"),
     [
         ({"scales": ()}, "above 0"),
         ({"scales": (1.0, 0.0)}, "above 0"),
@@ -136,12 +136,12 @@ def test_memory_format_changes_nothing():
         ({"resize": "nearest"}, "linear, cubic"),
     ],
 )
-def test_wrong_protocols_are_refused(wrong, told):
-    with pytest.raises(ValueError, match=told):
-        Protocol(**wrong)
+def test_invalid_protocol_raises(options, message):
+    with pytest.raises(ValueError, match=message):
+        Protocol(**options)
 
 
-def test_misuse_is_told():
+def test_invalid_arguments_of_infer_raise():
     with pytest.raises(ValueError, match="eval"):
         infer(Small().train(), image("misuse", 9, 9), Protocol())
     with pytest.raises(ValueError, match="fp32, tf32, bf16, fp16"):
@@ -151,19 +151,19 @@ def test_misuse_is_told():
 
 
 @pytest.mark.parametrize(("index", "size"), [(0, (40, 56)), (1, (49, 33))])
-def test_images_are_resized_as_published(index, size):
+def test_rescale_matches_golden(index, size):
     expected = golden("b_test")
     prefix = "{}x{}_".format(*size)
-    normalised = input_b(f"r38:ms{index}", *size)[0].numpy()
+    normalized = input_b(f"r38:ms{index}", *size)[0].numpy()
     np.testing.assert_allclose(
-        rescale(normalised, 0.75, "cubic")[:, :6, :6], expected[prefix + "image_0.75_corner"], atol=1e-5
+        rescale(normalized, 0.75, "cubic")[:, :6, :6], expected[prefix + "image_0.75_corner"], atol=1e-5
     )
-    sizes = [rescale(normalised, scale, "cubic").shape[1:] for scale in SEAM.scales for _ in range(2)]
+    sizes = [rescale(normalized, scale, "cubic").shape[1:] for scale in SEAM.scales for _ in range(2)]
     np.testing.assert_array_equal(sizes, expected[prefix + "sizes"])
 
 
-def test_logits_of_one_pass_are_combined_as_published():
-    """Network A's saved logits, brought to the image's size."""
+def test_probabilities_of_default_protocol_match_golden():
+    """The network returns the stored logits of DeepLab-v2."""
     expected = golden("a_crf")
     for name, size, classes in [("sq", (48, 48), 5), ("wide", (37, 61), 21)]:
         small = [-(-side // 8) for side in size]
@@ -173,12 +173,12 @@ def test_logits_of_one_pass_are_combined_as_published():
 
 
 @pytest.mark.parametrize(("index", "size"), [(0, (40, 56)), (1, (49, 33))])
-def test_golden_of_seam_s_test(index, size):
-    """Twelve passes of a reduced DeepLab-v1; plain and mirrored in one batch, where the original has two."""
+def test_seam_protocol_matches_golden(index, size):
+    """A small DeepLab-v1 at six scales with flip. The reference implementation runs the flip separately."""
     expected, prefix = golden("b_test"), "{}x{}_".format(*size)
     model = fill_module(build_r38(5, width=4)).eval()
     probabilities = infer(model, input_b(f"r38:ms{index}", *size)[0].numpy(), SEAM)
     logits = expected[prefix + "mean_logits"]
-    found = probabilities.log() - probabilities.log().mean(0)  # probabilities know logits up to a constant
+    found = probabilities.log() - probabilities.log().mean(0)  # the logits, up to a constant
     np.testing.assert_allclose(found, logits - logits.mean(0), atol=1e-4 * np.abs(logits).max())
     assert (probabilities.argmax(0).numpy() == expected[prefix + "label"]).all()

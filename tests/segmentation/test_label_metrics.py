@@ -1,4 +1,4 @@
-"""mAP and F1 of labels against golden vectors and by hand."""
+"""mAP and F1 of labels, against golden vectors and values computed by hand."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def expected():
     return golden("metrics")
 
 
-def test_golden_average_precision(expected):
+def test_average_precision_matches_golden(expected):
     predictions, truth = expected["predictions"], expected["labels"]
     found = average_precisions(predictions, truth)
     assert np.isnan(found[3]) and not truth[:, 3].any()
@@ -36,23 +36,23 @@ def test_golden_average_precision(expected):
 
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("rule", RULES)
-def test_golden_f1(expected, rule, average):
+def test_f1_matches_golden(expected, rule, average):
     chosen = choose(expected["predictions"], *RULES[rule])
-    if rule == "top3":  # of row 3, all equal, the vectors have some of the last six, in no defined order
+    if rule == "top3":  # all scores of row 3 are equal; the golden vectors contain three arbitrary classes
         assert chosen[3].nonzero()[0].tolist() == [0, 1, 2]
         chosen[3] = np.arange(9) >= 6
     found = f1(chosen, expected["labels"], average)
     np.testing.assert_allclose(found, expected[f"{average}/{rule}"], atol=1e-6)
 
 
-def test_f1_of_nothing():
+def test_f1_without_positives_is_nan():
     nothing = np.zeros((3, 2), bool)
     for average in AVERAGES:
         score, precision, recall = f1(nothing, nothing, average)
         assert np.isnan(score) and precision == recall == 0
 
 
-def test_ties_keep_their_order():
+def test_average_precision_keeps_the_order_of_ties():
     truth = np.array([[0], [1], [0], [1]])
     assert average_precisions(np.zeros((4, 1)), truth)[0] == pytest.approx((1 / 2 + 2 / 4) / 2)
     assert average_precisions(np.array([[0], [1], [0], [1]]), truth)[0] == 1

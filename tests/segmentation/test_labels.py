@@ -1,4 +1,4 @@
-"""Image-level labels from each source, and the sentence for each way a source can be wrong."""
+"""Image-level labels from each source, and errors for invalid sources."""
 import json
 import pickle
 
@@ -15,7 +15,7 @@ CLASSES = ["cat", "dog", "person"]
 
 
 def reader(source, root, **options):
-    """The reader of a benchmark whose annotations, masks and JSON are in `root`."""
+    """The label reader of a benchmark whose annotations, masks and JSON are in `root`."""
     paths = {"annotation_dir": ".", "mask_dir": ".", "annotation_file": "a.json"}
     options = {"classes": CLASSES, **paths, **options}
     return labels.reader(Benchmark("b", labels=source, root=str(root), **options), {})
@@ -30,21 +30,21 @@ def write(file, content):
 # --- text files -------------------------------------------------------------------------------------
 
 
-def test_split_lines(tmp_path):
+def test_read_split_ignores_blanks_empty_lines_and_byte_order_mark(tmp_path):
     file = write(tmp_path / "a.txt", "\ufeffx 3 0 3\r\n\r\n  y  \r\nz\t1\n\n")
     assert labels.read_split(file) == {"x": [3, 0], "y": [], "z": [1]}
     assert list(labels.read_split(file)) == ["x", "y", "z"]
 
 
 @given(st.dictionaries(st.text("ab_019.", min_size=1), st.lists(st.integers(0, 9), unique=True), min_size=1))
-def test_split_round_trip(tmp_path_factory, split):
+def test_read_split_returns_written_labels(tmp_path_factory, split):
     file = tmp_path_factory.getbasetemp() / "round.txt"
     file.write_text("".join(" ".join([name, *map(str, found)]) + "\n" for name, found in split.items()))
     assert labels.read_split(file, 10) == split
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         ("x\ny\n\nx 1\n", r"a\.txt line 4: image x was listed before"),
         ("x 1\ny 3\n", r"a\.txt line 2: class index 3 is out of range, expected 0 to 2"),
@@ -57,12 +57,12 @@ def test_split_round_trip(tmp_path_factory, split):
         (" \n\n", "lists no images"),
     ],
 )
-def test_bad_split_lines(tmp_path, text, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_invalid_split_line_raises(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
         labels.read_split(write(tmp_path / "a.txt", text), 3)
 
 
-def test_bad_split_files(tmp_path):
+def test_missing_or_binary_split_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.txt does not exist"):
         labels.read_split(tmp_path / "none.txt")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xd8\xff\xe0")
@@ -70,13 +70,13 @@ def test_bad_split_files(tmp_path):
         labels.read_split(tmp_path / "binary.txt")
 
 
-def test_without_a_class_count_only_negative_labels_are_out_of_range(tmp_path):
+def test_without_num_classes_only_negative_labels_are_out_of_range(tmp_path):
     assert labels.read_split(write(tmp_path / "a.txt", "x 1000\n")) == {"x": [1000]}
     with pytest.raises(ValueError, match="expected 0 or more"):
         labels.read_split(write(tmp_path / "a.txt", "x -1\n"))
 
 
-def test_from_file(tmp_path):
+def test_from_file_returns_labels_of_listed_images(tmp_path):
     read = labels.from_file(write(tmp_path / "a.txt", "x 2 0\ny\n"), 3)
     assert read("x") == [2, 0]
     assert read("y") == []
@@ -95,7 +95,7 @@ PERSON_AND_DOG = """<annotation>
 </annotation>"""
 
 
-def test_voc_xml_counts_every_object_and_no_part(tmp_path):
+def test_voc_xml_includes_every_object_but_no_parts(tmp_path):
     file = write(tmp_path / "x.xml", PERSON_AND_DOG)
     assert reader("voc_xml", tmp_path)("x") == [2, 1]
     assert labels.read_voc_xml(file) == (["person", "dog"], (5, 7))
@@ -107,22 +107,22 @@ def test_voc_xml_without_objects_or_size(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
-        (PERSON_AND_DOG.replace("person", "unicorn"), r"x\.xml names the class 'unicorn'"),
+        (PERSON_AND_DOG.replace("person", "unicorn"), r"x\.xml contains the class 'unicorn', which"),
         ("<annotation><object/></annotation>", "an object without a name"),
         ("<html/>", "is not a VOC annotation: its root is <html>"),
         (PERSON_AND_DOG[:100], r"annotation .*x\.xml cannot be read"),
         ("", "cannot be read"),
     ],
 )
-def test_bad_voc_xml(tmp_path, text, sentence):
+def test_invalid_voc_xml_raises(tmp_path, text, message):
     write(tmp_path / "x.xml", text)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         reader("voc_xml", tmp_path)("x")
 
 
-def test_voc_xml_reads_no_other_file(tmp_path):
+def test_voc_xml_entities_read_no_other_file(tmp_path):
     secret = write(tmp_path / "secret", "cat")
     text = f'<!DOCTYPE a [<!ENTITY e SYSTEM "{secret.as_uri()}">]>{PERSON_AND_DOG.replace("person", "&e;")}'
     write(tmp_path / "x.xml", text)
@@ -130,7 +130,7 @@ def test_voc_xml_reads_no_other_file(tmp_path):
         reader("voc_xml", tmp_path)("x")
 
 
-def test_missing_voc_xml(tmp_path):
+def test_missing_voc_xml_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"x\.xml does not exist"):
         reader("voc_xml", tmp_path)("x")
     with pytest.raises(FileNotFoundError, match=r"annotation folder .*none does not exist"):
@@ -142,21 +142,21 @@ def test_missing_voc_xml(tmp_path):
 
 @settings(deadline=None)
 @given(st.booleans(), st.lists(st.integers(0, 255), min_size=1, max_size=12))
-def test_mask_values(has_background, values):
-    painted = sorted({value - has_background for value in values if value != 255} - {-1})
+def test_mask_labels_returns_the_classes_of_the_mask_values(has_background, values):
+    expected = sorted({value - has_background for value in values if value != 255} - {-1})
     mask = np.array([values], np.uint8)
-    if painted and painted[-1] >= 20:
-        with pytest.raises(ValueError, match=r"mask m\.png holds the value \d+, which stands for no class"):
+    if expected and expected[-1] >= 20:
+        with pytest.raises(ValueError, match=r"mask m\.png has the value \d+, which is not a class"):
             labels.mask_labels(mask, has_background, 20, "m.png")
     else:
-        assert labels.mask_labels(mask, has_background, 20, "m.png") == painted
+        assert labels.mask_labels(mask, has_background, 20, "m.png") == expected
 
 
-def test_from_masks(tmp_path):
+def test_reader_of_masks(tmp_path):
     Image.fromarray(np.array([[0, 3], [255, 1]], np.uint8)).save(tmp_path / "x.png")
     assert reader("masks", tmp_path)("x") == [0, 2]
     assert reader("masks", tmp_path, has_background=False, classes=list("abcd"))("x") == [0, 1, 3]
-    with pytest.raises(ValueError, match=r"holds the value 3, .* expected 0 to 2, or 255"):
+    with pytest.raises(ValueError, match=r"has the value 3, .* expected 0 to 2, or 255"):
         reader("masks", tmp_path, classes=["cat", "dog"])("x")
     with pytest.raises(OSError, match=r"y\.png"):
         reader("masks", tmp_path)("y")
@@ -182,7 +182,7 @@ def instances(**changes):
     } | changes
 
 
-def test_from_coco_json(tmp_path):
+def test_reader_of_coco_json(tmp_path):
     write(tmp_path / "a.json", json.dumps(instances()))
     read = reader("coco_json", tmp_path)
     assert read("x") == [1, 2]  # 11, 13, 90 -> 0, 1, 2
@@ -195,30 +195,30 @@ def test_from_coco_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"),
+    ("content", "message"),
     [
         (json.dumps(instances())[:50], r"a\.json is not a COCO instances file"),
         ("[]", "is not a COCO instances file"),
         (json.dumps({"images": []}), "is not a COCO instances file .KeyError: 'annotations'|'categories'"),
         (json.dumps(instances(images=[])), "is not a COCO instances file"),
-        (json.dumps(instances(categories=[{"id": 13}])), "annotation 1 is of the unknown category 90"),
+        (json.dumps(instances(categories=[{"id": 13}])), "annotation 1 has the unknown category 90"),
         (json.dumps(instances(categories=[{"id": 13}, {"id": 90}])), "2 categories that do not match the 3"),
     ],
 )
-def test_bad_coco_json(tmp_path, content, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_invalid_coco_json_raises(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
         labels.read_coco_json(write(tmp_path / "a.json", content), 3)
 
 
-def test_missing_coco_json(tmp_path):
+def test_missing_coco_json_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
         reader("coco_json", tmp_path, annotation_file="none.json")
 
 
-# --- what the benchmark says ------------------------------------------------------------------------
+# --- source selected by the benchmark ---------------------------------------------------------------
 
 
-def test_reader_follows_the_benchmark(tmp_path):
+def test_reader_uses_the_source_of_the_benchmark(tmp_path):
     write(tmp_path / "Annotations" / "x.xml", PERSON_AND_DOG)
     write(tmp_path / "a.json", json.dumps(instances()))
     (tmp_path / "SegmentationClass").mkdir()
@@ -233,8 +233,8 @@ def test_reader_follows_the_benchmark(tmp_path):
         assert labels.reader(benchmark, split, write(tmp_path / "own.txt", "x 1"))("x") == [1]
 
 
-def test_reader_of_a_split_without_usable_labels():
-    with pytest.raises(ValueError, match="the split file gives no labels"):
+def test_reader_raises_if_the_split_has_no_valid_labels():
+    with pytest.raises(ValueError, match="the split file contains no labels"):
         labels.reader(Benchmark("b", CLASSES), {"x": [], "y": []})
     with pytest.raises(ValueError, match="image x of the split file: class index 3 is out of range"):
         labels.reader(Benchmark("b", CLASSES), {"x": [3]})

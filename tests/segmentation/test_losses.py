@@ -1,4 +1,4 @@
-"""Losses against the golden vectors, split over processes, and where nothing is labelled."""
+"""Losses: against golden vectors, split over processes, and without labeled pixels."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def label_65():
 
 
 @pytest.mark.parametrize("loss, prefix", [("ce", ""), ("balanced", "balanced_")])
-def test_golden(loss, prefix, label_65):
+def test_losses_and_gradients_match_golden(loss, prefix, label_65):
     arrays = golden("a_loss")
     outputs = [logits(index, size) for index, size in enumerate(SIZES)]
     losses = pyramid(outputs, label_65, LOSSES[loss])
@@ -37,7 +37,7 @@ def test_golden(loss, prefix, label_65):
 
 
 @pytest.mark.parametrize("loss", LOSSES.values())
-def test_nothing_labelled_is_zero_and_goes_backward(loss):
+def test_loss_without_labeled_pixels_and_its_gradient_are_0(loss):
     output = logits(0, 9)
     value = loss(output, torch.full((2, 9, 9), 255))
     value.backward()
@@ -45,7 +45,7 @@ def test_nothing_labelled_is_zero_and_goes_backward(loss):
     assert (output.grad == 0).all()
 
 
-def test_a_half_that_is_empty_adds_nothing():
+def test_balanced_loss_counts_an_empty_part_as_0():
     expected = float(golden("a_loss")["no_background_ce"])
     labels = torch.full((2, 9, 9), 255)
     labels[0, :4] = 1
@@ -57,42 +57,43 @@ def test_a_half_that_is_empty_adds_nothing():
     np.testing.assert_allclose(balanced_cross_entropy(output, background).item(), plain / 2, rtol=1e-5)
 
 
-def gradient(loss, output, labels, share=None):
-    """Of the summed losses of two outputs, the second at half size, with respect to (B, C, h, w)."""
+def gradient(loss, output, labels, global_count=None):
+    """Gradient of the summed losses of `output` (B, C, h, w) and of `output` at half size."""
     output = output.clone().requires_grad_()
-    sum(pyramid([output, output[..., ::2, ::2]], labels, loss, share)).backward()
+    sum(pyramid([output, output[..., ::2, ::2]], labels, loss, global_count)).backward()
     return output.grad
 
 
 @pytest.mark.parametrize("loss", LOSSES.values())
-def test_processes_that_share_counts_have_the_gradient_of_the_whole_batch(loss):
+def test_global_count_gives_the_gradient_of_the_whole_batch(loss):
     random = np.random.default_rng(3)
     output = torch.from_numpy(random.standard_normal((4, 5, 8, 8)))
     labels = torch.from_numpy(random.integers(0, 5, (4, 8, 8)))
-    labels[2:][torch.from_numpy(random.random((2, 8, 8)) < 0.9)] = 255  # the second half is mostly unsure
+    labels[2:][torch.from_numpy(random.random((2, 8, 8)) < 0.9)] = 255  # the second half is mostly ignored
     halves = [(output[:2], labels[:2]), (output[2:], labels[2:])]
 
-    counts = []  # as the two would have them, in the order they are asked for
+    counts = []  # pixel counts of each half, in the order of the calls
     for half in halves:
         counts.append([])
         gradient(loss, *half, lambda local, seen=counts[-1]: seen.append(local) or local)
     means = [(first + second) / 2 for first, second in zip(*counts, strict=True)]
 
-    def mean_over_halves(shared):
-        """What averaging the gradients of two processes gives."""
-        found = []
+    def mean_over_halves(use_global_count):
+        """The mean of the gradients of two processes."""
+        gradients = []
         for half in halves:
-            answers = iter(means)
-            found.append(gradient(loss, *half, (lambda local, a=answers: next(a)) if shared else None))
-        return torch.cat(found) / 2
+            counts = iter(means)
+            global_count = (lambda local, counts=counts: next(counts)) if use_global_count else None
+            gradients.append(gradient(loss, *half, global_count))
+        return torch.cat(gradients) / 2
 
     whole = gradient(loss, output, labels)
     assert (mean_over_halves(True) - whole).abs().max() < 1e-12
-    assert (mean_over_halves(False) - whole).abs().max() > 1e-3  # there is something to get wrong
+    assert (mean_over_halves(False) - whole).abs().max() > 1e-3  # without global counts it is wrong
 
 
 @pytest.mark.parametrize("loss", LOSSES.values())
-def test_a_process_without_labels_takes_part(loss):
+def test_process_without_labeled_pixels_has_loss_0(loss):
     output = logits(0, 9)
     value = loss(output, torch.full((2, 9, 9), 255), lambda local: local + 7)
     value.backward()
@@ -101,14 +102,14 @@ def test_a_process_without_labels_takes_part(loss):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_summed_in_full(dtype, label_65):
+def test_half_precision_logits_give_a_float32_loss(dtype, label_65):
     half = torch.from_numpy(parity_array("dl:half", (2, 5, 65, 65))).to(dtype)
     value = cross_entropy(half, label_65)
     assert value.dtype == torch.float32
     np.testing.assert_allclose(value.item(), cross_entropy(half.double(), label_65).item(), rtol=1e-6)
 
 
-def test_one_output_of_the_labels_size_needs_no_list(label_65):
+def test_pyramid_accepts_a_single_output(label_65):
     output = torch.from_numpy(parity_array("dl:one", (2, 5, 65, 65)))
     (value,) = pyramid(output, label_65, cross_entropy)
     expected = torch.nn.functional.cross_entropy(output, label_65, ignore_index=255)

@@ -1,4 +1,4 @@
-"""Index masks survive writing and reading; other pictures are refused."""
+"""Index masks: written masks are read back unchanged; images of other modes raise an error."""
 
 import struct
 import zlib
@@ -17,7 +17,7 @@ PALETTE = voc_palette()
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**31), st.booleans())
-def test_round_trip(tmp_path_factory, height, width, seed, ignored):
+def test_read_mask_returns_written_labels(tmp_path_factory, height, width, seed, ignored):
     labels = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
     if ignored:
         labels[:] = 255
@@ -29,14 +29,14 @@ def test_round_trip(tmp_path_factory, height, width, seed, ignored):
     assert [path.name for path in file.parent.iterdir()] == ["a.png"]
 
 
-def test_grey_masks_are_read(tmp_path):
+def test_gray_masks_are_read(tmp_path):
     labels = np.array([[0, 20, 255]], np.uint8)
-    Image.fromarray(labels).save(tmp_path / "grey.png")
-    assert (read_mask(tmp_path / "grey.png") == labels).all()
+    Image.fromarray(labels).save(tmp_path / "gray.png")
+    assert (read_mask(tmp_path / "gray.png") == labels).all()
 
 
 def png(values: np.ndarray, depth: int, palette: bool) -> bytes:
-    """A PNG of `values` (H, W) at `depth` bits a pixel, packed by hand: not every Pillow writes few."""
+    """A PNG of `values` (H, W), `depth` bits per pixel. Not every Pillow version can write fewer than 8."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(name + content))
@@ -44,17 +44,17 @@ def png(values: np.ndarray, depth: int, palette: bool) -> bytes:
 
     bits = np.unpackbits(values[..., None].astype(np.uint8), axis=-1)[..., 8 - depth :]
     rows = np.packbits(bits.reshape(len(values), -1), axis=1)
-    lines = b"".join(b"\0" + row.tobytes() for row in rows)  # each with filter 0
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)  # filter type 0 for each row
     height, width = values.shape
     header = struct.pack(">IIBBBBB", width, height, depth, 3 if palette else 0, 0, 0, 0)
-    colours = chunk(b"PLTE", PALETTE[: 2**depth].tobytes()) if palette else b""
+    colors = chunk(b"PLTE", PALETTE[: 2**depth].tobytes()) if palette else b""
     pixels = chunk(b"IDAT", zlib.compress(lines))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + colours + pixels + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + colors + pixels + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("palette", [True, False])
 @pytest.mark.parametrize("depth", [1, 2, 4, 8])
-def test_indices_of_any_bit_depth_are_read(tmp_path, depth, palette):
+def test_masks_of_1_to_8_bits_are_read_except_1_bit_gray(tmp_path, depth, palette):
     labels = np.arange(5 * 2**depth).reshape(-1, 5) % 2**depth
     (tmp_path / "a.png").write_bytes(png(labels, depth, palette))
     if depth == 1 and not palette:
@@ -65,13 +65,13 @@ def test_indices_of_any_bit_depth_are_read(tmp_path, depth, palette):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "I;16", "1", "LA"])
-def test_other_pictures_are_refused(tmp_path, mode):
+def test_images_of_other_modes_raise(tmp_path, mode):
     Image.new(mode, (3, 2)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="expected 8-bit class indices"):
         read_mask(tmp_path / "a.png")
 
 
-def test_missing_and_damaged(tmp_path):
+def test_missing_and_damaged_masks_raise(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_mask(tmp_path / "a.png")
     write_mask(tmp_path / "a.png", np.arange(200, dtype=np.uint8).reshape(10, 20), PALETTE)
@@ -80,7 +80,7 @@ def test_missing_and_damaged(tmp_path):
         read_mask(tmp_path / "a.png")
 
 
-def test_overlay_paints_classes_only():
+def test_overlay_paints_neither_background_nor_ignored_pixels():
     image = np.full((1, 3, 3), 100, np.uint8)
     painted = overlay(image, np.array([[0, 1, 255]], np.uint8), PALETTE, opacity=0.5)
     assert painted[0].tolist() == [[100] * 3, [114, 50, 50], [100] * 3]

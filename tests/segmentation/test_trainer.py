@@ -1,4 +1,4 @@
-"""The loop, on a tiny network that has all that is hard to resume: dropout, live batch norm, momentum."""
+"""The training loop, on a tiny network whose dropout, batch norm and momentum must be resumed."""
 
 import os
 import signal
@@ -78,7 +78,10 @@ def start(
 
 
 def resume(world: Path, output: Path, **arguments) -> Trainer:
-    """A trainer that continues; what was logged before is older by name, as that of another second is."""
+    """A trainer that continues a run.
+
+    Earlier logs are renamed so that they sort first: names of TensorBoard files contain only the second.
+    """
     trainer = start(world, output, **arguments)
     logs = sorted((output / "logs").iterdir(), key=lambda file: file.stat().st_mtime_ns)
     for number, file in enumerate(logs):
@@ -98,7 +101,7 @@ def assert_same(found: dict, expected: dict):
 
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of every scalar in the logs, as TensorBoard shows them."""
+    """Logged values as TensorBoard reads them: tag -> (step, value) of each scalar, or step of each image."""
     logs = EventAccumulator(str(folder / "logs"), {"scalars": 0, "images": 0}).Reload()
     found = {
         tag: [(event.step, event.value) for event in logs.Scalars(tag)] for tag in logs.Tags()["scalars"]
@@ -107,26 +110,26 @@ def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(world, tmp_path_factory) -> Path:
-    """The folder of a run that nothing happens to."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(world, tmp_path_factory) -> Path:
+    """The folder of a run that is never interrupted."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     trainer = start(world, folder)
     assert trainer.run()
     return folder
 
 
-def test_what_a_run_leaves(undisturbed):
-    assert {file.name for file in undisturbed.iterdir()} == {
+def test_finished_run_leaves_checkpoints_and_logs_only(uninterrupted):
+    assert {file.name for file in uninterrupted.iterdir()} == {
         "checkpoint_5.pth", "checkpoint_10.pth", FINAL, "logs",
     }  # fmt: skip
-    state = state_of(undisturbed / FINAL)
+    state = state_of(uninterrupted / FINAL)
     assert list(state) == list(network().state_dict())
     assert all(isinstance(value, torch.Tensor) and value.is_contiguous() for value in state.values())
     network().load_state_dict(state)
 
 
-def test_the_log(undisturbed):
-    found = events(undisturbed)
+def test_log_contains_losses_rates_scores_and_figures(uninterrupted):
+    found = events(uninterrupted)
     steps = list(range(1, 13))
     names = {"loss/train", "loss/ce", "loss/small", "lr/group_0", "lr/group_1", "images_per_second"}
     assert found.keys() == names | {"validation/Mean IoU", "input"}
@@ -138,7 +141,7 @@ def test_the_log(undisturbed):
     total = np.add(*([value for _, value in found[f"loss/{name}"]] for name in ("ce", "small")))
     mean = [total[:step].mean() for step in steps]
     assert np.allclose([value for _, value in found["loss/train"]], mean)
-    assert total[-3:].mean() < total[:3].mean() - 0.1  # it learns
+    assert total[-3:].mean() < total[:3].mean() - 0.1  # the loss decreases
 
 
 def test_images_per_second_counts_every_image_once(world, tmp_path, monkeypatch):
@@ -146,38 +149,38 @@ def test_images_per_second_counts_every_image_once(world, tmp_path, monkeypatch)
     monkeypatch.setattr(training_loop.time, "monotonic", lambda: next(seconds))
     start(world, tmp_path).run()
     rates = [rate for _, rate in events(tmp_path)["images_per_second"]]
-    assert rates == [5.0] * 12  # five images an epoch, in batches of three and two, in a second
+    assert rates == [5.0] * 12  # an iteration has batches of three and two images, and lasts one second
 
 
-def test_a_loss_is_the_mean_over_the_batches_of_an_iteration(world, tmp_path):
-    seen = []
+def test_logged_loss_is_the_mean_over_the_batches_of_an_iteration(world, tmp_path):
+    batch_losses = []
 
-    def noting(*given):
-        found = losses(*given)
-        seen.append(sum(float(loss.detach()) for loss in found.values()))
+    def recording(*arguments):
+        found = losses(*arguments)
+        batch_losses.append(sum(float(loss.detach()) for loss in found.values()))
         return found
 
-    trainer = start(world, tmp_path, noting, optim=replace(OPTIM, iterations=3))
+    trainer = start(world, tmp_path, recording, optim=replace(OPTIM, iterations=3))
     trainer.run()
-    assert np.allclose(trainer.recent, np.reshape(seen, (3, 2)).mean(1), rtol=1e-6)
+    assert np.allclose(trainer.recent, np.reshape(batch_losses, (3, 2)).mean(1), rtol=1e-6)
 
 
 class Stop:
-    """Sends this process a signal at the nth call of a function that it stands before."""
+    """Function that sends this process a signal at its `at`-th call, then calls `function`."""
 
     def __init__(self, function, at: int, number: int = signal.SIGTERM):
-        self.function, self.left, self.number = function, at, number
+        self.function, self.calls_left, self.number = function, at, number
 
     def __call__(self, *arguments):
-        self.left -= 1
-        if self.left == 0:
+        self.calls_left -= 1
+        if self.calls_left == 0:
             os.kill(os.getpid(), self.number)
         return self.function(*arguments)
 
 
-WHERE = {  # which call of what sends it, and the iterations done when it is heeded
+WHERE = {  # trainer argument, its function, call that sends the signal, range of iterations done
     "in the first reading": ("transform", CROP, 1, (0, 0)),
-    "in reading": ("transform", CROP, 17, (0, 3)),  # that runs ahead
+    "in reading": ("transform", CROP, 17, (0, 3)),  # images are read in advance
     "in the first iteration": ("objective", losses, 1, (1, 1)),
     "between batches": ("objective", losses, 16, (8, 8)),
     "in validation": ("validation", probe, 2, (8, 8)),
@@ -187,10 +190,10 @@ WHERE = {  # which call of what sends it, and the iterations done when it is hee
 @pytest.mark.parametrize(
     "where, number", [*((where, signal.SIGTERM) for where in WHERE), ("between batches", signal.SIGINT)]
 )
-def test_stopped_and_resumed_is_as_if_never_stopped(world, undisturbed, tmp_path, where, number):
-    name, usual, call, (least, most) = WHERE[where]
+def test_resumed_run_equals_uninterrupted_run(world, uninterrupted, tmp_path, where, number):
+    name, function, call, (least, most) = WHERE[where]
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    trainer = start(world, tmp_path, **{name: Stop(usual, call, number)})
+    trainer = start(world, tmp_path, **{name: Stop(function, call, number)})
     assert trainer.run() is False
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
     assert least <= trainer.done <= most
@@ -201,14 +204,14 @@ def test_stopped_and_resumed_is_as_if_never_stopped(world, undisturbed, tmp_path
     assert resumed.run() is True
     assert not (tmp_path / RESUME).exists()
     for file in ("checkpoint_5.pth", "checkpoint_10.pth", FINAL):
-        assert_same(state_of(tmp_path / file), state_of(undisturbed / file))
-    found, expected = events(tmp_path), events(undisturbed)
+        assert_same(state_of(tmp_path / file), state_of(uninterrupted / file))
+    found, expected = events(tmp_path), events(uninterrupted)
     for tag in expected:
         if tag != "images_per_second":
             assert found[tag] == expected[tag], tag
 
 
-def test_channels_last_and_momentum_are_resumed_in_their_layout(world, tmp_path):
+def test_weights_and_momentum_keep_their_memory_layout_when_resumed(world, tmp_path):
     for layout in (True, False):
         finals = []
         for name, call in (("whole", 0), ("stopped", 9)):
@@ -224,8 +227,8 @@ def test_channels_last_and_momentum_are_resumed_in_their_layout(world, tmp_path)
         assert_same(*finals)
 
 
-def test_what_was_killed_is_made_up_for(world, undisturbed, tmp_path):
-    """A validation that never came to its end, and iterations after the last resume file."""
+def test_killed_run_repeats_what_was_lost(world, uninterrupted, tmp_path):
+    """An interrupted validation, and the iterations after the last resume file, are run again."""
 
     class Killed(BaseException):
         pass
@@ -239,38 +242,38 @@ def test_what_was_killed_is_made_up_for(world, undisturbed, tmp_path):
     assert resumed.done == 4
     calls = []
 
-    def killed_at_8(*given):
+    def killed_at_8(*arguments):
         calls.append(None)
         if len(calls) == 2 * (8 - 4):
             raise Killed
-        return losses(*given)
+        return losses(*arguments)
 
     resumed.objective = killed_at_8
     with pytest.raises(Killed):
         resumed.run()
     assert (tmp_path / "checkpoint_5.pth").is_file()
     last = resume(world, tmp_path)
-    assert last.done == 6 and last.run()  # 7 was logged too
-    assert_same(state_of(tmp_path / FINAL), state_of(undisturbed / FINAL))
-    found, expected = events(tmp_path), events(undisturbed)
+    assert last.done == 6 and last.run()  # iteration 7 was logged before, and is logged again
+    assert_same(state_of(tmp_path / FINAL), state_of(uninterrupted / FINAL))
+    found, expected = events(tmp_path), events(uninterrupted)
     assert all(found[tag] == expected[tag] for tag in expected if tag != "images_per_second")
 
 
-def test_a_second_ctrl_c_interrupts_at_once(world, tmp_path):
-    def twice(*given):
+def test_second_sigint_interrupts_at_once_unless_twice(world, tmp_path):
+    def interrupt(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
-        return losses(*given)
+        return losses(*arguments)
 
     with pytest.raises(KeyboardInterrupt):
-        start(world, tmp_path, twice).run()
-    with stopping(twice=True) as stop:  # but may come twice of one Ctrl-C
+        start(world, tmp_path, interrupt).run()
+    with stopping(twice=True) as stop:  # under torchrun one Ctrl-C arrives twice
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.is_set()
 
 
 @pytest.mark.parametrize("damage", ["cut", "other file", "other network", "nothing"])
-def test_a_damaged_resume_file_is_told(world, tmp_path, damage):
+def test_damaged_resume_file_raises_one_line(world, tmp_path, damage):
     file = tmp_path / RESUME
     trainer = start(world, tmp_path)
     trainer.save_resume()
@@ -291,36 +294,37 @@ def test_a_damaged_resume_file_is_told(world, tmp_path, damage):
     assert not start(world, tmp_path / "elsewhere").load_resume()
 
 
-def test_a_loss_that_is_no_number_stops_before_it_does_harm(world, tmp_path):
+def test_nan_loss_stops_before_the_weights_change(world, tmp_path):
     calls = []
 
-    def poisoned(*given):
+    def nan_in_call_15(*arguments):
         calls.append(None)
-        found = losses(*given)
+        found = losses(*arguments)
         return found | {"ce": found["ce"] * float("nan")} if len(calls) == 15 else found
 
-    trainer = start(world, tmp_path, poisoned)
+    trainer = start(world, tmp_path, nan_in_call_15)
     with pytest.raises(WorkFailed) as caught:
         trainer.run()
-    told = str(caught.value)
-    assert told.startswith("training stopped: the loss of iteration 8 is nan; its images: ")
+    message = str(caught.value)
+    assert message.startswith("training stopped: the loss of iteration 8 is nan; its images: ")
     names = [trainer.dataset.names[draw.index] for batch in (14, 15) for draw in trainer.order.batch(batch)]
-    assert f"its images: {', '.join(names)}; last good checkpoint: {tmp_path / 'checkpoint_5.pth'};" in told
+    checkpoint = tmp_path / "checkpoint_5.pth"
+    assert f"its images: {', '.join(names)}; last good checkpoint: {checkpoint};" in message
     assert [file.name for file in numbered_checkpoints(tmp_path)] == ["checkpoint_5.pth"]
     state = state_of(tmp_path / RESUME)
     assert state["iteration"] == 6 and all(value.isfinite().all() for value in state["model"].values())
-    assert events(tmp_path)["loss/train"][-1][0] == 7  # what led there can be seen
+    assert events(tmp_path)["loss/train"][-1][0] == 7  # the iterations before it are in the log
 
 
 @pytest.mark.parametrize("what", ["to save", "to stop"])
-def test_weights_that_are_no_numbers_are_not_saved(world, tmp_path, what):
-    """A finite loss may have a gradient that is not: that of a root at 0."""
+def test_non_finite_weights_are_not_saved(world, tmp_path, what):
+    """A finite loss can have an infinite gradient: the square root at 0."""
     calls = []
 
-    def rooted(model, *given):
+    def square_root(model, *arguments):
         calls.append(None)
-        found = losses(model, *given)
-        at = {"to save": 10, "to stop": 8}[what]  # a checkpoint is due after five iterations
+        found = losses(model, *arguments)
+        at = {"to save": 10, "to stop": 8}[what]  # a checkpoint is written after five iterations
         if len(calls) == at:
             found["root"] = (model[4].bias * 0).abs().sum().sqrt()
             if what == "to stop":
@@ -328,55 +332,56 @@ def test_weights_that_are_no_numbers_are_not_saved(world, tmp_path, what):
         return found | {"root": found.get("root", found["small"] * 0)}
 
     with pytest.raises(WorkFailed, match=r"after iteration [45] the weights are no longer finite; last good"):
-        start(world, tmp_path, rooted, validate_every=0, resume_every=2 if what == "to save" else 3).run()
+        resume_every = 2 if what == "to save" else 3
+        start(world, tmp_path, square_root, validate_every=0, resume_every=resume_every).run()
     assert numbered_checkpoints(tmp_path) == []
     state = state_of(tmp_path / RESUME)
     assert state["iteration"] < 5 and all(value.isfinite().all() for value in state["model"].values())
 
 
-def test_a_bad_file_stops_training_and_keeps_what_was_done(world, undisturbed, tmp_path):
+def test_unreadable_file_stops_training_and_keeps_finished_iterations(world, uninterrupted, tmp_path):
     names = (world / "train.txt").read_text().split()
     calls = []
 
-    def bad(image, mask, draw):
+    def fail_in_call_38(image, mask, draw):
         calls.append(None)
         if len(calls) == 38:
             raise ValueError("mask of image_x cannot be read")
         return CROP(image, mask, draw)
 
-    trainer = start(world, tmp_path, transform=bad, workers=1)
+    trainer = start(world, tmp_path, transform=fail_in_call_38, workers=1)
     with pytest.raises(WorkFailed, match=r"^training stopped: mask of image_x cannot be read$"):
         trainer.run()
     assert trainer.done == 37 // len(names) == 7 == state_of(tmp_path / RESUME)["iteration"]
     assert resume(world, tmp_path).run()
-    assert_same(state_of(tmp_path / FINAL), state_of(undisturbed / FINAL))
+    assert_same(state_of(tmp_path / FINAL), state_of(uninterrupted / FINAL))
 
 
-def test_so_many_checkpoints_are_kept(world, tmp_path):
+def test_keep_limits_the_number_of_checkpoints(world, tmp_path):
     start(world, tmp_path, save_every=2, keep=2, resume_every=0, validate_every=0, picture_every=0).run()
     assert [file.name for file in numbered_checkpoints(tmp_path)] == ["checkpoint_8.pth", "checkpoint_10.pth"]
     assert (tmp_path / FINAL).is_file() and not (tmp_path / RESUME).exists()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_goes_the_same_way(world, undisturbed, tmp_path, precision):
-    """Products are half, weights are not; a stop in between changes nothing, for the scaler is resumed."""
-    seen = []
+def test_half_precision_is_close_to_float32_and_can_be_resumed(world, uninterrupted, tmp_path, precision):
+    """Products are in half precision, weights in float32. The state of the gradient scaler is resumed."""
+    dtypes = set()
 
-    def noting(model, *given):
-        handle = model[4].register_forward_hook(lambda part, given, result: seen.append(result.dtype))
-        found = losses(model, *given)
+    def recording(model, *arguments):
+        handle = model[4].register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+        found = losses(model, *arguments)
         handle.remove()
         return found
 
-    whole = start(world, tmp_path / "whole", noting, precision=precision)
-    assert whole.run() and {*seen} == {getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[precision])}
+    whole = start(world, tmp_path / "whole", recording, precision=precision)
+    assert whole.run() and dtypes == {getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[precision])}
     expected = state_of(tmp_path / "whole" / FINAL)
     assert {value.dtype for value in expected.values()} == {torch.float32, torch.int64}
-    plain = state_of(undisturbed / FINAL)
+    plain = state_of(uninterrupted / FINAL)
     change = max(float((plain[key] - network().state_dict()[key]).abs().max()) for key in plain)
-    apart = max(float((plain[key] - expected[key]).abs().max()) for key in plain)
-    assert 0 < apart < 0.2 * change
+    difference = max(float((plain[key] - expected[key]).abs().max()) for key in plain)
+    assert 0 < difference < 0.2 * change
     stopped = start(world, tmp_path / "stopped", Stop(losses, 9), precision=precision)
     assert not stopped.run()
     resumed = resume(world, tmp_path / "stopped", precision=precision)
@@ -386,7 +391,7 @@ def test_half_precision_goes_the_same_way(world, undisturbed, tmp_path, precisio
     assert_same(state_of(tmp_path / "stopped" / FINAL), expected)
 
 
-WRONG = {
+INVALID = {
     "precision": ({"precision": "fp8"}, {}, "precision must be one of fp32, tf32, bf16, fp16, got 'fp8'"),
     "iterations": ({}, {"iterations": 0}, "solver.iterations must be a whole number, 1 or more, got 0"),
     "workers": ({"workers": 0}, {}, "run.workers must be a whole number, 1 or more, got 0"),
@@ -396,9 +401,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_settings_that_cannot_be(world, tmp_path, case):
-    run, optim, sentence = WRONG[case]
-    with pytest.raises(ValueError, match=sentence):
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_settings_raise_before_files_are_written(world, tmp_path, case):
+    run, optim, message = INVALID[case]
+    with pytest.raises(ValueError, match=message):
         start(world, tmp_path, optim=replace(OPTIM, **optim), **run)
     assert not list(tmp_path.iterdir())

@@ -318,15 +318,15 @@ def test_mistakes_are_told(world, tmp_path):
     with pytest.raises(ValueError, match="class index 99 is out of range"):
         classify.main(flags(world, tmp_path / "o", split=tmp_path / "far.txt"))
     for flag in ("--json", "--save_file"):
-        with pytest.raises(ValueError, match="is a folder: name a file in it"):
+        with pytest.raises(ValueError, match="is a folder: give a file"):
             classify.main(flags(world, tmp_path / "o", flag, tmp_path))
-    with pytest.raises(ValueError, match=r"voc\.txt is read, and would be overwritten"):
+    with pytest.raises(ValueError, match=r"voc\.txt is an input and would be overwritten"):
         classify.main(flags(world, tmp_path / "o", "--save_file", world / "voc.txt"))
-    with pytest.raises(ValueError, match=r"both\.txt would be written twice"):
+    with pytest.raises(ValueError, match=r"both\.txt is given for two outputs"):
         both = tmp_path / "both.txt"
         classify.main(flags(world, tmp_path / "o", "--save_file", both, "--json", both))
     (tmp_path / "own.yaml").write_text(f"{{name: own, classes: [dog, cat], split_file: {world / 'voc.txt'}}}")
-    with pytest.raises(ValueError, match=r"voc\.txt is read, and would be overwritten"):
+    with pytest.raises(ValueError, match=r"voc\.txt is an input and would be overwritten"):
         own = ["--benchmark", tmp_path / "own.yaml", "--image_root", world, "--save_file", world / "voc.txt"]
         classify.main([*map(str, own)])
     assert not list((tmp_path / "o").glob("scores-*"))  # all of it is told before anything is computed

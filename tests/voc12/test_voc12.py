@@ -137,7 +137,7 @@ def text(content):
         ("JPEGImages/2007_000039.jpg", text("no image"), "bad image: 1"),
         ("Annotations/2007_000039.xml", remove, "missing annotation: 1"),
         ("Annotations/2007_000039.xml", truncate, "bad annotation: 1"),
-        ("Annotations/2007_000039.xml", text(XML.replace("dog", "wolf")), "names the class 'wolf'"),
+        ("Annotations/2007_000039.xml", text(XML.replace("dog", "wolf")), "contains the class 'wolf'"),
         ("Annotations/2007_000039.xml", text("<annotation/>"), "2007_000039.xml names no object"),
         (
             "Annotations/2007_000039.xml",
@@ -146,7 +146,7 @@ def text(content):
         ),
         ("SegmentationClass/2007_000039.png", remove, "missing mask: 1"),
         ("SegmentationClass/2007_000039.png", truncate, "bad mask: 1"),
-        ("SegmentationClass/2007_000039.png", paint(21), "holds the value 21, which stands for no class"),
+        ("SegmentationClass/2007_000039.png", paint(21), "has the value 21, which is not a class"),
         ("SegmentationClassAug/2008_000002.png", paint(0, (8, 6)), "SegmentationClassAug 8 x 6"),
         ("SegmentationClassAug/2007_000033.png", remove, "missing mask: 1"),
         ("ImageSets/Segmentation/val.txt", remove, "missing split: 1"),
@@ -262,7 +262,7 @@ def test_2007_archives_may_be_had_one_without_the_other(copy_2007, capsys, monke
     [
         ("JPEGImages/000002.jpg", remove, "missing image: 1"),
         ("Annotations/000002.xml", remove, "missing annotation: 1"),
-        ("Annotations/000002.xml", text(XML.replace("dog", "wolf")), "names the class 'wolf'"),
+        ("Annotations/000002.xml", text(XML.replace("dog", "wolf")), "contains the class 'wolf'"),
         ("ImageSets/Main/val.txt", text("000005\n000005\n"), "image 000005 was listed before"),
     ],
 )
