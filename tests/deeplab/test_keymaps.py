@@ -127,7 +127,8 @@ def test_bgr_stem_on_bgr_equals_the_filter_on_standardized_rgb():
     standardized = (rgb / 255 - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
     centered = (rgb - 255 * mean.view(3, 1, 1)).flip(1)
     expected = F.conv2d(standardized, weight, padding=3)
-    torch.testing.assert_close(F.conv2d(centered, bgr_stem(weight), padding=3), expected, rtol=1e-4, atol=1e-4)
+    converted = F.conv2d(centered, bgr_stem(weight), padding=3)
+    torch.testing.assert_close(converted, expected, rtol=1e-4, atol=1e-4)
     assert bgr_stem(weight.half()).dtype == torch.float32
 
 
