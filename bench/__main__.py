@@ -32,16 +32,16 @@ def main() -> int:
     flag = parser.add_argument
     flag("what", choices=SUBCOMMANDS, help="the step to measure")
     flag("--device", default=defaults.device, help="auto, cpu, cuda or cuda:i")
-    flag("--precision", choices=clip.PRECISIONS, default=defaults.precision, help="of the image tower; the "
-         "reference uses float32. For train see --variants")  # fmt: skip
+    flag("--precision", choices=clip.PRECISIONS, default=defaults.precision, help="precision of the "
+         "image tower; the reference uses float32. For train see --variants")  # fmt: skip
     flag("--threads", type=int, default=defaults.threads, help="CPU threads of PyTorch and OpenCV")
     flag("--images", type=int, default=defaults.images, help="images timed per round (cams, pipeline, "
          "tags on a CPU: a multiple of --threads; a GPU needs thousands); train times "
          "one iteration")  # fmt: skip
     flag("--rounds", type=int, default=defaults.rounds, help="rounds; each runs both versions "
          "once, and the medians are reported")  # fmt: skip
-    flag("--labels", type=float, default=defaults.labels, help="labels per image, on average: VOC12 has 1.5, "
-         "COCO14 2.9; of tags: crops")  # fmt: skip
+    flag("--labels", type=float, default=defaults.labels, help="mean labels per image (VOC12 has 1.5, "
+         "COCO14 2.9); for tags, crops per image")  # fmt: skip
     flag("--model", metavar="FILE", help="checkpoint of a ViT (default: random weights, ViT-B/16's shape)")
     flag("--backend", default=defaults.backend, help="backend of the dense CRF")
     flag("--network", choices=NETWORKS, default=defaults.network, help="network of train")
@@ -50,7 +50,8 @@ def main() -> int:
     flag("--batch", type=count, help="images per batch (default: 1 on a CPU, 5 on a GPU)")
     flag("--accumulate", type=count, help="batches per iteration (default: 1 on a CPU, 2 on a GPU)")
     flag("--variants", nargs="+", metavar="WORD", default=defaults.variants, help="precision and options "
-         f"of train: one or more of {', '.join(PRECISIONS)}, each followed by any of +{', +'.join(train.WORDS)}")  # fmt: skip
+         f"of train: one or more of {', '.join(PRECISIONS)}, each followed by any of "
+         f"+{', +'.join(train.WORDS)}")  # fmt: skip
     flag("--json", metavar="FILE", help="also write the figures to FILE")
     args = vars(parser.parse_args())
     what, file = args.pop("what"), args.pop("json")

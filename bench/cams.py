@@ -105,7 +105,7 @@ def _warm(setting: Setting) -> int:
 
 
 # A version to compare (ours or reference): writes a file to `output` per name, and yields outcomes.
-Way = Callable[[Setting, Material, list[str], Path], Iterator[Outcome]]
+Version = Callable[[Setting, Material, list[str], Path], Iterator[Outcome]]
 
 
 def ours(setting: Setting, material: Material, names: list[str], output: Path) -> Iterator[Outcome]:
@@ -138,7 +138,9 @@ def run(setting: Setting) -> dict:
     return result
 
 
-def race(setting: Setting, material: Material, ours: Way, reference: Way) -> tuple[dict, list[str], float]:
+def race(
+    setting: Setting, material: Material, ours: Version, reference: Version
+) -> tuple[dict, list[str], float]:
     """Time two versions of one step alternately, then measure the memory of each.
 
     Returns:
@@ -167,9 +169,9 @@ def race(setting: Setting, material: Material, ours: Way, reference: Way) -> tup
     taken = measure.take_turns(turns, setting.rounds)
     result = measure.compared(taken["ours"], taken["reference"])
     counts = {"": WATCHED[setting.kind], "reference_": REFERENCE_WATCHED}
-    for (prefix, count), way in zip(counts.items(), (ours, reference), strict=True):
+    for (prefix, count), version in zip(counts.items(), (ours, reference), strict=True):
         watched = material.folder / f"{prefix}watched"
-        peak = measure.peak_memory(way, setting, material, material.names[:count], watched)
+        peak = measure.peak_memory(version, setting, material, material.names[:count], watched)
         result |= {f"{prefix}peak_{key}": value for key, value in peak.items()}
     return result, few, 1 / statistics.median(taken["ceiling"])
 

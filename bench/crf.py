@@ -44,7 +44,7 @@ def posteriors(setting: Setting, task: Task, preset: Preset = PRESET) -> Iterato
         yield from densecrf_batch(images, probabilities, preset, setting.backend)
 
 
-def placed(setting: Setting, task: Task) -> Task:
+def to_device(setting: Setting, task: Task) -> Task:
     """Return the task on its device: arrays for a CPU, tensors for a GPU."""
     if setting.kind == "cpu":
         return task
@@ -53,7 +53,7 @@ def placed(setting: Setting, task: Task) -> Task:
 
 def watched(setting: Setting, count: int) -> Iterator[Outcome]:
     """Compute `posteriors` of drawn images, to measure the memory."""
-    for _ in posteriors(setting, placed(setting, draw(setting, count))):
+    for _ in posteriors(setting, to_device(setting, draw(setting, count))):
         yield Outcome("")
 
 
@@ -65,7 +65,7 @@ def run(setting: Setting) -> dict:
     setting.limit_threads()
     reference = replace(setting, device="cpu", backend="pydensecrf")
     drawn = draw(setting, setting.images)
-    task = placed(setting, drawn)
+    task = to_device(setting, drawn)
     few: Task = tuple(items[:REFERENCE_IMAGES] for items in drawn)
     warm: Task = tuple(items[: AT_ONCE[setting.kind]] for items in task)
     list(posteriors(setting, warm))  # compiles the CRF
@@ -90,8 +90,8 @@ def run(setting: Setting) -> dict:
     result["label_agreement"] = float(np.mean([(a.argmax(0) == b.argmax(0)).mean() for a, b in pairs]))
     result["largest_difference"] = float(max(np.abs(a - b).max() for a, b in pairs))
     count = 1 + AT_ONCE[setting.kind]
-    for prefix, way in (("", setting), ("reference_", reference)):
-        peak = measure.peak_memory(watched, way, count)
+    for prefix, version in (("", setting), ("reference_", reference)):
+        peak = measure.peak_memory(watched, version, count)
         result |= {f"{prefix}peak_{key}": value for key, value in peak.items()}
     result["stages"] = stages(setting, warm)
     whole = result["stages"][-1]

@@ -46,7 +46,7 @@ def run(setting: Setting) -> dict:
         names = data.write_cams(folder, setting.images, setting.labels)
         matrices = {}
 
-        def way(name: str, work: Callable[[], list[np.ndarray]]) -> Callable[[int], float]:
+        def version(name: str, work: Callable[[], list[np.ndarray]]) -> Callable[[int], float]:
             work()  # warms up
 
             def in_turn(number: int) -> float:
@@ -57,9 +57,9 @@ def run(setting: Setting) -> dict:
             return in_turn
 
         turns = {
-            "compact": way("compact", lambda: _matrices(ours(setting, folder, names))),
-            "full": way("full", lambda: _matrices(ours(setting, folder, names, "full"))),
-            "reference": way("reference", lambda: list(reference(setting, folder, names))[-1]),
+            "compact": version("compact", lambda: _matrices(ours(setting, folder, names))),
+            "full": version("full", lambda: _matrices(ours(setting, folder, names, "full"))),
+            "reference": version("reference", lambda: list(reference(setting, folder, names))[-1]),
         }
         taken = measure.take_turns(turns, setting.rounds)
         result = measure.compared(taken["compact"], taken["reference"])

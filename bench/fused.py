@@ -47,7 +47,7 @@ def run(setting: Setting) -> dict:
         network = material.load(setting.device, setting.precision)
         result |= cams.network_share(setting, network[0], result["images_per_s"], ceiling)
         result["stages"] = cams.stages(setting, material, network, ceiling)
-        task = crf.placed(setting, crf.draw(setting, crf.AT_ONCE[setting.kind]))
+        task = crf.to_device(setting, crf.draw(setting, crf.AT_ONCE[setting.kind]))
         result["stages"] += crf.stages(setting, task)
         result["stages"].append(_writing(folder, read_mask(folder / "ours0" / f"{done[0]}.png")))
     return result
@@ -61,5 +61,5 @@ def _writing(folder: Path, mask: np.ndarray) -> dict:
 
 def _agreement(folder: Path, name: str) -> float:
     """Return the fraction of pixels with equal values in both masks; 255 counts as a value."""
-    masks = (read_mask(folder / way / f"{name}.png") for way in ("ours0", "reference"))
+    masks = (read_mask(folder / version / f"{name}.png") for version in ("ours0", "reference"))
     return float(np.equal(*masks).mean())

@@ -49,8 +49,8 @@ class Setting:
         crop: side of a training sample in pixels; None: as published.
         batch, accumulate: images per batch, batches per iteration; None: 1 and 1 on a CPU, as published on a
             GPU.
-        variants: precisions and options of training, see `bench.train.running`; the figures of the first one
-            are also the main figures.
+        variants: precisions and options of training, see `bench.train.run_config`; the figures of the first
+            one are also the main figures.
     """
 
     model: str | None = None
@@ -164,19 +164,19 @@ def stage(name: str, taken: float, amount: float, unit: str, ceiling: float) -> 
     return {"stage": name, "seconds": taken, "rate": rate, "unit": unit, "share": rate / ceiling}
 
 
-def take_turns(ways: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+def take_turns(versions: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
     """Call each function once per round, so that other load on the machine slows all of them alike.
 
     Args:
-        ways: name -> function of the round's number that returns seconds per image.
+        versions: name -> function of the round's number that returns seconds per image.
 
     Returns:
         name -> seconds per image of each round.
     """
-    taken: dict[str, list[float]] = {name: [] for name in ways}
+    taken: dict[str, list[float]] = {name: [] for name in versions}
     for number in range(rounds):
-        for name, way in ways.items():
-            taken[name].append(way(number))
+        for name, version in versions.items():
+            taken[name].append(version(number))
     return taken
 
 

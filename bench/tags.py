@@ -33,7 +33,7 @@ class TagMaterial(Material):
     """Inputs of both versions.
 
     Attributes:
-        settings: settings of tagging, see `fitted`.
+        settings: settings of tagging, see `choose_ratio`.
     """
 
     settings: TagSettings = field(default_factory=TagSettings)
@@ -100,11 +100,11 @@ def run(setting: Setting) -> dict:
         text = text_of()
         features = {"text_s": time.perf_counter() - start, "text_cached_s": measure.seconds(text_of)}
         model.forget_text_tower()
-        material, made = fitted(setting, material, model, text)
+        material, num_crops = choose_ratio(setting, material, model, text)
         result, done, ceiling = race(setting, material, ours, reference)
         result |= compared(folder, done, material.settings)
-        result |= {"crops_per_image": made, "ratio": material.settings.ratio, **features}
-        flop = patch_flop(model) + made * crop_flop(model, material.settings)
+        result |= {"crops_per_image": num_crops, "ratio": material.settings.ratio, **features}
+        flop = patch_flop(model) + num_crops * crop_flop(model, material.settings)
         rate = result["images_per_s"]
         result |= {
             "gflop_an_image": flop / 1e9,
@@ -117,7 +117,7 @@ def run(setting: Setting) -> dict:
 
 
 @torch.no_grad()
-def fitted(
+def choose_ratio(
     setting: Setting, material: TagMaterial, model: CLIP, text: Tensor
 ) -> tuple[TagMaterial, float]:
     """Choose `settings.ratio` so that images have about `setting.labels` crops on average.
@@ -138,8 +138,8 @@ def fitted(
     positions = sorted(positions, reverse=True)
     count = round(setting.labels * len(refined))
     settings = replace(material.settings, ratio=(positions[count - 1] + positions[count]) / 2)
-    made = sum(len(crops_of(scores, grid, settings)) for scores in refined)
-    return replace(material, settings=settings), made / len(refined)
+    num_crops = sum(len(crops_of(scores, grid, settings)) for scores in refined)
+    return replace(material, settings=settings), num_crops / len(refined)
 
 
 def refine(
@@ -227,10 +227,10 @@ def stages(
     products = 2 * 2 * coarse.shape[1] ** 2 * len(text) / 1e9  # always in float32
     exact = ceiling if setting.precision == "fp32" else measure.matmul_rate(kind, "fp32")
     cropped = timed("refinement", refinement, products, "GFLOP/s", exact / 1e9)
-    made = sum(map(len, cropped)) / len(names)
-    if made:
-        amount = made * crop_flop(model, settings) / 1e9
-        timed(f"crops ({made:g})", reidentify, amount, "GFLOP/s", ceiling / 1e9)
+    num_crops = sum(map(len, cropped)) / len(names)
+    if num_crops:
+        amount = num_crops * crop_flop(model, settings) / 1e9
+        timed(f"crops ({num_crops:g})", reidentify, amount, "GFLOP/s", ceiling / 1e9)
     return rows
 
 

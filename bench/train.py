@@ -41,7 +41,7 @@ WORDS = {
 }
 
 
-def running(variant: str) -> RunConfig:
+def run_config(variant: str) -> RunConfig:
     """Return the settings of a variant such as "bf16", "fp32+contiguous" or "bf16+channels_last+compile".
 
     Settings that it does not name have the trainer's defaults.
@@ -111,7 +111,7 @@ class Task:
             objective(self.config),
             self.dataset,
             self.config.solver,
-            running(variant),
+            run_config(variant),
         )
 
 
@@ -132,18 +132,18 @@ class Reference:
 
 def watched(setting: Setting, task: Task, variant: str | None) -> Iterator[Outcome]:
     """Run iterations to measure their memory; variant None is the reference."""
-    way = Reference(setting, task) if variant is None else task.trainer(setting, variant)
+    version = Reference(setting, task) if variant is None else task.trainer(setting, variant)
     batches = task.batches()
     allow_tf32(variant)
     yield Outcome("")
     for _ in range(WATCHED):
-        way.iterate(batches)
+        version.iterate(batches)
         yield Outcome("")
 
 
 def allow_tf32(variant: str | None) -> None:
     """Set TF32 for a variant: trainers set it once per process, but variants alternate in one process."""
-    tf32 = variant is not None and running(variant).precision == "tf32"
+    tf32 = variant is not None and run_config(variant).precision == "tf32"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
@@ -155,7 +155,7 @@ def run(setting: Setting) -> dict:
     setting.limit_threads()
     variants = dict.fromkeys(setting.variants)
     for variant in variants:
-        running(variant)
+        run_config(variant)
     with measure.scratch() as folder:
         task = Task.make(folder, setting)
         batches = task.batches()
@@ -184,7 +184,7 @@ def run(setting: Setting) -> dict:
 
 
 def race(
-    setting: Setting, ways: dict[str | None, Trainer | Reference], batches: list[Batch], images: int
+    setting: Setting, versions: dict[str | None, Trainer | Reference], batches: list[Batch], images: int
 ) -> dict[str, dict[str, float]]:
     """Time one iteration of each version per round, and the matrix product in each precision.
 
@@ -192,12 +192,12 @@ def race(
         variant -> the rates of `bench.measure.compared`, and "matmul_gflop_per_s".
     """
 
-    def turn(variant: str | None, way: Trainer | Reference):
+    def turn(variant: str | None, version: Trainer | Reference):
         def taken(number: int) -> float:
             allow_tf32(variant)
             measure.synchronize(setting.kind)
             start = time.perf_counter()
-            way.iterate(batches)
+            version.iterate(batches)
             measure.synchronize(setting.kind)
             return (time.perf_counter() - start) / images
 
@@ -210,8 +210,8 @@ def race(
 
         return taken
 
-    turns = {f"iterate {variant}": turn(variant, way) for variant, way in ways.items()}
-    precisions = {variant: running(variant).precision for variant in ways if variant is not None}
+    turns = {f"iterate {variant}": turn(variant, version) for variant, version in versions.items()}
+    precisions = {variant: run_config(variant).precision for variant in versions if variant is not None}
     turns |= {f"matmul {precision}": ceiling(precision) for precision in precisions.values()}
     taken = measure.take_turns(turns, setting.rounds)
     return {

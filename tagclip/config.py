@@ -13,7 +13,7 @@ class TagSettings(Settings):
 
     affinity_layers: int | None = setting(
         3,
-        "blocks whose attention is averaged, counted back from the one before the last; COCO-Stuff: all",
+        "attention is averaged over this many blocks before the last; COCO-Stuff: all",
         least=1,
         none="all",
         aliases=["--averaged_blocks"],

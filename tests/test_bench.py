@@ -203,12 +203,12 @@ def test_training_losses_agree_with_the_reference(tmp_path, monkeypatch):
 
 
 def test_variant_selects_precision_and_options():
-    assert train.running("bf16") == RunConfig(precision="bf16")
-    chosen = train.running("tf32+contiguous+compile")
+    assert train.run_config("bf16") == RunConfig(precision="bf16")
+    chosen = train.run_config("tf32+contiguous+compile")
     assert chosen == RunConfig(precision="tf32", channels_last=False, compile=True)
     for wrong in ("fp64", "fp32+fast", ""):
         with pytest.raises(ValueError, match="--variants"):
-            train.running(wrong)
+            train.run_config(wrong)
 
 
 @pytest.mark.parametrize("slow", ["forward", "backward", "optimizer"])
@@ -231,7 +231,7 @@ def test_slow_stage_of_training_is_identified(slow, tmp_path, monkeypatch):
 
     trainer.objective = slowed
     if slow == "optimizer":
-        trainer.optimizer.register_step_post_hook(lambda *_: time.sleep(0.5))  # runs before the hook of `timed`
+        trainer.optimizer.register_step_post_hook(lambda *_: time.sleep(0.5))  # before the hook of `timed`
     stages = train.timed("cpu", trainer, batches)
     assert max(stages, key=stages.get) == slow and trainer.objective is slowed
     assert stages[slow] >= (0.5 if slow == "optimizer" else 1)  # two batches

@@ -55,8 +55,8 @@ def test_convert_maps_all_256_values():
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
     mask, unknown = prepare.convert(values)
     assert mask.dtype == np.uint8 and mask.shape == (16, 16)
-    for value, found in zip(values.ravel().tolist(), mask.ravel().tolist(), strict=True):
-        assert found == CLASS_INDEX.get(value + 1, 255)
+    for value, converted in zip(values.ravel().tolist(), mask.ravel().tolist(), strict=True):
+        assert converted == CLASS_INDEX.get(value + 1, 255)
     assert unknown == [*sorted(i - 1 for i in UNUSED_IDS), *range(182, 255)]
 
 
@@ -90,7 +90,7 @@ def run(copy, *flags, workers=1):
 
 
 def lines(table):
-    return "".join(" ".join([name, *map(str, found)]) + "\n" for name, found in table.items())
+    return "".join(" ".join([name, *map(str, class_ids)]) + "\n" for name, class_ids in table.items())
 
 
 def content(folder):

@@ -149,10 +149,10 @@ def test_state_dict_matches_the_reference():
     expected = golden("state_dict_keys.json")
     with torch.device("meta"):
         v2, v1 = build_v2(21), build_v1(91)
-    found = {key: list(value.shape) for key, value in v2.state_dict().items()}
-    assert list(found.items()) == list(expected["deeplabv2_resnet101_msc_21"].items())
+    shapes = {key: list(value.shape) for key, value in v2.state_dict().items()}
+    assert list(shapes.items()) == list(expected["deeplabv2_resnet101_msc_21"].items())
     shell = {key: list(value.shape) for key, value in v1.state_dict().items()}
-    body = {key.removeprefix("base."): shape for key, shape in found.items() if "aspp" not in key}
+    body = {key.removeprefix("base."): shape for key, shape in shapes.items() if "aspp" not in key}
     assert list(shell.items()) == [*body.items(), *expected["deeplabv1_resnet101_91_fc_only"].items()]
 
 

@@ -454,6 +454,6 @@ def test_torchrun_passes_all_flags_to_the_command(command, capsys):
     with pytest.raises(SystemExit):
         command(["--help"])
     flags = set(re.findall(r"--[a-z_-]+", capsys.readouterr().out))
-    theirs = {flag for action in get_args_parser()._actions for flag in action.option_strings}
-    caught = {flag for flag in flags if any(other.startswith(flag) for other in theirs)}
-    assert "--run_dir" in flags and caught == {"--run", "--help"}
+    torchrun_flags = {flag for action in get_args_parser()._actions for flag in action.option_strings}
+    rejected = {flag for flag in flags if any(other.startswith(flag) for other in torchrun_flags)}
+    assert "--run_dir" in flags and rejected == {"--run", "--help"}
