@@ -57,7 +57,7 @@ class Material:
 
         Raises:
             ValueError: on a CPU, the number of images is not a multiple of the threads. Threads finish images
-                together, so the last images would be timed wrongly.
+                together, so the time per image would be wrong.
         """
         if setting.kind == "cpu" and setting.images % setting.threads:
             raise ValueError(f"--images {setting.images} must be a multiple of --threads {setting.threads}")

@@ -37,7 +37,7 @@ def draw(setting: Setting, count: int) -> Task:
 
 
 def posteriors(setting: Setting, task: Task, preset: Preset = PRESET) -> Iterator[np.ndarray | torch.Tensor]:
-    """Yield our posteriors, (1 + K, H, W) float32 per image; on a GPU, inputs and outputs are there."""
+    """Yield our posteriors, (1 + K, H, W) float32 per image; with a GPU, inputs and outputs are on it."""
     step = AT_ONCE[setting.kind]
     for start in range(0, len(task[0]), step):
         images, probabilities = (items[start : start + step] for items in task)

@@ -32,7 +32,7 @@ def scene(random: np.random.Generator) -> bytes:
         shape = np.zeros((HEIGHT, WIDTH), np.uint8)
         cv2.ellipse(shape, center, axes, float(random.integers(180)), 0, 360, 1, -1)
         pixels[shape > 0] = random.normal(0, 60, 3)
-    for level in (3, 4, 5):  # amplitudes halve with the size, as in natural light
+    for level in (3, 4, 5):  # half the size, half the amplitude
         pixels += _waves(random, level, 50 / 2**level, 1)
     texture = _waves(random, 7, 40, 1) + random.normal(0, 40, (HEIGHT, WIDTH, 1)).astype(np.float32)
     places = cv2.resize(random.random((6, 8), np.float32), (WIDTH, HEIGHT))

@@ -37,7 +37,7 @@ def reference(setting: Setting, material: Material, names: list[str], output: Pa
 def run(setting: Setting) -> dict:
     """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns.
 
-    "ceiling_share" counts only the FLOP of the network, which dominate.
+    "ceiling_share" counts only the network, whose minimum of computation is by far the largest.
     """
     setting.limit_threads()
     with measure.scratch() as folder:

@@ -101,7 +101,7 @@ class Setting:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """Yield a temporary folder. It also has the cache of text features: random weights need no other."""
+    """Yield a temporary folder, which also caches text features: those of random weights are not reused."""
     previous = os.environ.get(CACHE)
     with tempfile.TemporaryDirectory() as folder:
         os.environ[CACHE] = f"{folder}/features"

@@ -138,8 +138,8 @@ def choose_ratio(
     positions = sorted(positions, reverse=True)
     count = round(setting.labels * len(refined))
     settings = replace(material.settings, ratio=(positions[count - 1] + positions[count]) / 2)
-    num_crops = sum(len(crops_of(scores, grid, settings)) for scores in refined)
-    return replace(material, settings=settings), num_crops / len(refined)
+    total = sum(len(crops_of(scores, grid, settings)) for scores in refined)
+    return replace(material, settings=settings), total / len(refined)
 
 
 def refine(

@@ -32,7 +32,7 @@ def rasterize(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, An
                 return rle_codec.encode(np.zeros(size, np.uint8, order="F"))
             return rle_codec.merge(rle_codec.frPyObjects(polygons, height, width))
         if tuple(shape["size"]) != (height, width):
-            raise ValueError(f"its size is {shape['size']}, that of the image {[height, width]}")
+            raise ValueError(f"its size is {shape['size']}, but the image is {[height, width]}")
         if isinstance(shape["counts"], list):
             if (pixels := sum(shape["counts"])) != height * width:
                 raise ValueError(f"its run lengths cover {pixels} pixels, the image has {height * width}")

@@ -198,7 +198,8 @@ def prepare(args: argparse.Namespace) -> int:
             raise ValueError(f"--annotations {file}: the {part} split was given before; give it once")
         images = images_of(args.root, part)
         if images and not images & instances.keys():
-            raise ValueError(f"--annotations {file} lists no image of {part.folder}: give its own file")
+            hint = f"give instances_{part.folder}.json"
+            raise ValueError(f"--annotations {file} lists no image of {part.folder}: {hint}")
         problems += prepare_split(part, args, instances)
         done.add(part)
         del instances

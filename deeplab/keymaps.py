@@ -90,7 +90,7 @@ def mxnet_key(key: str) -> str | None:
 
     The file is that of Wu et al., "Wider or Deeper".
     """
-    key = key.removeprefix("arg:").removeprefix("aux:")  # prefixes that mxnet.nd.load adds
+    key = key.removeprefix("arg:").removeprefix("aux:")  # prefixes of mxnet.nd.load
     match = re.fullmatch(r"(\w+?)_(weight|beta|gamma|moving_mean|moving_var)", key)
     if match is None:
         return None

@@ -68,7 +68,7 @@ class ASPP(nn.Module):
     def __init__(self, into: int, channels: int, rates: tuple[int, ...]):
         super().__init__()
         if not rates:
-            raise ValueError("model.rates is empty: the head requires at least one dilation rate")
+            raise ValueError("rates is empty: the head requires at least one dilation rate")
         for position, rate in enumerate(rates):
             branch = nn.Conv2d(into, channels, 3, padding=rate, dilation=rate)
             nn.init.normal_(branch.weight, std=0.01)

@@ -4,7 +4,7 @@
     ImageSets/Segmentation/{train,val,trainval}.txt   one id per line
     ImageSets/Captions/{train,val}.txt                id, tab, caption
 
-The same arguments give the same bytes. Train and val never share an image, whatever their seeds.
+The same arguments give the same bytes. Train and val never share an image, for any seeds.
 """
 import argparse
 import sys

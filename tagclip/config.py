@@ -86,7 +86,7 @@ class TagSettings(Settings):
         return range(layers - (self.voting_layers or layers), layers)
 
     def averaged(self, layers: int) -> range:
-        """Return the blocks whose attention is averaged: all but the last, if the tower has too few."""
+        """Return the blocks whose attention is averaged: up to `affinity_layers` blocks before the last."""
         last = layers - 1
         return range(0 if self.affinity_layers is None else max(0, last - self.affinity_layers), last)
 

@@ -37,7 +37,9 @@ def candidates(refined: Tensor, num_classes: int, ratio: float) -> list[int]:
     """Return the indices of the classes to crop, ascending.
 
     Args:
-        refined: (n, C); the first `num_classes` of the C names are classes, the others backgrounds."""
+        refined: (n, C); the first `num_classes` of the C names are classes, the others backgrounds.
+        ratio: see `TagSettings`.
+    """
     above = refined[:, :num_classes].amax(0) > candidate_threshold(refined, ratio)
     return above.nonzero().flatten().tolist()
 

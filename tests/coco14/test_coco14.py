@@ -107,7 +107,7 @@ def test_smallest_object_stays_visible_in_any_order(order):
     ("shape", "sentence"),
     [
         (None, "annotation 5 cannot be rasterized"),
-        ({"size": [3, 3], "counts": [9]}, r"its size is \[3, 3\], that of the image \[8, 10\]"),
+        ({"size": [3, 3], "counts": [9]}, r"its size is \[3, 3\], but the image is \[8, 10\]"),
         ({"size": [HEIGHT, WIDTH], "counts": [3]}, "its run lengths cover 3 pixels, the image has 80"),
         ({"counts": [3]}, "cannot be rasterized"),
         ([["a"] * 6], "cannot be rasterized"),
@@ -385,7 +385,8 @@ def test_2017_annotations_of_another_split_are_an_error(copy_2017, capsys):
     wrong.write_bytes(copy_2017.val.read_bytes())
     with pytest.raises(SystemExit):
         run(copy_2017, "--year", "2017", "--annotations", wrong)
-    assert "of_train2017.json lists no image of train2017: give its own file" in capsys.readouterr().err
+    message = "of_train2017.json lists no image of train2017: give instances_train2017.json"
+    assert message in capsys.readouterr().err
     assert not (copy_2017.masks / "train2017").exists()
 
 

@@ -86,7 +86,7 @@ def test_caffe_blocks_are_named_by_letters_or_numbers():
 def test_mxnet_keys_match_the_published_table():
     table = {key: name and f"backbone.{name}" for key, name in KEYS["mxnet_to_backbone"].items()}
     assert {key: mxnet_key(key) for key in table} == table
-    for prefix in ("arg:", "aux:"):  # prefixes that mxnet.nd.load adds
+    for prefix in ("arg:", "aux:"):  # prefixes of mxnet.nd.load
         assert [mxnet_key(prefix + key) for key in table] == [*table.values()]
     assert {*table.values()} - {None} == backbone(NET_B, "backbone.")
     assert mxnet_key("res4b12_branch2b1_weight") == "backbone.b4_12.conv_branch2b1.weight"

@@ -234,7 +234,7 @@ def test_only_grouped_parameters_and_live_statistics_change(build, network, froz
     ({"blocks": (3, 4, 23)}, "blocks must be four"),
     ({"blocks": (1, 1, 0, 1)}, "blocks must be four"),
     ({"scales": (0.5, 0)}, "scales must be positive"),
-    ({"rates": ()}, "at least one dilation rate"),
+    ({"rates": ()}, "rates is empty: the head requires at least one dilation rate"),
     ({"stride_in": "first"}, "stride_in must be one of reduce, conv3x3"),
 ])  # fmt: skip
 def test_invalid_network_settings_are_an_error(wrong, message):
