@@ -1,7 +1,7 @@
-# make setup   the Python environment .venv, once
-# make demo    runs/demo.sh: steps 0 to 3 on a drawn world in three minutes, and a page: output/demo/report.html
-# make tour    runs/tour.sh: the same, longer, with three networks to compare: output/tour/report.html
-# make test    lint, and all tests
+# make setup   creates the Python environment .venv; once
+# make demo    runs/demo.sh: steps 0 to 3 on a drawn world in three minutes; report: output/demo/report.html
+# make tour    runs/tour.sh: the same with more images, compares three networks; report: output/tour/report.html
+# make test    runs lint and all tests
 # make docs    writes the option tables of docs/ from the settings
 # make lint, make format, make clean
 
@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-# Looked up before .venv is first on the path, because it creates .venv.
+# The Python that creates .venv: found before .venv/bin is put first on PATH.
 PYTHON := $(or $(PYTHON),$(shell command -v python3))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PIP := .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -q
@@ -21,7 +21,7 @@ help:
 
 setup: .venv/installed
 
-# The stamp is newer than requirements.txt if and only if .venv holds what it lists. pydensecrf2 may fail to build.
+# The stamp is newer than requirements.txt if .venv contains all its packages. pydensecrf2 may fail to build.
 .venv/installed: requirements.txt
 	@[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo 'error: Python 3.10 or newer is required; select one: make PYTHON=/path/to/python3' >&2; exit 1; }
@@ -33,9 +33,9 @@ setup: .venv/installed
 	@grep '^pydensecrf2' requirements.txt > .venv/optional.txt
 	$(PIP) -r .venv/required.txt
 	@$(PIP) -r .venv/optional.txt 2> .venv/optional.log || { \
-		echo 'note: pydensecrf2 was not installed: it is built from source, which failed (.venv/optional.log).'; \
+		echo 'note: pydensecrf2 was not installed: building it from source failed (.venv/optional.log).'; \
 		echo '      Without it, --crf_backend pydensecrf and the tests that compare with it are unavailable.'; \
-		echo '      All steps run: their dense CRF is numba or torch. To add it, install a C++ compiler and the'; \
+		echo '      All steps run: their dense CRF uses numba or torch. To add it, install a C++ compiler and the'; \
 		echo '      Python headers (Debian, Ubuntu: apt install g++ python3-dev), then: .venv/bin/pip install pydensecrf2'; }
 	@touch $@
 

@@ -1,1 +1,1 @@
-"""How fast, against what: python -m bench --help"""
+"""Benchmarks of speed and memory: python -m bench --help"""

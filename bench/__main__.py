@@ -1,4 +1,4 @@
-"""python -m bench cams|crf|eval|pipeline|tags|train: speed and memory beside the public projects' way."""
+"""python -m bench cams|crf|eval|pipeline|tags|train: speed and memory, compared with a reference."""
 
 import json
 from pathlib import Path
@@ -15,45 +15,47 @@ from segmentation.inference import PRECISIONS
 SUBCOMMANDS = {
     "cams": cams, "crf": crf, "eval": evaluation, "pipeline": fused, "tags": tags, "train": train
 }  # fmt: skip
-TRAINING = ("network", "width", "crop", "batch", "accumulate", "variants")  # train's settings, ...
-NOT_TRAINING = ("precision", "images", "model", "backend")  # ... and those of all the others
+TRAINING = ("network", "width", "crop", "batch", "accumulate", "variants")  # settings of train only, ...
+NOT_TRAINING = ("precision", "images", "model", "backend")  # ... and of all other subcommands only
 
 
 def main() -> int:
-    usual = Setting()
+    defaults = Setting()
     parser = Parser(
         prog="python -m bench",
-        description="How fast a step is, in how much memory, beside the public way of doing it, which takes "
-        "turns with it; and how near the machine's ceiling its stages come. "
+        description="Measure speed and memory of a step, alternating with a plain version that works like "
+        "the reference implementation, and the fraction of the machine's peak rate that each stage reaches. "
         + " ".join(f"{name}: {module.__doc__}" for name, module in SUBCOMMANDS.items()),
     )
     flag = parser.add_argument
     flag("what", choices=SUBCOMMANDS, help="the step to measure")
-    flag("--device", default=usual.device, help="auto, cpu, cuda or cuda:i")
-    flag("--precision", choices=clip.PRECISIONS, default=usual.precision, help="of the image tower; the "
-         "public way stays float32. For train see --variants")  # fmt: skip
-    flag("--threads", type=int, default=usual.threads, help="CPU threads of PyTorch and OpenCV")
-    flag("--images", type=int, default=usual.images, help="images timed in a round (cams, pipeline, "
+    flag("--device", default=defaults.device, help="auto, cpu, cuda or cuda:i")
+    flag("--precision", choices=clip.PRECISIONS, default=defaults.precision, help="precision of the "
+         "image tower; the reference uses float32. For train see --variants")  # fmt: skip
+    flag("--threads", type=int, default=defaults.threads, help="CPU threads of PyTorch and OpenCV")
+    flag("--images", type=int, default=defaults.images, help="images timed per round (cams, pipeline, "
          "tags on a CPU: a multiple of --threads; a GPU needs thousands); train times "
          "one iteration")  # fmt: skip
-    flag("--rounds", type=int, default=usual.rounds, help="turns of both ways; medians are reported")
-    flag("--labels", type=float, default=usual.labels, help="labels per image, on average: VOC12 has 1.5, "
-         "COCO14 2.9; of tags: crops")  # fmt: skip
-    flag("--model", metavar="FILE", help="a ViT for clip.load (without it: random weights, ViT-B/16's shape)")
-    flag("--backend", default=usual.backend, help="of the dense CRF")
-    flag("--network", choices=NETWORKS, default=usual.network, help="that train trains")
-    flag("--width", type=count, default=usual.width, help="of the network: channels of its first convolution")
-    flag("--crop", type=count, help="side of a training sample (without it: as published)")
-    flag("--batch", type=count, help="images of a batch (without it: 1 on a CPU, 5 on a GPU)")
-    flag("--accumulate", type=count, help="batches of an iteration (without it: 1 on a CPU, 2 on a GPU)")
-    flag("--variants", nargs="+", metavar="WORD", default=usual.variants, help="how train computes: one or "
-         f"more of {', '.join(PRECISIONS)}, each followed by any of +{', +'.join(train.WORDS)}")  # fmt: skip
-    flag("--json", metavar="FILE", help="write the figures to this file as well")
+    flag("--rounds", type=int, default=defaults.rounds, help="rounds; each runs both versions "
+         "once, and the medians are reported")  # fmt: skip
+    flag("--labels", type=float, default=defaults.labels, help="mean labels per image (VOC12 has 1.5, "
+         "COCO14 2.9); for tags, crops per image")  # fmt: skip
+    flag("--model", metavar="FILE", help="checkpoint of a ViT (default: random weights, ViT-B/16's shape)")
+    flag("--backend", default=defaults.backend, help="backend of the dense CRF")
+    flag("--network", choices=NETWORKS, default=defaults.network, help="network of train")
+    flag("--width", type=count, default=defaults.width, help="channels of the network's first convolution")
+    flag("--crop", type=count, help="side of a training sample in pixels (default: as published)")
+    flag("--batch", type=count, help="images per batch (default: 1 on a CPU, 5 on a GPU)")
+    flag("--accumulate", type=count, help="batches per iteration (default: 1 on a CPU, 2 on a GPU)")
+    flag("--variants", nargs="+", metavar="WORD", default=defaults.variants, help="precision and options "
+         f"of train: one or more of {', '.join(PRECISIONS)}, each followed by any of "
+         f"+{', +'.join(train.WORDS)}")  # fmt: skip
+    flag("--json", metavar="FILE", help="also write the figures to FILE")
     args = vars(parser.parse_args())
     what, file = args.pop("what"), args.pop("json")
     others = NOT_TRAINING if what == "train" else TRAINING
-    told = {key: value for key, value in args.items() if key not in others}
-    result = {"what": what, **told, **SUBCOMMANDS[what].run(Setting(**args))}
+    settings = {key: value for key, value in args.items() if key not in others}
+    result = {"what": what, **settings, **SUBCOMMANDS[what].run(Setting(**args))}
     print(table(result))
     if file:
         Path(file).write_text(json.dumps(result, indent=2) + "\n")

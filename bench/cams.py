@@ -30,21 +30,21 @@ from segmentation.labels import LabelReader, from_file
 
 VIT_B16 = Config(512, 224, 12, 768, 16, 77, 49408, 512, 12)
 BENCHMARK = voc12.BENCHMARK
-PREFETCH = PREFETCHED_BATCHES * MAX_BATCH  # images that a GPU finishes together
-REFERENCE_IMAGES = 8  # at most in a round: on a GPU ours makes hundreds while the reference makes ten
-WATCHED = {"cpu": 8, "cuda": 3 * PREFETCH}  # images of ours made while memory is watched, ...
-REFERENCE_WATCHED = 3  # ... and of the reference, which does not go ahead
-STAGED = {"cpu": 1, "cuda": 16}  # images at once when stages are timed
+PREFETCH = PREFETCHED_BATCHES * MAX_BATCH  # number of images that a GPU finishes at the same time
+REFERENCE_IMAGES = 8  # maximum per round: on a GPU our step is tens of times faster
+WATCHED = {"cpu": 8, "cuda": 3 * PREFETCH}  # images of our step while memory is measured, ...
+REFERENCE_WATCHED = 3  # ... and of the reference, which does not prefetch
+STAGED = {"cpu": 1, "cuda": 16}  # batch size when stages are timed
 
 
 @dataclass(frozen=True)
 class Material:
-    """What both ways start from.
+    """Inputs of both versions.
 
     Attributes:
-        folder: of `images` and `labels.txt`; outputs go to folders in it.
-        model: a checkpoint.
-        names: image ids, those that warm up first.
+        folder: contains `images` and `labels.txt`; outputs go to folders in it.
+        model: checkpoint file.
+        names: image ids; the first ones are for the warm-up.
     """
 
     folder: Path
@@ -56,7 +56,8 @@ class Material:
         """Draw the images, and the weights if no model is given.
 
         Raises:
-            ValueError: the threads of a CPU, whose images end together, do not share the images evenly.
+            ValueError: on a CPU, the number of images is not a multiple of the threads. Threads finish images
+                together, so the time per image would be wrong.
         """
         if setting.kind == "cpu" and setting.images % setting.threads:
             raise ValueError(f"--images {setting.images} must be a multiple of --threads {setting.threads}")
@@ -75,11 +76,11 @@ class Material:
         return self.folder / "images" / f"{name}.jpg"
 
     def timed(self, setting: Setting) -> list[str]:
-        """The images of a round; those that warm up come first."""
+        """Return the images of a round, with those of the warm-up first."""
         return self.names[: _warm(setting) + setting.images]
 
     def step(self, setting: Setting, output: Path | None) -> CamStep:
-        """Return our step, which writes compact files; without `output` it keeps no CAMs."""
+        """Return our step, which writes compact CAM files; without `output` it writes none."""
         return CamStep(
             benchmark=BENCHMARK,
             image_root=str(self.folder / "images"),
@@ -92,28 +93,28 @@ class Material:
         )
 
     def load(self, device: str, precision: str) -> tuple[CLIP, Tensor, Tensor]:
-        """The model, and text features of the classes (20, E) and backgrounds (M, E)."""
+        """Return the model, and text features of the classes (20, E) and backgrounds (M, E)."""
         model = clip.load(self.model, device, precision)
         text = clip.text_features(model, BENCHMARK.prompts, BENCHMARK.templates)
         return model, text, clip.text_features(model, BENCHMARK.backgrounds, BENCHMARK.templates)
 
 
 def _warm(setting: Setting) -> int:
-    """Images made before time counts: as many as are finished together. A CPU makes one in each thread."""
+    """Return the number of images before timing: those that finish together, on a CPU one per thread."""
     return setting.threads if setting.kind == "cpu" else PREFETCH
 
 
-# What a subcommand compares: writes a file for each of `names` to `output`, and yields outcomes.
-Way = Callable[[Setting, Material, list[str], Path], Iterator[Outcome]]
+# A version to compare (ours or reference): writes a file to `output` per name, and yields outcomes.
+Version = Callable[[Setting, Material, list[str], Path], Iterator[Outcome]]
 
 
 def ours(setting: Setting, material: Material, names: list[str], output: Path) -> Iterator[Outcome]:
-    """This project's way."""
+    """Run our step 1."""
     return run_step(names, 0, material.step(setting, output))
 
 
 def reference(setting: Setting, material: Material, names: list[str], output: Path) -> Iterator[Outcome]:
-    """The public way, in float32 whatever the setting."""
+    """Run the reference in float32, with any `setting.precision`."""
     model, text, backgrounds = material.load(setting.device, "fp32")
     labels = material.labels()
     output.mkdir(exist_ok=True)
@@ -137,12 +138,14 @@ def run(setting: Setting) -> dict:
     return result
 
 
-def race(setting: Setting, material: Material, ours: Way, reference: Way) -> tuple[dict, list[str], float]:
-    """Time two ways of one step in turns, then watch the memory of each.
+def race(
+    setting: Setting, material: Material, ours: Version, reference: Version
+) -> tuple[dict, list[str], float]:
+    """Time two versions of one step alternately, then measure the memory of each.
 
     Returns:
-        the figures; the images that both have made, in the folders `ours0` and `reference`; and FLOP/s of
-        a large matrix product, measured in the same rounds.
+        The figures; the names of the images that both have finished, in the folders `ours0` and `reference`;
+        and FLOP/s of a large matrix product, measured in the same rounds.
     """
     names, warm = material.timed(setting), _warm(setting)
     few = names[warm:][:REFERENCE_IMAGES]
@@ -166,15 +169,15 @@ def race(setting: Setting, material: Material, ours: Way, reference: Way) -> tup
     taken = measure.take_turns(turns, setting.rounds)
     result = measure.compared(taken["ours"], taken["reference"])
     counts = {"": WATCHED[setting.kind], "reference_": REFERENCE_WATCHED}
-    for (prefix, count), way in zip(counts.items(), (ours, reference), strict=True):
+    for (prefix, count), version in zip(counts.items(), (ours, reference), strict=True):
         watched = material.folder / f"{prefix}watched"
-        peak = measure.peak_memory(way, setting, material, material.names[:count], watched)
+        peak = measure.peak_memory(version, setting, material, material.names[:count], watched)
         result |= {f"{prefix}peak_{key}": value for key, value in peak.items()}
     return result, few, 1 / statistics.median(taken["ceiling"])
 
 
 def network_share(setting: Setting, model: CLIP, rate: float, ceiling: float) -> dict[str, float]:
-    """What the network must compute at the least for an image, and the share of the machine that this is."""
+    """Return the minimum of FLOP per image, and the fraction of the machine's peak rate that is reached."""
     grid = [side // model.visual.patch_size for side in _size(model)]
     flop = model.visual.layers * block_flop(model, grid) + setting.labels * gradient_flop(model, grid)
     return {
@@ -186,14 +189,16 @@ def network_share(setting: Setting, model: CLIP, rate: float, ceiling: float) ->
 
 
 def block_flop(model: CLIP, grid: tuple[int, int]) -> float:
-    """Of one transformer block: qkv, output and MLP matrices on L tokens of width C, and attention."""
+    """Return the FLOP of a block: qkv, output and MLP matrices on L tokens of width C, and attention."""
     tokens, width = 1 + grid[0] * grid[1], model.visual.proj.shape[0]
     return 24 * tokens * width**2 + 4 * tokens**2 * width
 
 
 def gradient_flop(model: CLIP, grid: tuple[int, int]) -> float:
-    """Of one label's gradient in closed form: back through the MLP's first matrix, the attention's output
-    matrix and the attention."""
+    """Return the FLOP of one label's gradient in closed form.
+
+    It goes back through the first matrix of the MLP, the output matrix of the attention, and the attention.
+    """
     patches, width = grid[0] * grid[1], model.visual.proj.shape[0]
     return 2 * patches * (4 * width**2 + width**2 + (1 + patches) * width)
 
@@ -201,7 +206,7 @@ def gradient_flop(model: CLIP, grid: tuple[int, int]) -> float:
 def stages(
     setting: Setting, material: Material, network: tuple[CLIP, Tensor, Tensor], ceiling: float
 ) -> list[dict]:
-    """Time the stages of step 1 one by one, each from what the one before has left.
+    """Time the stages of step 1, each on the output of the stage before.
 
     Args:
         network: see `Material.load`.
@@ -243,7 +248,8 @@ def stages(
         masks = box_masks(cams, BENCHMARK.box_threshold)
         return min_max_normalize(refine(cams, attention, masks)).cpu().numpy()
 
-    # Over the n x n matrix: a sum and a division, by columns and by rows; the symmetric mean; two products.
+    # Passes over the n x n matrix: Sinkhorn (a sum and a division, by columns and by rows), the symmetric
+    # mean, two products.
     passes = SINKHORN_ITERATIONS * 6 + 5 + 2
     moved = passes * 4 * attention.shape[-1] ** 2
     copied = measure.copy_rate(kind) / 1e9
@@ -261,19 +267,21 @@ def stages(
 
 
 def _size(model: CLIP) -> tuple[int, int]:
-    """(H', W') of the benchmark's images."""
+    """Return the network size (H', W') of the drawn images."""
     return clip.target_size(data.HEIGHT, data.WIDTH, model.visual.patch_size)
 
 
 def _agreement(folder: Path, name: str) -> float:
-    """Share of pixels at which the CAMs of both ways, after 1 - the highest for the background, have the
-    same label."""
+    """Return the fraction of pixels with equal labels in both versions.
+
+    A label is the argmax of the CAMs and of 1 - their maximum for the background.
+    """
     _, maps = camfile.read(folder / "ours0", name)
     _, theirs = read_cams(folder / "reference" / f"{name}.npy")
     return float((_labels(maps) == _labels(theirs)).mean())
 
 
 def _labels(maps: np.ndarray) -> np.ndarray:
-    """(K, H, W) -> (H, W)."""
+    """Return the labels (H, W) of CAMs (K, H, W)."""
     maps = maps.astype(np.float32)
     return np.concatenate([1 - maps.max(0, keepdims=True), maps]).argmax(0)

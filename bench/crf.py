@@ -16,16 +16,16 @@ from refinement.densecrf import PRESETS, Preset, densecrf_batch
 from segmentation.camfile import resize
 
 PRESET = PRESETS["clip_es"]
-AT_ONCE = {"cpu": 1, "cuda": 16}  # images
-REFERENCE_IMAGES = 8  # at most in a round
-LATTICE_BYTES = 8 * (3 + 6)  # of a pixel: index and weight of 3 corners of the one lattice, 6 of the other
-PASSES = 4  # of an iteration over the posterior: read by both kernels, energies read, posterior written
+AT_ONCE = {"cpu": 1, "cuda": 16}  # images per batch
+REFERENCE_IMAGES = 8  # maximum per round
+LATTICE_BYTES = 8 * (3 + 6)  # per pixel: index and weight of 3 + 6 corners in the two lattices
+PASSES = 4  # per iteration over the posterior: two kernels and the energies read, the posterior written
 
 Task = tuple[list[np.ndarray], list[np.ndarray]]  # images (H, W, 3) uint8, probabilities (1 + K, H, W)
 
 
 def draw(setting: Setting, count: int) -> Task:
-    """Images, and CAMs with a background in front."""
+    """Return drawn images, and CAMs with a background channel first."""
     random = np.random.default_rng(0)
     images, probabilities = [], []
     for index in range(count):
@@ -37,61 +37,61 @@ def draw(setting: Setting, count: int) -> Task:
 
 
 def posteriors(setting: Setting, task: Task, preset: Preset = PRESET) -> Iterator[np.ndarray | torch.Tensor]:
-    """This project's way: (1 + K, H, W) float32 each. On a GPU everything lies there already."""
+    """Yield our posteriors, (1 + K, H, W) float32 per image; with a GPU, inputs and outputs are on it."""
     step = AT_ONCE[setting.kind]
     for start in range(0, len(task[0]), step):
         images, probabilities = (items[start : start + step] for items in task)
         yield from densecrf_batch(images, probabilities, preset, setting.backend)
 
 
-def placed(setting: Setting, task: Task) -> Task:
-    """The task where it is computed: arrays on a CPU, tensors on a GPU."""
+def to_device(setting: Setting, task: Task) -> Task:
+    """Return the task on its device: arrays for a CPU, tensors for a GPU."""
     if setting.kind == "cpu":
         return task
     return tuple([torch.from_numpy(array).to(setting.device) for array in arrays] for arrays in task)
 
 
 def watched(setting: Setting, count: int) -> Iterator[Outcome]:
-    """`posteriors` of drawn images, for their memory to be watched."""
-    for _ in posteriors(setting, placed(setting, draw(setting, count))):
+    """Compute `posteriors` of drawn images, to measure the memory."""
+    for _ in posteriors(setting, to_device(setting, draw(setting, count))):
         yield Outcome("")
 
 
 def run(setting: Setting) -> dict:
     """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns.
 
-    "largest_difference" is that of any posterior.
+    "largest_difference" is the largest absolute difference of posteriors.
     """
     setting.limit_threads()
-    public = replace(setting, device="cpu", backend="pydensecrf")
+    reference = replace(setting, device="cpu", backend="pydensecrf")
     drawn = draw(setting, setting.images)
-    task = placed(setting, drawn)
+    task = to_device(setting, drawn)
     few: Task = tuple(items[:REFERENCE_IMAGES] for items in drawn)
     warm: Task = tuple(items[: AT_ONCE[setting.kind]] for items in task)
-    list(posteriors(setting, warm))  # compiles what is compiled
-    found = {}
+    list(posteriors(setting, warm))  # compiles the CRF
+    outputs = {}
 
     def ours_in(number: int) -> float:
-        measure.synchronise(setting.kind)
+        measure.synchronize(setting.kind)
         start = time.perf_counter()
-        found["ours"] = list(posteriors(setting, task))
-        measure.synchronise(setting.kind)
+        outputs["ours"] = list(posteriors(setting, task))
+        measure.synchronize(setting.kind)
         return (time.perf_counter() - start) / setting.images
 
     def reference_in(number: int) -> float:
         start = time.perf_counter()
-        found["reference"] = list(posteriors(public, few))
+        outputs["reference"] = list(posteriors(reference, few))
         return (time.perf_counter() - start) / len(few[0])
 
     taken = measure.take_turns({"ours": ours_in, "reference": reference_in}, setting.rounds)
     result = measure.compared(taken["ours"], taken["reference"])
-    ours = [torch.as_tensor(posterior).cpu().numpy() for posterior in found["ours"][: len(few[0])]]
-    pairs = list(zip(ours, found["reference"], strict=True))
+    ours = [torch.as_tensor(posterior).cpu().numpy() for posterior in outputs["ours"][: len(few[0])]]
+    pairs = list(zip(ours, outputs["reference"], strict=True))
     result["label_agreement"] = float(np.mean([(a.argmax(0) == b.argmax(0)).mean() for a, b in pairs]))
     result["largest_difference"] = float(max(np.abs(a - b).max() for a, b in pairs))
     count = 1 + AT_ONCE[setting.kind]
-    for prefix, way in (("", setting), ("reference_", public)):
-        peak = measure.peak_memory(watched, way, count)
+    for prefix, version in (("", setting), ("reference_", reference)):
+        peak = measure.peak_memory(watched, version, count)
         result |= {f"{prefix}peak_{key}": value for key, value in peak.items()}
     result["stages"] = stages(setting, warm)
     whole = result["stages"][-1]
@@ -101,16 +101,16 @@ def run(setting: Setting) -> dict:
 
 
 def stages(setting: Setting, task: Task) -> list[dict]:
-    """Time building the lattices, and that with the iterations; bytes are what they must move at the least.
+    """Time building the lattices, with and without the iterations. Bytes are the minimum of memory traffic.
 
-    The difference is not told: of two times that are measured apart, it can be below 0.
+    The difference is not reported: the two times are measured separately, so it could be negative.
     """
     kind, count = setting.kind, len(task[0])
     copied = measure.copy_rate(kind) / 1e9
     channels = sum(len(maps) for maps in task[1]) / count
     pixels = data.HEIGHT * data.WIDTH
     built = pixels * LATTICE_BYTES
-    each = built + pixels * 4 * PASSES * channels  # the lattices are read again in every iteration
+    each = built + pixels * 4 * PASSES * channels  # every iteration reads the lattices
 
     def line(name: str, iterations: int) -> dict:
         preset = replace(PRESET, iterations=iterations)

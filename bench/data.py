@@ -1,4 +1,4 @@
-"""What is measured on: random JPEGs, labels, masks and CAMs."""
+"""Inputs of the benchmarks: random JPEGs, labels, masks and CAMs."""
 
 import io
 import math
@@ -13,36 +13,38 @@ from segmentation import camfile
 from segmentation.benchmark import IGNORE, voc_palette
 from segmentation.masks import write_mask
 
-HEIGHT, WIDTH = 375, 500  # VOC's usual image
-GRID = (24, 32)  # its patches of 16 x 16
+HEIGHT, WIDTH = 375, 500  # most frequent image size in VOC
+GRID = (24, 32)  # number of its patches of 16 x 16 pixels
 CLASSES = 20
-DISTINCT = 64  # pictures that differ; more images than that repeat them
-SHAPES = 20
+DISTINCT = 64  # number of different images; further images repeat them
+SHAPES = 20  # ellipses per image
 
 
 def scene(random: np.random.Generator) -> bytes:
-    """A JPEG with what costs a codec, a resize and a dense CRF time as in a photograph: shapes of one colour
-    under slowly changing light, and texture in places."""
-    picture = _waves(random, 2, 12, 3)
+    """Return a random JPEG that costs a codec, a resize and a dense CRF as much time as a photograph.
+
+    It shows ellipses of one color each, under slowly varying light, and texture in some places.
+    """
+    pixels = _waves(random, 2, 12, 3)
     for _ in range(SHAPES):
-        centre = (int(random.integers(WIDTH)), int(random.integers(HEIGHT)))
+        center = (int(random.integers(WIDTH)), int(random.integers(HEIGHT)))
         axes = (int(random.integers(20, 120)), int(random.integers(20, 120)))
         shape = np.zeros((HEIGHT, WIDTH), np.uint8)
-        cv2.ellipse(shape, centre, axes, float(random.integers(180)), 0, 360, 1, -1)
-        picture[shape > 0] = random.normal(0, 60, 3)
-    for level in (3, 4, 5):  # halved in size, the light changes half as much
-        picture += _waves(random, level, 50 / 2**level, 1)
+        cv2.ellipse(shape, center, axes, float(random.integers(180)), 0, 360, 1, -1)
+        pixels[shape > 0] = random.normal(0, 60, 3)
+    for level in (3, 4, 5):  # half the size, half the amplitude
+        pixels += _waves(random, level, 50 / 2**level, 1)
     texture = _waves(random, 7, 40, 1) + random.normal(0, 40, (HEIGHT, WIDTH, 1)).astype(np.float32)
     places = cv2.resize(random.random((6, 8), np.float32), (WIDTH, HEIGHT))
-    picture += texture * places[..., None] ** 2
+    pixels += texture * places[..., None] ** 2
     stream = io.BytesIO()
-    image = Image.fromarray(np.clip(picture + 120, 0, 255).astype(np.uint8))
+    image = Image.fromarray(np.clip(pixels + 120, 0, 255).astype(np.uint8))
     image.save(stream, "JPEG", quality=90)
     return stream.getvalue()
 
 
 def _waves(random: np.random.Generator, level: int, amplitude: float, channels: int) -> np.ndarray:
-    """(H, W, channels) float32 that varies 2 ** (level + 1) times along its longer side."""
+    """Return noise (H, W, channels) float32 with 2 ** (level + 1) random values along the longer side."""
     size = (3 * 2 ** (level - 1), 4 * 2 ** (level - 1), channels)
     coarse = random.normal(0, amplitude, size).astype(np.float32)
     smooth = cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
@@ -50,13 +52,13 @@ def _waves(random: np.random.Generator, level: int, amplitude: float, channels: 
 
 
 def labels_of(index: int, mean: float) -> list[int]:
-    """Classes of image `index`: so many that any run of images has about `mean` of them each."""
+    """Return the classes of image `index`; consecutive images have about `mean` of them on average."""
     count = math.floor((index + 1) * mean) - math.floor(index * mean)
     return [(3 * index + 7 * label) % CLASSES for label in range(count)]
 
 
 def write_images(folder: Path, count: int, mean: float) -> list[str]:
-    """Write `count` JPEGs and their labels, `labels.txt`; returns their names."""
+    """Write `count` JPEGs and their labels, `labels.txt`; return the names."""
     random = np.random.default_rng(0)
     names = [f"{index:06}" for index in range(count)]
     encoded = []
@@ -74,7 +76,7 @@ def write_images(folder: Path, count: int, mean: float) -> list[str]:
 
 
 def random_cams(random: np.random.Generator, labels: int) -> np.ndarray:
-    """(K, h, w) float32 in [0, 1] on the patch grid: a few bumps each, as CAMs have."""
+    """Return random CAMs (K, h, w) float32 in [0, 1] on the patch grid, with a few smooth maxima each."""
     noise = random.random((labels, *GRID), np.float32)
     smooth = np.stack([cv2.GaussianBlur(plane, (0, 0), 2.5) for plane in noise])
     smooth -= smooth.min((1, 2), keepdims=True)
@@ -82,8 +84,10 @@ def random_cams(random: np.random.Generator, labels: int) -> np.ndarray:
 
 
 def write_cams(folder: Path, count: int, mean: float) -> list[str]:
-    """Write CAM files in both formats, `compact` and `full`, and ground truth, `truth`, in which a CAM is
-    right about its class more often than not; returns the names."""
+    """Write CAM files (folders `compact` and `full`) and ground truth (folder `truth`); return the names.
+
+    The CAMs agree with the ground truth on more than half of the pixels.
+    """
     random = np.random.default_rng(0)
     names = [f"{index:06}" for index in range(count)]
     for index, name in enumerate(names):

@@ -18,54 +18,54 @@ from segmentation.masks import read_mask
 
 BENCHMARK = voc12.BENCHMARK
 EXPONENTS = (1.0, 2.0)
-GROWTH = 4  # memory is watched for this many times the images as well
+GROWTH = 4  # memory is also measured for this multiple of the images
 
 
 def ours(
     setting: Setting, folder: Path, names: Sequence[str], format: str = "compact"
 ) -> Iterator[Outcome]:
-    """This project's way; the generator returns what `Evaluation.finish` does."""
+    """Run our step 2a; the generator returns the value of `Evaluation.finish`."""
     step = Evaluation(BENCHMARK, str(folder / format), str(folder / "truth"), backgrounds=EXPONENTS)
     return run_step(names, 0, step)
 
 
 def reference(setting: Setting, folder: Path, names: Sequence[str]) -> Iterator[list[np.ndarray]]:
-    """The public way, after one image to warm up."""
-    for some in (names[:1], names):
-        yield reference_evaluation(some, folder / "full", folder / "truth", EXPONENTS, BENCHMARK.channels)
+    """Run the reference: first on one image as warm-up, then on all."""
+    for part in (names[:1], names):
+        yield reference_evaluation(part, folder / "full", folder / "truth", EXPONENTS, BENCHMARK.channels)
 
 
 def run(setting: Setting) -> dict:
     """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns.
 
-    "full_images_per_s" and "full_speedup" are of our way on the reference's files, and
-    "peak_memory_4n_mb" of 4 times the images.
+    "full_images_per_s" and "full_speedup" are those of our step on the reference's full CAM files.
+    "peak_memory_4n_mb" is for 4 times as many images.
     """
     setting.limit_threads()
     with measure.scratch() as folder:
         names = data.write_cams(folder, setting.images, setting.labels)
-        found = {}
+        matrices = {}
 
-        def way(name: str, work: Callable[[], list[np.ndarray]]) -> Callable[[int], float]:
+        def version(name: str, work: Callable[[], list[np.ndarray]]) -> Callable[[int], float]:
             work()  # warms up
 
             def in_turn(number: int) -> float:
                 start = time.perf_counter()
-                found[name] = work()
+                matrices[name] = work()
                 return (time.perf_counter() - start) / len(names)
 
             return in_turn
 
         turns = {
-            "compact": way("compact", lambda: _matrices(ours(setting, folder, names))),
-            "full": way("full", lambda: _matrices(ours(setting, folder, names, "full"))),
-            "reference": way("reference", lambda: list(reference(setting, folder, names))[-1]),
+            "compact": version("compact", lambda: _matrices(ours(setting, folder, names))),
+            "full": version("full", lambda: _matrices(ours(setting, folder, names, "full"))),
+            "reference": version("reference", lambda: list(reference(setting, folder, names))[-1]),
         }
         taken = measure.take_turns(turns, setting.rounds)
         result = measure.compared(taken["compact"], taken["reference"])
         full = measure.compared(taken["full"], taken["reference"])
         result |= {f"full_{key}": full[key] for key in ("images_per_s", "speedup")}
-        result["label_agreement"] = _agreement(found["compact"], found["reference"])
+        result["label_agreement"] = _agreement(matrices["compact"], matrices["reference"])
         for prefix, work in (("", ours), ("reference_", reference)):
             for suffix, times in (("", 1), (f"_{GROWTH}n", GROWTH)):
                 peak = measure.peak_memory(work, setting, folder, names * times)
@@ -79,7 +79,7 @@ def stages(folder: Path, name: str) -> tuple[list[dict], float]:
     """Time the stages for one image.
 
     Returns:
-        the stages, and the seconds that a copy of the full-size maps and the ground truth takes.
+        The stages, and the seconds for a copy of the full-size maps and the ground truth.
     """
     copied = measure.copy_rate("cpu")
     truth = read_mask(folder / "truth" / f"{name}.png")
@@ -106,6 +106,6 @@ def _matrices(outcomes: Iterator[Outcome]) -> list[np.ndarray]:
 
 
 def _agreement(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """Share of pixels that the confusion matrices of both ways count alike."""
+    """Return the fraction of pixels that both confusion matrices count in the same cell."""
     pairs = [np.minimum(a, b).sum() / b.sum() for a, b in zip(ours, theirs, strict=False)]
     return float(min(pairs))

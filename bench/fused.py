@@ -19,13 +19,13 @@ from segmentation.masks import read_mask, write_mask
 
 
 def ours(setting: Setting, material: Material, names: list[str], output: Path) -> Iterator[Outcome]:
-    """This project's way: nothing but masks is written."""
+    """Run our fused steps 1 and 2b, which write only masks."""
     masks = MaskSettings(crf_backend=setting.backend).on(setting.kind)
     return run_step(names, 0, FusedStep(material.step(setting, None), masks, str(output)))
 
 
 def reference(setting: Setting, material: Material, names: list[str], output: Path) -> Iterator[Outcome]:
-    """The public way: full-size CAM files on disk between the two steps."""
+    """Run the reference, which writes full-size CAM files between the two steps."""
     output.mkdir(exist_ok=True)
     between = material.folder / f"{output.name}_cams"
     for outcome in cams.reference(setting, material, names, between):
@@ -37,7 +37,7 @@ def reference(setting: Setting, material: Material, names: list[str], output: Pa
 def run(setting: Setting) -> dict:
     """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns.
 
-    "ceiling_share" is of the network alone, the only part that must take long.
+    "ceiling_share" counts only the network, whose minimum of computation is by far the largest.
     """
     setting.limit_threads()
     with measure.scratch() as folder:
@@ -47,19 +47,19 @@ def run(setting: Setting) -> dict:
         network = material.load(setting.device, setting.precision)
         result |= cams.network_share(setting, network[0], result["images_per_s"], ceiling)
         result["stages"] = cams.stages(setting, material, network, ceiling)
-        task = crf.placed(setting, crf.draw(setting, crf.AT_ONCE[setting.kind]))
+        task = crf.to_device(setting, crf.draw(setting, crf.AT_ONCE[setting.kind]))
         result["stages"] += crf.stages(setting, task)
         result["stages"].append(_writing(folder, read_mask(folder / "ours0" / f"{done[0]}.png")))
     return result
 
 
 def _writing(folder: Path, mask: np.ndarray) -> dict:
-    """The stage that writes a mask."""
+    """Return the stage of writing a mask."""
     taken = measure.seconds(lambda: write_mask(folder / "stage.png", mask, BENCHMARK.palette))
     return measure.stage("write the mask", taken, mask.nbytes / 1e9, "GB/s", measure.copy_rate("cpu") / 1e9)
 
 
 def _agreement(folder: Path, name: str) -> float:
-    """Share of pixels that both ways give the same value, 255 being one."""
-    masks = (read_mask(folder / way / f"{name}.png") for way in ("ours0", "reference"))
+    """Return the fraction of pixels with equal values in both masks; 255 counts as a value."""
+    masks = (read_mask(folder / version / f"{name}.png") for version in ("ours0", "reference"))
     return float(np.equal(*masks).mean())

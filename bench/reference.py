@@ -1,10 +1,10 @@
-"""The public CLIP-ES, one image and one label at a time: for measuring only.
+"""A plain CLIP-ES that works like the reference implementation, for benchmarks only.
 
-Step 1: every block returns its attention; for each label the last block runs forward and backward again,
-weight gradients included, the affinity is made anew with its n x n product, and both the initial and the
-refined map are brought to image size; the file holds the full-size maps. The numbers are those of
-`pipeline.cams`. Step 2a reads everything into memory, for each background score and once more for the
-best. Step 2b reads the full-size maps and runs pydensecrf.
+Step 1 computes one image and one label at a time. Every block returns its attention. For each label, the last
+block runs forward and backward again, including weight gradients; the affinity and its n x n product are
+computed again; the initial and the refined map are resized to the image. The file contains the full-size
+maps. The values are those of `pipeline.cams`. Step 2a reads all files into memory, for each background score
+and once more for the best. Step 2b reads the full-size maps and runs pydensecrf.
 """
 import io
 from collections.abc import Sequence
@@ -29,10 +29,11 @@ CONFIDENCE, IGNORE = 0.95, 255
 def reference_cams(
     model: CLIP, image: Image.Image, text: Tensor, backgrounds: Tensor, threshold: float
 ) -> np.ndarray:
-    """Refined CAMs of one image at image size.
+    """Return the refined CAMs of one image at image size.
 
     Args:
-        text: (K, E) features of its labels; backgrounds: (M, E).
+        text: (K, E) features of the labels.
+        backgrounds: (M, E).
         threshold: lambda of the box masks.
 
     Returns:
@@ -67,7 +68,7 @@ def reference_cams(
         raw = (ln1_output.detach()[0, 1:] @ weights).reshape(rows, columns)
         cam = activation_map(raw)
         on_cpu = cam.cpu().numpy()
-        cv2.resize(on_cpu, (image.width, image.height))  # made for each label, and thrown away
+        cv2.resize(on_cpu, (image.width, image.height))  # the full-size initial map, computed and not used
         matrix = torch.stack([*maps, attention.detach()][-8:])[:, 0, 1:, 1:].mean(0)
         for _ in range(3):
             matrix = matrix / matrix.sum(0, keepdim=True)
@@ -84,18 +85,18 @@ def reference_cams(
 
 
 def write_cams(file: Path, keys: Sequence[int], maps: np.ndarray) -> None:
-    """Save (K, H, W) float16 maps as the public file."""
+    """Save (K, H, W) float16 maps in the published file format."""
     np.save(file, {"keys": np.array(keys), "attn_highres": maps})
 
 
 def read_cams(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(K,) indices and (K, H, W) float16 maps of a file that this benchmark has written."""
+    """Return (K,) class indices and (K, H, W) float16 maps of a file written by `write_cams`."""
     content = np.load(file, allow_pickle=True).item()
     return content["keys"], content["attn_highres"]
 
 
 def reference_mask(image_file: Path, cam_file: Path) -> np.ndarray:
-    """Pseudo mask of one image by pydensecrf: (H, W) uint8, 255 where unsure."""
+    """Return the pseudo mask of one image by pydensecrf: (H, W) uint8, 255 for ignored pixels."""
     image = np.asarray(Image.open(image_file).convert("RGB"))
     keys, maps = read_cams(cam_file)
     probabilities = np.concatenate([1 - maps.max(0, keepdims=True), maps])  # (K + 1, H, W)
@@ -108,7 +109,7 @@ def reference_mask(image_file: Path, cam_file: Path) -> np.ndarray:
 def reference_evaluation(
     names: Sequence[str], cam_dir: Path, truth_dir: Path, exponents: Sequence[float], channels: int
 ) -> list[np.ndarray]:
-    """Step 2a: (n, n) confusion matrices of every exponent, and that of the best once more."""
+    """Return the (n, n) confusion matrices of step 2a: for each exponent, and for the best again."""
     hists = [_evaluate(names, cam_dir, truth_dir, exponent, channels) for exponent in exponents]
     best = max(range(len(hists)), key=lambda index: _mean_iou(hists[index]))
     return [*hists, _evaluate(names, cam_dir, truth_dir, exponents[best], channels)]
@@ -120,7 +121,7 @@ def _evaluate(
     predictions, truths = [], []
     for name in names:
         keys, maps = read_cams(cam_dir / f"{name}.npy")
-        rest = np.power(1 - maps.max(0, keepdims=True), np.float16(exponent))  # float16 throughout
+        rest = np.power(1 - maps.max(0, keepdims=True), np.float16(exponent))  # all in float16
         labels = np.concatenate([rest, maps]).argmax(0)
         predictions.append(np.append(0, keys + 1)[labels].astype(np.uint8))
         truths.append(np.array(Image.open(io.BytesIO((truth_dir / f"{name}.png").read_bytes()))))
@@ -138,7 +139,7 @@ def _mean_iou(hist: np.ndarray) -> float:
 
 
 def _block(block: Block, tokens: Tensor, ln1_output: Tensor) -> tuple[Tensor, Tensor]:
-    """One block by torch's own attention, all heads at once and with their map: (B, L, C), (B, L, L)."""
+    """Return tokens (B, L, C) and attention (B, L, L) of a block, computed by torch's attention."""
     attn, sequence = block.attn, ln1_output.transpose(0, 1)  # (L, B, C)
     mixed, attention = F.multi_head_attention_forward(
         sequence,

@@ -1,8 +1,8 @@
-"""The public TagCLIP, one image, one class and one crop at a time: for measuring only.
+"""A plain TagCLIP that works like the reference implementation, for benchmarks only.
 
-Every block makes the attention of all heads at once and hands back its map, in crops too; the maps of an
-image are kept, stacked and voted on when all are there; each name gets its boxes and its own masked product
-with the attention. The scores are those of `tagclip.tag_images`, always in float32.
+It computes one image, one class and one crop at a time. Every block computes the attention of all heads and
+returns it, also for crops. The maps of an image are stored and stacked before the vote. Each name has its own
+boxes and its own masked product with the attention. The scores are those of `tagclip.tag_images` in float32.
 """
 
 import cv2
@@ -21,11 +21,11 @@ from tagclip.config import TagSettings
 def reference_tags(
     model: CLIP, image: Image.Image, text: Tensor, classes: int, settings: TagSettings
 ) -> np.ndarray:
-    """Scores of one image's classes.
+    """Return the class scores of one image.
 
     Args:
-        text: (C, E) features of the names, those of the classes first.
-        classes: how many of the names are scored.
+        text: (C, E) features of the names, classes first.
+        classes: number of names that are scored.
         settings: `include_edge` and `skip_empty_crops` must be off, as in the reference implementation.
 
     Returns:
@@ -50,14 +50,14 @@ def reference_tags(
     refined = first.clone()  # (n, C)
     for name in range(len(text)):
         if first[:, name].max() > 0:
-            values = _spread(first[:, name]).reshape(height, width).cpu().numpy()
+            values = _min_max_normalize(first[:, name]).reshape(height, width).cpu().numpy()
             mask = _boxes(values, settings.box_threshold)
             mask = torch.from_numpy(mask.ravel()).to(related.device)
             refined[:, name] = (related * mask) @ coarse[:, name]
     scores = refined[:, :classes].amax(0)  # (K,)
     threshold = refined.min() + settings.ratio * (refined.max() - refined.min())
     for key in (scores > threshold).nonzero().flatten().tolist():
-        cells = (_spread(refined[:, key]) > settings.cell_threshold).reshape(height, width)
+        cells = (_min_max_normalize(refined[:, key]) > settings.cell_threshold).reshape(height, width)
         rows, columns = (cells.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
         top, left, bottom, right = 0, 0, 0, 0
         if rows:
@@ -74,7 +74,7 @@ def reference_tags(
 def _crop_probability(
     model: CLIP, crop: Tensor, cells: Tensor, text: Tensor, settings: TagSettings
 ) -> Tensor:
-    """(C,): what the class token says of a crop when it sees nothing but these of its patches."""
+    """Return the probabilities (C,) of a crop whose class token attends only to the patches in `cells`."""
     side = settings.crop_size or model.config.image_resolution
     grid = side // model.visual.patch_size
     crop = F.interpolate(crop, (side, side), mode="bilinear", align_corners=False)
@@ -88,7 +88,7 @@ def _crop_probability(
 def _encode(
     visual: VisionTransformer, pixels: Tensor, masks: list[Tensor | None], settings: TagSettings
 ) -> tuple[Tensor, list[Tensor]]:
-    """All tokens of one image, projected (L, E), and the map (L, L) of every block."""
+    """Return all tokens of one image, projected (L, E), and the attention map (L, L) of every block."""
     tokens, _ = visual.embed(pixels, settings.position_rounding)
     tokens, maps = tokens[0], []
     for block, mask in zip(visual.transformer.resblocks, masks, strict=True):
@@ -98,7 +98,7 @@ def _encode(
 
 
 def _block(block: Block, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One block on (L, C), all heads at once, and its map (L, L), the mean of what attention is unmasked."""
+    """Return the tokens (L, C) after a block, and its unmasked attention (L, L), averaged over heads."""
     attn, (length, width) = block.attn, tokens.shape
     packed = F.linear(block.ln_1(tokens), attn.in_proj_weight, attn.in_proj_bias)  # (L, 3C)
     query, key, value = (
@@ -114,19 +114,19 @@ def _block(block: Block, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, T
 
 
 def _probabilities(model: CLIP, tokens: Tensor, text: Tensor) -> Tensor:
-    """(m, E) -> (m, C), softmax over the names."""
+    """Return (m, C), the softmax over names, for tokens (m, E)."""
     tokens = tokens / tokens.norm(dim=-1, keepdim=True)
     return (model.logit_scale.exp() * tokens @ text.T).softmax(-1)
 
 
-def _spread(values: Tensor) -> Tensor:
-    """(n,) from 0 to 1, or 0 where all are equal."""
+def _min_max_normalize(values: Tensor) -> Tensor:
+    """Return values (n,) scaled to [0, 1]; all 0 if they are equal."""
     values = values - values.min()
     return values / values.max() if values.max() > 0 else values
 
 
 def _boxes(values: np.ndarray, threshold: float) -> np.ndarray:
-    """Boxes around what of a map (h, w) exceeds a multiple of its mean: (h, w) float32 of 0 and 1."""
+    """Return boxes (h, w) of 0 and 1 around the parts of a map (h, w) above a multiple of its mean."""
     levels = (255 * values).astype(np.uint8)
     active = (levels > int(threshold * values.mean() * levels.max())).astype(np.uint8)
     contours, _ = cv2.findContours(active, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)

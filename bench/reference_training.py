@@ -1,8 +1,8 @@
-"""The iteration of the public DeepLab trainers, in plain float32 PyTorch: for measuring only.
+"""A plain float32 training iteration that works like the reference DeepLab trainers, for benchmarks only.
 
-Convolution, batch norm and ReLU are modules of their own; frozen batch norm only stops counting, its affine
-parameters still get gradients, which nobody uses. Masks are shrunk by Pillow, one by one, on the CPU. Every
-batch waits for its loss. The numbers are those of `segmentation.trainer`.
+Convolution, batch norm and ReLU are separate modules. Frozen batch norm only keeps its statistics; its affine
+parameters still get gradients, which are not used. Masks are resized by Pillow, one at a time, on the CPU.
+Every batch waits for its loss. The values are those of `segmentation.trainer`.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from segmentation.dataset import Batch
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """Take the fused blocks of a network apart, in place; parameters stay the same objects."""
+    """Replace fused blocks by separate modules, in place; parameters stay the same objects."""
     for parent in list(model.modules()):
         for name, part in list(parent.named_children()):
             if isinstance(part, ConvBnReLU):
@@ -35,16 +35,16 @@ def plain(model: nn.Module) -> nn.Module:
 def reference_iteration(
     model: nn.Module, sgd: torch.optim.SGD, batches: Sequence[Batch], factor: float = 1.0
 ) -> float:
-    """Forward and backward of each batch, one step.
+    """Run forward and backward for each batch, then one optimizer step.
 
     Args:
         model: a network in training mode, see `plain`.
         sgd: see `deeplab.recipe.sgd`.
-        batches: of one iteration.
-        factor: of the schedule.
+        batches: batches of one iteration.
+        factor: factor of the learning rate from the schedule.
 
     Returns:
-        The loss, summed over the network's outputs; the mean over the batches.
+        The loss, summed over the network's outputs and averaged over the batches.
     """
     device = next(model.parameters()).device
     for group in sgd.param_groups:
@@ -66,8 +66,8 @@ def reference_iteration(
 
 
 def shrunk(labels: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """(B, H, W) int64 -> (B, h, w) int64, by Pillow's NEAREST."""
+    """Return labels (B, H, W) int64 resized to (B, h, w) int64 by Pillow's NEAREST."""
     height, width = size
-    pictures = [Image.fromarray(label.astype(np.uint8)) for label in labels]
-    small = [np.asarray(picture.resize((width, height), Image.Resampling.NEAREST)) for picture in pictures]
+    masks = [Image.fromarray(label.astype(np.uint8)) for label in labels]
+    small = [np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)) for mask in masks]
     return torch.from_numpy(np.stack(small)).long()

@@ -1,4 +1,4 @@
-"""Step 0, from encoded JPEGs to scores of the classes."""
+"""Step 0, from encoded JPEGs to class scores."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -30,22 +30,22 @@ CLASSES = len(BENCHMARK.classes)
 
 @dataclass(frozen=True)
 class TagMaterial(Material):
-    """What both ways start from.
+    """Inputs of both versions.
 
     Attributes:
-        settings: how images are tagged, see `fitted`.
+        settings: settings of tagging, see `choose_ratio`.
     """
 
     settings: TagSettings = field(default_factory=TagSettings)
 
     def network(self, setting: Setting, precision: str) -> tuple[CLIP, Callable[[], Tensor]]:
-        """The model, and what gives the text features of the names (C, E): slowly, later from the cache."""
+        """Return the model, and a function that returns text features (C, E), cached after the first call."""
         model = clip.load(self.model, setting.device, precision, round_weights=False)
         templates = BENCHMARK.tag_templates or TEMPLATES
         return model, lambda: clip.text_features(model, BENCHMARK.tag_names, templates)
 
     def pixels(self, model: CLIP, name: str) -> Tensor:
-        """(H', W', 3) uint8, decoded and resized."""
+        """Return a decoded and resized image, (H', W', 3) uint8."""
         image = read_image(self.image(name)).convert("RGB")
         size = clip.target_size(image.height, image.width, model.visual.patch_size)
         return torch.tensor(clip.resize_rgb(image, size))
@@ -53,7 +53,7 @@ class TagMaterial(Material):
 
 @dataclass
 class TimedStep(TagStep):
-    """Makes an empty file in `times` when an image is done, because images share files of scores."""
+    """A step that creates an empty file in `times` per image, because images share files of scores."""
 
     times: Path = Path()
 
@@ -64,7 +64,7 @@ class TimedStep(TagStep):
 
 
 def ours(setting: Setting, material: TagMaterial, names: list[str], output: Path) -> Iterator[Outcome]:
-    """This project's way."""
+    """Run our step 0."""
     output.mkdir()
     images, scores = str(material.folder / "images"), str(_scores(output))
     step = TimedStep(
@@ -74,7 +74,7 @@ def ours(setting: Setting, material: TagMaterial, names: list[str], output: Path
 
 
 def reference(setting: Setting, material: TagMaterial, names: list[str], output: Path) -> Iterator[Outcome]:
-    """The public way, in float32 whatever the setting."""
+    """Run the reference in float32, with any `setting.precision`."""
     model, text_of = material.network(setting, "fp32")
     text = text_of()
     output.mkdir(exist_ok=True)
@@ -87,9 +87,10 @@ def reference(setting: Setting, material: TagMaterial, names: list[str], output:
 def run(setting: Setting) -> dict:
     """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns.
 
-    "label_agreement" is the share of pairs of image and class that both ways decide alike, "equal_labels"
-    that of images with the same labels, "largest_difference" one between scores. "text_s" are the
-    seconds that the text features of all names take, "text_cached_s" once they are cached.
+    "label_agreement" is the fraction of (image, class) pairs with the same decision, "equal_labels" the
+    fraction of images with the same labels, "largest_difference" the largest difference of scores. "text_s"
+    is the time in seconds to compute the text features of all names, "text_cached_s" to read them from the
+    cache.
     """
     setting.limit_threads()
     with measure.scratch() as folder:
@@ -99,11 +100,11 @@ def run(setting: Setting) -> dict:
         text = text_of()
         features = {"text_s": time.perf_counter() - start, "text_cached_s": measure.seconds(text_of)}
         model.forget_text_tower()
-        material, made = fitted(setting, material, model, text)
+        material, num_crops = choose_ratio(setting, material, model, text)
         result, done, ceiling = race(setting, material, ours, reference)
         result |= compared(folder, done, material.settings)
-        result |= {"crops_per_image": made, "ratio": material.settings.ratio, **features}
-        flop = patch_flop(model) + made * crop_flop(model, material.settings)
+        result |= {"crops_per_image": num_crops, "ratio": material.settings.ratio, **features}
+        flop = patch_flop(model) + num_crops * crop_flop(model, material.settings)
         rate = result["images_per_s"]
         result |= {
             "gflop_an_image": flop / 1e9,
@@ -116,35 +117,35 @@ def run(setting: Setting) -> dict:
 
 
 @torch.no_grad()
-def fitted(
+def choose_ratio(
     setting: Setting, material: TagMaterial, model: CLIP, text: Tensor
 ) -> tuple[TagMaterial, float]:
-    """Have images cropped as often as `setting.labels` says, on average.
+    """Choose `settings.ratio` so that images have about `setting.labels` crops on average.
 
-    Random weights find all classes alike, so that the published ratio would have every one cropped: the
-    ratio is set between the scores that make the most of the difference.
+    With random weights all classes have similar scores, so the published ratio would crop every class. The
+    ratio is the mean of the two relative scores between which the number of crops is `setting.labels`.
 
     Returns:
-        the material with that ratio, and how many crops an image then has.
+        The material with that ratio, and the resulting number of crops per image.
     """
-    places, refined = [], []
+    positions, refined = [], []
     for name in material.timed(setting)[: data.DISTINCT]:
         pixels = material.pixels(model, name)[None].to(model.device)
         scores, grid = refine(model, pixels, text, material.settings)
         low, high = scores.aminmax()
-        places += ((scores[0, :, :CLASSES].amax(0) - low) / (high - low)).tolist()
+        positions += ((scores[0, :, :CLASSES].amax(0) - low) / (high - low)).tolist()
         refined.append(scores[0])
-    places = sorted(places, reverse=True)
+    positions = sorted(positions, reverse=True)
     count = round(setting.labels * len(refined))
-    settings = replace(material.settings, ratio=(places[count - 1] + places[count]) / 2)
-    made = sum(len(crops_of(scores, grid, settings)) for scores in refined)
-    return replace(material, settings=settings), made / len(refined)
+    settings = replace(material.settings, ratio=(positions[count - 1] + positions[count]) / 2)
+    total = sum(len(crops_of(scores, grid, settings)) for scores in refined)
+    return replace(material, settings=settings), total / len(refined)
 
 
 def refine(
     model: CLIP, pixels: Tensor, text: Tensor, settings: TagSettings
 ) -> tuple[Tensor, tuple[int, int]]:
-    """(B, H', W', 3) -> refined scores (B, n, C), and the grid."""
+    """Return the refined scores (B, n, C) of images (B, H', W', 3), and the grid."""
     images = clip.normalize(pixels, model.config.mean, model.config.std)
     tokens, attention, grid = patch_level(model.visual, images, settings)
     coarse = class_probabilities(tokens[:, 1:], text, model.logit_scale)
@@ -152,32 +153,32 @@ def refine(
 
 
 def crops_of(refined: Tensor, grid: tuple[int, int], settings: TagSettings) -> list[Crop]:
-    """What is cropped of an image with these scores, (n, C)."""
+    """Return the crops of an image with refined scores (n, C)."""
     return crops(refined, grid, candidates(refined, CLASSES, settings.ratio), settings)
 
 
 def compared(folder: Path, names: list[str], settings: TagSettings) -> dict[str, float]:
-    """How far scores and labels of both ways agree."""
-    found = read_scores(_scores(folder / "ours0"), CLASSES)
-    mine = np.stack([found[name] for name in names])  # (n, K)
+    """Return the agreement of scores and labels of both versions."""
+    scores_of = read_scores(_scores(folder / "ours0"), CLASSES)
+    ours = np.stack([scores_of[name] for name in names])  # (n, K)
     theirs = np.stack([np.load(folder / "reference" / f"{name}.npy") for name in names])
-    chosen = [chosen_labels(scores, settings.ratio) for scores in (mine, theirs)]
+    chosen = [chosen_labels(scores, settings.ratio) for scores in (ours, theirs)]
     differing = [len(set(a) ^ set(b)) for a, b in zip(*chosen, strict=True)]
     return {
-        "label_agreement": 1 - sum(differing) / mine.size,
+        "label_agreement": 1 - sum(differing) / ours.size,
         "equal_labels": differing.count(0) / len(names),
-        "largest_difference": float(np.abs(mine - theirs).max()),
+        "largest_difference": float(np.abs(ours - theirs).max()),
     }
 
 
 def patch_flop(model: CLIP) -> float:
-    """Of the pass over an image of the benchmark."""
+    """Return the FLOP of the pass over one drawn image."""
     size = clip.target_size(data.HEIGHT, data.WIDTH, model.visual.patch_size)
     return model.visual.layers * block_flop(model, [side // model.visual.patch_size for side in size])
 
 
 def crop_flop(model: CLIP, settings: TagSettings) -> float:
-    """Of the pass over a crop."""
+    """Return the FLOP of the pass over one crop."""
     side = (settings.crop_size or model.config.image_resolution) // model.visual.patch_size
     return model.visual.layers * block_flop(model, (side, side))
 
@@ -186,7 +187,7 @@ def crop_flop(model: CLIP, settings: TagSettings) -> float:
 def stages(
     setting: Setting, material: TagMaterial, model: CLIP, text: Tensor, ceiling: float
 ) -> list[dict]:
-    """Time the stages one by one, each from what the one before has left.
+    """Time the stages, each on the output of the stage before.
 
     Args:
         ceiling: FLOP/s of a large matrix product.
@@ -210,10 +211,10 @@ def stages(
         refined = refined_probabilities(coarse, attention, grid, settings)
         return [crops_of(scores, grid, settings) for scores in refined]
 
-    def look_again() -> Tensor:
+    def reidentify() -> Tensor:
         size = settings.crop_size or model.config.image_resolution
-        pairs = zip(images, found, strict=True)
-        views = [cut(image, crop, visual.patch_size, size) for image, mine in pairs for crop in mine]
+        pairs = zip(images, cropped, strict=True)
+        views = [cut(image, crop, visual.patch_size, size) for image, part in pairs for crop in part]
         pixels, cells = (torch.stack(part) for part in zip(*views, strict=True))
         tokens = class_tokens(visual, pixels, cells, settings)
         return class_probabilities(tokens, text, model.logit_scale)
@@ -223,13 +224,13 @@ def stages(
     images = clip.normalize(pixels, model.config.mean, model.config.std)  # (B, 3, H', W')
     amount = patch_flop(model) / 1e9
     coarse, attention, grid = timed("patch pass", patches, amount, "GFLOP/s", ceiling / 1e9)
-    products = 2 * 2 * coarse.shape[1] ** 2 * len(text) / 1e9  # in float32 always
+    products = 2 * 2 * coarse.shape[1] ** 2 * len(text) / 1e9  # always in float32
     exact = ceiling if setting.precision == "fp32" else measure.matmul_rate(kind, "fp32")
-    found = timed("refinement", refinement, products, "GFLOP/s", exact / 1e9)
-    made = sum(map(len, found)) / len(names)
-    if made:
-        amount = made * crop_flop(model, settings) / 1e9
-        timed(f"crops ({made:g})", look_again, amount, "GFLOP/s", ceiling / 1e9)
+    cropped = timed("refinement", refinement, products, "GFLOP/s", exact / 1e9)
+    num_crops = sum(map(len, cropped)) / len(names)
+    if num_crops:
+        amount = num_crops * crop_flop(model, settings) / 1e9
+        timed(f"crops ({num_crops:g})", reidentify, amount, "GFLOP/s", ceiling / 1e9)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Step 3, one iteration of training: batches on hand to updated weights. Reading them is a stage apart."""
+"""Step 3, one training iteration, from batches in memory to updated weights; reading is timed separately."""
 
 import statistics
 import time
@@ -25,14 +25,14 @@ from segmentation.inference import PRECISIONS
 from segmentation.trainer import Trainer
 
 CROPS = {"deeplab_v2": 321, "deeplab_v1_r38": 448}  # as published
-BATCHES = {"cpu": (1, 1), "cuda": (5, 2)}  # images of a batch, batches of an iteration: VOC12's recipe
+BATCHES = {"cpu": (1, 1), "cuda": (5, 2)}  # images per batch, batches per iteration; on a GPU VOC12's recipe
 BENCHMARK = Benchmark("drawn", [f"class {index}" for index in range(data.CLASSES)])
-# A hundredth of the recipe's. With that one, random weights soon saturate the softmax; its gradients are then
-# denormal numbers, which slow a CPU down many times and say nothing of real weights.
+# A hundredth of the recipe's rate. With the recipe's, random weights soon saturate the softmax, and its
+# gradients become denormal numbers. These slow a CPU down many times, which real weights do not.
 LEARNING_RATE = 2.5e-6
-DRAWN = 16  # images to read
-READERS = (1, 2, 4)  # threads
-WATCHED = 2  # iterations while memory is watched; the first of them makes the optimizer's state
+DRAWN = 16  # number of drawn images
+READERS = (1, 2, 4)  # numbers of reading threads
+WATCHED = 2  # iterations while memory is measured; the first one allocates the optimizer's state
 WORDS = {
     "channels_last": {"channels_last": True},
     "contiguous": {"channels_last": False},
@@ -41,17 +41,18 @@ WORDS = {
 }
 
 
-def running(variant: str) -> RunConfig:
-    """What a variant stands for, such as "bf16", "fp32+contiguous", "bf16+channels_last+compile"; what it
-    does not say is as the trainer has it.
+def run_config(variant: str) -> RunConfig:
+    """Return the settings of a variant such as "bf16", "fp32+contiguous" or "bf16+channels_last+compile".
+
+    Settings that it does not name have the trainer's defaults.
 
     Raises:
-        ValueError: an unknown precision or word.
+        ValueError: the precision or a word is unknown.
     """
     precision, *words = variant.split("+")
     if precision not in PRECISIONS or not WORDS.keys() >= {*words}:
         raise ValueError(
-            f"--variants: {variant!r} is no precision ({', '.join(PRECISIONS)}) with any of "
+            f"--variants: {variant!r} is not a precision ({', '.join(PRECISIONS)}), followed by any of "
             f"+{', +'.join(WORDS)}"
         )
     options = {key: value for word in words for key, value in WORDS[word].items()}
@@ -60,11 +61,11 @@ def running(variant: str) -> RunConfig:
 
 @dataclass(frozen=True)
 class Task:
-    """What every way starts from.
+    """Inputs of all versions.
 
     Attributes:
         dataset: drawn images and masks.
-        config: the recipe, but for the learning rate.
+        config: the recipe, with another learning rate.
     """
 
     dataset: TrainingSet
@@ -72,16 +73,16 @@ class Task:
 
     @classmethod
     def make(cls, folder: Path, setting: Setting) -> "Task":
-        """Draw images and masks, as large as VOC's."""
+        """Draw images and masks of VOC's size."""
         names = data.write_images(folder, DRAWN, setting.labels)
-        data.write_cams(folder, DRAWN, setting.labels)  # and masks
-        usual = BATCHES[setting.kind]
+        data.write_cams(folder, DRAWN, setting.labels)  # also writes the masks
+        batch_size, accumulate = BATCHES[setting.kind]
         config = Config(
             model=ModelConfig(setting.network, width=setting.width),
             augment=AugmentConfig(crop=setting.crop or CROPS[setting.network]),
             solver=OptimConfig(
-                batch_size=setting.batch or usual[0],
-                accumulate=setting.accumulate or usual[1],
+                batch_size=setting.batch or batch_size,
+                accumulate=setting.accumulate or accumulate,
                 learning_rate=LEARNING_RATE,
             ),
         )
@@ -90,19 +91,19 @@ class Task:
         return cls(TrainingSet(names, *folders, BENCHMARK.channels, transform), config)
 
     def batches(self) -> list[Batch]:
-        """Those of one iteration."""
+        """Return the batches of one iteration."""
         solver = self.config.solver
         order = Order(len(self.dataset.names), solver.batch_size, solver.seed, drop_last=True)
         return list(self.dataset.batches(order, range(solver.accumulate)))
 
     def network(self, setting: Setting) -> nn.Module:
-        """Random weights, the same each time."""
+        """Return a network with random weights, the same at each call."""
         torch.manual_seed(0)
         model = NETWORKS[setting.network].build(self.config, BENCHMARK)
         return model.to(clip.pick_device(setting.device))
 
     def trainer(self, setting: Setting, variant: str) -> Trainer:
-        """The trainer that users have; all of it but reading is one call of `iterate`."""
+        """Return the trainer of `deeplab.train`; one call of `iterate` is an iteration without reading."""
         model = self.network(setting)
         return Trainer(
             model,
@@ -110,12 +111,12 @@ class Task:
             objective(self.config),
             self.dataset,
             self.config.solver,
-            running(variant),
+            run_config(variant),
         )
 
 
 class Reference:
-    """The public way: float32, eager, contiguous memory, no TF32."""
+    """The reference: float32, eager, contiguous memory, no TF32."""
 
     def __init__(self, setting: Setting, task: Task):
         model = task.network(setting)
@@ -130,85 +131,87 @@ class Reference:
 
 
 def watched(setting: Setting, task: Task, variant: str | None) -> Iterator[Outcome]:
-    """Iterations, for their memory to be watched; None is the reference."""
-    way = Reference(setting, task) if variant is None else task.trainer(setting, variant)
+    """Run iterations to measure their memory; variant None is the reference."""
+    version = Reference(setting, task) if variant is None else task.trainer(setting, variant)
     batches = task.batches()
-    settle(variant)
+    allow_tf32(variant)
     yield Outcome("")
     for _ in range(WATCHED):
-        way.iterate(batches)
+        version.iterate(batches)
         yield Outcome("")
 
 
-def settle(variant: str | None) -> None:
-    """Allow TF32 or not: ways that take turns differ in it, and trainers set it once, for the process."""
-    tf32 = variant is not None and running(variant).precision == "tf32"
+def allow_tf32(variant: str | None) -> None:
+    """Set TF32 for a variant: trainers set it once per process, but variants alternate in one process."""
+    tf32 = variant is not None and run_config(variant).precision == "tf32"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def run(setting: Setting) -> dict:
-    """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns: those of the first
-    variant. "variants" has them of each."""
+    """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns.
+
+    They are those of the first variant; "variants" has the figures of each.
+    """
     setting.limit_threads()
     variants = dict.fromkeys(setting.variants)
     for variant in variants:
-        running(variant)
+        run_config(variant)
     with measure.scratch() as folder:
         task = Task.make(folder, setting)
         batches = task.batches()
         images = sum(len(batch.names) for batch in batches)
         reference = Reference(setting, task)
         trainers = {variant: task.trainer(setting, variant) for variant in variants}
-        flop = count_flop(reference, batches)  # warms up as well
+        flop = count_flop(reference, batches)  # also warms up
         for variant, trainer in trainers.items():
-            settle(variant)
+            allow_tf32(variant)
             trainer.iterate(batches)
-        found = race(setting, {None: reference, **trainers}, batches, images)
+        figures = race(setting, {None: reference, **trainers}, batches, images)
         result = {"images_an_iteration": images, "gflop_an_image": sum(flop.values()) / images / 1e9}
         peak = measure.peak_memory(watched, setting, task, None)
         result |= {f"reference_peak_{key}": value for key, value in peak.items()}
         stages = reading(setting, task)
         for variant, trainer in trainers.items():
-            rows, ceiling = found[variant], found[variant].pop("matmul_gflop_per_s") * 1e9
+            rows, ceiling = figures[variant], figures[variant].pop("matmul_gflop_per_s") * 1e9
             rows["ceiling_share"] = sum(flop.values()) / images * rows["images_per_s"] / ceiling
             rows["label_agreement"] = agreement(trainer.model, reference.model, batches)
             rows["loss_difference"] = difference(trainer.recent, reference.losses)
             peak = measure.peak_memory(watched, setting, task, variant)
             rows |= {f"peak_{key}": value for key, value in peak.items()}
-            settle(variant)
+            allow_tf32(variant)
             stages += parts(setting, variant, trainer, batches, flop, ceiling)
-        return {**found[next(iter(variants))], **result, "variants": found, "stages": stages}
+        return {**figures[next(iter(variants))], **result, "variants": figures, "stages": stages}
 
 
 def race(
-    setting: Setting, ways: dict[str | None, Trainer | Reference], batches: list[Batch], images: int
+    setting: Setting, versions: dict[str | None, Trainer | Reference], batches: list[Batch], images: int
 ) -> dict[str, dict[str, float]]:
-    """Time one iteration of each way a round, and the matrix product in each precision.
+    """Time one iteration of each version per round, and the matrix product in each precision.
 
     Returns:
         variant -> the rates of `bench.measure.compared`, and "matmul_gflop_per_s".
     """
 
-    def turn(variant: str | None, way: Trainer | Reference):
+    def turn(variant: str | None, version: Trainer | Reference):
         def taken(number: int) -> float:
-            settle(variant)
-            measure.synchronise(setting.kind)
+            allow_tf32(variant)
+            measure.synchronize(setting.kind)
             start = time.perf_counter()
-            way.iterate(batches)
-            measure.synchronise(setting.kind)
+            version.iterate(batches)
+            measure.synchronize(setting.kind)
             return (time.perf_counter() - start) / images
 
         return taken
 
     def ceiling(precision: str):
         def taken(number: int) -> float:
-            settle(precision)
+            allow_tf32(precision)
             return 1 / measure.matmul_rate(setting.kind, "fp32" if precision == "tf32" else precision)
 
         return taken
 
-    turns = {f"iterate {variant}": turn(variant, way) for variant, way in ways.items()}
-    precisions = {variant: running(variant).precision for variant in ways if variant is not None}
+    turns = {f"iterate {variant}": turn(variant, version) for variant, version in versions.items()}
+    precisions = {variant: run_config(variant).precision for variant in versions if variant is not None}
     turns |= {f"matmul {precision}": ceiling(precision) for precision in precisions.values()}
     taken = measure.take_turns(turns, setting.rounds)
     return {
@@ -221,13 +224,13 @@ def race(
 
 
 def count_flop(reference: Reference, batches: list[Batch]) -> dict[str, int]:
-    """Of the convolutions and products of an iteration, forward and backward; makes one iteration."""
+    """Return the FLOP of an iteration's convolutions and products, forward and backward; runs it."""
     device = next(reference.model.parameters()).device
     forward, both = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with forward, torch.no_grad():
         for batch in batches:
             reference.model(torch.from_numpy(batch.images).to(device))
-    settle(None)
+    allow_tf32(None)
     with both:
         reference.iterate(batches)
     ahead = forward.get_total_flops()
@@ -235,25 +238,25 @@ def count_flop(reference: Reference, batches: list[Batch]) -> dict[str, int]:
 
 
 def agreement(ours: nn.Module, theirs: nn.Module, batches: list[Batch]) -> float:
-    """Share of pixels to which two networks give the same class, on the first batch."""
-    settle(None)
+    """Return the fraction of pixels to which two networks assign the same class, on the first batch."""
+    allow_tf32(None)
     labels = []
     for model in (ours, theirs):
         images = torch.from_numpy(batches[0].images).to(next(model.parameters()).device)
         model.eval()
         with torch.inference_mode():
-            labels.append(model.forward(images).argmax(1))  # not what is compiled, for training
+            labels.append(model.forward(images).argmax(1))  # not compiled: compiled for training only
         model.train()
     return float((labels[0] == labels[1]).float().mean())
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The largest relative difference of the latest losses."""
+    """Return the largest relative difference of the latest losses."""
     return max(abs(a - b) / abs(b) for a, b in zip(reversed(ours), reversed(theirs), strict=False))
 
 
 def reading(setting: Setting, task: Task) -> list[dict]:
-    """Time how threads read, decode and augment samples, from warm files."""
+    """Time reading, decoding and augmenting samples with several numbers of threads; files are cached."""
     dataset = task.dataset
     count, most = len(dataset.names), measure.jpeg_rate(Path(dataset.image_dir) / f"{dataset.names[0]}.jpg")
     order = Order(count, 1, task.config.solver.seed)
@@ -277,7 +280,7 @@ def parts(
     flop: dict[str, int],
     ceiling: float,
 ) -> list[dict]:
-    """Time the stages of an iteration, from within the trainer's own.
+    """Time the stages of an iteration inside the trainer.
 
     Args:
         flop: see `count_flop`.
@@ -288,15 +291,15 @@ def parts(
     weights = sum(parameter.nbytes for group in groups for parameter in group["params"])
     moved = 5 * weights / 1e9  # read: weights, gradients, momentum; written: weights, momentum
     copied = measure.copy_rate(setting.kind) / 1e9
-    found = [timed(setting.kind, trainer, batches) for _ in range(measure.REPEATS)]
+    repeats = [timed(setting.kind, trainer, batches) for _ in range(measure.REPEATS)]
     rows = []
     for name, amount, unit, most in (
         ("forward", flop["forward"] / 1e9, "GFLOP/s", ceiling / 1e9),
         ("backward", flop["backward"] / 1e9, "GFLOP/s", ceiling / 1e9),
         ("optimizer", moved, "GB/s", copied),
     ):
-        # fp16's scaler leaves out a step whose gradients overflow.
-        taken = [stages[name] for stages in found if stages[name] > 0]
+        # The gradient scaler of fp16 skips a step whose gradients overflow.
+        taken = [stages[name] for stages in repeats if stages[name] > 0]
         if taken:
             seconds = statistics.median(taken) / images
             rows.append(measure.stage(f"{name} {variant}", seconds, amount / images, unit, most))
@@ -304,17 +307,17 @@ def parts(
 
 
 def timed(kind: str, trainer: Trainer, batches: list[Batch]) -> dict[str, float]:
-    """Seconds of an iteration in "forward" with the losses, "backward" and "optimizer"."""
+    """Return the seconds of an iteration in "forward" (with the losses), "backward" and "optimizer"."""
 
     def now(*_) -> float:
-        measure.synchronise(kind)
+        measure.synchronize(kind)
         return time.perf_counter()
 
-    usual, starts, ends, steps = trainer.objective, [], [], []
+    objective, starts, ends, steps = trainer.objective, [], [], []
 
     def observed(*arguments) -> dict[str, Tensor]:
         starts.append(now())
-        losses = usual(*arguments)
+        losses = objective(*arguments)
         ends.append(now())
         return losses
 
@@ -326,7 +329,7 @@ def timed(kind: str, trainer: Trainer, batches: list[Batch]) -> dict[str, float]
     try:
         trainer.iterate(batches)
     finally:
-        trainer.objective = usual
+        trainer.objective = objective
         for hook in hooks:
             hook.remove()
     finished = steps[0] if steps else now()

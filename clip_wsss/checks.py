@@ -1,4 +1,4 @@
-"""Two packages of this project have names that other projects use as well."""
+"""Check that `clip` and `pytorch_grad_cam` are this project's packages: other projects use the same names."""
 
 import importlib
 from pathlib import Path
@@ -13,6 +13,6 @@ def check_packages(root: Path = ROOT) -> None:
         file = importlib.import_module(name).__file__
         if file is None or Path(file).resolve().parent != (root / name).resolve():
             raise ImportError(
-                f"the package {name!r} is imported from {file}, which is not CLIP-WSSS's ({root / name}) but "
-                f"probably {other}'s: uninstall that, or put {root} first in PYTHONPATH"
+                f"the package {name!r} is imported from {file}, probably from {other}, but must be that of "
+                f"CLIP-WSSS ({root / name}): uninstall the other package, or put {root} first in PYTHONPATH"
             )

@@ -1,4 +1,4 @@
-"""CLIP-ES: class activation maps and masks from an image and the names of what it contains."""
+"""CLIP-ES: class activation maps and masks from an image and the names of its classes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,19 +32,19 @@ class ClipES:
 
     Args:
         model: checkpoint file, public name or open_clip model:tag, see `clip.load`; or a loaded CLIP.
-        benchmark: name or YAML file. Names among its classes are prompted as published ("person" as "person
-            with clothes,people,human" on voc12); its box threshold, templates and backgrounds are the
-            defaults, and masks have a background class if its masks have one.
+        benchmark: name or YAML file. It gives the prompts of its classes ("person with clothes,people,human"
+            for "person" on voc12) and the defaults of box threshold, templates and backgrounds. Masks have a
+            background class if the benchmark has one.
         backgrounds: prompts that compete with the labels; None: the benchmark's. A background that is also a
             label is left out.
-        affinity: normalized images (B, 3, H', W') -> (B, n, n) over their n patches, in place of CLIP's
-            attention, to refine CAMs with.
+        affinity: function of normalized images (B, 3, H', W') that returns (B, n, n) over their n patches. It
+            replaces CLIP's attention in the refinement of CAMs.
         settings: any field of `CamSettings`, `MaskSettings` and `ComputeSettings`, such as
             affinity_layers=6, confidence=0.9, device="cuda".
 
     Raises:
-        FileNotFoundError, ValueError: no such model, or a setting outside its range.
-        TypeError: no such setting.
+        FileNotFoundError, ValueError: the model does not exist, or a setting is outside its range.
+        TypeError: a setting does not exist.
     """
 
     def __init__(
@@ -77,26 +77,26 @@ class ClipES:
 
         Args:
             images: path, Pillow image or (H, W, 3) uint8 array; or a list of them.
-            labels: names of the classes in the image; for a list of images one list of names for all, or one
-                for each.
+            labels: names of the classes in the image; for a list of images, one list of names for all images
+                or one list per image.
 
         Returns:
             A `Result`; a list of them for a list of images.
 
         Raises:
-            FileNotFoundError, ValueError: an image that cannot be read or computed, or no labels.
-            TypeError: images or labels of another type.
+            FileNotFoundError, ValueError: an image cannot be read or computed, or has no labels.
+            TypeError: images or labels have another type.
         """
         image_list, single = as_list(images)
         names = self._names(labels, len(image_list), single)
         step = _InMemory(self, image_list, names)
         for outcome in flow(range(len(image_list)), step):
             if outcome.failure:
-                raise ValueError(f"image number {outcome.name}: {outcome.failure}")
+                raise ValueError(f"image number {outcome.name} (from 0): {outcome.failure}")
         return step.results[0] if single else [step.results[index] for index in range(len(image_list))]
 
     def prompts(self, names: Sequence[str]) -> list[str]:
-        """Return the prompts of class names: as published for classes of the benchmark, else the names."""
+        """Return the prompts of class names: the benchmark's for its classes, else the name itself."""
         published = dict(zip(self.benchmark.classes, self.benchmark.prompts, strict=True))
         return [published.get(name, name) for name in names]
 
@@ -119,9 +119,9 @@ class ClipES:
         else:
             names = [check_names(item, "labels of each image") for item in labels]
         if len(names) != count:
-            raise ValueError(f"{len(names)} lists of labels for {count} images: give one for each or all")
+            raise ValueError(f"{len(names)} lists of labels for {count} images: give one for each or for all")
         if not all(names):
-            raise ValueError("an image has no labels: name at least one class that it contains")
+            raise ValueError("an image has no labels: give at least one class that it contains")
         return names
 
 
@@ -132,9 +132,9 @@ class _InMemory(Step):
         self.model, self.images, self.names = model, images, names
         self.results: dict[int, Result] = {}
         self.flow = model.compute_settings.flow().on(model.clip.device)
-        if len(images) == 1:  # computed in the calling thread, by all of PyTorch's own threads
+        if len(images) == 1:  # compute in the calling thread, with all of PyTorch's threads
             self.flow = replace(self.flow, threads=0, decode_workers=0, write_workers=0)
-        for prompts in names:  # encoded here, before several threads ask for them
+        for prompts in names:  # encode all prompts now: `features` is not thread-safe
             model.features([*model.prompts(prompts), *model.backgrounds])
 
     def decode(self, index: int) -> LabeledImage:
@@ -145,7 +145,7 @@ class _InMemory(Step):
             size=(image.height, image.width),
             views=resized_views(image, Grid.of(self.model.clip), settings.cam_scales, settings.max_patches),
             image=np.asarray(image.convert("RGB")),
-            # Images whose labels exclude other backgrounds are computed apart.
+            # The images of a batch share the backgrounds, which depend on the labels.
             group=tuple(name for name in self.model.backgrounds if name not in names),
         )
 

@@ -1,4 +1,4 @@
-"""Images as users have them: a path, a Pillow image or an array."""
+"""Inputs of the Python interface: images (paths, Pillow images, arrays), class names, settings."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -14,10 +14,10 @@ ImageLike = str | Path | Image.Image | np.ndarray
 
 
 def to_pillow(image: ImageLike) -> Image.Image:
-    """Return an image in its own mode; an array is RGB or grey.
+    """Return a Pillow image without changing its mode; an array is RGB or gray.
 
     Raises:
-        FileNotFoundError, ValueError: a file that is missing or no image.
+        FileNotFoundError, ValueError: the file does not exist or is not an image.
     """
     if isinstance(image, Image.Image):
         return image
@@ -25,10 +25,10 @@ def to_pillow(image: ImageLike) -> Image.Image:
 
 
 def as_list(images: ImageLike | Sequence[ImageLike]) -> tuple[list[ImageLike], bool]:
-    """Return the images, and whether there was a single one.
+    """Return a list of images, and whether the input was a single image.
 
     Raises:
-        TypeError: neither paths, nor Pillow images, nor (H, W, 3) or (H, W) uint8 arrays.
+        TypeError: an image is not a path, Pillow image, or (H, W, 3) or (H, W) uint8 array.
     """
     single = isinstance(images, str | Path | Image.Image | np.ndarray)
     image_list = [images] if single else list(images) if isinstance(images, Sequence) else [images]
@@ -50,7 +50,7 @@ def check_names(names: Any, what: str) -> list[str]:
         what: subject of the error, such as "labels".
 
     Raises:
-        TypeError: not a list of texts.
+        TypeError: `names` is not a list of non-empty strings.
     """
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"{what} must be a list of class names, got {names!r}")
@@ -63,13 +63,13 @@ def split_settings(owner: str, values: dict[str, Any], *classes: type) -> list[d
     """Divide keyword arguments among settings dataclasses.
 
     Raises:
-        TypeError: a name that none of them has.
+        TypeError: no class has a setting of this name.
     """
     names = [set(cls.__dataclass_fields__) for cls in classes]
     unknown = sorted(set(values) - set.union(*names))
     if unknown:
         known = sorted(set.union(*names))
         close = get_close_matches(unknown[0], known, 1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        hint = f"did you mean {close[0]}?" if close else f"the settings are {', '.join(known)}"
         raise TypeError(f"{owner} has no setting {unknown[0]!r}; {hint}")
     return [{name: value for name, value in values.items() if name in fields} for fields in names]

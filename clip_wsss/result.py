@@ -18,8 +18,8 @@ class Result:
 
     Attributes:
         names: K class names.
-        mask: (H, W) uint8: 0 background, k + 1 for names[k], 255 ignored. Without a background class k
-            stands for names[k].
+        mask: (H, W) uint8: 0 background, k + 1 for names[k], 255 ignored. Without a background class, k for
+            names[k].
         posterior: (K + 1, H, W) float32, background first, summing to 1; (K, H, W) without background.
         image: (H, W, 3) uint8 RGB.
         cams: (K, H, W) float16 in [0, 1]; None for a trained network.

@@ -16,24 +16,24 @@ from training import segmenter as trained
 from training.config import CONFIG, TestConfig, read
 from training.segmenter import Setup
 
-RECIPES = {"deeplab.train": DEEPLAB}  # by the step that a run folder records
+RECIPES = {"deeplab.train": DEEPLAB}  # step recorded in the run folder -> recipe
 
 
 class Segmenter:
-    """A network that a training run left in its folder.
+    """A trained network, loaded from the folder of its training run.
 
         result = Segmenter("output/voc12/deeplab")("photo.jpg")
 
     Args:
         run: run folder of `python -m deeplab.train`.
-        checkpoint: weights, in place of the run's final ones.
-        precision: of the network's products, see `segmentation.inference.PRECISIONS`.
+        checkpoint: file of weights; None: the final weights of the run.
+        precision: precision of the network's products, one of `segmentation.inference.PRECISIONS`.
         device: "auto", "cpu", "cuda" or "cuda:i".
-        settings: any field of `TestConfig`: scales, flip, crf; defaults are those of the run.
+        settings: any field of `TestConfig`: scales, flip, crf; the defaults are the settings of the run.
 
     Raises:
-        FileNotFoundError, ValueError: no such run, or a setting outside its range.
-        TypeError: no such setting.
+        FileNotFoundError, ValueError: the run does not exist, or a setting is outside its range.
+        TypeError: a setting does not exist.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Segmenter:
             A `Result`; a list of them for a list of images.
 
         Raises:
-            FileNotFoundError, ValueError: an image that cannot be read.
-            TypeError: images of another type.
+            FileNotFoundError, ValueError: an image cannot be read.
+            TypeError: images have another type.
         """
         image_list, single = as_list(images)
         results = [self._segment(np.asarray(to_pillow(image).convert("RGB"))) for image in image_list]

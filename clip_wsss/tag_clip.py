@@ -1,4 +1,4 @@
-"""TagCLIP: which classes an image contains, from a frozen CLIP and no annotation."""
+"""TagCLIP: predict the classes in an image with a frozen CLIP, without annotation."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,13 +24,13 @@ class TagCLIP:
     Args:
         model: checkpoint file, public name or open_clip model:tag, see `clip.load`; or a loaded CLIP.
         classes: names that are scored; None: those of the benchmark.
-        benchmark: name or YAML file: its classes, backgrounds and templates are the defaults.
-        backgrounds: further names that compete with the classes; None: the benchmark's.
+        benchmark: name or YAML file. It gives the default classes, backgrounds and templates.
+        backgrounds: more names, which compete with the classes; None: the benchmark's.
         settings: any field of `TagSettings` and `ComputeSettings`, such as ratio=0.4, device="cuda".
 
     Raises:
-        FileNotFoundError, ValueError: no such model, or a setting outside its range.
-        TypeError: no such setting.
+        FileNotFoundError, ValueError: the model does not exist, or a setting is outside its range.
+        TypeError: a setting does not exist.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class TagCLIP:
             `Tags`; a list of them for a list of images.
 
         Raises:
-            FileNotFoundError, ValueError: an image that cannot be read or computed.
-            TypeError: images of another type.
+            FileNotFoundError, ValueError: an image cannot be read or computed.
+            TypeError: images have another type.
         """
         image_list, single = as_list(images)
         tags = [self.tagger(to_pillow(image)) for image in image_list]

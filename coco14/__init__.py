@@ -1,10 +1,10 @@
 """MS COCO 2014 as a segmentation benchmark of 80 classes, prompted as CLIP-ES does.
 
-COCO has two numberings. Here, in split files and in masks (index + 1) classes count 0..79 without
-gaps; the official files use 80 of the ids 1..90. `CATEGORY_IDS` is the one table between them.
+COCO's classes have two numberings. This project uses class indices 0..79 without gaps, in split files and,
+as index + 1, in masks. The official files use 80 of the ids 1..90. `CATEGORY_IDS` maps indices to ids.
 
-`python -m coco14.prepare --root DIR` checks a copy of the data, writes the split files and, from the
-instances JSON, the masks; with `--year 2017` those of COCO 2017, which has the same classes.
+`python -m coco14.prepare --root DIR` checks a copy of the data, writes the split files and makes the masks
+from the instances JSON. With `--year 2017` it does so for COCO 2017, which has the same classes.
 """
 from segmentation.benchmark import Benchmark
 
@@ -20,7 +20,7 @@ CLASSES = [
     "scissors", "teddy bear", "hair drier", "toothbrush",
 ]  # fmt: skip
 
-# Verbatim, odd spellings included: the published numbers were made with them.
+# Verbatim from CLIP-ES, including its misspellings: the published numbers depend on them.
 PROMPTS = {
     "person": "person with clothes,people,human",
     "bird": "bird avian",
@@ -43,7 +43,7 @@ BACKGROUNDS = [
     "valley", "bridge",
 ]  # fmt: skip
 
-UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # numbered by COCO, annotated nowhere
+UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}  # ids that COCO reserves and never annotates
 CATEGORY_IDS = [i for i in range(1, 91) if i not in UNUSED_IDS]  # [class index] -> official id
 CLASS_INDEX = {category: index for index, category in enumerate(CATEGORY_IDS)}
 

@@ -1,7 +1,8 @@
 """Index masks from COCO instance annotations.
 
-COCO annotates objects, which overlap; an index mask has one class per pixel. Published masks do not document
-their convention. Here, by default, the smallest object gets the pixel, so that no larger one hides it.
+COCO annotates objects, and objects overlap; an index mask has one class per pixel. Published masks do not
+document which object gets a shared pixel. By default, the smallest object gets it, so that no larger object
+hides a smaller one.
 """
 from typing import Any, Literal, get_args
 
@@ -19,22 +20,22 @@ def rasterize(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, An
     """Return the pixels of an annotation (polygons, or run lengths of a crowd) as COCO's compressed RLE.
 
     Raises:
-        ValueError: no segmentation that pycocotools can rasterize, or one of another size.
+        ValueError: pycocotools cannot rasterize the annotation, or the size of its RLE is not `size`.
     """
     height, width = size
     shape = annotation.get("segmentation")
     try:
         if isinstance(shape, list):
-            # Fewer than three points enclose nothing, but pycocotools would read two as a box.
+            # Fewer than three points have no area, but pycocotools reads two points as a box.
             polygons = [polygon for polygon in shape if len(polygon) >= 6]
             if not polygons:
                 return rle_codec.encode(np.zeros(size, np.uint8, order="F"))
             return rle_codec.merge(rle_codec.frPyObjects(polygons, height, width))
         if tuple(shape["size"]) != (height, width):
-            raise ValueError(f"its size {shape['size']} is not the image's")
+            raise ValueError(f"its size is {shape['size']}, but the image is {[height, width]}")
         if isinstance(shape["counts"], list):
-            if sum(shape["counts"]) != height * width:
-                raise ValueError("its run lengths do not cover the image")
+            if (pixels := sum(shape["counts"])) != height * width:
+                raise ValueError(f"its run lengths cover {pixels} pixels, the image has {height * width}")
             return rle_codec.frPyObjects(shape, height, width)
         return shape
     except (TypeError, KeyError, ValueError) as error:
@@ -42,18 +43,18 @@ def rasterize(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, An
 
 
 def paint(image: CocoImage, overlap: Overlap = "smallest") -> np.ndarray:
-    """Return the index mask of the objects of an image, crowds included.
+    """Return the index mask of an image's objects, including crowds.
 
     Args:
         image: size and annotations.
-        overlap: which of several objects gets a pixel: the "smallest" (by rasterized area; of equals, the
-            later annotated), or the "first" or "last" annotated.
+        overlap: the object that gets a pixel where several overlap: "smallest" (by rasterized area; of equal
+            areas, the later annotation), or the "first" or "last" annotation.
 
     Returns:
         (H, W) uint8: 0 = no object, class index + 1 elsewhere.
 
     Raises:
-        ValueError: an annotation that cannot be rasterized.
+        ValueError: an annotation cannot be rasterized.
     """
     objects = [(rasterize(annotation, image.size), annotation) for annotation in image.annotations]
     if overlap == "smallest":

@@ -1,18 +1,17 @@
 """python -m coco14.prepare --root COCO: check a copy of COCO, write its splits, make its masks.
 
 Expects ROOT/JPEGImages/{train2014,val2014} and either masks ROOT/SegmentationClass/<image>.png
-(0 = background, class index + 1, 255 = ignore) or the instances JSON (--annotations), from which the
-masks are then made. Making them can be interrupted and goes on where it stopped. Masks that were there
-before are left as they are.
+(0 = background, class index + 1, 255 = ignore) or the instances JSON (--annotations), from which it makes
+the masks. After an interruption, the same command makes the missing masks. Existing masks are not changed.
 
 Writes to --out: {train,val}.txt, lines `name index index ...` with class indices 0..79. The labels come
 from the values of the masks or from the JSON (--labels). The published lists of 2014 appear to come from
-masks: labels of the JSON name classes that larger objects hide there, so expect another sha256.
+masks. The JSON also has classes that larger objects hide in those masks, so lists from it differ in sha256.
 
-With --year 2017 it expects ROOT/JPEGImages/{train2017,val2017}, keeps masks in
-ROOT/SegmentationClass/{train2017,val2017}, since the names of images do not contain their split, and writes
-{train2017,val2017}.txt. The name of an instances JSON must end in its split (instances_val2017.json), and
-labels come from it where it is given: so do the published ones.
+With --year 2017 it expects ROOT/JPEGImages/{train2017,val2017} and writes {train2017,val2017}.txt. Masks are
+in ROOT/SegmentationClass/{train2017,val2017}, because the image names of 2017 do not contain the split. The
+name of an instances JSON must end in its split (instances_val2017.json). If a JSON is given, the labels come
+from it by default, as in the published lists.
 """
 import argparse
 import json
@@ -40,26 +39,26 @@ PUBLISHED = {
 
 
 class Part(NamedTuple):
-    """One split of COCO of one year, and where its files are."""
+    """One split of COCO in one year, and the folders of its files."""
 
     split: str  # "train", "val"
     year: str  # "2014", "2017"
 
     def __str__(self) -> str:
-        """Return the name of its list, which has no year for 2014: lists of 2014 are published that way."""
+        """Return the name of the split's list, without the year for 2014, as in the published lists."""
         return self.split if self.year == "2014" else self.folder
 
     @property
     def folder(self) -> str:
-        """The folder of the images; official annotation files have it in their names."""
+        """Folder of the images, such as train2014; the official annotation files have it in their names."""
         return f"{self.split}{self.year}"
 
     def masks(self, root: Path) -> Path:
-        """Return the folder of its masks; the splits of 2014 have the same one."""
+        """Return the folder of the masks; the splits of 2014 share one folder."""
         folder = root / "SegmentationClass"
         return folder if self.year == "2014" else folder / self.folder
 
-    def may_hold(self, name: str) -> bool:
+    def accepts_name(self, name: str) -> bool:
         """Return whether an image of the split can have this name; names of 2017 do not contain the split."""
         return name.startswith(f"COCO_{self.folder}_") if self.year == "2014" else name.isdigit()
 
@@ -68,14 +67,15 @@ class Task(NamedTuple):
     """One image to inspect."""
 
     name: str
-    size: tuple[int, int] | None = None  # (height, width) in the JSON; None without JSON
-    annotated: bool = False  # objects are annotated in the JSON, so a mask must exist
-    to_paint: CocoImage | None = None  # annotations to make the mask of; None makes none
+    size: tuple[int, int] | None = None  # (height, width) in the JSON; None if no JSON is given
+    annotated: bool = False  # the JSON annotates objects, so a mask must exist
+    to_paint: CocoImage | None = None  # annotations to make the mask from; None makes no mask
 
 
 def names_in(folder: Path, part: Part, suffixes: tuple[str, ...]) -> set[str]:
-    """Return the names of the images of a split that have a file in a folder; none if it does not exist."""
-    return {file.stem for file in folder.glob("*") if file.suffix in suffixes and part.may_hold(file.stem)}
+    """Return the image names of a split that have a file in `folder`; empty if the folder does not exist."""
+    files = (file for file in folder.glob("*") if file.suffix in suffixes)
+    return {file.stem for file in files if part.accepts_name(file.stem)}
 
 
 def images_of(root: Path, part: Part) -> set[str]:
@@ -87,28 +87,31 @@ def read_instances(file: Path, year: str) -> tuple[Part, dict[str, CocoImage]]:
     """Return the split of an instances JSON, and its images by name.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_coco_json`, or it is of no split of this year.
+        FileNotFoundError, ValueError: see `read_coco_json`; or the file is not of a split of this year.
     """
     instances = read_coco_json(file, len(CLASSES), CATEGORY_IDS)
     for part in (Part(split, year) for split in SPLITS):
         matches = year == "2014" or file.stem.endswith(part.folder)
-        if matches and instances and all(map(part.may_hold, instances)):
+        if matches and instances and all(map(part.accepts_name, instances)):
             return part, instances
     if year == "2014":
         names = " or all ".join(f"COCO_{split}2014_..." for split in SPLITS)
-        reason = f"its images are not all named {names} (--year 2017 takes those of 2017)"
+        reason = f"its images are not all named {names}; for COCO 2017, give --year 2017"
     else:
-        reason = "its name must end in train2017 or val2017, and the names of its images be numbers"
+        reason = "its name must end in train2017 or val2017, and its image names must be numbers"
     raise ValueError(f"annotation file {file} is not of COCO {year}: {reason}")
 
 
 def may_paint(folder: Path, part: Part, overlap: Overlap, existing: bool) -> bool:
-    """Return whether missing masks of a split are made: not if the user brought masks.
+    """Return whether to make the missing masks of a split: not if the existing masks are the user's.
 
-    `folder/painted_<split><year>.json` records the `overlap` of masks made here.
+    `folder/painted_<split><year>.json` records the `overlap` of masks that this command made.
+
+    Args:
+        existing: whether the folder contains masks of the split.
 
     Raises:
-        ValueError: the existing masks have another `overlap`.
+        ValueError: the existing masks were made with another `overlap`.
     """
     record = folder / f"painted_{part.folder}.json"
     if record.is_file():
@@ -116,7 +119,7 @@ def may_paint(folder: Path, part: Part, overlap: Overlap, existing: bool) -> boo
         if recorded != overlap:
             raise ValueError(
                 f"the {part} masks in {folder} were painted with --overlap {recorded}: "
-                f"give that again, or delete them and {record.name}"
+                f"give the same --overlap, or delete the masks and {record.name}"
             )
     elif not existing:
         write_file(record, json.dumps({"overlap": overlap}))
@@ -124,7 +127,7 @@ def may_paint(folder: Path, part: Part, overlap: Overlap, existing: bool) -> boo
 
 
 def inspect(root: Path, part: Part, overlap: Overlap, decode: bool, task: Task) -> shared.Inspection:
-    """Return what an image and its mask hold, after making the mask if asked; labels are the mask's."""
+    """Make the mask of an image if asked; return its sizes, problems and labels (from the mask)."""
     inspection = shared.inspect_image(root / "JPEGImages" / part.folder, task.name, decode)
     if task.size:
         inspection.sizes = {"annotation": task.size, **inspection.sizes}
@@ -147,7 +150,7 @@ def inspect(root: Path, part: Part, overlap: Overlap, decode: bool, task: Task) 
 def prepare_split(
     part: Part, args: argparse.Namespace, instances: dict[str, CocoImage] | None
 ) -> list[shared.Problem]:
-    """Make masks if annotations are given, check, and write `out/<split>.txt`; return the problems."""
+    """Make the masks if annotations are given, check all files, write the list; return the problems."""
     folder = part.masks(args.root)
     existing = names_in(folder, part, (".png",))
     if args.labels:
@@ -155,7 +158,7 @@ def prepare_split(
     else:
         from_masks = part.year == "2014" if instances else bool(existing)
     if not instances and not (from_masks and existing):
-        print(f"{part}: not made, as there are no {'masks' if from_masks else 'annotations'} of it")
+        print(f"{part}: list not made, because the split has no {'masks' if from_masks else 'annotations'}")
         return []
 
     if instances:
@@ -169,12 +172,12 @@ def prepare_split(
         tasks = [Task(name) for name in images_of(args.root, part) | existing]
     tasks.sort()  # by name, that is by image id
     problems: list[shared.Problem] = []
-    look = partial(inspect, args.root, part, args.overlap, args.check_images)
-    labels = shared.inspect_all(look, tasks, args.num_workers, f"checking {part}", problems)
+    inspect_task = partial(inspect, args.root, part, args.overlap, args.check_images)
+    labels = shared.inspect_all(inspect_task, tasks, args.num_workers, f"checking {part}", problems)
     if instances and painting:
-        print(f"{part}: {len(missing)} masks made in {folder}, {len(existing)} were there")
+        print(f"{part}: {len(missing)} masks made in {folder}, {len(existing)} existed before")
     elif instances:
-        print(f"{part}: {folder} holds {len(existing)} masks that were not made here: left as they are")
+        print(f"{part}: {folder} has {len(existing)} masks of another origin: no mask is changed or added")
     if not from_masks:
         labels = {task.name: instances[task.name].labels for task in tasks}
     elif without_mask := sum(class_ids is None for class_ids in labels.values()):
@@ -186,16 +189,17 @@ def prepare_split(
 
 
 def prepare(args: argparse.Namespace) -> int:
-    """Prepare both splits, see `main`; return the exit code."""
+    """Prepare both splits and return the exit code; `args`: see `main`."""
     problems: list[shared.Problem] = []
     done = set()
-    for file in args.annotations:  # one at a time: each takes gigabytes
+    for file in args.annotations:  # one at a time: each needs gigabytes of memory
         part, instances = read_instances(file, args.year)
         if part in done:
-            raise ValueError(f"annotation file {file}: the {part} split was given before")
+            raise ValueError(f"--annotations {file}: the {part} split was given before; give it once")
         images = images_of(args.root, part)
         if images and not images & instances.keys():
-            raise ValueError(f"annotation file {file} names no image of {part.folder}: is it its own?")
+            hint = f"give instances_{part.folder}.json"
+            raise ValueError(f"--annotations {file} lists no image of {part.folder}: {hint}")
         problems += prepare_split(part, args, instances)
         done.add(part)
         del instances
@@ -207,25 +211,25 @@ def prepare(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse flags, prepare; return the exit code (wrong usage exits with 2 at once)."""
+    """Parse the flags, prepare the data, return the exit code; wrong usage exits with code 2."""
     parser = shared.make_parser("coco14", __doc__)
     flag = parser.add_argument
-    flag("--year", choices=("2014", "2017"), default="2014", help="which COCO (%(default)s)")
+    flag("--year", choices=("2014", "2017"), default="2014", help="year of COCO (%(default)s)")
     flag("--annotations", type=Path, nargs="+", default=[], metavar="JSON",
-         help="instances_train2014.json and/or instances_val2014.json: make masks, check against them")
+         help="instances_train2014.json and/or instances_val2014.json: source of masks and expected sizes")
     flag("--labels", choices=("masks", "json"),
-         help="where labels come from (2014: masks if there are any; 2017: the JSON if it is given)")
+         help="source of the labels (2014: the masks; 2017: the JSON if it is given, else the masks)")
     flag("--overlap", choices=OVERLAPS, default=OVERLAPS[0],
-         help="which of several objects gets a pixel, when masks are made (%(default)s)")
+         help="object that gets a pixel where several overlap, when masks are made (%(default)s)")
     args = parser.parse_args(arguments)
     if not (args.root / "JPEGImages").is_dir():
-        parser.error(f"--root {args.root} is no copy of COCO {args.year}: it has no JPEGImages folder")
+        parser.error(f"--root {args.root} is not a copy of COCO {args.year}: it has no JPEGImages folder")
     if args.labels == "json" and not args.annotations:
         parser.error("--labels json needs --annotations")
     folders = dict.fromkeys(Part(split, args.year).masks(args.root) for split in SPLITS)
     if not args.annotations and not any(folder.is_dir() for folder in folders):
         names = " or ".join(str(folder.relative_to(args.root)) for folder in folders)
-        parser.error(f"--root {args.root} has no {names} folder: give --annotations to make it")
+        parser.error(f"--root {args.root} has no {names} folder: give --annotations to make the masks")
     return shared.run(parser, prepare, args)
 
 

@@ -1,16 +1,16 @@
 """COCO-Stuff as a benchmark of 171 classes without a background, scored in 27 groups as TagCLIP does.
 
-COCO-Stuff numbers its classes 1..182 and leaves 11 of these ids unused; public files count the ids from 0.
-Here, in split files and in masks, classes count 0..170 without gaps. `CATEGORY_IDS` is the one table
-between the two.
+COCO-Stuff has the class ids 1..182, of which 11 are unused; its published files subtract 1 from the ids.
+This project uses class indices 0..170 without gaps, in split files and in masks. `CATEGORY_IDS` maps class
+indices to official ids.
 
 `python -m cocostuff.prepare --root DIR` checks a copy of the data, makes the masks and writes the split file.
 """
 import coco14
 from segmentation.benchmark import Benchmark
 
-# Group -> its classes by ascending id: things, then stuff, the coarse classes of unsupervised segmentation.
-# The names are those that tagging reads.
+# Group -> its classes by ascending id. The groups are the 27 coarse classes of unsupervised segmentation,
+# things before stuff. Tagging uses these class names in its prompts.
 GROUPS = {
     "electronic": ["tv", "laptop", "mouse", "remote", "keyboard", "cell phone"],
     "appliance": ["microwave", "oven", "toaster", "sink", "refrigerator"],
@@ -47,7 +47,7 @@ GROUPS = {
     "water": ["fog", "river", "sea", "water-other", "waterdrops"],
 }  # fmt: skip
 
-# The groups of things by ascending id; the classes of stuff are numbered after all things, by name.
+# The groups of things by ascending id. Stuff classes have the ids after all things, in alphabetical order.
 THINGS = [
     "person", "vehicle", "outdoor", "animal", "accessory", "sports", "kitchen", "food things",
     "furniture things", "electronic", "appliance", "indoor",
@@ -58,11 +58,11 @@ CLASSES = [
     *sorted(name for name, group in GROUP_OF.items() if group not in THINGS),
 ]
 
-# What CAMs are prompted with where a bare name serves them less; verbatim, as the published numbers need.
-# They are those of COCO; only there the snowboard is misspelled.
+# CAM prompts that differ from the class name, verbatim from TagCLIP: published numbers depend on them. They
+# equal COCO's, except for "snowboard", which only COCO's misspell.
 PROMPTS = coco14.PROMPTS | {"airplane": "aeroplane", "tv": "tvmonitor screen", "snowboard": "snowboard"}
 
-UNUSED_IDS = coco14.UNUSED_IDS | {91}  # numbered, annotated nowhere
+UNUSED_IDS = coco14.UNUSED_IDS | {91}  # reserved, never annotated
 CATEGORY_IDS = [i for i in range(1, 183) if i not in UNUSED_IDS]  # [class index] -> official id
 CLASS_INDEX = {category: index for index, category in enumerate(CATEGORY_IDS)}
 
@@ -70,7 +70,7 @@ BENCHMARK = Benchmark(
     name="cocostuff",
     classes=CLASSES,
     prompts=[PROMPTS.get(name, name) for name in CLASSES],
-    backgrounds=["background"],  # of CAMs
+    backgrounds=["background"],  # for CAMs
     tag_backgrounds=[],
     box_threshold=0.7,
     has_background=False,

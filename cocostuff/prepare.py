@@ -1,13 +1,13 @@
 """python -m cocostuff.prepare --root COCO: check a copy of COCO-Stuff val, make its masks, write its split.
 
 Expects ROOT/JPEGImages/val2017 and the published masks of things and stuff, ROOT/stuffthingmaps/val2017,
-which number the classes 0..181 and void 255. ROOT/SegmentationClassStuff/val2017 receives masks that number
-them 0..170, which every other command reads. Making them can be interrupted and goes on where it stopped;
-existing masks are compared, and never changed.
+with class values 0..181 and 255 for void. It writes masks with class values 0..170, which all other commands
+read, to ROOT/SegmentationClassStuff/val2017. After an interruption, the same command makes the missing masks.
+Existing masks are compared with the published ones and never changed.
 
-Writes to --out: val.txt, lines `name index index ...` with class indices 0..170, for the 4,172 images that
-COCO-Stuff is evaluated on. The labels are the values of the masks, or those of a public split file
-(--split_182, whose labels count 0..181), which then also says which images there are.
+Writes to --out: val.txt, lines `name index index ...` with class indices 0..170, for the 4,172 images on
+which COCO-Stuff is evaluated. The labels come from the masks. With --split_182, a published split file with
+labels 0..181, both the images and the labels come from that file.
 """
 import argparse
 import sys
@@ -22,50 +22,50 @@ from segmentation.benchmark import IGNORE
 from segmentation.labels import Split, mask_labels, read_split
 from segmentation.masks import read_mask, write_mask
 
-PUBLISHED = Path(__file__).with_name("val_ids.txt")  # the rule that selects these images is not documented
-VALUES = 182  # of public masks and split files: official id - 1
+PUBLISHED = Path(__file__).with_name("val_ids.txt")  # the selection rule is not documented
+VALUES = 182  # class values in published masks and split files: official id - 1
 TO_CLASS = np.full(256, IGNORE, np.uint8)
 TO_CLASS[np.array(CATEGORY_IDS) - 1] = np.arange(len(CATEGORY_IDS))
 
 
 def published_names() -> list[str]:
-    """Return the 4,172 images of val2017 that COCO-Stuff is evaluated on, by ascending id."""
+    """Return the names of the 4,172 images of val2017 on which COCO-Stuff is evaluated, by ascending id."""
     return [f"{int(line):012d}" for line in PUBLISHED.read_text().split()]
 
 
 def convert(mask: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """Return a public mask with the class indices of this project.
+    """Return a published mask with the class indices of this project, and its unknown values.
 
     Args:
         mask: (H, W) uint8, official id - 1, that is 0..181; 255 is void.
 
     Returns:
-        (H, W) uint8, 0..170, 255 where there is no class; and the values, ascending, that are neither void
-        nor a class.
+        (H, W) uint8, 0..170, and 255 for all other values; and, ascending, the values of `mask` that are
+        neither void nor a class.
     """
     values = np.flatnonzero(np.bincount(mask.ravel())).tolist()
     return TO_CLASS[mask], [value for value in values if value != IGNORE and TO_CLASS[value] == IGNORE]
 
 
 def convert_split(split: Split, file: Path) -> tuple[Split, list[shared.Problem]]:
-    """Return a public split with the class indices of this project, and its labels that are no class."""
+    """Return a published split with the class indices of this project, and a problem per unknown label."""
     problems = []
     converted: Split = {}
     for name, labels in split.items():
         converted[name] = [CLASS_INDEX[label + 1] for label in labels if label + 1 in CLASS_INDEX]
         for label in labels:
             if label + 1 not in CLASS_INDEX:
-                sentence = f"{file}: image {name} has the label {label}, which is left out"
+                sentence = f"{file}: image {name} has the label {label}, which is not a class and is left out"
                 problems.append(shared.Problem("unknown class", sentence))
     return converted, problems
 
 
 def inspect(images: Path, source: Path | None, target: Path, decode: bool, name: str) -> shared.Inspection:
-    """Return what an image and its public mask hold, and write the converted mask if it does not exist.
+    """Inspect an image and its published mask, and write the converted mask if it does not exist.
 
     Args:
         images: folder of the images.
-        source: folder of the public masks; None: there is none.
+        source: folder of the published masks; None inspects the image only.
         target: folder of the converted masks.
     """
     inspection = shared.inspect_image(images, name, decode)
@@ -76,13 +76,13 @@ def inspect(images: Path, source: Path | None, target: Path, decode: bool, name:
         mask, unknown = convert(read_mask(file))
         inspection.sizes["mask"] = mask.shape
         for value in unknown:
-            sentence = f"mask {file} holds the value {value}, which stands for no class: it becomes {IGNORE}"
+            sentence = f"mask {file} has the value {value}, which is not a class: it becomes {IGNORE}"
             inspection.problems.append(shared.Problem("unknown class", sentence))
         inspection.labels = mask_labels(mask, False, len(CLASSES), file)
         if converted.is_file() and not np.array_equal(read_mask(converted), mask):
-            raise ValueError(f"mask {converted} is not what {file} gives: delete it to have it made anew")
+            raise ValueError(f"{converted} differs from the converted mask {file}: delete it to redo it")
     if inspection.labels is not None and not converted.is_file():
-        write_mask(converted, mask, BENCHMARK.palette)  # outside: a file that cannot be written ends the run
+        write_mask(converted, mask, BENCHMARK.palette)  # not a `Problem`: a failed write ends the run
     return inspection
 
 
@@ -90,11 +90,11 @@ def prepare(args: argparse.Namespace) -> int:
     """Check the copy of COCO-Stuff, make its masks and write `val.txt`; return the exit code.
 
     Args:
-        args: see `main`; without `stuffthingmaps` no masks are made, without `split_182` the images are the
-            published ones, and their labels those of the masks.
+        args: see `main`. If `stuffthingmaps` is None, no masks are made. If `split_182` is None, the images
+            are the published ones, and the labels come from the masks.
 
     Raises:
-        OSError, ValueError: the split file cannot be read, or nothing can be written.
+        OSError, ValueError: the split file cannot be read, or an output cannot be written.
     """
     problems: list[shared.Problem] = []
     split: Split = {}
@@ -105,8 +105,9 @@ def prepare(args: argparse.Namespace) -> int:
             print(f"{args.split_182} lists other images than the {len(names)} published ones")
         names = list(split)
     target = args.root / BENCHMARK.mask_dir
-    look = partial(inspect, args.root / BENCHMARK.image_dir, args.stuffthingmaps, target, args.check_images)
-    labels = shared.inspect_all(look, names, args.num_workers, "checking val", problems)
+    images, source = args.root / BENCHMARK.image_dir, args.stuffthingmaps
+    inspect_name = partial(inspect, images, source, target, args.check_images)
+    labels = shared.inspect_all(inspect_name, names, args.num_workers, "checking val", problems)
     if not args.split_182:
         split = {name: class_ids for name, class_ids in labels.items() if class_ids}
     if args.stuffthingmaps:
@@ -118,26 +119,26 @@ def prepare(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse flags, prepare; return the exit code (wrong usage exits with 2 at once)."""
+    """Parse the flags, prepare the data, return the exit code; wrong usage exits with code 2."""
     parser = shared.make_parser("cocostuff", __doc__)
     flag = parser.add_argument
     flag("--stuffthingmaps", type=Path, metavar="DIR",
          help="folder of the published masks, <image>.png (ROOT/stuffthingmaps/val2017)")
     flag("--split_182", type=Path, metavar="FILE",
-         help="a public split file: its images and, after conversion, its labels are taken")
+         help="published split file with labels 0..181: source of the images and, converted, of the labels")
     args = parser.parse_args(arguments)
     if not (args.root / BENCHMARK.image_dir).is_dir():
-        parser.error(f"--root {args.root} is no copy of COCO 2017: it has no {BENCHMARK.image_dir} folder")
+        parser.error(f"--root {args.root} is not a copy of COCO 2017: it has no {BENCHMARK.image_dir} folder")
     if args.split_182 and args.split_182.resolve() == (args.out / "val.txt").resolve():
-        parser.error(f"--split_182 {args.split_182} is where the converted list goes: give it another name")
+        parser.error(f"--split_182 {args.split_182} is also the output file: rename it or change --out")
     source = args.stuffthingmaps or args.root / "stuffthingmaps" / "val2017"
     if not source.is_dir():
         if args.stuffthingmaps or not args.split_182:
             parser.error(f"there is no folder {source}: unpack the published masks there")
-        print(f"no masks are made, which only evaluation needs: there is no folder {source}")
+        print(f"no masks are made (only evaluation needs them): there is no folder {source}")
         source = None
     elif source.resolve() == (args.root / BENCHMARK.mask_dir).resolve():
-        parser.error(f"--stuffthingmaps {source} is the folder of converted masks: give the published ones")
+        parser.error(f"--stuffthingmaps {source} contains the converted masks: give the published ones")
     args.stuffthingmaps = source
     return shared.run(parser, prepare, args)
 

@@ -1,1 +1,1 @@
-"""Step 3, DeepLab: networks that learn from pseudo masks, their training and evaluation."""
+"""Step 3, DeepLab: networks that are trained on pseudo masks, with training and evaluation."""

@@ -1,6 +1,6 @@
 """Weight files -> the two DeepLab networks, with a report of the loaded and the ignored tensors.
 
-`deeplab.keymaps` has the names that a file may have. Files are never unpickled beyond tensors.
+`deeplab.keymaps` converts the tensor names of known file families. Only tensors are unpickled.
 """
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from clip.checkpoint import read_state
 from deeplab.keymaps import FAMILIES, STRIDE_IN, Family, family_of, own_key, unwrap
 
-MIN_COMMON = 0.9  # of the backbone tensors of model and file together, the part that both must have
-OTHER_FORMATS = {".caffemodel": "Caffe", ".params": "MXNet"}  # files that only these frameworks read
-NETWORKS = {"base.": "DeepLab-v2 on ResNet-101", "backbone.": "DeepLab-v1 on ResNet-38d"}  # by prefix
+MIN_COMMON = 0.9  # minimum fraction of backbone tensors, of model and file together, that both have
+OTHER_FORMATS = {".caffemodel": "Caffe", ".params": "MXNet"}  # only these frameworks read such files
+NETWORKS = {"base.": "DeepLab-v2 on ResNet-101", "backbone.": "DeepLab-v1 on ResNet-38d"}  # by prefix of keys
 BACKBONES = ("base.layer", "backbone.")
-CLASSIFIERS = ("base.aspp.c0.weight", "base.fc.weight", "cls_conv.weight")  # first axis: the classes
-COUNTER = "num_batches_tracked"  # of training steps; no result depends on it
-MEAN, VARIANCE = "running_mean", "running_var"  # of batch norm
+CLASSIFIERS = ("base.aspp.c0.weight", "base.fc.weight", "cls_conv.weight")  # their first axis is the classes
+COUNTER = "num_batches_tracked"  # number of training steps; results do not depend on it
+MEAN, VARIANCE = "running_mean", "running_var"  # buffers of batch norm
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a file under the names of our networks, and its keys without such a name."""
+    """Tensors of a file under the names of our networks, and keys of the file without counterpart."""
 
     file: Path | str
     family: Family
@@ -37,7 +37,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Report:
-    """Names of tensors: loaded, at their initial values, and ignored (these also as the file has them)."""
+    """Names of tensors: loaded, left at their initial values, and ignored (partly with the file's names)."""
 
     source: str
     matched: tuple[str, ...]
@@ -55,10 +55,10 @@ class Report:
 
 
 def family(source: str | Path | Mapping[str, Tensor]) -> str:
-    """Return the name of the family (`keymaps.FAMILIES`) of a file or state dict; raises as `read`.
+    """Return the name of the family (`keymaps.FAMILIES`) of a file or state dict. Raises: see `read`.
 
-    Build the network for its weights with `stride_in=STRIDE_IN.get(family, "reduce")`. Checkpoints in our own
-    names do not show where the stride is, and need the `stride_in` that they were trained with.
+    Build the network for such weights with `stride_in=STRIDE_IN.get(family, "reduce")`. Checkpoints with our
+    own names do not show where the stride is: build the network with the `stride_in` of their training.
     """
     if isinstance(source, Mapping):
         return _family(source, "the state dict").name
@@ -69,30 +69,30 @@ def read(file: str | Path) -> dict[str, Tensor]:
     """Return the weights in a file of any known family, under the names of our networks, on the CPU.
 
     Args:
-        file: .pth or .pt (a state dict, also one under `state_dict`, `model_state_dict` or `model`),
+        file: .pth or .pt (a state dict, possibly under `state_dict`, `model_state_dict` or `model`),
             .safetensors or .npz.
 
     Returns:
-        A state dict `base....` or `backbone....`, in the file's precision, without keys that have no
-        counterpart.
+        A state dict with keys `base....` or `backbone....`, in the file's precision. Tensors without
+        counterpart in our networks are left out.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is not readable, or of no known family.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file cannot be read, or belongs to no known family.
     """
     return _weights(file).state
 
 
 def load_init(model: nn.Module, file: str | Path) -> Report:
-    """Load initial weights for training: the backbone, and the tensors of the head that fit.
+    """Load initial weights for training: the backbone, and the head's tensors of equal name and shape.
 
     Args:
-        model: either network, also wrapped for data parallelism; unchanged if there is an error.
+        model: either network, possibly wrapped for data parallelism; not changed if there is an error.
 
     Raises:
-        FileNotFoundError, ValueError: as `read`; or the file is of the other network, of another depth
-            (less than `MIN_COMMON`) or of other widths, lacks batch norm of the backbone, or holds invalid
-            numbers such as NaN.
+        FileNotFoundError, ValueError: see `read`; or the file is for the other network, for another depth
+            (less than `MIN_COMMON` in common) or for another width, lacks batch norm tensors of the backbone,
+            or contains invalid numbers such as NaN.
     """
     weights, state = _weights_for(model, file)
     in_file, in_model = (
@@ -103,14 +103,14 @@ def load_init(model: nn.Module, file: str | Path) -> Report:
     if len(common) < MIN_COMMON * len(in_file | in_model):
         raise ValueError(
             f"{weights} and the model have {len(common)} of {len(in_file | in_model)} backbone tensors in "
-            f"common: only the file has {len(surplus)}{_few(surplus)}, only the model {len(missing)}"
-            f"{_few(missing)}; take weights of a network of the same depth"
+            f"common: {len(surplus)} are only in the file{_few(surplus)}, {len(missing)} only in the model"
+            f"{_few(missing)}; use weights of a network of the same depth"
         )
     norms = {name for name in missing if f"{name.rpartition('.')[0]}.{MEAN}" in state}
     if norms:
         raise ValueError(
             f"{weights} lacks {len(norms)} tensors of the backbone's batch norm{_few(norms)}, which training "
-            "does not update: take a file that has them all"
+            "does not update: use a file that contains all of them"
         )
     both = weights.state.keys() & state.keys()
     fitting = {name for name in both if weights.state[name].shape == state[name].shape}
@@ -120,46 +120,46 @@ def load_init(model: nn.Module, file: str | Path) -> Report:
 def load_full(model: nn.Module, file: str | Path) -> Report:
     """Load a trained network: the file must have exactly the model's tensors.
 
-    Arguments and errors are those of `load_init`; another number of classes or of tensors is an error, too.
+    Arguments and errors: see `load_init`. Another number of classes is an error, too.
     """
     weights, state = _weights_for(model, file)
     loaded = weights.state
     if not any(name in loaded for name in state if not name.startswith(BACKBONES)):
         raise ValueError(
-            f"{weights} has the backbone but not the head of {_network(state)}: it can start a training, but "
-            "not predict"
+            f"{weights} has the backbone but not the head of {_network(state)}: use it as initial weights "
+            "(model.init), and give the checkpoint of a trained network here"
         )
     for name in CLASSIFIERS:
         if name in loaded and name in state and len(loaded[name]) != len(state[name]):
             raise ValueError(
                 f"{weights} was trained for {len(loaded[name])} classes, background included, the model has "
-                f"{len(state[name])}: take a checkpoint of the same classes"
+                f"{len(state[name])}: use a checkpoint for the same classes"
             )
     missing, unknown = state.keys() - loaded.keys(), {*weights.dropped, *(loaded.keys() - state.keys())}
     if missing or unknown:
         raise ValueError(
             f"{weights} is not a checkpoint of this model: {len(missing)} tensors are missing{_few(missing)} "
-            f"and {len(unknown)} unknown{_few(unknown)}"
+            f"and {len(unknown)} unknown{_few(unknown)}; check the settings of the model"
         )
     return _load(model, weights, state)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file under its own names."""
+    """Return the tensors of a file under the names in the file."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist or is no file: give a file of weights")
+        raise FileNotFoundError(f"{file} does not exist or is not a file: give a file of weights")
     if framework := OTHER_FORMATS.get(file.suffix):
         raise ValueError(
-            f"{file} has {framework}'s format: where {framework} is installed, write its arrays to an .npz "
-            "file with the lines in docs/deeplab_weights.md, and give that file"
+            f"{file} has the format of {framework}: convert it to .npz with the code in "
+            f"docs/deeplab_weights.md, which requires {framework}, and give the .npz file"
         )
     if file.suffix == ".npz":
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-        except Exception:  # a damaged file may raise anything
+        except Exception:  # damaged files raise exceptions of many types
             raise ValueError(
-                f"{file} is not a readable .npz: it is damaged, or holds more than arrays of numbers"
+                f"{file} cannot be read as .npz: it is damaged, or contains more than arrays of numbers"
             ) from None
     return {str(key): value for key, value in read_state(file).items() if isinstance(value, Tensor)}
 
@@ -168,7 +168,7 @@ def _family(state: Mapping[str, Tensor], source: object) -> Family:
     family = family_of(state)
     if family is None:
         raise ValueError(
-            f"{source} holds no weights of a known family ({', '.join(known.name for known in FAMILIES)}): "
+            f"{source} has no weights of a known family ({', '.join(known.name for known in FAMILIES)}): "
             f"it has {len(state)} tensors{_few(state)}, none like base.layer2.block1.reduce.conv.weight or "
             "backbone.b2.conv_branch2a.weight"
         )
@@ -179,21 +179,21 @@ def _weights(file: str | Path) -> Weights:
     tensors = _tensors(Path(file))
     family = _family(tensors, file)
     if len({unwrap(key) for key in tensors}) < len(tensors):
-        raise ValueError(f"{file} holds more than one network: save only the one to load")
+        raise ValueError(f"{file} contains more than one network: save only the network to load")
     try:
         state, dropped = family.convert(tensors)
     except ValueError as error:
-        raise ValueError(f"{file} is not a whole checkpoint: {error}") from None
+        raise ValueError(f"{file} is not a complete checkpoint: {error}") from None
     for key, value in state.items():
         if not (value.is_floating_point() or key.endswith(COUNTER)):
-            raise ValueError(f"{file} is not a checkpoint: {key} holds {value.dtype}, not floats")
-    for key in [key for key in state if key.endswith(MEAN)]:  # PyTorch before 0.4.1 had no counter
+            raise ValueError(f"{file} is not a checkpoint: {key} has type {value.dtype}, not float")
+    for key in [key for key in state if key.endswith(MEAN)]:  # files of PyTorch before 0.4.1 have no counter
         state.setdefault(key.replace(MEAN, COUNTER), torch.zeros((), dtype=torch.long))
     return Weights(file, family, state, dropped)
 
 
 def _state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's tensors under their names in the whole network, without prefixes of wrappers."""
+    """Return the model's tensors under their full names in network A or B, without prefixes of wrappers."""
     return {own_key(key) or key: value for key, value in model.state_dict().items()}
 
 
@@ -207,14 +207,14 @@ def _weights_for(model: nn.Module, file: str | Path) -> tuple[Weights, dict[str,
     in_file, in_model = _network(weights.state), _network(state)
     if in_file != in_model:
         raise ValueError(
-            f"{weights} holds weights of {in_file}, but the model is {in_model}: load other weights, or set "
-            "another network"
+            f"{weights} contains weights of {in_file}, but the model is {in_model}: load other weights, or "
+            "set model.network"
         )
     return weights, state
 
 
 def _load(model: nn.Module, weights: Weights, names: Collection[str]) -> Report:
-    """Copy the named tensors, in the model's precision and to its device."""
+    """Copy the named tensors to the model, in its precision and to its device; return what was loaded."""
     state = _state_of(model)
     for name in sorted(names):
         in_file, in_model = tuple(weights.state[name].shape), tuple(state[name].shape)
@@ -225,9 +225,9 @@ def _load(model: nn.Module, weights: Weights, names: Collection[str]) -> Report:
     values = {name: weights.state[name].to(state[name].dtype) for name in state if name in names}
     for name, value in values.items():
         if not value.isfinite().all():
-            raise ValueError(f"{weights} holds NaN or infinity in {name}: take another checkpoint")
+            raise ValueError(f"{weights} has NaN or infinity in {name}: use another checkpoint")
         if name.endswith(VARIANCE) and (value < 0).any():
-            raise ValueError(f"{weights} holds variances below 0 in {name}: take another checkpoint")
+            raise ValueError(f"{weights} has variances below 0 in {name}: use another checkpoint")
     with torch.no_grad():
         for name, value in values.items():
             state[name].copy_(value)
@@ -241,10 +241,10 @@ def _load(model: nn.Module, weights: Weights, names: Collection[str]) -> Report:
 
 
 def _stride_note(model: nn.Module, stride_in: str | None) -> str:
-    """Return a warning if the model's strides are not where the weights' network has them."""
+    """Return a warning if the model has its strides in other layers than the network of the weights."""
     for name, part in model.named_modules():
         if stride_in and name.endswith(f"layer3.block1.{stride_in}.conv") and part.stride == (1, 1):
-            return f"their network has its strides elsewhere: stride_in={stride_in} gives its features"
+            return f"they come from a network with stride_in={stride_in}: set that to get its features"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""DeepLab's sections of the configuration: `model`, `augment` and `solver`; others: `training.config`."""
+"""DeepLab's configuration: sections `model`, `augment`, `solver`; the others are in `training.config`."""
 
 from dataclasses import dataclass, field
 
@@ -11,31 +11,31 @@ from training import config as base
 
 @dataclass
 class ModelConfig(base.ModelConfig):
-    """Section `model`. The defaults are ResNet-101's; `blocks`, `width`, `rates` also give small networks."""
+    """Section `model`. The defaults are as published; `blocks`, `width`, `rates` make smaller networks."""
 
     network: str = setting("deeplab_v2", "`deeplab_v2` or `deeplab_v1_r38`")
-    blocks: list[int] = setting([], "residual blocks of each stage; empty: as published", least=1)
+    blocks: list[int] = setting([], "residual blocks in each of four stages; empty: as published", least=1)
     width: int = setting(64, "channels of the first convolution", least=1)
-    rates: list[int] = setting([], "dilations of the head; empty: as published", least=1)
-    scales: list[float] = setting([0.5, 0.75], "deeplab_v2: scales that MSC adds to 1; empty: one scale")
-    freeze_bn: bool | None = setting(None, "batch norm keeps its statistics; empty: true for deeplab_v2. For "
-                                     "deeplab_v1_r38, whose batch norm is live, true also freezes the first "
+    rates: list[int] = setting([], "dilation rates of the head; empty: as published", least=1)
+    scales: list[float] = setting([0.5, 0.75], "deeplab_v2: scales of MSC in addition to 1; empty: only 1")
+    freeze_bn: bool | None = setting(None, "freeze the statistics of batch norm; empty: true for deeplab_v2, "
+                                     "false for deeplab_v1_r38, where true also freezes the first "
                                      "convolution")  # fmt: skip
-    stride_in: str | None = setting(None, "deeplab_v2: layer with a stage's stride; empty: as the initial "
-                                    "weights need it: conv3x3 for torchvision's, else reduce")  # fmt: skip
+    stride_in: str | None = setting(None, "deeplab_v2: layer with the stride of a stage; empty: as in the "
+                                    "initial weights, conv3x3 for torchvision's, else reduce")  # fmt: skip
 
 
 @dataclass
 class AugmentConfig(Settings):
-    """Section `augment`: how training samples are drawn."""
+    """Section `augment`: random scaling, cropping, flipping and color jitter of training samples."""
 
     SECTION = "augment."
 
-    crop: int = setting(321, "side of a sample", least=1)
-    scales: list[float] = setting([0.5, 0.75, 1.0, 1.25, 1.5], "deeplab_v2: one of these is drawn", above=0)
+    crop: int = setting(321, "side of a training sample in pixels", least=1)
+    scales: list[float] = setting([0.5, 0.75, 1.0, 1.25, 1.5], "deeplab_v2: factors to draw from", above=0)
     base: int | None = setting(None, "deeplab_v2: longer side at scale 1; empty: the image's own", least=1)
-    flip: bool = setting(True, "half of the samples are mirrored")
-    scale_range: list[float] = setting([0.5, 1.5], "deeplab_v1_r38: the scale is drawn from it", above=0)
+    flip: bool = setting(True, "mirror half of the samples")
+    scale_range: list[float] = setting([0.5, 1.5], "deeplab_v1_r38: range to draw the scale from", above=0)
     jitter: int = setting(10, "deeplab_v1_r38: largest shift of hue, saturation and value", least=0)
 
 
@@ -43,15 +43,15 @@ class AugmentConfig(Settings):
 class OptimConfig(BaseOptimConfig):
     """Section `solver`: SGD with the poly schedule."""
 
-    momentum: float = setting(0.9, "of SGD", least=0)
-    power: float = setting(0.9, "of the poly schedule", least=0)
+    momentum: float = setting(0.9, "momentum of SGD", least=0)
+    power: float = setting(0.9, "power of the poly schedule", least=0)
     decay_every: int = setting(10, "iterations between two updates of the learning rate", least=1)
-    loss: str = setting("ce", "cross-entropy, or balanced between background and foreground", choices=LOSSES)
+    loss: str = setting("ce", "cross-entropy; balanced: averages background and foreground", choices=LOSSES)
 
 
 @dataclass
 class Config(base.Config):
-    """Everything about a run."""
+    """Configuration of a training run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -1,7 +1,8 @@
-"""Names of tensors in public weight files -> names of our networks. Pure functions, no files.
+"""Tensor names of published weight files -> names of our networks. Pure functions that read no files.
 
-Network A has the names of deeplab-pytorch, such as `base.layer1.conv1.conv.weight`; network B those of SEAM's
-retraining code, such as `backbone.b2.conv_branch2a.weight`. Files of these projects differ in prefixes alone.
+Network A (DeepLab-v2) has the names of deeplab-pytorch, such as `base.layer1.conv1.conv.weight`. Network B
+(DeepLab-v1 on ResNet-38d) has those of SEAM's retraining code, such as `backbone.b2.conv_branch2a.weight`.
+Files of these two projects differ from our names only in prefixes.
 """
 import re
 from collections.abc import Callable, Mapping
@@ -13,18 +14,18 @@ from torch import Tensor
 
 from segmentation.transforms import IMAGENET_STD
 
-# A state dict under the names of our networks, and the keys of the file that have no counterpart.
+# A state dict with the names of our networks, and the keys of the file without counterpart.
 Converted = tuple[dict[str, Tensor], list[str]]
 
-# Attributes in which wrappers and other projects hold the network.
+# Attributes under which wrappers and other projects store the network.
 WRAPPERS = re.compile(r"((module|_orig_mod|model|base|backbone)\.)+")
-# Modules of networks A and B -> their prefix in the whole network.
+# Modules of networks A and B -> prefix of their full names.
 PREFIXES = {
     re.compile(r"(layer[1-5]|aspp|fc)\."): "base.",
     re.compile(r"(conv1a|b\d(_\d+)?|bn7)\."): "backbone.",
     re.compile(r"(conv_fov2?|bn_fov2?|cls_conv)\."): "",
 }
-# The convolutions of a residual block, by torchvision's numbers and by Caffe's branch.
+# Names of the convolutions in a residual block: torchvision's number -> ours; Caffe's branch -> ours.
 PARTS = {"1": "reduce", "2": "conv3x3", "3": "increase"}
 SHORTCUT = {"0": "shortcut.conv", "1": "shortcut.bn"}
 BRANCHES = {"1": "shortcut", "2a": "reduce", "2b": "conv3x3", "2c": "increase"}
@@ -33,7 +34,7 @@ CAFFE_STEM = {
     "bn_conv1": "base.layer1.conv1.bn",
     "scale_conv1": "base.layer1.conv1.bn",
 }
-COPIES = ("res075", "res05")  # branches of the multi-scale Caffe model with the weights of the main one
+COPIES = ("res075", "res05")  # branches of the multi-scale Caffe model; same weights as the main one
 MXNET_LEAVES = {"weight": "weight", "beta": "bias", "gamma": "weight", "moving_mean": "running_mean",
                 "moving_var": "running_var"}  # fmt: skip
 
@@ -44,14 +45,17 @@ def unwrap(key: str) -> str:
 
 
 def own_key(key: str) -> str | None:
-    """Return a key of network A or B, given with any prefix, as it is in the whole network: `base....` (A),
-    `backbone....` or a key of the head (B); None for any other."""
+    """Return the full name of a key of network A or B; None for other keys.
+
+    Args:
+        key: with or without prefixes: "layer2.block1..." -> "base.layer2.block1...".
+    """
     key = unwrap(key)
     return next((prefix + key for pattern, prefix in PREFIXES.items() if pattern.match(key)), None)
 
 
 def torchvision_key(key: str) -> str | None:
-    """Return network A's key of one of torchvision's ResNets with bottlenecks; None for the classifier."""
+    """Return network A's key for a key of torchvision's bottleneck ResNets; None for the classifier."""
     if match := re.fullmatch(r"(conv|bn)1\.(\w+)", key):
         return f"base.layer1.conv1.{match[1]}.{match[2]}"
     match = re.fullmatch(r"layer(\d)\.(\d+)\.(?:(conv|bn)([123])|downsample\.([01]))\.(\w+)", key)
@@ -63,10 +67,10 @@ def torchvision_key(key: str) -> str | None:
 
 
 def caffe_layer(layer: str) -> str | None:
-    """Return network A's module of a layer of Caffe's ResNets or of the public DeepLab models.
+    """Return network A's module for a layer of Caffe's ResNets or of the published DeepLab models.
 
-    Batch norm is two layers in Caffe, `bn...` and `scale...`, and one module here. Blocks are named a, b, c
-    or a, b1, b2. The result is None for layers without a counterpart, such as the classifier `fc1000`.
+    Caffe splits batch norm into two layers, `bn...` and `scale...`; both map to one module here. Blocks are
+    named a, b, c or a, b1, b2. Layers without counterpart, such as the classifier `fc1000`, give None.
     """
     if layer in CAFFE_STEM:
         return CAFFE_STEM[layer]
@@ -82,9 +86,11 @@ def caffe_layer(layer: str) -> str | None:
 
 
 def mxnet_key(key: str) -> str | None:
-    """Return network B's key of a name in MXNet's ImageNet file of ResNet-38 (Wu et al., "Wider or Deeper");
-    None for the classifier."""
-    key = key.removeprefix("arg:").removeprefix("aux:")  # as mxnet.nd.load gives them
+    """Return network B's key for a key of the MXNet ImageNet file of ResNet-38; None for the classifier.
+
+    The file is that of Wu et al., "Wider or Deeper".
+    """
+    key = key.removeprefix("arg:").removeprefix("aux:")  # prefixes of mxnet.nd.load
     match = re.fullmatch(r"(\w+?)_(weight|beta|gamma|moving_mean|moving_var)", key)
     if match is None:
         return None
@@ -100,17 +106,17 @@ def mxnet_key(key: str) -> str | None:
 
 
 def rename(state: Mapping[str, Any], key_of: Callable[[str], str | None]) -> Converted:
-    """Return the tensors under the names that `key_of` gives them, and the keys for which it gives None."""
+    """Return the tensors renamed by `key_of`, and the keys for which it returns None."""
     renamed = {key_of(key): torch.as_tensor(value) for key, value in state.items()}
     renamed.pop(None, None)
     return renamed, [key for key in state if key_of(key) is None]
 
 
 def torchvision(state: Mapping[str, Any]) -> Converted:
-    """Convert torchvision's ResNets to network A, whose images are BGR of 0 to 255 minus the mean.
+    """Convert torchvision's ResNets to network A, whose input is BGR of 0 to 255 minus the mean.
 
-    Built with `stride_in="conv3x3"`, the network gives torchvision's features, except that torchvision's
-    first pool rounds down, and that the means differ by up to one gray level.
+    Built with `stride_in="conv3x3"`, the network computes torchvision's features, with two exceptions:
+    torchvision's first pooling rounds sizes down, and the means differ by up to one gray level.
     """
     renamed, dropped = rename({unwrap(key): value for key, value in state.items()}, torchvision_key)
     first = "base.layer1.conv1.conv.weight"
@@ -120,13 +126,13 @@ def torchvision(state: Mapping[str, Any]) -> Converted:
 
 
 def bgr_stem(weight: Tensor) -> Tensor:
-    """Return a first convolution (out, 3, k, k) for standardized RGB as one for BGR of 0 to 255.
+    """Return a first convolution (out, 3, k, k) for standardized RGB, converted for BGR of 0 to 255.
 
     Raises:
         ValueError: the number of input channels is not three.
     """
     if weight.ndim != 4 or weight.shape[1] != 3:
-        raise ValueError(f"conv1.weight has shape {tuple(weight.shape)}, not that of a filter of RGB images")
+        raise ValueError(f"conv1.weight has shape {tuple(weight.shape)}, expected (out, 3, k, k) for RGB")
     deviation = torch.tensor(IMAGENET_STD, dtype=torch.float64).view(1, 3, 1, 1) * 255
     return (weight.double() / deviation).flip(1).float()
 
@@ -134,12 +140,12 @@ def bgr_stem(weight: Tensor) -> Tensor:
 def caffe(blobs: Mapping[str, Any]) -> Converted:
     """Convert blobs `{"layer/0": array, ...}` of Caffe's ResNets to network A.
 
-    Caffe's batch norm layer holds sums of mean and variance and, in its third blob, their total weight;
-    scale and shift are in the `scale...` layer. A bias of a convolution before batch norm (ResNet-50's
-    first) moves into the mean.
+    Caffe's batch norm layer has weighted sums of mean and variance, and the sum of the weights in its third
+    blob. Scale and shift are in the `scale...` layer. The bias of a convolution before batch norm (the first
+    one of ResNet-50) is subtracted from the mean.
 
     Raises:
-        ValueError: a layer lacks blobs, or batch norm its `scale...` layer.
+        ValueError: a layer lacks blobs, or a batch norm layer has no `scale...` layer.
     """
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in blobs.items():
@@ -154,7 +160,7 @@ def caffe(blobs: Mapping[str, Any]) -> Converted:
             dropped += [f"{layer}/{index}" for index in values]
         elif layer.startswith("bn"):
             mean, variance, total = (_blob(layer, values, index, "batch norm").double() for index in "012")
-            factor = 1 / total.flatten()[0] if total.any() else 0  # as in Caffe
+            factor = 1 / total.flatten()[0] if total.any() else 0  # Caffe also gives 0 for a sum of 0
             state[f"{module}.running_mean"] = mean.flatten() * factor
             state[f"{module}.running_var"] = variance.flatten() * factor
             scale = layer.replace("bn", "scale", 1)
@@ -182,7 +188,7 @@ def _blob(layer: str, values: dict[str, Tensor], index: str, kind: str) -> Tenso
 
 
 class Family(NamedTuple):
-    """One layout of names: that of files in which a key without prefixes of wrappers matches `pattern`."""
+    """One naming scheme. A file belongs to it if a key, without prefixes of wrappers, matches `pattern`."""
 
     name: str
     pattern: re.Pattern[str]
@@ -197,11 +203,11 @@ FAMILIES = (
     Family("caffe", re.compile(r"res[2-5]([a-z]|b\d+)_branch(1|2[abc])/0"), caffe),
     Family("mxnet", re.compile(r"(arg:)?res\d(a|b\d+)_branch\w+_weight"), partial(rename, key_of=mxnet_key)),
 )
-# `stride_in` of the network that a family's weights were trained in, if the family shows it.
+# Family -> `stride_in` of the network in which the weights were trained, if it is known.
 STRIDE_IN = {"torchvision": "conv3x3", "caffe": "reduce"}
 
 
 def family_of(state: Mapping[str, Any]) -> Family | None:
-    """Return the family of a state dict, by its keys; None for an unknown one."""
+    """Return the family of a state dict, by its keys; None if it is unknown."""
     keys = [unwrap(key) for key in state]
     return next((family for family in FAMILIES if any(map(family.pattern.fullmatch, keys))), None)

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-BN = {"eps": 1e-5, "momentum": 1e-3}  # Caffe's moving average with fraction 0.999, as deeplab-pytorch has it
+BN = {"eps": 1e-5, "momentum": 1e-3}  # Caffe's moving average fraction of 0.999, as in deeplab-pytorch
 STRIDES_IN = ("reduce", "conv3x3")
 
 
 class ConvBnReLU(nn.Module):
     """Convolution without bias, batch normalization and, by default, ReLU.
 
-    PyTorch's batch norm keeps its input for the backward pass even if it is frozen. While gradients are
-    recorded, a frozen one is therefore computed as a factor and a term per channel, which halves the memory
-    of training.
+    PyTorch's batch norm stores its input for the backward pass even if it is frozen. While gradients are
+    recorded, frozen batch norm is therefore computed as x * scale + shift per channel, which halves the
+    memory of training.
     """
 
     def __init__(self, into: int, out: int, kernel: int, stride: int, padding: int, dilation: int,
@@ -38,14 +38,14 @@ class ConvBnReLU(nn.Module):
             shift = self.bn.bias - self.bn.running_mean * scale
             scale, shift = (part.to(x.dtype)[:, None, None] for part in (scale, shift))  # (C, 1, 1)
             x = torch.addcmul(shift, x, scale)
-        return F.relu_(x) if self.relu else x  # in place: the backward pass of addcmul needs no result
+        return F.relu_(x) if self.relu else x  # in place: addcmul's backward pass does not use its output
 
 
 class Bottleneck(nn.Module):
-    """Residual block 1x1, 3x3, 1x1; the first of a stage (`first`) has a convolved shortcut.
+    """Residual block of 1x1, 3x3 and 1x1 convolutions; the first block of a stage has a convolved shortcut.
 
-    The stride is in the first 1x1 convolution, as in Caffe's ResNets, or with `stride_in` "conv3x3" in the
-    3x3, as in torchvision's. The weights have the same names and shapes.
+    With `stride_in` "reduce" the stride is in the first 1x1 convolution, as in Caffe's ResNets. With
+    "conv3x3" it is in the 3x3 convolution, as in torchvision's. Names and shapes of the weights are the same.
     """
 
     def __init__(self, into: int, out: int, stride: int, dilation: int, first: bool, stride_in: str):
@@ -63,12 +63,12 @@ class Bottleneck(nn.Module):
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling of DeepLab-v2: the sum of 3x3 convolutions of several dilations."""
+    """Atrous spatial pyramid pooling of DeepLab-v2: the sum of 3x3 convolutions with different dilations."""
 
     def __init__(self, into: int, channels: int, rates: tuple[int, ...]):
         super().__init__()
         if not rates:
-            raise ValueError("the head needs at least one dilation rate")
+            raise ValueError("rates is empty: the head requires at least one dilation rate")
         for position, rate in enumerate(rates):
             branch = nn.Conv2d(into, channels, 3, padding=rate, dilation=rate)
             nn.init.normal_(branch.weight, std=0.01)
@@ -84,17 +84,17 @@ class ASPP(nn.Module):
 
 
 def check_blocks(blocks: tuple[int, ...]) -> None:
-    """Raise ValueError unless there are four stages, none of them empty."""
+    """Raise ValueError unless there are four stages with at least one block each."""
     if len(blocks) != 4 or min(blocks) < 1:
-        raise ValueError(f"blocks must be four positive numbers, one of each stage, not {tuple(blocks)}")
+        raise ValueError(f"blocks must be four positive numbers, one for each stage, got {tuple(blocks)}")
 
 
 def backbone(blocks: tuple[int, ...], width: int, stride_in: str) -> OrderedDict[str, nn.Module]:
     """Return layer1 (the stem) to layer5: (B, 3, H, W) -> (B, 32 * width, ~H/8, ~W/8)."""
     check_blocks(blocks)
     if stride_in not in STRIDES_IN:
-        raise ValueError(f"stride_in must be one of {', '.join(STRIDES_IN)}, not {stride_in!r}")
-    # The pool rounds up, as Caffe's does: 240 -> 120 -> 61.
+        raise ValueError(f"stride_in must be one of {', '.join(STRIDES_IN)}, got {stride_in!r}")
+    # Pooling rounds sizes up, as in Caffe: 240 -> 120 -> 61.
     pool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
     stem = nn.Sequential(OrderedDict(conv1=ConvBnReLU(3, width, 7, 2, 3, 1), pool=pool))
     layers = OrderedDict(layer1=stem)
@@ -114,22 +114,22 @@ def backbone(blocks: tuple[int, ...], width: int, stride_in: str) -> OrderedDict
 
 
 class MSC(nn.Module):
-    """Runs `base` on the image and on rescaled copies of it, and fuses by the maximum.
+    """Multi-scale wrapper: applies `base` to the image and to rescaled copies, and takes the maximum.
 
-    In training mode it returns a list, and each item gets a loss: the logits of the image, those of each copy
-    at their own size, and their maximum at the first one's size. In evaluation mode it returns the maximum.
-    Without `scales` there is one output, that of `base`.
+    In training mode it returns a list of logits, each of which gets a loss: those of the image, those of each
+    copy at their own sizes, and the maximum at the size of the first. In evaluation mode it returns the
+    maximum. Without `scales` the only output is that of `base`.
 
     Args:
         base: (B, 3, H, W) -> (B, channels, h, w).
-        scales: factors of the copies' size, in this order.
-        freeze_bn: always keep batch norm in evaluation mode, as the published recipes do.
+        scales: factors of the sizes of the copies.
+        freeze_bn: keep batch norm in evaluation mode during training, as in the published recipes.
     """
 
     def __init__(self, base: nn.Module, scales: tuple[float, ...] = (0.5, 0.75), freeze_bn: bool = True):
         super().__init__()
         if min(scales, default=1) <= 0:
-            raise ValueError(f"scales must be positive, not {tuple(scales)}")
+            raise ValueError(f"scales must be positive, got {tuple(scales)}")
         self.base = base
         self.scales = tuple(scales)
         self.freeze_bn = freeze_bn
@@ -155,26 +155,26 @@ class MSC(nn.Module):
 
 
 def rescale(x: Tensor, scale: float) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, floor(H * scale), floor(W * scale)), bilinear; at least one pixel.
+    """Resize (B, 3, H, W) bilinearly to (B, 3, floor(H * scale), floor(W * scale)), at least one pixel.
 
-    Source positions follow from the scale, not from the rounded sizes, as in deeplab-pytorch since PyTorch
-    1.6.
+    Source positions depend on the scale, not on the rounded sizes, as in deeplab-pytorch with PyTorch 1.6 or
+    newer.
     """
     size = [int(side * scale) for side in x.shape[-2:]]
-    if min(size) < 1:  # an image one pixel wide; PyTorch refuses an empty result
+    if min(size) < 1:  # for example 1 pixel at scale 0.5; PyTorch raises for an empty result
         return F.interpolate(x, [max(1, side) for side in size], mode="bilinear", align_corners=False)
     return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
 
 
 def freeze_statistics(module: nn.Module) -> None:
-    """Put all batch norm of a module into evaluation mode."""
+    """Put all batch norm layers of a module into evaluation mode."""
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             part.eval()
 
 
 def freeze_affine(module: nn.Module) -> None:
-    """Exclude scale and shift of batch norm from training, as all published recipes do."""
+    """Exclude scale and shift of batch norm from training, as in all published recipes."""
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             part.requires_grad_(False)
@@ -186,15 +186,15 @@ def build_v2(channels: int, blocks: tuple[int, ...] = (3, 4, 23, 3), rates: tupl
     """Return DeepLab-v2 with random weights, in training mode.
 
     Args:
-        channels: of the logits, background included.
-        blocks: residual blocks of each of the four stages; (3, 4, 23, 3) is ResNet-101.
-        rates: dilations of the head's branches.
-        width: channels of the stem; the stages have 4, 8, 16 and 32 times that.
+        channels: number of classes in the logits, background included.
+        blocks: number of residual blocks in each of the four stages; (3, 4, 23, 3) is ResNet-101.
+        rates: dilation rates of the head's branches.
+        width: channels of the stem; the stages have 4, 8, 16 and 32 times as many.
         scales, freeze_bn: see `MSC`.
         stride_in: "reduce", or "conv3x3" for weights from torchvision.
 
     Raises:
-        ValueError: invalid blocks, rates, scales or stride_in.
+        ValueError: blocks, rates, scales or stride_in are invalid.
     """
     layers = backbone(blocks, width, stride_in)
     layers["aspp"] = ASPP(32 * width, channels, rates)
@@ -202,10 +202,10 @@ def build_v2(channels: int, blocks: tuple[int, ...] = (3, 4, 23, 3), rates: tupl
 
 
 def parameter_groups(model: nn.Module) -> list[dict]:
-    """Return the trained parameters of either network, see `deeplab.recipe.sgd`.
+    """Return the trained parameters of either network in three groups, see `deeplab.recipe.sgd`.
 
-    The groups are the convolutions of the backbone, and the weights and biases of those of the head. Batch
-    norm is not trained.
+    The groups are the convolution weights of the backbone (learning rate x 1), the weights of the head (x 10)
+    and the biases of the head (x 20, without weight decay). Batch norm is not trained.
     """
     body, head = [], []
     for name, part in model.named_modules():

@@ -1,4 +1,4 @@
-"""The two DeepLab networks: how each is built, fed, trained and tested as published."""
+"""Recipes of the two DeepLab networks: construction, input, optimizer, losses and test, as published."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -29,8 +29,12 @@ from training.recipe import Network, Recipe
 
 
 def sgd(groups: Sequence[Mapping[str, Any]], solver: OptimConfig) -> torch.optim.SGD:
-    """Return SGD over parameter groups: dicts of `params`, `rate` (factor of the learning rate) and
-    `weight_decay` (whether there is any)."""
+    """Return the SGD optimizer for parameter groups.
+
+    Args:
+        groups: dicts of `params`, `rate` (factor of the learning rate) and `weight_decay` (bool).
+        solver: learning rate, weight decay and momentum.
+    """
     options = [
         {
             "params": group["params"],
@@ -43,12 +47,12 @@ def sgd(groups: Sequence[Mapping[str, Any]], solver: OptimConfig) -> torch.optim
 
 
 def schedule(solver: OptimConfig, max_iterations: int) -> Schedule:
-    """Return the poly schedule; the rate is 0 at `max_iterations`."""
+    """Return the poly schedule; the learning rate becomes 0 at `max_iterations`."""
     return lambda rate, done: rate * poly(done, max_iterations, solver.power, solver.decay_every)
 
 
 def objective(config: Config) -> Objective:
-    """Return the losses of all outputs of the network, each against the masks at its own size."""
+    """Return the objective: a loss for each output of the network, against masks of the same size."""
     loss = LOSSES[config.solver.loss]
 
     def losses(network: nn.Module, batch: Batch, global_count: GlobalCount) -> dict[str, torch.Tensor]:
@@ -59,7 +63,7 @@ def objective(config: Config) -> Objective:
 
 
 def resolve(config: Config, recorded: Mapping[str, Any] | None) -> None:
-    """Set `model.stride_in` as the initial weights or the resumed run need it."""
+    """Set `model.stride_in` to that of the initial weights or, if resumed, of the recorded run."""
     if config.model.init and config.model.stride_in is None:
         if recorded is None:
             config.model.stride_in = STRIDE_IN.get(family(config.model.init))
@@ -76,7 +80,7 @@ def _optimizer(
 
 
 def _without_defaults(**arguments: Any) -> dict[str, Any]:
-    """Return the arguments that the configuration sets; the others have the builder's defaults."""
+    """Return the arguments that are set; None and [] select the builder's default."""
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in arguments.items()
@@ -98,7 +102,7 @@ def _transform_v2(config: Config) -> ScaleCrop:
 def _build_r38(config: Config, benchmark: Benchmark) -> nn.Module:
     c = config.model
     if len(c.rates) > 1:
-        raise ValueError(f"deeplab_v1_r38 has one dilation, but model.rates are {c.rates}")
+        raise ValueError(f"model.rates is {c.rates}, but deeplab_v1_r38 has one dilation: give one rate")
     options = _without_defaults(blocks=c.blocks, dilation=next(iter(c.rates), None), freeze_bn=c.freeze_bn)
     return resnet38.build_r38(benchmark.channels, width=c.width, **options)
 
@@ -121,7 +125,7 @@ NETWORKS = {
     ),
     "deeplab_v1_r38": Network(
         build=_build_r38,
-        optimizer=partial(_optimizer, extra_iterations=1),  # SEAM's rate never reaches 0
+        optimizer=partial(_optimizer, extra_iterations=1),  # the learning rate of SEAM does not reach 0
         transform=_transform_r38,
         normalize=imagenet_normalize,
         denormalize=imagenet_denormalize,

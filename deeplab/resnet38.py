@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from deeplab.model import check_blocks, freeze_affine, freeze_statistics
 
-BN = {"eps": 1e-5, "momentum": 3e-4}  # SEAM's
+BN = {"eps": 1e-5, "momentum": 3e-4}  # as in SEAM
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions, each after batch norm and ReLU; returns the sum and the activated input.
+    """Two 3x3 convolutions, each after batch norm and ReLU, plus a shortcut.
 
-    The shortcut is the input itself or, if the shape changes, a convolution of the activated input.
+    The shortcut is the input or, if the shape changes, a convolution of the activated input (the input after
+    batch norm and ReLU). Returns the sum and the activated input.
     """
 
     def __init__(self, into: int, middle: int, out: int, stride: int = 1, first_dilation: int = 1,
@@ -35,7 +36,7 @@ class ResBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """1x1, dilated 3x3 and 1x1 convolution, with dropout; returns the sum and the activated input."""
+    """1x1, dilated 3x3 and 1x1 convolution with dropout, plus a convolved shortcut; returns as `ResBlock`."""
 
     def __init__(self, into: int, out: int, dilation: int, dropout: float):
         super().__init__()
@@ -84,9 +85,13 @@ class ResNet38(nn.Module):
         self.bn7 = nn.BatchNorm2d(4 * into, **BN)
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> [conv4, conv5, conv6]: inputs of b5, b6 and the head, after batch norm and ReLU.
+        """Return [conv4, conv5, conv6]: the inputs of b5, b6 and the head after batch norm and ReLU.
 
-        They have 8, 16 and 64 times `width` channels and an eighth of the image's size.
+        Args:
+            x: (B, 3, H, W).
+
+        Returns:
+            (B, c * width, ceil(H / 8), ceil(W / 8)) with c = 8, 16 and 64.
         """
         features = []
         x = self.conv1a(x)
@@ -103,7 +108,7 @@ class ResNet38(nn.Module):
 
 
 class LargeFOV(nn.Module):
-    """(B, 3, H, W) -> logits (B, channels, H, W), in training and in evaluation mode; see `build_r38`."""
+    """(B, 3, H, W) -> logits (B, channels, H, W), in training and evaluation mode; see `build_r38`."""
 
     def __init__(self, backbone: ResNet38, channels: int, width: int, dilation: int, freeze_bn: bool):
         super().__init__()
@@ -142,14 +147,14 @@ def build_r38(channels: int, blocks: tuple[int, ...] = (3, 3, 6, 3), width: int 
     """Return DeepLab-v1 on ResNet-38d with random weights, in training mode.
 
     Args:
-        channels: of the logits, background included.
+        channels: number of classes in the logits, background included.
         blocks: number of residual blocks of the stages b2, b3, b4 and b5.
-        width: channels of conv1a; the backbone ends in 64 times that.
-        dilation: of the head's 3x3 convolution.
-        freeze_bn: freeze conv1a and the statistics of the backbone's batch norm, not those of the head's.
-            SEAM's code has this option and never uses it.
+        width: channels of conv1a; the last layer of the backbone has 64 times as many.
+        dilation: dilation of the head's 3x3 convolution.
+        freeze_bn: freeze conv1a and the statistics of batch norm in the backbone, not in the head. SEAM's
+            code has this option but does not use it.
 
     Raises:
-        ValueError: invalid blocks.
+        ValueError: blocks are invalid.
     """
     return LargeFOV(ResNet38(blocks, width), channels, width, dilation, freeze_bn)

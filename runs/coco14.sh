@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# CLIP-ES on MS COCO 2014, from the data set to DeepLab on val. Any step may be stopped: the same command continues.
+# CLIP-ES on MS COCO 2014, from the data set to DeepLab on val. After an interruption, the same command continues.
 # Usage: bash runs/coco14.sh COCO_FOLDER [OUTPUT_FOLDER]
-#   COCO_FOLDER     JPEGImages/{train,val}2014 and SegmentationClass, or annotations/instances_{train,val}2014.json,
-#                   from which the masks are made, see docs/data.md
+#   COCO_FOLDER     contains JPEGImages/{train,val}2014, and SegmentationClass or the files to make it from,
+#                   annotations/instances_{train,val}2014.json, see docs/data.md
 #   OUTPUT_FOLDER   defaults to output/coco14
 # Environment: MODEL, INIT (initial weights of DeepLab, see docs/deeplab_weights.md), WORKERS (processes of step 1)
 set -euo pipefail
@@ -19,7 +19,7 @@ cd "$(dirname "$0")/.."
 [ -d "$IMAGES" ] || { echo "error: $IMAGES does not exist: give the folder of COCO 2014" >&2; exit 2; }
 [ -f "$INIT" ] || { echo "error: $INIT does not exist: see docs/deeplab_weights.md, or INIT=FILE bash runs/coco14.sh" >&2; exit 2; }
 
-# Data: masks from the official annotations where there are none, and the lists coco14/train.txt (82,081 images) and
+# Data: masks from the official annotations if there are none, and the lists coco14/train.txt (82,081 images) and
 # coco14/val.txt (40,137)
 ANNOTATIONS=()
 [ -d "$TRUTH" ] || ANNOTATIONS=(--annotations "$COCO"/annotations/instances_{train,val}2014.json)
@@ -35,7 +35,7 @@ python eval_cam.py --benchmark coco14 --cam_dir "$OUTPUT/cams" --split_file coco
 python eval_cam_with_crf.py --benchmark coco14 --cam_dir "$OUTPUT/cams" --image_root "$IMAGES" \
     --split_file coco14/train.txt --gt_root "$TRUTH" --eval_only --json "$OUTPUT/crf.json"
 
-# Step 2b: pseudo masks, 255 where the posterior is below 0.95
+# Step 2b: pseudo masks, with 255 where the posterior is below 0.95
 python eval_cam_with_crf.py --benchmark coco14 --cam_dir "$OUTPUT/cams" --image_root "$IMAGES" \
     --split_file coco14/train.txt --output "$OUTPUT/pseudo_masks"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Steps 0 to 3 on a small drawn world, with a small CLIP: image-level labels in, a segmentation network out.
+# Steps 0 to 3 on a small drawn world with a small CLIP, from image-level labels to a segmentation network.
 # At most three minutes on two cores, without a GPU. Results and a report page: output/demo
 # Run by `make demo`. Published figures are those of VOC 2012, see runs/voc12.sh; docs/shapes.md has the figures of
 # the drawn world.
@@ -13,7 +13,7 @@ VAL_IMAGES=60
 ITERATIONS=1500
 WORLD=$OUTPUT/world
 IMAGES=$WORLD/JPEGImages
-TRUTH=$WORLD/SegmentationClass # exact masks: they only score, no step learns from them
+TRUTH=$WORLD/SegmentationClass # exact masks, only for evaluation
 TRAIN=$WORLD/ImageSets/Segmentation/train.txt
 VAL=$WORLD/ImageSets/Segmentation/val.txt
 
@@ -23,8 +23,8 @@ trap 'kill -- $(jobs -p | sed s/^/-/) 2> /dev/null || true' EXIT
 rm -rf $OUTPUT
 python -m shapes.draw --root $WORLD --train $TRAIN_IMAGES --val $VAL_IMAGES
 
-# Step 0, in the background: labels without annotation. TagCLIP finds the classes of each image. For comparison only:
-# the steps below use the true labels. Published: mAP 92.8 % (VOC 2007 test).
+# Step 0, in the background: labels without annotation. TagCLIP predicts the classes of each image. Only for
+# comparison: the steps below use the true labels. Published: mAP 92.8 % (VOC 2007 test).
 {
     python pseudo_masks.py --benchmark shapes --image_root $IMAGES --split_file $TRAIN --labels auto \
         --output $OUTPUT/auto_masks
@@ -41,9 +41,9 @@ python generate_cams.py --benchmark shapes --image_root $IMAGES --split_file $TR
 
 # Step 2b: the dense CRF turns the maps into pseudo masks; pixels of low confidence are 255, ignored in training
 python eval_cam_with_crf.py --benchmark shapes --cam_dir $OUTPUT/cams --image_root $IMAGES --split_file $TRAIN \
-    --num_workers 1 --output $OUTPUT/pseudo_masks # two would compile the CRF twice
+    --num_workers 1 --output $OUTPUT/pseudo_masks # two processes would compile the CRF twice
 
-# Step 3, in the background: DeepLab learns from the pseudo masks, then segments new images without any label.
+# Step 3, in the background: DeepLab is trained on the pseudo masks, then segments new images without labels.
 # Published: 71.1 % (VOC 2012 val). Here: a small network from random weights, trained for about a minute.
 {
     python -m deeplab.train --config deeplab/configs/shapes.yaml data.root=$WORLD data.train_split=$TRAIN \
@@ -60,7 +60,7 @@ python eval_cam.py --benchmark shapes --cam_dir $OUTPUT/cams --cam_type highres 
 python eval_cam.py --benchmark shapes --cam_dir $OUTPUT/cams --cam_type attn_highres \
     --split_file $TRAIN --gt_root $TRUTH --json $OUTPUT/refined.json
 
-# ... of the dense CRF on all pixels, published: 75.0 % (VOC 2012 train), and of the pseudo masks
+# Step 2b: mIoU of the dense CRF on all pixels, published: 75.0 % (VOC 2012 train), and of the pseudo masks
 python eval_cam_with_crf.py --benchmark shapes --cam_dir $OUTPUT/cams --image_root $IMAGES --split_file $TRAIN \
     --gt_root $TRUTH --eval_only --num_workers 1 --json $OUTPUT/crf.json
 python eval_cam.py --benchmark shapes --cam_dir $OUTPUT/pseudo_masks --cam_type png \

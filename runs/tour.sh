@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The demo at full size: the same steps on more images, and three DeepLab networks that learn from no annotation,
-# from image-level labels and from pixel labels. About ten minutes on two cores. Results and a report page: output/tour
+# The steps of the demo on more images, and three DeepLab networks, trained without annotation, with image-level
+# labels and with pixel labels. About ten minutes on two cores. Results and a report page: output/tour
 # Run by `make tour`. Published figures are those of VOC 2012, see runs/voc12.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -44,13 +44,13 @@ python eval_cam_with_crf.py --benchmark shapes --cam_dir $OUTPUT/cams --image_ro
 python eval_cam_with_crf.py --benchmark shapes --cam_dir $OUTPUT/cams --image_root $IMAGES \
     --split_file $TRAIN --output $OUTPUT/pseudo_masks
 
-# mIoU of the pseudo masks of true and of found labels, ignored pixels left out
+# mIoU of the pseudo masks from true and from predicted labels, without ignored pixels
 for masks in pseudo_masks auto_masks; do
     python eval_cam.py --benchmark shapes --cam_dir $OUTPUT/$masks --cam_type png \
         --split_file $TRAIN --gt_root $TRUTH --json $OUTPUT/$masks.json
 done
 
-# Step 3: three DeepLabs, two at a time on one core each, with and without a dense CRF. Published for image-level
+# Step 3: three DeepLab networks, two at a time on one core each, tested with and without a dense CRF. Published for image-level
 # labels: 71.1 % (VOC 2012 val).
 network() { # NAME MASKS
     export OMP_NUM_THREADS=1
@@ -65,7 +65,7 @@ network deeplab_pseudo $OUTPUT/pseudo_masks
 wait $! || { cat $OUTPUT/networks.log; echo 'error: step 3 failed, see above' >&2; exit 1; }
 cat $OUTPUT/networks.log
 
-# For comparison: CAM and CRF on the val images. They need the true labels of the images, the networks do not.
+# For comparison: CAMs and CRF on the val images. They require the true labels of the images; networks do not.
 python generate_cams.py --benchmark shapes --image_root $IMAGES --split_file $VAL \
     --output $OUTPUT/val_cams --num_workers 2
 python eval_cam.py --benchmark shapes --cam_dir $OUTPUT/val_cams --split_file $VAL \
@@ -83,5 +83,5 @@ python -m pipeline.report --benchmark shapes --image_root $IMAGES --split_file $
     --network "DeepLab + CRF, image labels" $(tested deeplab_pseudo) \
     --network "DeepLab + CRF, pixel labels" $(tested deeplab_truth) \
     --val_split_file $VAL --val_scores $OUTPUT/val_refined.json $OUTPUT/val_crf.json \
-    --output $OUTPUT/report.html --note "The three networks differ only in the masks they learn from. Each is narrow, \
+    --output $OUTPUT/report.html --note "The three networks differ only in their training masks. Each is narrow, \
 has random initial weights and is trained for $ITERATIONS iterations of 4 crops."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CLIP-ES on PASCAL VOC 2012, from the data set to DeepLab on val. Any step may be stopped: the same command continues.
+# CLIP-ES on PASCAL VOC 2012, from the data set to DeepLab on val. After an interruption, the same command continues.
 # Usage: bash runs/voc12.sh VOC2012_FOLDER [OUTPUT_FOLDER]
 #   VOC2012_FOLDER  JPEGImages, Annotations, ImageSets, SegmentationClass and SegmentationClassAug, see docs/data.md
 #   OUTPUT_FOLDER   defaults to output/voc12
@@ -21,7 +21,8 @@ cd "$(dirname "$0")/.."
 # Data: check it and write the split files, voc12/train.txt (1,464 images) and voc12/train_aug.txt (10,582)
 python -m voc12.prepare --root "$VOC"
 
-# Step 0 (optional): image-level labels without annotation, by TagCLIP. CLS-SEG, masks by these labels: 68.7 % on val.
+# Step 0 (optional): image-level labels without annotation, by TagCLIP. Published: masks from these labels (CLS-SEG)
+# have 68.7 % on val.
 # python classify.py --dataset voc2012 --image_root "$IMAGES" --split_file voc12/train_aug.txt --model "$MODEL" \
 #     --num_workers "$WORKERS" --output "$OUTPUT/tags" --save_file "$OUTPUT/tags.txt"
 # Then add --labels "$OUTPUT/tags.txt" to step 1.
@@ -30,14 +31,14 @@ python -m voc12.prepare --root "$VOC"
 python generate_cams_voc12.py --image_root "$IMAGES" --split_file voc12/train_aug.txt --model "$MODEL" \
     --num_workers "$WORKERS" --output "$OUTPUT/cams"
 
-# Step 2a: mIoU of the refined CAMs. Published: 70.8 % on train. (About 66 % on train_aug: not comparable.)
+# Step 2a: mIoU of the refined CAMs on train. Published: 70.8 %. On train_aug it is about 66 %, not comparable.
 python eval_cam.py --benchmark voc12 --cam_dir "$OUTPUT/cams" --split_file voc12/train.txt \
     --gt_root "$TRUTH" --json "$OUTPUT/cams.json"
 
 # Step 2b: mIoU after the dense CRF. Published: 75.0 % on train.
 python eval_cam_with_crf.py --benchmark voc12 --cam_dir "$OUTPUT/cams" --image_root "$IMAGES" \
     --split_file voc12/train.txt --gt_root "$TRUTH" --eval_only --json "$OUTPUT/crf.json"
-# ... and the pseudo masks of train_aug, 255 where the posterior is below 0.95
+# Step 2b: pseudo masks of train_aug, with 255 where the posterior is below 0.95
 python eval_cam_with_crf.py --benchmark voc12 --cam_dir "$OUTPUT/cams" --image_root "$IMAGES" \
     --split_file voc12/train_aug.txt --output "$OUTPUT/pseudo_masks"
 

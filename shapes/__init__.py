@@ -1,6 +1,6 @@
 """The embedded benchmark: a drawn world in VOC layout, and a small CLIP trained on it.
 
-`python -m shapes.draw --root DIR` draws it; any script then takes `--benchmark shapes`. See
+`python -m shapes.draw --root DIR` draws it. After that, `--benchmark shapes` selects it in all scripts. See
 docs/shapes.md.
 """
 from pathlib import Path

@@ -4,7 +4,7 @@
     ImageSets/Segmentation/{train,val,trainval}.txt   one id per line
     ImageSets/Captions/{train,val}.txt                id, tab, caption
 
-The same arguments give the same bytes. Train and val have no image in common, also of different seeds.
+The same arguments give the same bytes. Train and val never share an image, for any seeds.
 """
 import argparse
 from collections.abc import Iterable
@@ -24,11 +24,11 @@ from segmentation.masks import write_mask
 from shapes.world import CLASSES, DIFFICULT_BELOW, Drawn, Scene, draw, generator
 
 MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
-JPEG = {"quality": 95, "subsampling": 0}  # full-resolution color keeps object edges crisp
+JPEG = {"quality": 95, "subsampling": 0}  # color at full resolution keeps object edges sharp
 
 
 def annotation(name: str, scene: Scene) -> bytes:
-    """Return the VOC XML of a scene. Boxes count pixels from 1, ends included, as VOC's do."""
+    """Return the VOC XML of a scene. Box coordinates start at 1 and include both ends, as in VOC."""
     height, width = scene.mask.shape
     root = E.annotation(
         E.folder("shapes"),
@@ -50,8 +50,8 @@ def _object(drawn: Drawn) -> etree._Element:
 
 
 def image_size(sides: tuple[int, int], seed: int, index: int, stream: str) -> tuple[int, int]:
-    """Return the (H, W) of one image, each uniformly from the range `sides`, ends included."""
-    # A jumped copy of the scene's own random numbers, so that sizes and contents are independent.
+    """Return the (H, W) of one image: both are uniform in the range `sides`, ends included."""
+    # A jumped copy of the scene's generator: sizes and contents are independent.
     rng = np.random.Generator(generator(seed, index, stream).bit_generator.jumped())
     height, width = rng.integers(sides[0], sides[1] + 1, 2)
     return int(height), int(width)
@@ -95,7 +95,7 @@ def _sides(text: str) -> tuple[int, int]:
     except ValueError:
         low, high = 0, 0
     if not 1 <= low <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is no range of image sides such as 96-160, or one side")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range of image sides (96-160) or one side (64)")
     return low, high
 
 

@@ -1,22 +1,22 @@
 """Train the small CLIP of the drawn world from scratch: `python -m shapes.train_clip --out FILE`.
 
-Contrastive, on images and captions drawn on the fly; no pixel labels. The result is a float16 state
-dict in the layout of OpenAI's checkpoints. Two CPU cores take about an hour; a killed run continues
-where its last resume file was written, and gives the same weights.
+Training is contrastive, on images and captions that are drawn on the fly, without pixel labels. The result
+is a float16 state dict in the layout of OpenAI's checkpoints. It takes about an hour on two CPU cores. An
+interrupted run continues from its last resume file and gives the same weights.
 
-The loss has four terms. Those besides CLIP's own decide *where* the evidence for a caption is, since in so
-small a network it would otherwise reach the class token in early blocks, and a CAM of the last block
-would not localize:
+The loss has four terms. Term 1 is CLIP's. Without the others, information about the image reaches the class
+token of so small a network in early blocks, and a CAM of the last block does not localize.
 
-1. class token against captions and names, as CLIP is trained. In random steps the class token is
-   separate from the patches in all blocks but the last, so that all it contains of the image comes
-   through the last block's attention.
-2. patches against names: the log-sum-exp over patches of patch-to-name similarities says whether
-   the image shows a name.
-3. mean patch feature against captions and names, the score that CLIP-ES differentiates.
-4. attention between patches (mean over heads and the last 8 blocks) should join patches of similar color
-   that the model itself gives the same name among those of the caption. Attention of a large CLIP
-   does so by itself; that of a small one is diffuse, and would blur a CAM instead of refining it.
+1. Class token against captions and names, as in CLIP. In random steps, the class token and the patches do
+   not attend to each other except in the last block, so that all image information in the class token
+   comes from the last block's attention.
+2. Patches against names: the score of a name for an image is the log-sum-exp of patch-to-name similarities
+   over the patches.
+3. Mean patch feature against captions and names; CLIP-ES differentiates this score.
+4. Attention between patches (mean over heads and the last 8 blocks) against a target: patches of similar
+   color to which the model gives the same name, out of the names in the caption. The attention of a large
+   CLIP has this property without such a loss. The attention of a small CLIP is diffuse: it blurs a CAM
+   instead of refining it.
 """
 import csv
 import math
@@ -44,7 +44,7 @@ from shapes.world import BACKGROUNDS, CAPTION_TEMPLATES, CLASSES, draw
 CONFIG = Config(
     embed_dim=64,
     image_resolution=96,
-    vision_layers=10,  # two more than the affinity averages: the first see only local color
+    vision_layers=10,  # two more than the affinity averages: the first blocks contain only local color
     vision_width=128,
     patch_size=8,
     context_length=77,
@@ -54,33 +54,33 @@ CONFIG = Config(
 )
 NAMES = [kind.name for kind in (*CLASSES, *BACKGROUNDS)]
 MAX_SCALE = math.log(100)  # of the logits, as in CLIP
-COLOR_DISTANCE = 0.5  # scale of the distance of mean colors at which patches are similar, in normalized units
-AFFINITY_LAYERS = 8  # last blocks, whose attention CLIP-ES averages
+COLOR_DISTANCE = 0.5  # sigma of the Gaussian similarity of mean patch colors, in normalized units
+AFFINITY_LAYERS = 8  # last blocks whose attention CLIP-ES averages
 LOG_FIELDS = ("step", "loss", "caption", "patch", "mean", "attention", "recall", "probe", "seconds")
 
 
 @dataclass(frozen=True)
 class Recipe(Settings):
-    """Everything that the trained weights depend on."""
+    """All settings of a training."""
 
     steps: int = setting(450, "training steps", least=1)
     batch: int = setting(96, "images per step", least=2)
-    seed: int = setting(0, "of the weights, images and captions", least=0)
-    learning_rate: float = setting(1e-3, "after the warm-up", above=0)
+    seed: int = setting(0, "seed of the weights, images and captions", least=0)
+    learning_rate: float = setting(1e-3, "learning rate after the warm-up", above=0)
     final_rate: float = setting(1e-5, "learning rate of the last step", least=0)
     warm_up: int = setting(100, "steps in which the learning rate rises", least=1)
-    weight_decay: float = setting(0.05, "of matrices", least=0)
+    weight_decay: float = setting(0.05, "weight decay of matrices", least=0)
     side: int = setting(64, "side of the images in pixels", least=1)
-    big_side: int = setting(96, "side in some steps, so that larger images work", least=1)
-    big_probability: float = setting(0.25, "of a step with `big_side`, at half the batch", least=0, most=1)
-    separate_probability: float = setting(0.7, "of a step with a separate class token", least=0, most=1)
-    patch_weight: float = setting(0.5, "of loss term 2", least=0)
-    mean_weight: float = setting(0.25, "of loss term 3", least=0)
-    attention_weight: float = setting(1.0, "of loss term 4", least=0)
+    big_side: int = setting(96, "side of the images in some steps, for inference on larger images", least=1)
+    big_probability: float = setting(0.25, "probability of `big_side` and half the batch", least=0, most=1)
+    separate_probability: float = setting(0.7, "probability of a separate class token", least=0, most=1)
+    patch_weight: float = setting(0.5, "weight of loss term 2", least=0)
+    mean_weight: float = setting(0.25, "weight of loss term 3", least=0)
+    attention_weight: float = setting(1.0, "weight of loss term 4", least=0)
 
 
 def build(seed: int) -> CLIP:
-    """Return a new CLIP. Queries start equal to keys, so that attention starts as similarity of tokens."""
+    """Return a new CLIP. Query weights start equal to key weights: attention starts as token similarity."""
     torch.manual_seed(seed)
     model = CLIP(CONFIG)
     for block in (*model.visual.transformer.resblocks, *model.transformer.resblocks):
@@ -92,7 +92,7 @@ def build(seed: int) -> CLIP:
             block.attn.in_proj_weight[:width] = block.attn.in_proj_weight[width : 2 * width]
     nn.init.normal_(model.token_embedding.weight, std=0.02)
     with torch.no_grad():
-        # Textures are weak beside the contrast of colors: the first filters amplify them by 2.
+        # Textures have less contrast than colors: the first convolution amplifies them by 2.
         filters = model.visual.conv1.weight
         filters += filters - filters.mean((2, 3), keepdim=True)
     return model
@@ -103,13 +103,13 @@ class Batch:
     """The images and captions of one step."""
 
     images: Tensor  # (B, 3, S, S), normalized
-    tags: Tensor  # (B, N) bool, the names in each image's caption
+    tags: Tensor  # (B, N) bool, whether the caption of the image has the name
     texts: list[str]  # prompts of the N names, then the B captions
-    separate: bool  # the class token is separate from the patches
+    separate: bool  # class token and patches are separate, see loss term 1
 
 
 def draw_batch(recipe: Recipe, step: int) -> Batch:
-    """Return the images and captions of one step, which depend on nothing else."""
+    """Return the images and captions of one step; they depend only on the recipe and the step."""
     choice = random.Random(f"{recipe.seed} {step}")
     big = choice.random() < recipe.big_probability
     separate = choice.random() < recipe.separate_probability
@@ -132,14 +132,14 @@ def encode_text(model: CLIP, texts: list[str]) -> Tensor:
     x = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]
     causal = torch.full((length, length), float("-inf")).triu(1)
     for block in model.transformer.resblocks:
-        # With weights a block mixes in plain products, faster than fused attention at these sizes.
+        # need_weights selects plain matrix products, faster than fused attention at these sizes.
         x, _ = block(x, mask=causal, need_weights=True)
     ends = model.ln_final(x)[torch.arange(len(x)), tokens.argmax(-1)]
     return F.normalize((ends @ model.text_projection).float(), dim=-1)
 
 
 def encode_images(model: CLIP, images: Tensor, separate: bool) -> tuple[Tensor, Tensor]:
-    """Return unit token features (B, 1 + n, E), and the sum of attention between patches (B, n, n)."""
+    """Return unit token features (B, 1 + n, E) and the sum of attention between patches (B, n, n)."""
     visual = model.visual
     tokens, _ = visual.embed(images, position_rounding="never")
     mask = None
@@ -156,7 +156,9 @@ def encode_images(model: CLIP, images: Tensor, separate: bool) -> tuple[Tensor, 
 
 
 def contrast(logits: Tensor, matches: Tensor) -> Tensor:
-    """Return the loss of each match against the non-matches of its row, and of its column, averaged.
+    """Return the contrastive loss of the matches, averaged over rows and columns.
+
+    Each match competes with the non-matches of its row (or column), not with other matches.
 
     Args:
         logits, matches: (R, C); `matches` bool.
@@ -172,9 +174,10 @@ def contrast(logits: Tensor, matches: Tensor) -> Tensor:
 
 
 def grouping(attention: Tensor, logits: Tensor, tags: Tensor, images: Tensor) -> Tensor:
-    """Return the divergence of attention from the relation "same name and similar color".
+    """Return the KL divergence of attention from the target "same name and similar color".
 
-    Names alone would reinforce themselves: patches that attention mixes get the same name.
+    Names alone would reinforce errors: patches that attention mixes get the same name, and the target would
+    join them. Color prevents this.
 
     Args:
         attention: (B, n, n) non-negative.
@@ -186,11 +189,11 @@ def grouping(attention: Tensor, logits: Tensor, tags: Tensor, images: Tensor) ->
     colors = F.avg_pool2d(images, CONFIG.patch_size).flatten(2).mT  # (B, n, 3)
     similarity = torch.exp(-torch.cdist(colors, colors) ** 2 / (2 * COLOR_DISTANCE**2))
     same = (names @ names.mT) ** 2 * similarity
-    size = same.sum(-1, keepdim=True)  # (B, n, 1), patches of the same name
+    size = same.sum(-1, keepdim=True)  # (B, n, 1), number of patches with the same name
     target = same / size
     attention = attention / attention.sum(-1, keepdim=True)
     divergence = (target * ((target + 1e-8).log() - (attention + 1e-8).log())).sum(-1)  # (B, n)
-    weights = 1 / size[..., 0]  # a small object counts as much as the background
+    weights = 1 / size[..., 0]  # a small object has the same weight as the background
     return ((divergence * weights).sum(-1) / weights.sum(-1)).mean()
 
 
@@ -201,7 +204,7 @@ def losses(model: CLIP, batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str,
         tokens, attention = encode_images(model, batch.images, batch.separate)
     scale = model.logit_scale.exp()
     names = len(NAMES)
-    contents = torch.cat([torch.eye(names, dtype=torch.bool), batch.tags])  # (N + B, N), of the texts
+    contents = torch.cat([torch.eye(names, dtype=torch.bool), batch.tags])  # (N + B, N), names in each text
     # A text matches an image that has all its names.
     matches = ~(contents[None] & ~batch.tags[:, None]).any(-1)  # (B, N + B)
     logits = scale * tokens[:, 0] @ text.T  # (B, N + B)
@@ -227,9 +230,9 @@ def losses(model: CLIP, batch: Batch, recipe: Recipe) -> tuple[Tensor, dict[str,
 
 @torch.no_grad()
 def probe(model: CLIP, seed: int, count: int = 24, size: tuple[int, int] = (96, 128)) -> float:
-    """Return the mIoU of assigning every patch its most similar name, on images of the val stream.
+    """Return the mIoU of labeling every patch with its most similar name, on images of the val stream.
 
-    Only this measurement reads pixel labels; they train and select nothing.
+    Pixel labels are used only here: neither training nor model selection uses them.
     """
     text = encode_prompts(model, NAMES, CAPTION_TEMPLATES)
     channels = len(CLASSES) + 1
@@ -245,7 +248,7 @@ def probe(model: CLIP, seed: int, count: int = 24, size: tuple[int, int] = (96, 
 
 
 def build_optimizer(model: CLIP, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return AdamW with weight decay for matrices only, not for the embeddings of unused words."""
+    """Return AdamW with weight decay for matrices, except embeddings: most words are never used."""
     decayed, free = [], []
     for name, parameter in model.named_parameters():
         (decayed if parameter.ndim > 1 and "embedding" not in name else free).append(parameter)
@@ -261,10 +264,12 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def train(recipe: Recipe, out: Path, log_every: int = 50, probe_every: int = 500) -> CLIP:
-    """Train, or resume training; write `out`, its log `out`.csv and, on the way, `out`.resume.
+    """Train, or resume training; return the model.
+
+    Writes the checkpoint `out`, a log with suffix .csv and, during training, a file with suffix .resume.
 
     Raises:
-        ValueError: the resume file is damaged, or of another recipe.
+        ValueError: the resume file is damaged or belongs to another recipe.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     resume, log = out.with_suffix(".resume"), out.with_suffix(".csv")
@@ -312,9 +317,10 @@ def _read_resume(file: Path, recipe: Recipe) -> dict:
         state = torch.load(file, weights_only=True)
         same = state["recipe"] == asdict(recipe)
     except Exception as error:  # damaged bytes make torch.load raise exceptions of any type
-        raise ValueError(f"resume file {file} cannot be read ({error}): remove it to begin anew") from None
+        reason = type(error).__name__  # the message has several lines
+        raise ValueError(f"resume file {file} cannot be read ({reason}): delete it to restart") from None
     if not same:
-        raise ValueError(f"resume file {file} is of another recipe: remove it to begin anew")
+        raise ValueError(f"resume file {file} belongs to another recipe: delete it to restart")
     return state
 
 

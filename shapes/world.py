@@ -1,8 +1,8 @@
 """The drawn world: images of named objects on named backgrounds, with exact masks and captions.
 
 A class is a shape, a texture and a range of colors. Four pairs of classes have the same color, so that
-shape and texture matter. Edges are crisp, as the dense CRF expects of object boundaries. An image of 64
-pixels takes about half a millisecond, so that training can draw its images on the fly.
+shape and texture matter. Edges are sharp, because the dense CRF expects sharp object boundaries. An image of
+64 x 64 pixels takes about half a millisecond, so training can draw its images on the fly.
 """
 import colorsys
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-STREAMS = {"train": 0, "val": 1, "clip": 2}  # which images of a seed: disjoint by construction
-MAX_OBJECTS, MAX_CLASSES = 4, 3  # of one image
-RADIUS = (0.17, 0.36)  # of an object, relative to the image's shorter side
-MIN_DISTANCE = 0.6  # between the centers of two objects, relative to the sum of their radii
+STREAMS = {"train": 0, "val": 1, "clip": 2}  # part of each image's seed: streams share no image
+MAX_OBJECTS, MAX_CLASSES = 4, 3  # per image
+RADIUS = (0.17, 0.36)  # range of object radii, relative to the image's shorter side
+MIN_DISTANCE = 0.6  # minimum distance of two object centers, relative to the sum of the radii
 PLACEMENT_TRIES = 8
-DIFFICULT_BELOW = 0.5  # visible fraction of an object under which it is annotated as "difficult"
+DIFFICULT_BELOW = 0.5  # objects with a smaller visible fraction are annotated as "difficult"
 CONTRAST = 26  # amplitude of a texture, in gray levels
 CAPTION_TEMPLATES = (
     "a photo of {}.",
@@ -28,7 +28,7 @@ CAPTION_TEMPLATES = (
 )
 
 
-# Shapes: closed contours in the unit disc, y downwards. Contours inside others are holes.
+# Shapes: closed contours in the unit disc, y downwards. A contour inside another is a hole.
 
 _T = np.linspace(0, 2 * np.pi, 40, endpoint=False)  # angles of the points of a contour
 
@@ -109,10 +109,13 @@ def _waves(y: np.ndarray, x: np.ndarray, period: float, angle: float) -> np.ndar
 
 @dataclass(frozen=True)
 class Kind:
-    """What objects of a class, or backgrounds of a name, look like.
+    """Appearance of a class or of a background.
 
-    `hue` in degrees, `saturation` and `value` in [0, 1]: the middle of what is drawn. `grain` is the
-    amplitude of a random texture of single pixels, in gray levels.
+    Attributes:
+        hue: in degrees; like `saturation` and `value`, the center of the range of drawn colors.
+        saturation, value: in [0, 1].
+        shape: key of SHAPES; empty for backgrounds.
+        grain: amplitude of per-pixel noise, in gray levels.
     """
 
     name: str
@@ -120,7 +123,7 @@ class Kind:
     saturation: float
     value: float
     texture: Callable[[np.ndarray, np.ndarray, float, float], np.ndarray]
-    shape: str = ""  # of a class, see SHAPES
+    shape: str = ""
     grain: int = 1
 
 
@@ -152,8 +155,13 @@ BACKGROUNDS = (
 
 @dataclass(frozen=True)
 class Drawn:
-    """One object: 0-based class, bounding box of its visible pixels (x0, y0, x1, y1), ends exclusive, and
-    the fraction of it that no other object hides."""
+    """One drawn object.
+
+    Attributes:
+        label: class index, 0-based.
+        box: bounding box of the visible pixels (x0, y0, x1, y1), ends exclusive.
+        visible: fraction of the object that no other object hides.
+    """
 
     label: int
     box: tuple[int, int, int, int]
@@ -162,8 +170,13 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Scene:
-    """`image` (H, W, 3) uint8 RGB; `mask` (H, W) uint8, 0 background and k + 1 class k; `background`
-    is an index into BACKGROUNDS."""
+    """One drawn image with its annotation.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) uint8, 0 background, k + 1 class k.
+        background: index into BACKGROUNDS.
+    """
 
     image: np.ndarray
     mask: np.ndarray
@@ -173,12 +186,12 @@ class Scene:
 
     @property
     def labels(self) -> list[int]:
-        """Distinct class indices in the order of their first object."""
+        """Class indices without repetition, in the order of their first object."""
         return list(dict.fromkeys(drawn.label for drawn in self.objects))
 
 
 def generator(seed: int, index: int, stream: str = "train") -> np.random.Generator:
-    """Return the random numbers of one image, which do not depend on other images."""
+    """Return the random generator of one image, independent of other images."""
     return np.random.default_rng((seed, STREAMS[stream], index))
 
 
@@ -201,7 +214,7 @@ def _paint(kind: Kind, height: int, width: int, rng: np.random.Generator) -> np.
 
 
 def _place(height: int, width: int, placed: list, rng: np.random.Generator) -> tuple | None:
-    """Return a center and radius (x, y, r) that leaves the objects in `placed` mostly visible, or None."""
+    """Return a center and radius (x, y, r) at a minimum distance from the objects in `placed`, or None."""
     for _ in range(PLACEMENT_TRIES):
         radius = rng.uniform(*RADIUS) * min(height, width)
         x, y = rng.uniform(0.1, 0.9, 2) * (width, height)
@@ -211,7 +224,7 @@ def _place(height: int, width: int, placed: list, rng: np.random.Generator) -> t
 
 
 def _outline(kind: Kind, x: float, y: float, radius: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """Return the contours of an object in pixels, turned by up to 30 degrees and up to 15 % narrower."""
+    """Return the contours of an object in pixels, rotated by up to 30 degrees and narrowed by up to 15 %."""
     angle = rng.uniform(-np.pi / 6, np.pi / 6)
     cosine, sine = np.cos(angle), np.sin(angle)
     stretch = np.array([[rng.uniform(0.85, 1), 0], [0, 1]])
@@ -220,13 +233,13 @@ def _outline(kind: Kind, x: float, y: float, radius: float, rng: np.random.Gener
 
 
 def _silhouette(contours: list[np.ndarray], x: float, y: float, size: tuple[int, int]) -> tuple:
-    """Return an object around (x, y): a window, two slices, and its pixels there, bool, at least one."""
+    """Return the window of an object (two slices) and its pixels in the window (bool, at least one True)."""
     height, width = size
     corners = np.concatenate(contours)
     x0, y0 = np.maximum(np.floor(corners.min(0)).astype(int), 0)
     x1, y1 = np.minimum(np.ceil(corners.max(0)).astype(int) + 1, (width, height))
     inside = np.zeros((y1 - y0, x1 - x0), np.uint8)
-    bits = 4  # of a pixel's fraction; OpenCV draws fixed-point corners
+    bits = 4  # OpenCV draws corners in fixed point with this number of fractional bits
     fixed = [np.round((contour - (x0, y0)) * 2**bits).astype(np.int32) for contour in contours]
     cv2.fillPoly(inside, fixed, 1, shift=bits)
     if not inside.any():  # thinner than a pixel
@@ -235,7 +248,7 @@ def _silhouette(contours: list[np.ndarray], x: float, y: float, size: tuple[int,
 
 
 def _visible(instances: np.ndarray, labels: list[int], areas: list[int]) -> list[Drawn]:
-    """Return the objects that are not hidden; `areas` are their pixels before others hide them."""
+    """Return the objects with visible pixels; `areas` are the pixel counts before occlusion."""
     objects = []
     for number, (label, area) in enumerate(zip(labels, areas, strict=True), 1):
         pixels = (instances == number).view(np.uint8)
@@ -250,17 +263,17 @@ def draw(seed: int, index: int, size: tuple[int, int], stream: str = "train") ->
     """Draw image `index` of a stream (see STREAMS): 1 - 4 objects of 1 - 3 classes on a background.
 
     Args:
-        size: (H, W), any size from one pixel up; objects scale with the shorter side, textures do not.
+        size: (H, W), at least 1 x 1; objects scale with the shorter side, textures do not.
 
     Returns:
         The same scene for the same arguments.
 
     Raises:
-        ValueError: a side below 1.
+        ValueError: a side is below 1.
     """
     height, width = size
     if height < 1 or width < 1:
-        raise ValueError(f"an image needs sides of at least one pixel, got {height} x {width}")
+        raise ValueError(f"image sides must be at least one pixel, got {height} x {width}")
     rng = generator(seed, index, stream)
     background = int(rng.integers(len(BACKGROUNDS)))
     image = _paint(BACKGROUNDS[background], height, width, rng)

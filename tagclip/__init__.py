@@ -1,4 +1,4 @@
-"""TagCLIP: image-level labels from a frozen CLIP, no annotation at all (Lin et al., AAAI 2024)."""
+"""TagCLIP: image-level labels from a frozen CLIP, without annotation (Lin et al., AAAI 2024)."""
 
 from tagclip.config import TagSettings
 from tagclip.model import Tagger, Tags, tag_images

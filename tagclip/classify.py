@@ -1,4 +1,4 @@
-"""Step 0: which classes images contain, found by a frozen CLIP - scores, label file, metrics."""
+"""Command line of step 0: TagCLIP scores classes, writes the label file and prints metrics."""
 
 import argparse
 from collections.abc import Sequence
@@ -32,13 +32,13 @@ from segmentation.distributed import gather
 from tagclip.config import COCOSTUFF, TagSettings
 from tagclip.step import TagStep
 
-LABELS = "labels.txt"  # in the output folder
+LABELS = "labels.txt"  # label file in the output folder
 OUTPUTS = (f"scores-*{SUFFIX}", LABELS)
 
 
 VOC2007, COCO2017 = "./datasets/VOC2007", "./datasets/COCO2017/JPEGImages/val2017"
-# Published data set -> its benchmark, image folder and split file; the first is the default, as in the
-# reference implementation.
+# Published data set -> (benchmark, image folder, split file). The first is the default, as in the reference
+# implementation.
 DATASETS = {
     "voc2007": ("voc12", f"{VOC2007}/JPEGImages", f"{VOC2007}/ImageSets/Main/test.txt"),
     "voc2012": ("voc12", "./datasets/VOC2012/JPEGImages", "./voc12/val.txt"),
@@ -78,43 +78,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="classify.py",
-        description="Step 0, TagCLIP: the classes that each image contains, from a frozen CLIP and no "
-        "annotation. True labels only serve to score. The same command continues a stopped run.",
+        description="Step 0, TagCLIP: predict the classes in each image with a frozen CLIP, without "
+        "annotation. True labels are used only for metrics. The same command continues a stopped run.",
     )
     flag = parser.add_argument
     flag("--benchmark", "--dataset", default=next(iter(DATASETS)), metavar="NAME|FILE.yaml",
          help=f"a published data set ({', '.join(DATASETS)}), voc12, coco14, shapes or a YAML file that "
-         "describes yours")  # fmt: skip
-    add_image_flags(flag, "the benchmark's; where that has none, all images of the folder. Class indices on "
-                    "its lines are true labels")  # fmt: skip
-    flag("--labels", metavar="FILE", help="true labels to score with, lines `id index index ...` (default: "
-         "those of the split file, else the benchmark's)")  # fmt: skip
+         "describes your data set")  # fmt: skip
+    add_image_flags(flag, "the benchmark's, or all images of the folder if it has none. Class indices in its "
+                    "lines are true labels")  # fmt: skip
+    flag("--labels", metavar="FILE", help="true labels for the metrics, lines `id index index ...` (default: "
+         "those in the split file, else the benchmark's)")  # fmt: skip
     flag("--model", "--model_path", help="CLIP checkpoint file, public name or open_clip model:tag (default: "
          "the benchmark's, else ViT-B/16)")  # fmt: skip
     flag("--output", metavar="DIR", help=f"folder for the scores and {LABELS} (default: "
          "output/<benchmark>_tags)")  # fmt: skip
-    flag("--save_file", nargs="?", const="", metavar="FILE", help="also write the label file there (without "
-         "a name: output/<benchmark>_val_tagclip.txt, as the reference script)")  # fmt: skip
-    flag("--label_rule", choices=RULES, default="relative", help="which scores make labels: those "
-         "above a part of the image's range, above a number, or the N highest")  # fmt: skip
-    flag("--label_threshold", type=float, metavar="X", help="of that rule (default: --ratio, for relative)")
-    flag("--json", metavar="FILE", help="write the metrics there")
-    flag("--overwrite", action="store_true", help="start anew in a folder of other settings")
-    add_flags(parser.add_argument_group("what computes"), ComputeSettings)
+    flag("--save_file", nargs="?", const="", metavar="FILE", help="also write the label file here (without "
+         "a name: output/<benchmark>_val_tagclip.txt, as the reference script does)")  # fmt: skip
+    flag("--label_rule", choices=RULES, default="relative", help="scores that become labels: those "
+         "above a fraction of the image's range, those above a number, or the N highest")  # fmt: skip
+    flag("--label_threshold", type=float, metavar="X", help="fraction, number or N of --label_rule (default: "
+         "--ratio for relative)")  # fmt: skip
+    flag("--json", metavar="FILE", help="write the metrics to FILE")
+    flag("--overwrite", action="store_true", help="delete earlier results of other settings and start again")
+    add_flags(parser.add_argument_group("computation"), ComputeSettings)
     group = parser.add_argument_group(
-        "how images are tagged", "Benchmarks without a background class have the defaults of COCO-Stuff."
+        "tagging", "Benchmarks without a background class use the defaults for COCO-Stuff."
     )
     add_flags(group, TagSettings)
     return parser
 
 
 def default_settings(benchmark: Benchmark) -> TagSettings:
-    """Return the settings published for this kind of benchmark: with a background class, or without."""
+    """Return the published settings; those of COCO-Stuff if the benchmark has no background class."""
     return TagSettings() if benchmark.has_background else COCOSTUFF
 
 
 def record_of(step: TagStep, name: str) -> Record:
-    """Return what the output folder records; `name` is the benchmark, see `segmentation.benchmark.load`."""
+    """Return the record of settings for the output folder; `name`: see `segmentation.benchmark.load`."""
     source = resolve(step.model)
     settings = {
         "benchmark": recorded_path(name),
@@ -131,11 +132,11 @@ def record_of(step: TagStep, name: str) -> Record:
 def tag(
     step: TagStep, record: Record, overwrite: bool, names: Sequence[str], rule: LabelRule
 ) -> tuple[int, dict[str, np.ndarray]]:
-    """Score images and write the label file in the step's output folder, both in the order of `names`.
+    """Score images and write the label file to the step's output folder, in the order of `names`.
 
     Returns:
-        The exit code; and on rank 0 image name -> (K,) scores. Images that failed have no scores, and no line
-        in the label file.
+        The exit code; and image name -> (K,) scores, on other ranks than 0 empty. Failed images have no
+        scores and no line in the label file.
     """
     run = Run(step.output, record, overwrite)
     run.map(step, names, step.compute_settings.num_workers)
@@ -145,11 +146,11 @@ def tag(
         scored = read_scores(step.output, len(step.benchmark.classes))
         scores = {name: scored[name] for name in names if name in scored}
         write_labels(Path(step.output) / LABELS, scores, rule)
-    gather(None)  # no rank may read the label file before
+    gather(None)  # barrier: no rank reads the label file before it is written
     return code, scores
 
 
 def published_step(cams: CamStep, output: str) -> TagStep:
-    """Return the step that finds the labels of a CAM step: its images and model, published settings."""
+    """Return the tagging step for a CAM step: the same images and model, with the published settings."""
     settings = replace(default_settings(cams.benchmark), max_patches=cams.settings.max_patches)
     return TagStep(cams.benchmark, cams.image_root, cams.model, output, settings, cams.compute_settings)

@@ -1,4 +1,4 @@
-"""Stage 3, class-wise reidentification: the region of each candidate class is classified once more."""
+"""Stage 3, class-wise reidentification: classify the image region of each candidate class again."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from tagclip.patches import min_max_normalize
 
 
 class Crop(NamedTuple):
-    """The region of an image that seems to show a class.
+    """The image region of a candidate class.
 
     Attributes:
         class_id: class index.
         box: (top, left, bottom, right) in patches, ends exclusive.
-        cells: (bottom - top, right - left) bool, the patches of the class.
+        cells: (bottom - top, right - left) bool, True for patches of the class.
     """
 
     class_id: int
@@ -28,13 +28,18 @@ class Crop(NamedTuple):
 
 
 def candidate_threshold(refined: Tensor, ratio: float) -> Tensor:
-    """Return the score above which a class is cropped; the range of `refined` (n, C) includes backgrounds."""
+    """Return the score above which a class is cropped, from the range of all of `refined` (n, C)."""
     low, high = refined.aminmax()
     return low + ratio * (high - low)
 
 
 def candidates(refined: Tensor, num_classes: int, ratio: float) -> list[int]:
-    """Return the classes that are cropped, ascending; the first `num_classes` names are classes."""
+    """Return the indices of the classes to crop, ascending.
+
+    Args:
+        refined: (n, C); the first `num_classes` of the C names are classes, the others backgrounds.
+        ratio: see `TagSettings`.
+    """
     above = refined[:, :num_classes].amax(0) > candidate_threshold(refined, ratio)
     return above.nonzero().flatten().tolist()
 
@@ -42,12 +47,13 @@ def candidates(refined: Tensor, num_classes: int, ratio: float) -> list[int]:
 def crops(
     refined: Tensor, grid: tuple[int, int], class_ids: Sequence[int], settings: TagSettings
 ) -> list[Crop]:
-    """Return the crops of an image's candidates, in their order.
+    """Return the crops of the candidates of an image, in their order.
 
-    The first empty one ends the list, see `TagSettings.skip_empty_crops`.
+    An empty crop ends the list, as in the reference implementation, unless `settings.skip_empty_crops`.
 
     Args:
-        refined: (n, C).
+        refined: (n, C), n = h * w patches.
+        grid: (h, w).
         class_ids: the candidates.
     """
     cells = min_max_normalize(refined[:, list(class_ids)]) > settings.cell_threshold  # (n, K)
@@ -66,35 +72,35 @@ def crops(
 
 
 def _extent(line: np.ndarray, most: int) -> tuple[int, int]:
-    """Return the first and, exclusive, last True of a line, at most `most`."""
+    """Return the range [start, end) of the True values of `line`, with `end` at most `most`."""
     indices = np.flatnonzero(line)
     return (int(indices[0]), min(int(indices[-1]) + 1, most)) if len(indices) else (0, 0)
 
 
 def cut(image: Tensor, crop: Crop, patch: int, size: int) -> tuple[Tensor, Tensor]:
-    """Return a crop as input of the tower.
+    """Return the pixels of a crop, resized for the tower, and the patches of the class in it.
 
     Args:
         image: (3, H', W'), normalized.
-        patch: side of a patch.
-        size: side of the crop, a multiple of `patch`.
+        patch: side of a patch in pixels.
+        size: side of the result in pixels, a multiple of `patch`.
 
     Returns:
-        (3, size, size), bilinear without antialiasing, and which of its patches belong to the class,
-        (size / patch squared,) bool.
+        (3, size, size), resized bilinearly without antialiasing; and ((size / patch)^2,) bool, True for
+        patches of the class.
     """
     top, left, bottom, right = crop.box
     pixels = image[None, :, top * patch : bottom * patch, left * patch : right * patch]
     pixels = F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False)[0]
     grid = size // patch
-    # In integers: F.interpolate's nearest mode multiplies by a rounded factor.
+    # Integer arithmetic is exact; F.interpolate's nearest mode multiplies by a rounded factor.
     rows, columns = (np.arange(grid) * side // grid for side in crop.cells.shape)
     return pixels, torch.from_numpy(crop.cells[np.ix_(rows, columns)].ravel())
 
 
 @torch.no_grad()
 def class_tokens(visual: VisionTransformer, pixels: Tensor, cells: Tensor, settings: TagSettings) -> Tensor:
-    """Return the class tokens of crops, which attend only to the patches of the class.
+    """Return the class tokens of crops. They attend only to the patches of the class.
 
     Args:
         pixels: (M, 3, size, size), see `cut`.

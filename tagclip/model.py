@@ -1,4 +1,4 @@
-"""Images -> scores of classes, by the three stages in turn: `Tagger`, and `tag_images` beneath it."""
+"""Images -> class scores, by the three stages of TagCLIP: class `Tagger`, function `tag_images`."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from tagclip.config import TagSettings
 from tagclip.crops import Crop, candidates, class_tokens, crops, cut
 from tagclip.patches import class_probabilities, patch_level, refined_probabilities
 
-TEMPLATES = (*IMAGENET_TEMPLATES, *SCENE_TEMPLATES)  # prompts of names, as published
+TEMPLATES = (*IMAGENET_TEMPLATES, *SCENE_TEMPLATES)  # prompt templates, as published
 CROPS_AT_ONCE = 32
 
 
@@ -24,7 +24,8 @@ class Tags(NamedTuple):
     """The scores of an image.
 
     Attributes:
-        scores: (K,) float32, of no fixed scale; for classes that were cropped, averaged with a probability.
+        scores: (K,) float32, without fixed scale. Scores of cropped classes are averages of the patch score
+            and the probability in the crop.
         maps: (K, h, w) float32, the refined patch scores.
         reidentified: class index -> probability in its crop.
     """
@@ -38,14 +39,14 @@ class Tagger:
     """TagCLIP with one model and one list of names: `tagger(image)` scores the classes of an image.
 
     Args:
-        model: with a ViT tower. The reference implementation rounds none of its weights.
+        model: CLIP with a ViT tower, loaded with unrounded weights as in the reference implementation.
         classes: names that are scored.
-        backgrounds: further names that compete with them.
+        backgrounds: more names, which compete with the classes in the softmax.
         templates: prompts with one `{}` for the name.
-        settings: see there.
+        settings: see `TagSettings`.
 
     Raises:
-        ValueError: the model has no ViT tower, or the settings do not fit it.
+        ValueError: the model has no ViT tower, or the settings do not fit the tower.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Tagger:
         settings: TagSettings | None = None,
     ):
         if not isinstance(model.visual, VisionTransformer):
-            raise ValueError("a ResNet tower has no attention between patches to tag by: give a ViT")
+            raise ValueError("a ResNet tower has no attention between patches; tagging needs it: use a ViT")
         self.model, self.classes, self.settings = model, list(classes), settings or TagSettings()
         self.settings.check(model.visual.layers, model.visual.patch_size)
         self.text_features = clip.text_features(model, [*classes, *backgrounds], templates)
@@ -67,11 +68,11 @@ class Tagger:
         return self.tag([network_pixels(image, self.model.visual.patch_size, self.settings.max_patches)])[0]
 
     def tag(self, images: Sequence[np.ndarray]) -> list[Tags]:
-        """Tag images as `network_pixels` gives them, several at once."""
+        """Tag several images, each in the form that `network_pixels` returns."""
         return tag_images(self.model, images, self.text_features, len(self.classes), self.settings)
 
     def names(self, tags: Tags) -> list[str]:
-        """Return the predicted classes; the one of the highest score if none is above the threshold."""
+        """Return the predicted classes; the one with the highest score if none is above the threshold."""
         (class_ids,) = chosen_labels(tags.scores[None], self.settings.ratio)
         return [self.classes[class_id] for class_id in class_ids]
 
@@ -79,12 +80,14 @@ class Tagger:
 def network_pixels(image: Image.Image, patch: int, most: int) -> np.ndarray:
     """Return an image resized to multiples of the patch: (H', W', 3) uint8.
 
-    Unlike in the CAM step, images of other modes are converted to RGB before they are resized.
+    Images are converted to RGB before they are resized; the CAM step converts after resizing.
 
     Args:
-        most: limit of its patches.
+        image: of any mode.
+        patch: side of a patch in pixels.
+        most: maximum number of patches; larger images are shrunk.
     """
-    if image.mode != "L":  # grey gives the same either way
+    if image.mode != "L":  # for gray images the order makes no difference
         image = image.convert("RGB")
     return clip.resize_rgb(image, clip.target_size(image.height, image.width, patch, most=most))
 
@@ -93,14 +96,14 @@ def network_pixels(image: Image.Image, patch: int, most: int) -> np.ndarray:
 def tag_images(
     model: CLIP, images: Sequence[np.ndarray], text_features: Tensor, num_classes: int, settings: TagSettings
 ) -> list[Tags]:
-    """Tag images: those of equal size together, then the crops of all images together.
+    """Tag images: one batch for each image size, then the crops of all images in common batches.
 
     Args:
         model: see `Tagger`.
         images: see `network_pixels`.
         text_features: (C, E) of the names, classes first; see `clip.text_features`.
         num_classes: number of names that are scored.
-        settings: see there; `TagSettings.check` checks that they fit the model.
+        settings: must fit the model, see `TagSettings.check`.
 
     Raises:
         ValueError: the model's features are not finite.
@@ -141,5 +144,5 @@ def tag_images(
 
 def _finite(probabilities: Tensor) -> Tensor:
     if not probabilities.isfinite().all():
-        raise ValueError("the model's features are not finite: its weights are damaged, or it needs fp32")
+        raise ValueError("the model's features are not finite: its weights are damaged, or fp32 is required")
     return probabilities

@@ -1,4 +1,4 @@
-"""Stages 1 and 2: what each patch shows, refined along the attention of the blocks before the last.
+"""Stages 1 and 2: class probabilities of each patch, refined by the attention of earlier blocks.
 
 Shapes: B images of one size, n = h * w patches, C names.
 """
@@ -17,8 +17,8 @@ class PatchLevel(NamedTuple):
     """The tower's output for every patch.
 
     Attributes:
-        tokens: (B, 1 + n, E) projected, not normalised; class token first.
-        attention: (B, n, n) float32, averaged, and 0 where too few blocks voted.
+        tokens: (B, 1 + n, E) projected, not normalized; class token first.
+        attention: (B, n, n) float32, the average over blocks, and 0 for pairs of patches with too few votes.
         grid: (h, w).
     """
 
@@ -29,12 +29,13 @@ class PatchLevel(NamedTuple):
 
 @torch.no_grad()
 def patch_level(visual: VisionTransformer, images: Tensor, settings: TagSettings) -> PatchLevel:
-    """Run the tower so that in the last block every token attends to itself alone, which keeps patches local.
+    """Return the tower's output for every patch. In the last block every token attends only to itself.
 
-    Attention maps are summed and voted on as they come; none is kept.
+    Without attention in the last block, patch tokens keep local information. The attention maps of blocks are
+    added up during the pass and not stored.
 
     Args:
-        images: (B, 3, H', W'), normalised, sides multiples of the patch.
+        images: (B, 3, H', W'), normalized, sides multiples of the patch.
     """
     layers = visual.layers
     averaged, voters = settings.averaged(layers), settings.voters(layers)
@@ -51,13 +52,13 @@ def patch_level(visual: VisionTransformer, images: Tensor, settings: TagSettings
         tokens, attention = visual.block(index, tokens, mask, need_weights)
         if attention is None:
             continue
-        related = attention[:, 1:, 1:]  # (B, n, n), its rows sum to less than 1
+        related = attention[:, 1:, 1:]  # (B, n, n); rows sum to less than 1 without the class token
         if index in averaged:
             total += related
         if index in voters:
             mean = related.mean((1, 2), keepdim=True)
             votes += related > settings.vote_threshold * mean
-        del attention, related  # free n x n numbers before the next block
+        del attention, related  # frees the n x n maps before the next block
     total /= len(averaged)
     total[votes < settings.votes_needed(layers)] = 0
     return PatchLevel(visual.project(tokens).float(), total, grid)
@@ -69,7 +70,7 @@ def class_probabilities(tokens: Tensor, text_features: Tensor, logit_scale: Tens
     Args:
         tokens: (..., E) image features.
         text_features: (C, E) of unit length.
-        logit_scale: its logarithm, as CLIP stores it.
+        logit_scale: scalar, logarithm of the scale, as CLIP stores it.
 
     Returns:
         (..., C) float32.
@@ -79,9 +80,9 @@ def class_probabilities(tokens: Tensor, text_features: Tensor, logit_scale: Tens
 
 
 def min_max_normalize(maps: Tensor) -> Tensor:
-    """Return each map over its n patches scaled to [0, 1]: (..., n, C); a constant one is 0.
+    """Return maps (..., n, C), each scaled to [0, 1] over its n patches; a constant map becomes 0.
 
-    Unlike `pytorch_grad_cam.methods.min_max_normalize` it adds no epsilon; both are as published.
+    No epsilon is added; `pytorch_grad_cam.methods.min_max_normalize` adds one. Both follow the publications.
     """
     maps = maps - maps.amin(-2, keepdim=True)
     highest = maps.amax(-2, keepdim=True)
@@ -89,10 +90,11 @@ def min_max_normalize(maps: Tensor) -> Tensor:
 
 
 def class_boxes(propagated: Tensor, grid: tuple[int, int], settings: TagSettings) -> Tensor:
-    """Return for each name the boxes around patches above the mean of its map.
+    """Return the class boxes: for each name, the boxes around patches above the mean of its map.
 
     Args:
-        propagated: (B, n, C), probabilities after plain propagation.
+        propagated: (B, n, C), probabilities multiplied by the attention.
+        grid: (h, w).
 
     Returns:
         (B, n, C) float32 of 0 and 1.
@@ -105,14 +107,15 @@ def class_boxes(propagated: Tensor, grid: tuple[int, int], settings: TagSettings
 def refined_probabilities(
     coarse: Tensor, attention: Tensor, grid: tuple[int, int], settings: TagSettings
 ) -> Tensor:
-    """Return probabilities after dual-masking attention refinement: sums over related patches in the boxes.
+    """Return A (box * P), the probabilities P after dual-masking attention refinement with attention A.
 
     Args:
-        coarse: (B, n, C), see `class_probabilities`.
-        attention: (B, n, n), see `patch_level`.
+        coarse: P (B, n, C), see `class_probabilities`.
+        attention: A (B, n, n), see `patch_level`.
+        grid: (h, w).
 
     Returns:
-        (B, n, C) float32, on the scale of the attention, whose rows do not sum to 1.
+        (B, n, C) float32; not probabilities, because the rows of A do not sum to 1.
     """
     boxes = class_boxes(attention @ coarse, grid, settings)
     return attention @ (boxes * coarse)

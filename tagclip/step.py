@@ -18,14 +18,14 @@ from segmentation.images import find_image, read_image
 from tagclip.config import TagSettings
 from tagclip.model import TEMPLATES, Tagger, network_pixels
 
-PERIOD = 30.0  # seconds of work that a killed run loses at most
+PERIOD = 30.0  # seconds between two files of scores: a killed run loses at most this much work
 
 
 @dataclass
 class Resized(Decoded):
     """A decoded image (H', W', 3) uint8, and its number of patches.
 
-    Images of similar size share a batch: `tag_images` computes equal ones together, and the crops of all.
+    Images of similar size share a batch, because their crops can be computed together, see `tag_images`.
     """
 
     pixels: np.ndarray
@@ -33,7 +33,7 @@ class Resized(Decoded):
 
     @property
     def shape(self) -> str:
-        """A range of sizes, within which memory differs by up to 4 (attention is quadratic in patches)."""
+        """Key of a batch: sizes within a factor of 2 in patches, that is 4 in memory of the attention."""
         return f"up to {2 ** (self.patches - 1).bit_length()} patches"
 
     @property
@@ -42,7 +42,7 @@ class Resized(Decoded):
 
 
 def decode(image_root: str, grid: Grid, max_patches: int, name: str) -> Resized:
-    """Return the resized pixels of an image; in decoding processes, too."""
+    """Return the resized pixels of an image; also called in decoding processes."""
     image = read_image(find_image(image_root, name))
     pixels = network_pixels(image, grid.patch, max_patches)
     notes = shrunk_notes(image, grid, 1.0, max_patches)
@@ -51,10 +51,10 @@ def decode(image_root: str, grid: Grid, max_patches: int, name: str) -> Resized:
 
 @dataclass
 class TagStep(Step):
-    """Step 0, see `pipeline.step.Step`. Scores go to a new file every `PERIOD` seconds and at the end.
+    """Step 0, see `pipeline.step.Step`. Writes a new file of scores every `PERIOD` seconds and at the end.
 
     Attributes:
-        benchmark: its classes and background names.
+        benchmark: gives the classes and background names.
         image_root: folder of the images.
         model: see `clip.load`.
         output: folder of the scores.
@@ -69,7 +69,7 @@ class TagStep(Step):
 
     def __post_init__(self):
         self.flow = self.compute_settings.flow()
-        self.scored: dict[str, np.ndarray] | None = None  # by earlier runs
+        self.scored: dict[str, np.ndarray] | None = None  # scores of earlier runs; None before they are read
         self.unsaved: dict[str, np.ndarray] = {}
 
     @property
@@ -111,9 +111,9 @@ class TagStep(Step):
             yield outcome
 
     def finish(self) -> None:
-        """Write the scores of images since the last time."""
+        """Write the scores that are not yet written."""
         scores = {}
-        while self.unsaved:  # other threads may add to it meanwhile
+        while self.unsaved:  # not a loop over items: other threads may add some
             name, values = self.unsaved.popitem()
             scores[name] = values
         if scores:

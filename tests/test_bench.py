@@ -1,4 +1,4 @@
-"""The benchmark runs and reports what it measured; its reference computes what the published system does."""
+"""The benchmarks run and report their figures; their reference has the published results."""
 
 import json
 import os
@@ -37,7 +37,7 @@ MEGABYTES = 2**20
 
 @pytest.fixture(autouse=True)
 def _threads():
-    """The benchmark sets what other tests have set before."""
+    """Restore the thread counts, which the benchmarks change."""
     ours, theirs = torch.get_num_threads(), cv2.getNumThreads()
     yield
     torch.set_num_threads(ours)
@@ -45,8 +45,7 @@ def _threads():
 
 
 @pytest.mark.parametrize("case", ["a", "c"])
-def test_reference_cams_are_the_published_ones(case, parity_clip):
-    """Otherwise they would not be worth comparing with."""
+def test_reference_cams_match_golden(case, parity_clip):
     name, size, preset, seed, _, labels = CASES[case]
     stored, model = golden(f"case_{case}"), parity_clip(preset, seed)
     text = torch.as_tensor(stored["text"])
@@ -56,7 +55,7 @@ def test_reference_cams_are_the_published_ones(case, parity_clip):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_reference_evaluation_is_the_published_one(tmp_path):
+def test_reference_evaluation_matches_golden(tmp_path):
     stored = golden("eval_cam")
     for index in range(5):
         write_cams(tmp_path / f"{index}.npy", stored[f"keys{index}"], stored[f"cams{index}"])
@@ -68,7 +67,7 @@ def test_reference_evaluation_is_the_published_one(tmp_path):
 
 
 @needs_pydensecrf
-def test_reference_masks_are_the_published_ones(tmp_path):
+def test_reference_masks_match_golden(tmp_path):
     arrays = golden("e2e")
     for case in "abcez":
         name, size, *_ = CASES[case]
@@ -79,8 +78,8 @@ def test_reference_masks_are_the_published_ones(tmp_path):
         assert (mask == arrays[f"pseudo_{case}"]).mean() >= 0.999
 
 
-def test_reference_training_is_the_published_one():
-    torch.set_num_threads(1)  # for so little, a second one costs more than it does
+def test_reference_training_matches_golden():
+    torch.set_num_threads(1)  # faster for such a small network
     stored = deeplab_golden("a_train")
     model = fill_a(build_v2(5, (1, 1, 1, 1))).train()
     optimizer = sgd(parameter_groups(model), OptimConfig(learning_rate=2e-5))
@@ -94,21 +93,21 @@ def test_reference_training_is_the_published_one():
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_plain_network_is_the_same_in_parts():
-    torch.set_num_threads(1)  # for so little, a second one costs more than it does
+def test_plain_network_equals_the_fused_one():
+    torch.set_num_threads(1)  # faster for such a small network
     model = fill_a(build_v2(5, (1, 1, 1, 1))).train()
     images = input_a("dl:plain0", 65, 65)
-    fused = model(images)  # a frozen batch norm is computed otherwise where gradients are recorded
+    fused = model(images)  # gradients are recorded, so frozen batch norm is computed as scale and shift
     weights = [id(weight) for weight in model.parameters()]
     parts = plain(model)
     assert [id(weight) for weight in parts.parameters()] == weights
     assert all(weight.requires_grad for weight in parts.parameters())
     assert not any(isinstance(part, ConvBnReLU) for part in parts.modules())
     pairs = zip(parts(images), fused, strict=True)
-    assert all(relative(mine.detach(), theirs.detach()) < 1e-5 for mine, theirs in pairs)
+    assert all(relative(plain_output.detach(), output.detach()) < 1e-5 for plain_output, output in pairs)
 
 
-def test_reference_shrinks_masks_as_ours():
+def test_reference_resizes_masks_like_ours():
     masks = np.random.default_rng(0).integers(0, 21, (2, 321, 321))
     assert torch.equal(shrunk(masks, (41, 31)), resize_labels(torch.from_numpy(masks), (41, 31)))
 
@@ -129,7 +128,7 @@ def bench(monkeypatch, capsys, tmp_path, *arguments) -> dict:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Little to measure: what takes long is starting the processes whose memory is watched."""
+    """Small inputs; starting the processes for the memory measurement takes most of the time."""
     for name, value in {"REPEATS": 1, "BRIEF": 0, "MATRIX": {"cpu": 256}, "COPIED": {"cpu": 2**20}}.items():
         monkeypatch.setattr(measure, name, value)
     monkeypatch.setattr(data, "HEIGHT", 90)
@@ -137,7 +136,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(cams, "WATCHED", {"cpu": 2})
 
 
-def test_cams(quick, parity_file, tmp_path, monkeypatch, capsys):
+def test_cams_reports_its_figures(quick, parity_file, tmp_path, monkeypatch, capsys):
     few = ("--images", 2, "--rounds", 1, "--model", parity_file("tiny", 0))
     result = bench(monkeypatch, capsys, tmp_path, "cams", *few)
     assert result["label_agreement"] >= 0.999
@@ -150,26 +149,26 @@ def test_cams(quick, parity_file, tmp_path, monkeypatch, capsys):
 
 
 @needs_pydensecrf
-def test_crf(quick, tmp_path, monkeypatch, capsys):
+def test_crf_agrees_with_the_reference(quick, tmp_path, monkeypatch, capsys):
     result = bench(monkeypatch, capsys, tmp_path, "crf", "--images", 1, "--rounds", 1)
     assert result["label_agreement"] >= 0.999 and result["largest_difference"] <= 1e-3
 
 
 @needs_pydensecrf
-def test_pipeline(quick, parity_file, tmp_path, monkeypatch, capsys):
+def test_pipeline_agrees_with_the_reference(quick, parity_file, tmp_path, monkeypatch, capsys):
     few = ("--images", 1, "--rounds", 1, "--model", parity_file("tiny", 0))
     result = bench(monkeypatch, capsys, tmp_path, "pipeline", *few)
     assert result["label_agreement"] >= 0.99
 
 
-def test_eval(quick, tmp_path, monkeypatch, capsys):
+def test_eval_agrees_with_the_reference_in_constant_memory(quick, tmp_path, monkeypatch, capsys):
     result = bench(monkeypatch, capsys, tmp_path, "eval", "--images", 4, "--rounds", 1)
     assert result["label_agreement"] == 1
     grown = result["peak_memory_4n_mb"] / result["peak_memory_mb"]
     assert grown < 1.05
 
 
-def test_train(quick, tmp_path, monkeypatch, capsys):
+def test_train_reports_its_figures(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "DRAWN", 2)
     few = ("--width", 4, "--crop", 33, "--rounds", 1, "--batch", 2, "--variants", "fp32+contiguous")
     result = bench(monkeypatch, capsys, tmp_path, "train", *few)
@@ -183,10 +182,10 @@ def test_train(quick, tmp_path, monkeypatch, capsys):
     flop, ahead = (sum(line["seconds"] * line["rate"] for line in some) for some in
                    ((forward, backward), (forward,)))  # fmt: skip
     assert flop == pytest.approx(result["gflop_an_image"])
-    assert 2.5 < flop / ahead < 3  # gradients of weights and of inputs, but for the image's
+    assert 2.5 < flop / ahead < 3  # gradients of weights and of inputs, except of the image
 
 
-def test_training_goes_as_the_reference_in_every_precision(tmp_path, monkeypatch):
+def test_training_losses_agree_with_the_reference(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "DRAWN", 2)
     setting = Setting(width=4, crop=33, batch=1, accumulate=2)
     setting.limit_threads()
@@ -203,17 +202,17 @@ def test_training_goes_as_the_reference_in_every_precision(tmp_path, monkeypatch
     assert reference.losses[2] < reference.losses[0]
 
 
-def test_variants_of_training():
-    assert train.running("bf16") == RunConfig(precision="bf16")
-    chosen = train.running("tf32+contiguous+compile")
+def test_variant_selects_precision_and_options():
+    assert train.run_config("bf16") == RunConfig(precision="bf16")
+    chosen = train.run_config("tf32+contiguous+compile")
     assert chosen == RunConfig(precision="tf32", channels_last=False, compile=True)
     for wrong in ("fp64", "fp32+fast", ""):
         with pytest.raises(ValueError, match="--variants"):
-            train.running(wrong)
+            train.run_config(wrong)
 
 
 @pytest.mark.parametrize("slow", ["forward", "backward", "optimizer"])
-def test_stages_of_training_are_told_apart(slow, tmp_path, monkeypatch):
+def test_slow_stage_of_training_is_identified(slow, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "DRAWN", 2)
     setting = Setting(width=4, crop=17, batch=1, accumulate=2)
     setting.limit_threads()
@@ -232,16 +231,16 @@ def test_stages_of_training_are_told_apart(slow, tmp_path, monkeypatch):
 
     trainer.objective = slowed
     if slow == "optimizer":
-        trainer.optimizer.register_step_post_hook(lambda *_: time.sleep(0.5))  # before that of `timed`
+        trainer.optimizer.register_step_post_hook(lambda *_: time.sleep(0.5))  # before the hook of `timed`
     stages = train.timed("cpu", trainer, batches)
     assert max(stages, key=stages.get) == slow and trainer.objective is slowed
     assert stages[slow] >= (0.5 if slow == "optimizer" else 1)  # two batches
 
 
-def test_wrong_use_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="--crop"):
+def test_wrong_setting_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"--crop, .* must be 1 or more, got 0, "):
         Setting(crop=0)
-    with pytest.raises(ValueError, match="--images"):
+    with pytest.raises(ValueError, match=r"--images .* must be 1 or more, got 1, 0, 3"):
         Setting(images=0)
     with pytest.raises(ValueError, match="--images 3 must be a multiple of --threads 2"):
         cams.Material.make(tmp_path, Setting(images=3, threads=2))
@@ -250,16 +249,16 @@ def test_wrong_use_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("mean", [1.0, 1.5, 2.9])
-def test_images_have_so_many_labels(mean, tmp_path):
+def test_images_have_the_mean_number_of_labels(mean, tmp_path):
     labels = [data.labels_of(index, mean) for index in range(100)]
     assert sum(map(len, labels)) == pytest.approx(100 * mean)
-    assert all(len({*some}) == len(some) >= 1 for some in labels)
+    assert all(len({*ids}) == len(ids) >= 1 for ids in labels)
     names = data.write_images(tmp_path, 2, mean)
     assert Image.open(tmp_path / "images" / f"{names[1]}.jpg").size == (500, 375)
-    assert 50_000 < (tmp_path / "images" / f"{names[1]}.jpg").stat().st_size < 150_000  # as VOC's
+    assert 50_000 < (tmp_path / "images" / f"{names[1]}.jpg").stat().st_size < 150_000  # like VOC's
 
 
-def test_drawn_cams_find_the_drawn_truth(tmp_path):
+def test_drawn_cams_agree_with_the_drawn_ground_truth(tmp_path):
     names = data.write_cams(tmp_path, 2, 2.0)
     places = [str(tmp_path / folder) for folder in ("full", "truth")]
     hists, _ = drain(run_step(names, 0, Evaluation(voc12.BENCHMARK, *places)), lambda outcome: None)
@@ -269,13 +268,13 @@ def test_drawn_cams_find_the_drawn_truth(tmp_path):
     assert 255 in read_mask(tmp_path / "truth" / f"{names[0]}.png")
 
 
-def test_agreement_of_histograms_sees_a_difference():
+def test_agreement_of_confusion_matrices():
     one, other = np.array([[5, 0], [1, 4]]), np.array([[4, 1], [1, 4]])
     assert evaluation._agreement([one], [one, one]) == 1
     assert evaluation._agreement([one, one], [one, other]) == 0.9
 
 
-def test_time_counts_from_file_to_file(tmp_path):
+def test_steady_time_is_that_between_files(tmp_path):
     for index, second in enumerate((5.0, 1.0, 2.0, 2.5)):
         (tmp_path / str(index)).touch()
         os.utime(tmp_path / str(index), (second, second))
@@ -283,7 +282,7 @@ def test_time_counts_from_file_to_file(tmp_path):
     assert measure.steady(tmp_path.iterdir(), 2) == pytest.approx(3 / 2)
 
 
-def test_rounds_take_turns():
+def test_rounds_alternate_and_medians_are_compared():
     called = []
 
     def way(name, seconds):
@@ -300,25 +299,25 @@ def test_rounds_take_turns():
     }  # fmt: skip
 
 
-def test_a_failed_image_ends_the_benchmark():
+def test_failed_image_is_an_error():
     with pytest.raises(ValueError, match="image b failed: no"):
         measure.check([Outcome("a"), Outcome("b", failure="no")])
 
 
 def grow(setting, first, second):
-    """Takes so many bytes before its first item, and before its second."""
+    """Allocate `first` bytes before the first item, and `second` bytes before the second."""
     for size in (first, second):
         np.ones(size, np.uint8)
         yield Outcome("")
 
 
-def test_peak_memory_is_that_after_the_first_item():
+def test_peak_memory_starts_after_the_first_item():
     little = measure.peak_memory(grow, Setting(), 401 * MEGABYTES, MEGABYTES)["memory_mb"]
     much = measure.peak_memory(grow, Setting(), MEGABYTES, 401 * MEGABYTES)["memory_mb"]
     assert 380 < much - little < 420
 
 
-def test_ceilings_are_of_the_order_of_what_is_measured():
+def test_matmul_rate_is_plausible_and_stage_computes_the_share():
     start = time.perf_counter()
     rate = measure.matmul_rate("cpu", "fp32")
     assert rate > 1e9 and time.perf_counter() - start < 60

@@ -1,7 +1,7 @@
 """PASCAL VOC 2012 with the SBD masks ("train_aug"), prompted as CLIP-ES does.
 
-`python -m voc12.prepare --root DIR` checks a copy of the data and writes the split files; with
-`--year 2007` those of VOC 2007, which has the same classes.
+`python -m voc12.prepare --root DIR` checks a copy of the data and writes the split files. With
+`--year 2007` it writes those of VOC 2007, which has the same classes.
 """
 from segmentation.benchmark import Benchmark
 
@@ -11,7 +11,8 @@ CLASSES = [
     "tvmonitor",
 ]  # fmt: skip
 
-# Words that a bare name lacks to mean one thing to CLIP: CLIP-ES's synonym fusion at sentence level.
+# Prompts that differ from the class name, from CLIP-ES (synonym fusion at sentence level): the added words
+# make an ambiguous name unambiguous for CLIP.
 PROMPTS = {
     "bird": "bird avian",
     "chair": "chair seat",

@@ -1,12 +1,13 @@
 """python -m voc12.prepare --root VOCdevkit/VOC2012: check a copy of PASCAL VOC, write its splits.
 
-Writes to --out: {train,val,trainval,train_aug}.txt, one image name a line, and beside each
-`<split>_labels.txt`, lines `name index index ...` of the classes its XML names. The splits are derived
-from the user's data: train, val and trainval are those of ImageSets/Segmentation; train_aug is every
-image with a mask in SegmentationClassAug that is not in val.
+Writes to --out: {train,val,trainval,train_aug}.txt with one image name per line, and for each of them
+<split>_labels.txt with lines `name index index ...`: the classes in the XML file of the image. The splits
+are derived from your data: train, val and trainval are the lists of ImageSets/Segmentation; train_aug
+contains every image that has a mask in SegmentationClassAug and is not in val.
 
-With --year 2007 it writes 2007_{train,val,test}.txt instead: the lists of ImageSets/Main, lines
-`name index index ...`. Train and val come in one archive and test in another, so one of them is enough.
+With --year 2007 it writes 2007_{train,val,test}.txt instead: the lists of ImageSets/Main, with lines
+`name index index ...`. VOC 2007 publishes train and val in one archive and test in another. One archive is
+enough: missing lists are skipped.
 """
 import argparse
 import sys
@@ -24,14 +25,14 @@ PUBLISHED = {
     "val": (1449, "cdc1326d12f69ce5153aa5da04a4d8783e146868d42d19f82f44e74b97ac907d"),
     "trainval": (2913, "f8dae64f9e08d8b06ef41286dcd4c516e7d98c8e6ec6d965bc6d29cb11a4de51"),
     "train_aug": (10582, "d1326bd532648d73bc4b1bd275434eba81930982dc7401a65a8cecb26c028e24"),
-    "2007_train": (2501,),  # of the lists of 2007, the lines alone
+    "2007_train": (2501,),  # for VOC 2007, only the number of lines is compared
     "2007_val": (2510,),
     "2007_test": (4952,),
 }
 
 
 def read_splits(root: Path, problems: list[shared.Problem]) -> dict[str, list[str]]:
-    """Return split -> image names of VOC2012; print whether train_aug can be made."""
+    """Return split -> image names of VOC2012; print a line if train_aug cannot be made."""
     lists = root / "ImageSets" / "Segmentation"
     splits = read_lists({split: lists / f"{split}.txt" for split in ("train", "val", "trainval")}, problems)
     folder = root / "SegmentationClassAug"
@@ -39,7 +40,7 @@ def read_splits(root: Path, problems: list[shared.Problem]) -> dict[str, list[st
     if not names:
         print(f"train_aug cannot be made: no masks in {folder}")
     elif "val" not in splits:
-        print("train_aug cannot be made: which images are in val is unknown")
+        print("train_aug cannot be made: the list of val could not be read")
     else:
         val = set(splits["val"])
         splits["train_aug"] = [name for name in names if name not in val]
@@ -47,23 +48,23 @@ def read_splits(root: Path, problems: list[shared.Problem]) -> dict[str, list[st
 
 
 def read_splits_2007(root: Path, problems: list[shared.Problem]) -> dict[str, list[str]]:
-    """Return split -> image names of the lists of VOC2007 that exist.
+    """Return split -> image names, for the lists of VOC2007 that exist.
 
     Raises:
-        FileNotFoundError: none exists.
+        FileNotFoundError: no list exists.
     """
     lists = root / "ImageSets" / "Main"
     files = {f"2007_{split}": lists / f"{split}.txt" for split in ("train", "val", "test")}
     missing = {split: file for split, file in files.items() if not file.is_file()}
     if missing == files:
-        raise FileNotFoundError(f"{lists} has none of the lists train.txt, val.txt, test.txt")
+        raise FileNotFoundError(f"{lists} has none of the lists train.txt, val.txt, test.txt: check --root")
     for split, file in missing.items():
-        print(f"{split} is not made: there is no {file}")
+        print(f"{split} is not made: {file} does not exist")
     return read_lists({split: file for split, file in files.items() if split not in missing}, problems)
 
 
 def read_lists(files: dict[str, Path], problems: list[shared.Problem]) -> dict[str, list[str]]:
-    """Return split -> image names of the files that can be read, and add to `problems`."""
+    """Return split -> image names, for the files that can be read; add the others to `problems`."""
     splits = {}
     for split, file in files.items():
         with shared.collecting(problems, "split"):
@@ -72,10 +73,10 @@ def read_lists(files: dict[str, Path], problems: list[shared.Problem]) -> dict[s
 
 
 def mask_folders(splits: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Return image name -> folders that must hold its mask, in VOC2012.
+    """Return image name -> folders that must contain its mask, for VOC2012.
 
-    Images of train and val are in SegmentationClass, and all in SegmentationClassAug if there is a train_aug:
-    val is evaluated on these masks.
+    Images of train and val have a mask in SegmentationClass. If train_aug can be made, all images also have
+    one in SegmentationClassAug: val is evaluated on those masks, too.
     """
     segmented = {name for split in splits if split != "train_aug" for name in splits[split]}
     augmented = ["SegmentationClassAug"] if "train_aug" in splits else []
@@ -84,10 +85,10 @@ def mask_folders(splits: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def inspect(root: Path, decode: bool, item: tuple[str, list[str]]) -> shared.Inspection:
-    """Return what the image, annotation and masks of one image hold.
+    """Return the sizes, labels and problems of one image, read from its image, annotation and mask files.
 
     Args:
-        item: image name, and the folders that must hold its mask.
+        item: image name, and the folders that must contain its mask.
     """
     name, folders = item
     inspection = shared.inspect_image(root / "JPEGImages", name, decode)
@@ -109,10 +110,10 @@ def inspect(root: Path, decode: bool, item: tuple[str, list[str]]) -> shared.Ins
 
 
 def prepare(args: argparse.Namespace) -> int:
-    """Check the copy of VOC and write its lists, see `main`; return the exit code.
+    """Check the copy of VOC, write its lists and return the exit code; `args`: see `main`.
 
     Raises:
-        FileNotFoundError: VOC2007 without any of its lists.
+        FileNotFoundError: a copy of VOC2007 that has no list.
     """
     problems: list[shared.Problem] = []
     is_2012 = args.year == "2012"
@@ -121,9 +122,9 @@ def prepare(args: argparse.Namespace) -> int:
         folders = mask_folders(splits)
     else:
         splits = read_splits_2007(args.root, problems)
-        folders = {name: [] for names in splits.values() for name in names}  # few have masks: none is checked
-    look = partial(inspect, args.root, args.check_images)
-    labels = shared.inspect_all(look, sorted(folders.items()), args.num_workers, "checking", problems)
+        folders = {name: [] for names in splits.values() for name in names}  # no masks: few have one
+    inspect_item = partial(inspect, args.root, args.check_images)
+    labels = shared.inspect_all(inspect_item, sorted(folders.items()), args.num_workers, "checking", problems)
     for split, names in splits.items():
         labeled = {name: labels[name] for name in names if labels[name] is not None}
         listed = dict.fromkeys(names, ()) if is_2012 else labeled
@@ -134,15 +135,15 @@ def prepare(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse flags, prepare; return the exit code (wrong usage exits with 2 at once)."""
+    """Parse the flags, prepare the data, return the exit code; wrong usage exits with code 2."""
     parser = shared.make_parser("voc12", __doc__)
-    parser.add_argument("--year", choices=("2012", "2007"), default="2012", help="which VOC (%(default)s)")
+    parser.add_argument("--year", choices=("2012", "2007"), default="2012", help="year of VOC (%(default)s)")
     args = parser.parse_args(arguments)
     voc = f"VOC{args.year}"
     if not (args.root / "JPEGImages").is_dir():
         inner = [args.root / path for path in (voc, f"VOCdevkit/{voc}") if (args.root / path).is_dir()]
-        hint = f"; is it {inner[0]}?" if inner else ""
-        parser.error(f"--root {args.root} is no copy of {voc}: it has no JPEGImages folder{hint}")
+        hint = f"; did you mean --root {inner[0]}?" if inner else ""
+        parser.error(f"--root {args.root} is not a copy of {voc}: it has no JPEGImages folder{hint}")
     return shared.run(parser, prepare, args)
 
 

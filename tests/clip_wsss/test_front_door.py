@@ -1,4 +1,4 @@
-"""The Python front door: ClipES, TagCLIP and Segmenter on the code of the scripts."""
+"""The Python interface (ClipES, TagCLIP, Segmenter) gives the results of the scripts."""
 
 import sys
 from pathlib import Path
@@ -41,7 +41,7 @@ def result(clip_es, image):
     return clip_es(image, NAMES)
 
 
-def test_masks_and_cams_are_those_of_the_scripts(result, model, image, tmp_path):
+def test_masks_and_cams_equal_those_of_the_script(result, model, image, tmp_path):
     (tmp_path / "images").mkdir()
     image.save(tmp_path / "images" / "a.png")
     (tmp_path / "labels.txt").write_text("a " + " ".join(map(str, LABELS)) + "\n")
@@ -53,7 +53,7 @@ def test_masks_and_cams_are_those_of_the_scripts(result, model, image, tmp_path)
     assert code == 0, errors
     class_ids, cams = camfile.read(tmp_path / "masks" / "cams", "a")
     assert class_ids.tolist() == LABELS
-    # Prompts are encoded together with others there, which changes rounding.
+    # The script encodes more prompts in a batch, which changes rounding.
     np.testing.assert_allclose(np.float32(result.cams), np.float32(cams), atol=1e-3)
     mask = read_mask(tmp_path / "masks" / "a.png")
     values = np.arange(256, dtype=np.uint8)
@@ -66,7 +66,7 @@ def test_masks_and_cams_are_those_of_the_scripts(result, model, image, tmp_path)
     assert (result.mask[~confident] == 255).all()
 
 
-def test_kinds_of_images_give_one_result(clip_es, result, image, tmp_path):
+def test_paths_and_arrays_give_the_same_result(clip_es, result, image, tmp_path):
     file = tmp_path / "photo.png"
     image.save(file)
     for same in (file, str(file), np.asarray(image)):
@@ -75,7 +75,7 @@ def test_kinds_of_images_give_one_result(clip_es, result, image, tmp_path):
         np.testing.assert_array_equal(other.image, result.image)
 
 
-def test_a_list_gives_a_list(clip_es, result, image):
+def test_list_of_images_gives_a_list(clip_es, result, image):
     other = parity_image("es_b", (75, 100))
     results = clip_es([image, other, image], [NAMES, ["car"], NAMES])
     assert [item.mask.shape for item in results] == [SIZE, (75, 100), SIZE]
@@ -84,7 +84,7 @@ def test_a_list_gives_a_list(clip_es, result, image):
     assert [item.names for item in clip_es([image, other], ["cat"])] == [["cat"], ["cat"]]
 
 
-def test_labels_of_another_image_in_the_list_exclude_no_background(clip_es, image):
+def test_labels_exclude_backgrounds_of_their_own_image_only(clip_es, image):
     (first, _), alone = clip_es([image, image], [["cat"], ["cat", "grass"]]), clip_es(image, ["cat"])
     np.testing.assert_allclose(np.float32(first.cams), np.float32(alone.cams), atol=1e-3)
 
@@ -100,16 +100,16 @@ def test_labels_of_another_image_in_the_list_exclude_no_background(clip_es, imag
         ("two", [["cat"]], ValueError, "1 lists of labels for 2 images"),
         ("two", [["cat"], "dog"], TypeError, "labels of each image must be a list of class names, got 'dog'"),
         ("two", [["cat"], [3]], TypeError, r"got \[3\]"),
-        ("missing", ["cat"], ValueError, "image number 0: image nothing.jpg does not exist"),
+        ("missing", ["cat"], ValueError, r"image number 0 \(from 0\): image nothing\.jpg does not exist"),
         ("float", ["cat"], TypeError, "uint8 array, got float64 array"),
         ("none", ["cat"], TypeError, "uint8 array, got NoneType"),
     ],
 )
-def test_bad_calls_say_what_is_wrong(images, labels, error, match, clip_es, image):
-    given = {"one": image, "two": [image, image], "missing": "nothing.jpg", "float": np.zeros((4, 4, 3)),
-             "none": None}  # fmt: skip
+def test_wrong_arguments_are_errors(images, labels, error, match, clip_es, image):
+    inputs = {"one": image, "two": [image, image], "missing": "nothing.jpg", "float": np.zeros((4, 4, 3)),
+              "none": None}  # fmt: skip
     with pytest.raises(error, match=match):
-        clip_es(given[images], labels)
+        clip_es(inputs[images], labels)
 
 
 def test_settings_are_keyword_arguments(model, image, result):
@@ -137,7 +137,7 @@ def test_backgrounds_and_affinity_are_arguments(model, image, result):
     assert alone.cams.shape == (1, *SIZE)
 
 
-def test_a_benchmark_without_background_gives_masks_without(model, image, tmp_path):
+def test_benchmark_without_background_gives_masks_without_background(model, image, tmp_path):
     file = tmp_path / "stuff.yaml"
     file.write_text("name: stuff\nclasses: [sky, sea, sand]\nbackgrounds: [tree]\nhas_background: false\n")
     result = ClipES(model, benchmark=str(file), device="cpu", confidence=0)(image, ["sand", "sky"])
@@ -146,14 +146,14 @@ def test_a_benchmark_without_background_gives_masks_without(model, image, tmp_pa
     result.overlay()
 
 
-def test_overlay_and_saved_mask(result, tmp_path):
+def test_overlay_has_a_legend_and_saved_mask_is_equal(result, tmp_path):
     overlay = result.overlay()
     assert overlay.size[1] > SIZE[0] and overlay.mode == "RGB"
     result.save(tmp_path / "mask.png")
     np.testing.assert_array_equal(read_mask(tmp_path / "mask.png"), result.mask)
 
 
-def test_tag_clip_is_the_tagger(model, image):
+def test_tag_clip_gives_the_scores_of_the_tagger(model, image):
     tagger = TagCLIP(model, ["cat", "dog", "sofa"], device="cpu", ratio=0.4)
     tags = tagger(image)
     backgrounds = [name for name in voc12.BENCHMARK.tag_backgrounds if name not in tagger.classes]
@@ -167,10 +167,10 @@ def test_tag_clip_is_the_tagger(model, image):
         TagCLIP(model, ration=0.4)
 
 
-def test_another_package_of_the_name_is_refused(tmp_path, monkeypatch):
+def test_another_package_named_clip_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "__init__.py").write_text("")
-    with pytest.raises(ImportError, match=r"'clip' is imported from .* probably OpenAI's CLIP's: uninstall"):
+    with pytest.raises(ImportError, match=r"'clip' is imported from .* from OpenAI's CLIP, .*: uninstall"):
         check_packages(tmp_path)
     monkeypatch.delitem(sys.modules, "clip")
     monkeypatch.syspath_prepend(tmp_path)
@@ -178,6 +178,6 @@ def test_another_package_of_the_name_is_refused(tmp_path, monkeypatch):
         check_packages(Path(__file__).parents[2])
 
 
-def test_folders_that_no_training_filled_are_refused(tmp_path):
+def test_folder_without_training_run_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="not the folder of a finished training run"):
         Segmenter(tmp_path)

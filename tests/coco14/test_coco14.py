@@ -1,4 +1,4 @@
-"""COCO14: the benchmark's data, painting of masks, and `prepare` on small copies."""
+"""COCO14: the benchmark's classes and prompts, painting of masks, and `prepare` on small copies."""
 import hashlib
 import json
 import os
@@ -18,16 +18,16 @@ from segmentation import labels
 from segmentation.benchmark import load
 from segmentation.labels import CocoImage
 
-# Of pycocotools' arrays under NumPy 2; nothing that callers can mend.
+# pycocotools' arrays raise this warning under NumPy 2; callers cannot avoid it.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 HEIGHT, WIDTH = 8, 10
 TRAIN = [f"COCO_train2014_{i:012d}" for i in (9, 25, 30, 100)]
 VAL = ["COCO_val2014_000000000042"]
-LABELS = {TRAIN[0]: [0, 16], TRAIN[1]: [79], TRAIN[2]: [], TRAIN[3]: [0]}  # TRAIN[2] holds no object
+LABELS = {TRAIN[0]: [0, 16], TRAIN[1]: [79], TRAIN[2]: [], TRAIN[3]: [0]}  # TRAIN[2] has no object
 
 
-def test_benchmark():
+def test_benchmark_has_the_published_classes_and_prompts():
     coco = load("coco14")
     assert (len(coco.classes), len(coco.backgrounds), coco.channels, coco.box_threshold) == (80, 23, 81, 0.7)
     assert coco.backgrounds == [b for b in load("voc12").backgrounds if b not in ("keyboard", "sign")]
@@ -36,7 +36,7 @@ def test_benchmark():
     assert coco.prompts[31] == "sknowboard"
 
 
-def test_official_ids():
+def test_category_ids_match_the_class_names():
     assert len(CATEGORY_IDS) == 80 == len(CLASS_INDEX)
     names = load("coco14").classes
     known = {1: "person", 11: "fire hydrant", 13: "stop sign", 27: "backpack", 44: "bottle", 90: "toothbrush"}
@@ -66,10 +66,10 @@ def objects(*pairs):
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 9))
-def test_run_lengths_are_exact(seed, height, width):
+def test_run_lengths_are_painted_exactly(seed, height, width):
     mask = np.random.default_rng(seed).integers(0, 2, (height, width), np.uint8)
     compressed = rle_codec.encode(np.asfortranarray(mask))
-    compressed["counts"] = compressed["counts"].decode()  # as JSON holds it
+    compressed["counts"] = compressed["counts"].decode()  # as in JSON
     for shape in (run_lengths(mask), compressed):
         image = CocoImage((height, width), [{"id": 1, "category_id": 90, "segmentation": shape}], [])
         np.testing.assert_array_equal(paint(image), mask * 80)
@@ -87,17 +87,17 @@ def test_points_and_lines_cover_nothing():
     assert paint(objects()).shape == (HEIGHT, WIDTH)
 
 
-def test_whose_a_pixel_is():
+def test_overlap_selects_the_object_of_a_pixel():
     image = objects((2, box(2, 2, 6, 6)), (1, box(0, 0, 8, 8)), (3, box(4, 4, 7, 7)))
-    centre = {overlap: paint(image, overlap)[5, 5] for overlap in OVERLAPS}
-    assert centre == {"smallest": 3, "first": 2, "last": 3}
+    center = {overlap: paint(image, overlap)[5, 5] for overlap in OVERLAPS}
+    assert center == {"smallest": 3, "first": 2, "last": 3}
     corner = {overlap: paint(image, overlap)[3, 3] for overlap in OVERLAPS}
     assert corner == {"smallest": 2, "first": 2, "last": 1}
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.permutations(range(4)))
-def test_the_smallest_object_never_vanishes(order):
+def test_smallest_object_stays_visible_in_any_order(order):
     shapes = [(1, box(0, 0, 10, 8)), (2, box(0, 0, 8, 6)), (3, box(1, 1, 5, 4)), (4, box(2, 2, 4, 3))]
     painted = paint(objects(*(shapes[i] for i in order)))
     assert set(np.unique(painted)) == {1, 2, 3, 4}
@@ -107,14 +107,14 @@ def test_the_smallest_object_never_vanishes(order):
     ("shape", "sentence"),
     [
         (None, "annotation 5 cannot be rasterized"),
-        ({"size": [3, 3], "counts": [9]}, "its size .* is not the image's"),
-        ({"size": [HEIGHT, WIDTH], "counts": [3]}, "run lengths do not cover the image"),
+        ({"size": [3, 3], "counts": [9]}, r"its size is \[3, 3\], but the image is \[8, 10\]"),
+        ({"size": [HEIGHT, WIDTH], "counts": [3]}, "its run lengths cover 3 pixels, the image has 80"),
         ({"counts": [3]}, "cannot be rasterized"),
         ([["a"] * 6], "cannot be rasterized"),
         ([3], "cannot be rasterized"),
     ],
 )
-def test_bad_shapes(shape, sentence):
+def test_bad_segmentation_is_an_error(shape, sentence):
     with pytest.raises(ValueError, match=sentence):
         rasterize({"id": 5, "segmentation": shape}, (HEIGHT, WIDTH))
 
@@ -166,17 +166,18 @@ def run(copy, *flags, workers=1):
 
 
 def lines(table):
-    return "".join(" ".join([name, *map(str, found)]) + "\n" for name, found in table.items() if found)
+    listed = {name: class_ids for name, class_ids in table.items() if class_ids}
+    return "".join(" ".join([name, *map(str, class_ids)]) + "\n" for name, class_ids in listed.items())
 
 
 def paint_all(copy):
-    """Give the copy masks, as a user who downloaded them would have."""
+    """Give the copy masks without the record of `prepare`, as if the user had downloaded them."""
     assert run(copy, "--annotations", copy.train, copy.val) == 0
     for record in copy.masks.glob("*.json"):
         record.unlink()
 
 
-def test_from_annotations(copy, capsys):
+def test_annotations_give_masks_and_lists(copy, capsys):
     assert run(copy, "--annotations", copy.train, copy.val) == 0
     assert sorted(file.stem for file in copy.masks.glob("*.png")) == TRAIN + VAL
     assert (copy.out / "train.txt").read_text() == lines(LABELS)
@@ -184,43 +185,43 @@ def test_from_annotations(copy, capsys):
     mask = Image.open(copy.masks / f"{TRAIN[0]}.png")
     assert mask.mode == "P"
     assert np.unique(mask).tolist() == [0, 1, 17]
-    said = capsys.readouterr().out
-    assert "train: 4 masks made in" in said
-    assert "train: labels from the values of the masks" in said
-    assert "train.txt: 3 images; sha256 is NOT the published one" in said
+    printed = capsys.readouterr().out
+    assert "train: 4 masks made in" in printed
+    assert "train: labels from the values of the masks" in printed
+    assert "train.txt: 3 images; sha256 is NOT the published one" in printed
     assert labels.read_split(copy.out / "train.txt", 80)[TRAIN[0]] == [0, 16]
 
 
-def test_from_masks_alone(copy, capsys):
+def test_masks_alone_give_the_lists(copy, capsys):
     paint_all(copy)
     (copy.masks / f"{TRAIN[2]}.png").unlink()  # downloaded masks may leave out images without objects
     capsys.readouterr()
     assert run(copy) == 0
     assert (copy.out / "train.txt").read_text() == lines(LABELS)
-    said = capsys.readouterr().out
-    assert "train: 1 images have no readable mask and are left out" in said
-    assert "val: labels from the values of the masks" in said
+    printed = capsys.readouterr().out
+    assert "train: 1 images have no readable mask and are left out" in printed
+    assert "val: labels from the values of the masks" in printed
 
 
-def test_routes_differ_where_a_class_was_painted_over(copy, capsys):
+def test_labels_of_masks_leave_out_hidden_classes(copy, capsys):
     paint_all(copy)
     Image.fromarray(np.full((HEIGHT, WIDTH), 17, np.uint8)).save(copy.masks / f"{TRAIN[0]}.png")
     assert run(copy, "--annotations", copy.train) == 0
     assert (copy.out / "train.txt").read_text() == lines(LABELS | {TRAIN[0]: [16]})
     assert run(copy, "--annotations", copy.train, "--labels", "json") == 0
     assert (copy.out / "train.txt").read_text() == lines(LABELS)
-    said = capsys.readouterr().out
-    assert "train: labels from the instances JSON" in said
-    assert "val: not made, as there are no annotations of it" in said
+    printed = capsys.readouterr().out
+    assert "train: labels from the instances JSON" in printed
+    assert "val: list not made, because the split has no annotations" in printed
 
 
-def test_published_lists_are_recognised(copy, capsys, monkeypatch):
+def test_published_list_is_recognized(copy, capsys, monkeypatch):
     monkeypatch.setitem(prepare.PUBLISHED, "train", (3, hashlib.sha256(lines(LABELS).encode()).hexdigest()))
     run(copy, "--annotations", copy.train)
     assert "train.txt: 3 images; sha256 is the published one" in capsys.readouterr().out
 
 
-def test_painting_goes_on_where_it_stopped(copy, capsys):
+def test_second_run_paints_only_missing_masks(copy, capsys):
     run(copy, "--annotations", copy.train)
     whole = {file.name: file.read_bytes() for file in copy.masks.glob("*.png")}
     (copy.masks / f"{TRAIN[0]}.png").unlink()
@@ -233,7 +234,7 @@ def test_painting_goes_on_where_it_stopped(copy, capsys):
     assert {file.name: file.read_bytes() for file in copy.masks.glob("*.png")} == whole
 
 
-def test_masks_of_two_conventions_are_not_mixed(copy, capsys):
+def test_another_overlap_is_an_error(copy, capsys):
     run(copy, "--annotations", copy.train, "--overlap", "first")
     with pytest.raises(SystemExit) as stop:
         run(copy, "--annotations", copy.train)
@@ -241,15 +242,15 @@ def test_masks_of_two_conventions_are_not_mixed(copy, capsys):
     assert "were painted with --overlap first" in capsys.readouterr().err
 
 
-def test_masks_of_the_user_are_left_alone(copy, capsys):
+def test_masks_of_the_user_are_not_changed(copy, capsys):
     paint_all(copy)
     (copy.masks / f"{TRAIN[0]}.png").unlink()
     capsys.readouterr()
     assert run(copy, "--annotations", copy.train) == 1
     assert not (copy.masks / f"{TRAIN[0]}.png").exists()
-    said = capsys.readouterr().out
-    assert "holds 3 masks that were not made here: left as they are" in said
-    assert "missing mask: 1" in said
+    printed = capsys.readouterr().out
+    assert "has 3 masks of another origin: no mask is changed or added" in printed
+    assert "missing mask: 1" in printed
 
 
 def first_image(copy):
@@ -271,24 +272,24 @@ def mask_of(value, shape=(HEIGHT, WIDTH)):
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda copy: first_image(copy).unlink(), "missing image: 1"),
         (lambda copy: first_image(copy).write_bytes(b"no"), "bad image: 1"),
-        (damage_annotation, f"image {TRAIN[0]}: annotation 0 cannot be rasterized: its size"),
+        (damage_annotation, f"image {TRAIN[0]}: annotation 0 cannot be rasterized: its size is [1, 1]"),
         (mask_of(81), "has the value 81, which is not a class: expected 0 to 80, or 255"),
         (mask_of(1, (5, 5)), "differ: annotation 8 x 10, image 8 x 10, mask 5 x 5"),
     ],
 )
-def test_things_wrong(copy, capsys, damage, said):
+def test_single_fault_is_reported(copy, capsys, damage, message):
     damage(copy)
     assert run(copy, "--annotations", copy.train) == 1
-    assert said in capsys.readouterr().out
+    assert message in capsys.readouterr().out
     assert TRAIN[0] in (copy.out / "problems.txt").read_text()
     assert labels.read_split(copy.out / "train.txt")[TRAIN[1]] == [79]
 
 
-def test_an_image_without_its_mask_and_a_mask_without_its_image(copy, capsys):
+def test_mask_without_image_is_reported(copy, capsys):
     paint_all(copy)
     (copy.root / f"JPEGImages/train2014/{TRAIN[1]}.jpg").unlink()
     assert run(copy) == 1
@@ -299,16 +300,16 @@ def test_an_image_without_its_mask_and_a_mask_without_its_image(copy, capsys):
     ("flags", "sentence"),
     [
         (["--root", "{root}/none"], "has no JPEGImages folder"),
-        ([], "has no SegmentationClass folder: give --annotations to make it"),
+        ([], "has no SegmentationClass folder: give --annotations to make the masks"),
         (["--labels", "json"], "--labels json needs --annotations"),
         (["--annotations", "{root}/none.json"], r"none\.json does not exist"),
-        (["--annotations", "{train}", "{train}"], "the train split was given before"),
+        (["--annotations", "{train}", "{train}"], "the train split was given before; give it once"),
         (["--annotations", "{root}/2017.json"], "is not of COCO 2014"),
         (["--annotations", "{root}/few.json"], "1 categories that do not match the 80 classes"),
         (["--overlap", "none"], "invalid choice"),
     ],
 )
-def test_wrong_usage(copy, capsys, flags, sentence):
+def test_wrong_usage_exits_with_code_2(copy, capsys, flags, sentence):
     (copy.root / "2017.json").write_text(json.dumps(instances(["000000000009"], [])))
     few = instances(TRAIN, []) | {"categories": [{"id": 12}]}
     (copy.root / "few.json").write_text(json.dumps(few))
@@ -345,23 +346,23 @@ def copy_2017(tmp_path):
     )
 
 
-def test_2017_from_annotations(copy_2017, capsys, monkeypatch):
+def test_2017_annotations_give_masks_and_lists(copy_2017, capsys, monkeypatch):
     monkeypatch.setitem(prepare.PUBLISHED, "val2017", (1,))
     assert run(copy_2017, "--year", "2017", "--annotations", copy_2017.train, copy_2017.val) == 0
     written = {file.name: file.read_text() for file in copy_2017.out.iterdir()}
     assert written == {
-        "train2017.txt": "000000000009 0 16\n000000000030 79\n",  # what is hidden counts
+        "train2017.txt": "000000000009 0 16\n000000000030 79\n",  # hidden classes are listed
         "val2017.txt": "000000000139 2\n",
     }
     assert sorted(file.stem for file in (copy_2017.masks / "train2017").glob("*.png")) == TRAIN_2017
     mask = np.asarray(Image.open(copy_2017.masks / "val2017" / f"{VAL_2017[0]}.png"))
     assert (mask[:4, :5] == 3).all() and mask.sum() == 3 * 20
-    said = capsys.readouterr().out
-    assert "train2017: labels from the instances JSON" in said
-    assert said.count("another list than the published one") == 1 and "has 117266 images" in said
+    printed = capsys.readouterr().out
+    assert "train2017: labels from the instances JSON" in printed
+    assert printed.count("another list than the published one") == 1 and "has 117266 images" in printed
 
 
-def test_2017_goes_on_and_leaves_2014_alone(copy_2017, copy):
+def test_2017_resumes_and_does_not_change_2014(copy_2017, copy):
     assert copy.root == copy_2017.root and copy.out == copy_2017.out
     assert run(copy, "--annotations", copy.train, copy.val) == 0
     lists = {file: file.read_bytes() for file in copy.out.iterdir()}
@@ -373,26 +374,27 @@ def test_2017_goes_on_and_leaves_2014_alone(copy_2017, copy):
     made.unlink()
     assert run(copy_2017, *flags) == 0 and made.read_bytes() == whole
     assert not (copy.out / "train2017.txt").exists()
-    assert run(copy) == 0  # nor does 2017 disturb 2014
+    assert run(copy) == 0  # 2014 ignores the files of 2017
     assert {file: file.read_bytes() for file in lists} == lists
     assert {file: file.read_bytes() for file in copy.masks.glob("*.png")} == masks
 
 
-def test_2017_annotations_under_another_name(copy_2017, capsys):
-    """Names of 2017's images tell no split: what would be painted is looked for first."""
+def test_2017_annotations_of_another_split_are_an_error(copy_2017, capsys):
+    """Image names of 2017 do not contain the split, so images are looked up before masks are painted."""
     wrong = copy_2017.root / "of_train2017.json"
     wrong.write_bytes(copy_2017.val.read_bytes())
     with pytest.raises(SystemExit):
         run(copy_2017, "--year", "2017", "--annotations", wrong)
-    assert "names no image of train2017: is it its own?" in capsys.readouterr().err
+    message = "of_train2017.json lists no image of train2017: give instances_train2017.json"
+    assert message in capsys.readouterr().err
     assert not (copy_2017.masks / "train2017").exists()
 
 
-def test_2017_from_masks(copy_2017, capsys):
+def test_2017_masks_give_labels(copy_2017, capsys):
     run(copy_2017, "--year", "2017", "--annotations", copy_2017.train)
     assert run(copy_2017, "--year", "2017", "--annotations", copy_2017.train, "--labels", "masks") == 0
     assert (copy_2017.out / "train2017.txt").read_text() == "000000000009 0\n000000000030 79\n"
-    assert run(copy_2017, "--year", "2017") == 0  # without the JSON: from the masks
+    assert run(copy_2017, "--year", "2017") == 0  # no JSON: labels from the masks
     assert (copy_2017.out / "train2017.txt").read_text() == "000000000009 0\n000000000030 79\n"
     (copy_2017.root / "JPEGImages/train2017/000000000030.jpg").unlink()
     (copy_2017.out / "problems.txt").write_text("of 2014\n")
@@ -406,12 +408,12 @@ def test_2017_from_masks(copy_2017, capsys):
     [
         (["--year", "2017"], "has no SegmentationClass/train2017 or SegmentationClass/val2017 folder"),
         (["--year", "2017", "--annotations", "{root}/mine.json"], "must end in train2017 or val2017"),
-        (["--year", "2017", "--annotations", "{root}/val2017.json"], "names of its images be numbers"),
-        (["--annotations", "{val}"], r"is not of COCO 2014: .*\(--year 2017 takes those of 2017"),
+        (["--year", "2017", "--annotations", "{root}/val2017.json"], "its image names must be numbers"),
+        (["--annotations", "{val}"], "is not of COCO 2014: .*; for COCO 2017, give --year 2017"),
         (["--year", "2017", "--annotations", "{val}", "{val}"], "the val2017 split was given before"),
     ],
 )
-def test_wrong_usage_of_2017(copy_2017, capsys, flags, sentence):
+def test_wrong_usage_with_2017_exits_with_code_2(copy_2017, capsys, flags, sentence):
     (copy_2017.root / "mine.json").write_text(copy_2017.val.read_text())
     (copy_2017.root / "val2017.json").write_text(json.dumps(instances(VAL, [])))
     copy_2017.masks.mkdir()  # of 2014

@@ -1,4 +1,4 @@
-"""COCO-Stuff: the benchmark's data against the published lists, and `prepare` on small copies."""
+"""COCO-Stuff: the benchmark's classes against the published lists, and `prepare` on small copies."""
 import os
 import re
 from dataclasses import replace
@@ -26,7 +26,7 @@ def published():
     return golden("classes.json", "tagclip")
 
 
-def test_classes_are_the_published_ones(published):
+def test_classes_and_groups_match_the_published_lists(published):
     classes = published["coco_stuff"]
     stuff = load("cocostuff")
     assert stuff is BENCHMARK and stuff.channels == 171 and not stuff.has_background
@@ -37,7 +37,7 @@ def test_classes_are_the_published_ones(published):
     assert (stuff.backgrounds, stuff.box_threshold) == (["background"], 0.7)
 
 
-def test_official_ids(published):
+def test_category_ids_match_the_published_lists(published):
     assert [entry["id"] for entry in published["coco_stuff"]] == CATEGORY_IDS
     assert sorted(UNUSED_IDS) == published["coco_stuff_removed_ids"]
     assert all(CLASS_INDEX[category] == index for index, category in enumerate(CATEGORY_IDS))
@@ -45,18 +45,18 @@ def test_official_ids(published):
     assert [groups[category - 1] for category in CATEGORY_IDS] == BENCHMARK.groups
 
 
-def test_images_are_the_published_ones():
+def test_val_ids_match_the_published_list():
     ids = golden("cocostuff_val_ids", "tagclip")["ids"]
     assert [int(name) for name in prepare.published_names()] == ids.tolist()
     assert prepare.published_names()[:2] == NAMES[:2]
 
 
-def test_conversion_of_every_value():
+def test_convert_maps_all_256_values():
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
     mask, unknown = prepare.convert(values)
     assert mask.dtype == np.uint8 and mask.shape == (16, 16)
-    for value, found in zip(values.ravel().tolist(), mask.ravel().tolist(), strict=True):
-        assert found == CLASS_INDEX.get(value + 1, 255)
+    for value, converted in zip(values.ravel().tolist(), mask.ravel().tolist(), strict=True):
+        assert converted == CLASS_INDEX.get(value + 1, 255)
     assert unknown == [*sorted(i - 1 for i in UNUSED_IDS), *range(182, 255)]
 
 
@@ -65,7 +65,7 @@ def test_conversion_of_every_value():
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    """A COCO-Stuff of three images; `.made` is the folder of our masks."""
+    """A COCO-Stuff of three images; `.made` is the folder of the converted masks."""
     root = tmp_path / "COCO"
     images, source = root / "JPEGImages" / "val2017", root / "stuffthingmaps" / "val2017"
     for folder in (images, source):
@@ -90,14 +90,14 @@ def run(copy, *flags, workers=1):
 
 
 def lines(table):
-    return "".join(" ".join([name, *map(str, found)]) + "\n" for name, found in table.items())
+    return "".join(" ".join([name, *map(str, class_ids)]) + "\n" for name, class_ids in table.items())
 
 
 def content(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_whole_copy(copy, capsys):
+def test_complete_copy_gives_masks_and_list(copy, capsys):
     before = content(copy.source)
     assert run(copy) == 0
     assert (copy.out / "val.txt").read_text() == lines(LABELS)
@@ -110,7 +110,7 @@ def test_whole_copy(copy, capsys):
     assert "no problems found" in capsys.readouterr().out
 
 
-def test_it_goes_on_where_it_stopped(copy):
+def test_second_run_makes_only_missing_masks(copy):
     run(copy)
     whole = content(copy.made)
     (copy.made / f"{NAMES[0]}.png").unlink()
@@ -121,19 +121,19 @@ def test_it_goes_on_where_it_stopped(copy):
     assert content(copy.made) == whole
 
 
-def test_masks_of_the_user_are_never_changed(copy, capsys):
+def test_existing_masks_are_compared_and_not_changed(copy, capsys):
     copy.made.mkdir(parents=True)
     mine = copy.made / f"{NAMES[1]}.png"
     Image.new("L", (WIDTH, HEIGHT), 3).save(mine)
     before = mine.read_bytes()
     assert run(copy) == 1
     assert mine.read_bytes() == before
-    assert f"{NAMES[1]}.png is not what" in capsys.readouterr().out
+    assert f"{NAMES[1]}.png differs from the converted mask" in capsys.readouterr().out
     mine.unlink()
     assert run(copy) == 0
 
 
-def test_a_public_split_file_is_converted(copy, tmp_path, capsys):
+def test_published_split_file_is_converted(copy, tmp_path, capsys):
     public = tmp_path / "public.txt"
     public.write_text(lines({NAMES[2]: [181, 60], NAMES[0]: [0]}))
     assert run(copy, "--split_182", public) == 0
@@ -142,7 +142,7 @@ def test_a_public_split_file_is_converted(copy, tmp_path, capsys):
     assert "public.txt lists other images than the 3 published ones" in capsys.readouterr().out
 
 
-def test_a_public_split_file_needs_no_masks(copy, tmp_path, capsys):
+def test_published_split_file_requires_no_masks(copy, tmp_path, capsys):
     for file in copy.source.iterdir():
         file.unlink()
     copy.source.rmdir()
@@ -151,16 +151,17 @@ def test_a_public_split_file_needs_no_masks(copy, tmp_path, capsys):
     assert run(copy, "--split_182", public) == 0
     assert (copy.out / "val.txt").read_text() == lines(LABELS)
     assert not copy.made.exists()
-    said = capsys.readouterr().out
-    assert "no masks are made" in said and "lists other images" not in said
+    printed = capsys.readouterr().out
+    assert "no masks are made" in printed and "lists other images" not in printed
 
 
-def test_labels_that_no_class_has(copy, tmp_path, capsys):
+def test_unused_label_of_the_split_file_is_reported(copy, tmp_path, capsys):
     public = tmp_path / "public.txt"
     public.write_text(lines(STUFF | {NAMES[0]: [11, 0]}))
     assert run(copy, "--split_182", public) == 1
     assert (copy.out / "val.txt").read_text() == lines(LABELS | {NAMES[0]: [0]})
-    assert f"image {NAMES[0]} has the label 11, which is left out" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"image {NAMES[0]} has the label 11, which is not a class and is left out" in printed
 
 
 def paint(value, shape=(HEIGHT, WIDTH)):
@@ -172,23 +173,23 @@ def cut(file):
 
 
 @pytest.mark.parametrize(
-    ("file", "damage", "said", "left_out"),
+    ("file", "damage", "message", "left_out"),
     [
         ("JPEGImages/val2017/{}.jpg", Path.unlink, "missing image: 1", False),
         ("JPEGImages/val2017/{}.jpg", cut, "bad image: 1", False),
         ("stuffthingmaps/val2017/{}.png", Path.unlink, "missing mask: 1", True),
         ("stuffthingmaps/val2017/{}.png", cut, "bad mask: 1", True),
-        ("stuffthingmaps/val2017/{}.png", paint(44), "holds the value 44, which stands for no class", True),
-        ("stuffthingmaps/val2017/{}.png", paint(182), "holds the value 182, which stands for no class", True),
+        ("stuffthingmaps/val2017/{}.png", paint(44), "has the value 44, which is not a class", True),
+        ("stuffthingmaps/val2017/{}.png", paint(182), "has the value 182, which is not a class", True),
         ("stuffthingmaps/val2017/{}.png", paint(12, (5, 5)), "differ: image 6 x 8, mask 5 x 5", False),
     ],
 )
-def test_one_thing_wrong(copy, capsys, file, damage, said, left_out):
+def test_single_fault_is_reported(copy, capsys, file, damage, message, left_out):
     damage(copy.root / file.format(NAMES[1]))
-    for _ in range(2):  # the second time the masks are there
+    for _ in range(2):  # the masks exist at the second run
         assert run(copy) == 1
         out = capsys.readouterr().out
-        assert said in out and "1 problems, all listed in" in out
+        assert message in out and "1 problems, all listed in" in out
         assert NAMES[1] in (copy.out / "problems.txt").read_text()
         listed = labels.read_split(copy.out / "val.txt")
         assert (NAMES[1] not in listed) == left_out == ("1 images have no readable mask" in out)
@@ -200,14 +201,14 @@ def test_one_thing_wrong(copy, capsys, file, damage, said, left_out):
     [
         (["--root", "{root}/none"], "has no JPEGImages/val2017 folder"),
         (["--stuffthingmaps", "{root}/none"], "there is no folder .*none: unpack the published masks"),
-        (["--stuffthingmaps", "{made}"], "is the folder of converted masks"),
+        (["--stuffthingmaps", "{made}"], "contains the converted masks"),
         (["--split_182", "{root}/none.txt"], r"none\.txt does not exist"),
         (["--split_182", "{root}/high.txt"], "class index 182 is out of range, expected 0 to 181"),
         (["--out", "{root}/high.txt/x"], r"high\.txt"),
-        (["--out", "{root}", "--split_182", "{root}/val.txt"], "is where the converted list goes"),
+        (["--out", "{root}", "--split_182", "{root}/val.txt"], "is also the output file: rename it or"),
     ],
 )
-def test_wrong_usage(copy, capsys, flags, sentence):
+def test_wrong_usage_exits_with_code_2(copy, capsys, flags, sentence):
     (copy.root / "high.txt").write_text(f"{NAMES[0]} 182\n")
     copy.made.mkdir(parents=True)
     with pytest.raises(SystemExit) as stop:
@@ -216,7 +217,7 @@ def test_wrong_usage(copy, capsys, flags, sentence):
     assert re.search(sentence, capsys.readouterr().err.splitlines()[-1])
 
 
-def test_without_masks_and_without_a_split_file(copy, capsys):
+def test_missing_masks_are_an_error_without_a_split_file(copy, capsys):
     copy.source.rename(copy.root / "elsewhere")
     with pytest.raises(SystemExit):
         run(copy)

@@ -1,4 +1,4 @@
-"""Weight files of every family, in all the shapes that they go about in; and files given by mistake."""
+"""Weight files of every family and format load; wrong files are errors."""
 import re
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ STEM = "base.layer1.conv1.conv.weight"
 
 
 def net_a(classes: int = 3, seed: int | None = None, **settings):
-    """A narrow network A; with a seed, its weights are fixed."""
+    """Return a narrow network A; with a seed, its weights are fixed."""
     model = build_v2(classes, **{"blocks": (1, 2, 2, 1), "width": 4} | settings)
     return model if seed is None else fill_module(model, seed)
 
@@ -43,18 +43,18 @@ def prefixed(state: dict, prefix: str) -> dict:
 
 
 def as_torchvision(state: dict) -> dict:
-    """Network A's backbone under torchvision's names, with a classifier; the stem as it is."""
-    found = {"fc.weight": torch.ones(10, 128), "fc.bias": torch.ones(10)}
+    """Return network A's backbone under torchvision's names, with a classifier; the stem is unchanged."""
+    renamed = {"fc.weight": torch.ones(10, 128), "fc.bias": torch.ones(10)}
     for key, name in KEYS["torchvision_resnet101_to_base"].items():
         for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             value = state.get("base." + name.replace("weight", leaf))
             if value is not None:
-                found[key.replace("weight", leaf)] = value
-    return found
+                renamed[key.replace("weight", leaf)] = value
+    return renamed
 
 
 def as_caffe(state: dict, classes: int = 91) -> dict:
-    """Network A's backbone as blobs, whose batch norm adds up to 1000, under the head of the COCO file."""
+    """Return network A's backbone as Caffe blobs (sums of batch norm with weight 1000), with COCO's head."""
     blobs = {"fc1_coco/0": torch.ones(classes, 128, 1, 1), "fc1_coco/1": torch.ones(classes)}
     for layer, module in KEYS["caffe_layer_to_module_head_base"].items():
         if layer.startswith("bn") and f"{module}.weight" in state:
@@ -85,8 +85,8 @@ def assert_backbones_equal(model, expected: dict, exact: bool = True) -> None:
         torch.testing.assert_close(state[name], expected[name], **close, msg=name)
 
 
-def refused(load, *args) -> str:
-    """The one sentence that `load` refuses its arguments with."""
+def error_of(load, *args) -> str:
+    """Return the message of the error that `load` raises; it must be one line."""
     with pytest.raises((ValueError, OSError)) as caught:
         load(*args)
     assert "\n" not in str(caught.value)
@@ -94,7 +94,7 @@ def refused(load, *args) -> str:
 
 
 @pytest.mark.parametrize("prefix", ["", "base.", "module.", "module.base.", "_orig_mod.base."])
-def test_checkpoints_of_network_a(prefix, tmp_path):
+def test_checkpoint_of_network_a_loads_with_any_prefix(prefix, tmp_path):
     source = net_a(seed=1).state_dict()
     torch.save(prefixed(source, prefix), tmp_path / "a.pth")
     assert family(tmp_path / "a.pth") == "deeplab-pytorch"
@@ -108,7 +108,7 @@ def test_checkpoints_of_network_a(prefix, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
-def test_checkpoints_of_network_b(prefix, tmp_path):
+def test_checkpoint_of_network_b_loads_with_any_prefix(prefix, tmp_path):
     source = net_b(seed=1).state_dict()
     torch.save(prefixed(source, prefix), tmp_path / "b.pth")
     assert family(tmp_path / "b.pth") == "resnet38d"
@@ -120,7 +120,7 @@ def test_checkpoints_of_network_b(prefix, tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.DataParallel, torch.compile])
-def test_wrapped_models(wrap, tmp_path):
+def test_wrapped_model_loads(wrap, tmp_path):
     source = net_a(seed=1)
     torch.save(wrap(source).state_dict(), tmp_path / "a.pth")
     for load in (load_init, load_full):
@@ -149,13 +149,13 @@ def write_numpy(state, file):
         ("a.safetensors", safetensors.torch.save_file),
         ("a.npz", write_numpy),
         ("a.pth", lambda state, file: torch.save(state | {"iteration": 5}, file)),
-        ("a.pth", lambda state, file: torch.save(without_counters(state), file)),  # older than these
+        ("a.pth", lambda state, file: torch.save(without_counters(state), file)),  # as PyTorch before 0.4.1
         ("a.pth", lambda state, file: torch.save(
             {key: value.double() if "running" in key else value for key, value in state.items()}, file
         )),
     ],
 )
-def test_formats(name, write, tmp_path):
+def test_file_format_loads(name, write, tmp_path):
     source = net_a(seed=1).state_dict()
     write(source, tmp_path / name)
     model = net_a()
@@ -165,7 +165,7 @@ def test_formats(name, write, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype, tmp_path):
+def test_half_precision_file_loads_as_float32(dtype, tmp_path):
     source = net_a(seed=1).to(dtype).state_dict()
     torch.save(source, tmp_path / "a.pth")
     model = net_a()
@@ -173,17 +173,17 @@ def test_half_precision(dtype, tmp_path):
     assert_backbones_equal(model, {key: value.float() for key, value in source.items()})
 
 
-def test_checkpoint_that_was_saved_on_a_gpu(tmp_path, monkeypatch):
+def test_checkpoint_saved_on_a_gpu_is_read_on_the_cpu(tmp_path, monkeypatch):
     source = net_a(seed=1).state_dict()
-    with monkeypatch.context() as patch:  # files name the device of every tensor
+    with monkeypatch.context() as patch:  # files record the device of every tensor
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
         torch.save(source, tmp_path / "a.pth")
     assert b"cuda:0" in (tmp_path / "a.pth").read_bytes()
     assert {value.device.type for value in read(tmp_path / "a.pth").values()} == {"cpu"}
 
 
-def test_coco_initialisation(tmp_path):
-    """A v1 network of 91 classes, without prefix: its backbone starts a v2 network, its head does not."""
+def test_coco_weights_initialize_the_backbone_only(tmp_path):
+    """The file is a v1 network of 91 classes without prefix: only its backbone fits a v2 network."""
     source = fill_module(build_v1(91, (1, 2, 2, 1), 4), 1)
     torch.save(source.state_dict(), tmp_path / "coco.pth")
     model = net_a(21)
@@ -199,12 +199,13 @@ def test_coco_initialisation(tmp_path):
         "initial values (base.aspp.c0.bias, base.aspp.c0.weight, base.aspp.c1.bias, ...); 2 of the file "
         "ignored (base.fc.bias, base.fc.weight)"
     )
-    assert "can start a training, but not predict" in refused(load_full, net_a(21), tmp_path / "coco.pth")
-    load_full(build_v1(91, (1, 2, 2, 1), 4), tmp_path / "coco.pth")  # it is a whole network of its own
+    sentence = error_of(load_full, net_a(21), tmp_path / "coco.pth")
+    assert "has the backbone but not the head" in sentence and "(model.init), and give the" in sentence
+    load_full(build_v1(91, (1, 2, 2, 1), 4), tmp_path / "coco.pth")  # it is a complete v1 network
 
 
-def test_imagenet_files_of_network_b(tmp_path):
-    """The converted file has the backbone's names without prefix, and classifiers of other projects."""
+def test_imagenet_files_initialize_network_b(tmp_path):
+    """The converted file has the backbone's names without prefix. Classifiers are ignored."""
     source = net_b(seed=1).state_dict()
     start = "backbone."
     bare = {key.removeprefix(start): value for key, value in source.items() if key.startswith(start)}
@@ -221,18 +222,18 @@ def test_imagenet_files_of_network_b(tmp_path):
     assert family(tmp_path / "mxnet.pth") == "mxnet"
 
 
-def test_caffe_blobs(tmp_path):
+def test_caffe_blobs_initialize_network_a(tmp_path):
     source = net_a(seed=1).state_dict()
     write_numpy(as_caffe(source), tmp_path / "init.npz")
     assert family(tmp_path / "init.npz") == "caffe"
     model = net_a()
     report = load_init(model, tmp_path / "init.npz")
-    assert_backbones_equal(model, source, exact=False)  # 1000 times and back
+    assert_backbones_equal(model, source, exact=False)  # not exact: multiplied and divided by 1000
     assert len(report.initial) == 8 and report.ignored == ("base.fc.weight", "base.fc.bias")
     assert "stride_in=reduce" in load_init(net_a(stride_in="conv3x3"), tmp_path / "init.npz").note
 
 
-def test_caffe_blobs_of_a_trained_network(tmp_path):
+def test_caffe_blobs_of_a_trained_network_load_in_full(tmp_path):
     source = net_a(seed=1).state_dict()
     blobs = {key: value for key, value in as_caffe(source).items() if not key.startswith("fc1_coco")}
     for branch in range(4):
@@ -247,7 +248,7 @@ def test_caffe_blobs_of_a_trained_network(tmp_path):
         torch.testing.assert_close(value, source[key], msg=key)
 
 
-def test_torchvision_weights(tmp_path):
+def test_torchvision_weights_initialize_network_a(tmp_path):
     source = net_a(seed=1).state_dict()
     torch.save(as_torchvision(source), tmp_path / "resnet.pth")
     assert family(tmp_path / "resnet.pth") == family(as_torchvision(source)) == "torchvision"
@@ -258,10 +259,10 @@ def test_torchvision_weights(tmp_path):
     assert "stride_in=conv3x3" in str(load_init(net_a(), tmp_path / "resnet.pth"))
 
 
-def test_torchvision_features(tmp_path):
-    """The same features as torchvision's own network, on its own input, from where dilation does not differ.
+def test_torchvision_weights_give_torchvision_features(tmp_path):
+    """Layers 1 to 3 have the same strides and dilations as torchvision's.
 
-    Of a side of 65 pixels the first pool sees 33, which it halves to 17 whether it rounds up or down.
+    An image side of 65 pixels gives 33 before the first pooling and 17 after it, in both roundings.
     """
     torch.manual_seed(0)
     blocks = [2, 2, 1, 1]
@@ -281,7 +282,7 @@ def test_torchvision_features(tmp_path):
         stages = base.layer1, base.layer2, base.layer3
         features = {}
         offset = torch.tensor(CAFFE_MEAN - 255 * np.array(IMAGENET_MEAN[::-1])).float().view(3, 1, 1)
-        assert offset.abs().max() <= 1  # what the two means differ by, in grey levels
+        assert offset.abs().max() <= 1  # difference of the two means in gray levels
         for name, shift in (("same mean", offset), ("own mean", 0)):
             x = torch.from_numpy(caffe_normalize(image))[None] + shift
             for stage in stages:
@@ -294,7 +295,7 @@ def test_torchvision_features(tmp_path):
 
     unflipped = build_v2(3, tuple(blocks), stride_in="conv3x3")
     unflipped.load_state_dict(ours.state_dict())
-    with torch.no_grad():  # a control: without the change of channels it is another network
+    with torch.no_grad():  # control: without the flip of channels the features differ
         stem = unflipped.base.layer1.conv1.conv.weight
         stem.copy_(stem.flip(1))
         x = torch.from_numpy(caffe_normalize(image))[None]
@@ -303,7 +304,7 @@ def test_torchvision_features(tmp_path):
     assert (x - expected).abs().max() > 0.1 * scale
 
 
-def test_head_that_fits_is_taken(tmp_path):
+def test_head_tensors_of_equal_shape_are_loaded(tmp_path):
     source = net_b(3, seed=1).state_dict()
     torch.save(source, tmp_path / "b.pth")
     model = net_b(5)
@@ -312,106 +313,106 @@ def test_head_that_fits_is_taken(tmp_path):
     assert report.initial == report.ignored == ("cls_conv.weight", "cls_conv.bias")
 
 
-def test_backbone_that_lacks_a_little(tmp_path):
+def test_backbone_without_one_convolution_is_initial_weights_only(tmp_path):
     source = net_a(seed=1).state_dict()
     lost = "base.layer5.block1.shortcut.conv.weight"
     torch.save({key: value for key, value in source.items() if key != lost}, tmp_path / "a.pth")
     report = load_init(net_a(), tmp_path / "a.pth")
     assert report.initial == (lost,)
-    assert "1 tensors are missing" in (sentence := refused(load_full, net_a(), tmp_path / "a.pth"))
+    assert "1 tensors are missing" in (sentence := error_of(load_full, net_a(), tmp_path / "a.pth"))
     assert lost in sentence
 
 
 @pytest.mark.parametrize(("build", "norm"), [
     (net_a, "base.layer5.block1.shortcut.bn"), (net_b, "backbone.b3.bn_branch2a"), (net_b, "backbone.bn7"),
 ])  # fmt: skip
-def test_backbone_without_batch_norm(build, norm, tmp_path):
-    """What is frozen at its initial values would stay there."""
+def test_backbone_without_batch_norm_tensor_is_an_error(build, norm, tmp_path):
+    """Batch norm is not trained: missing tensors would keep their initial values."""
     source = build(seed=1).state_dict()
     for leaf in ("weight", "bias", "running_mean", "running_var"):
         lost = f"{norm}.{leaf}"
         torch.save({key: value for key, value in source.items() if key != lost}, tmp_path / "a.pth")
-        sentence = refused(load_init, build(), tmp_path / "a.pth")
+        sentence = error_of(load_init, build(), tmp_path / "a.pth")
         assert f"lacks 1 tensors of the backbone's batch norm ({lost})" in sentence
 
 
 @pytest.mark.parametrize("load", [load_init, load_full])
-@pytest.mark.parametrize(("name", "value", "told"), [
+@pytest.mark.parametrize(("name", "value", "message"), [
     ("base.layer2.block1.reduce.conv.weight", torch.nan, "NaN or infinity in"),
     ("base.aspp.c0.bias", torch.inf, "NaN or infinity in"),
     ("base.layer1.conv1.bn.running_mean", 1e300, "NaN or infinity in"),  # in float64
     ("base.layer1.conv1.bn.running_var", -1e-3, "variances below 0 in"),
 ])  # fmt: skip
-def test_numbers_that_no_training_leaves(load, name, value, told, tmp_path):
+def test_invalid_numbers_are_an_error(load, name, value, message, tmp_path):
     state = net_a(seed=1).state_dict()
     state[name] = state[name].double()
     state[name].view(-1)[1] = value
     torch.save(state, tmp_path / "a.pth")
     model = net_a()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    sentence = refused(load, model, tmp_path / "a.pth")
-    assert f"{told} {name}" in sentence and str(tmp_path / "a.pth") in sentence
+    sentence = error_of(load, model, tmp_path / "a.pth")
+    assert f"{message} {name}" in sentence and str(tmp_path / "a.pth") in sentence
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("load", [load_init, load_full])
-def test_other_depth(load, tmp_path):
+def test_other_depth_is_an_error(load, tmp_path):
     torch.save(net_a(seed=1).state_dict(), tmp_path / "a.pth")
     for blocks, differs in (((1, 2, 8, 1), "layer4.block3"), ((1, 2, 1, 1), "layer4.block2")):
         model = net_a(blocks=blocks)
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        sentence = refused(load, model, tmp_path / "a.pth")
+        sentence = error_of(load, model, tmp_path / "a.pth")
         assert str(tmp_path / "a.pth") in sentence
         assert differs in sentence
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_backbone_that_is_not_there(tmp_path):
-    """Names on both sides are told where next to nothing of a file fits."""
+def test_file_without_most_of_the_backbone_is_an_error(tmp_path):
+    """The error names tensors that are only in the file, and tensors that are only in the model."""
     state = net_a(seed=1).state_dict()
     count = len([key for key in without_counters(state) if key.startswith("base.layer")])
     few = {key: state[key] for key in ("base.layer2.block1.reduce.conv.weight", "base.aspp.c0.weight")}
     torch.save(few | {"base.layer5.block9.reduce.conv.weight": torch.ones(1)}, tmp_path / "a.pth")
-    sentence = refused(load_init, net_a(), tmp_path / "a.pth")
+    sentence = error_of(load_init, net_a(), tmp_path / "a.pth")
     assert f"1 of {count + 1} backbone tensors" in sentence
     assert "base.layer5.block9.reduce.conv.weight" in sentence and "base.layer1.conv1.bn.bias" in sentence
 
 
 @pytest.mark.parametrize("load", [load_init, load_full])
-def test_other_width(load, tmp_path):
+def test_other_width_is_an_error(load, tmp_path):
     torch.save(net_a(width=8, seed=1).state_dict(), tmp_path / "a.pth")
-    sentence = refused(load, net_a(), tmp_path / "a.pth")
+    sentence = error_of(load, net_a(), tmp_path / "a.pth")
     assert re.search(r"base\.\S+ is \(\d+.*\) in the file, \(\d+.*\) in the model", sentence)
 
 
 @pytest.mark.parametrize("build", [net_a, net_b])
-def test_other_classes(build, tmp_path):
+def test_other_number_of_classes_loads_the_backbone_only(build, tmp_path):
     torch.save(build(7, seed=1).state_dict(), tmp_path / "7.pth")
-    sentence = refused(load_full, build(3), tmp_path / "7.pth")
+    sentence = error_of(load_full, build(3), tmp_path / "7.pth")
     assert "7 classes" in sentence and "model has 3" in sentence
     assert not any(name.startswith("base.layer") for name in load_init(build(3), tmp_path / "7.pth").initial)
 
 
 @pytest.mark.parametrize("load", [load_init, load_full])
-def test_the_other_network(load, tmp_path):
+def test_weights_of_the_other_network_are_an_error(load, tmp_path):
     torch.save(net_a(seed=1).state_dict(), tmp_path / "a.pth")
     torch.save(net_b(seed=1).state_dict(), tmp_path / "b.pth")
     torch.save(as_mxnet(net_b(seed=1).state_dict()), tmp_path / "m.pth")
     a, b = "DeepLab-v2 on ResNet-101", "DeepLab-v1 on ResNet-38d"
-    assert f"weights of {a}, but the model is {b}" in refused(load, net_b(), tmp_path / "a.pth")
-    assert f"weights of {b}, but the model is {a}" in refused(load, net_a(), tmp_path / "b.pth")
-    assert f"weights of {b}, but the model is {a}" in refused(load, net_a(), tmp_path / "m.pth")
+    assert f"weights of {a}, but the model is {b}" in error_of(load, net_b(), tmp_path / "a.pth")
+    assert f"weights of {b}, but the model is {a}" in error_of(load, net_a(), tmp_path / "b.pth")
+    assert f"weights of {b}, but the model is {a}" in error_of(load, net_a(), tmp_path / "m.pth")
 
 
-def test_full_load_wants_nothing_else(tmp_path):
+def test_full_load_requires_exactly_the_tensors_of_the_model(tmp_path):
     torch.save(net_b(seed=1).state_dict() | {"fc8.weight": torch.ones(1)}, tmp_path / "b.pth")
-    assert "1 unknown (fc8.weight)" in refused(load_full, net_b(), tmp_path / "b.pth")
+    assert "1 unknown (fc8.weight)" in error_of(load_full, net_b(), tmp_path / "b.pth")
     torch.save(net_a(seed=1, rates=(1, 2)).state_dict(), tmp_path / "a.pth")
-    assert "4 tensors are missing" in refused(load_full, net_a(), tmp_path / "a.pth")
+    assert "4 tensors are missing" in error_of(load_full, net_a(), tmp_path / "a.pth")
 
 
 class Attack:
-    """Pickled, it would make a file when it is read."""
+    """Unpickling this object creates a file."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -420,7 +421,7 @@ class Attack:
         return Path.touch, (self.file,)
 
 
-def test_files_that_are_no_checkpoints(tmp_path):
+def test_file_that_is_no_checkpoint_is_an_error(tmp_path):
     state = net_a(seed=1).state_dict()
     torch.save(state, tmp_path / "whole.pth")
     whole = (tmp_path / "whole.pth").read_bytes()
@@ -439,7 +440,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
     torch.save({key: value.int() for key, value in state.items()}, tmp_path / "integers.pth")
     torch.save(state | prefixed(state, "module.base."), tmp_path / "two.pth")
     torch.save({"res2a_branch2a/0": torch.ones(1), "bn2a_branch2a/0": torch.ones(1)}, tmp_path / "caffe.pth")
-    complaints = {
+    messages = {
         "cut.pth": "cut short",
         "text.pth": "damaged",
         "empty.pth": "cut short",
@@ -450,31 +451,31 @@ def test_files_that_are_no_checkpoints(tmp_path):
         "list.pth": "holds a list",
         "clip.pth": "(visual.conv1.weight), none like base.layer2.block1.reduce.conv.weight",
         "nothing.pth": "it has 0 tensors",
-        "integers.pth": "torch.int32, not floats",
+        "integers.pth": "torch.int32, not float",
         "two.pth": "more than one network",
         "caffe.pth": "bn2a_branch2a has no blob bn2a_branch2a/1",
         "absent.pth": "does not exist",
-        ".": "is no file",
+        ".": "is not a file",
     }
-    for name, complaint in complaints.items():
-        sentence = refused(load_init, net_a(), tmp_path / name)
-        assert complaint in sentence and str(tmp_path / name) in sentence, sentence
+    for name, message in messages.items():
+        sentence = error_of(load_init, net_a(), tmp_path / name)
+        assert message in sentence and str(tmp_path / name) in sentence, sentence
     assert not (tmp_path / "ran").exists()
-    assert "the state dict holds no weights" in refused(family, {})
+    assert "the state dict has no weights" in error_of(family, {})
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "deeplab_weights.md"
 
 
 @pytest.mark.parametrize("name", ["init.caffemodel", "resnet38.params"])
-def test_formats_of_other_frameworks_name_the_page_on_converting(name, tmp_path):
+def test_caffe_and_mxnet_files_point_to_the_conversion_page(name, tmp_path):
     (tmp_path / name).write_bytes(b"anything")
-    sentence = refused(load_init, net_a(), tmp_path / name)
+    sentence = error_of(load_init, net_a(), tmp_path / name)
     assert f"docs/{PAGE.name}" in sentence and PAGE.is_file()
 
 
-def test_the_lines_that_convert(tmp_path, monkeypatch):
-    """The page's lines, run with stand-ins of the two frameworks, write files that are read here."""
+def test_conversion_code_of_the_docs_runs(tmp_path, monkeypatch):
+    """The code runs with stubs of the two frameworks, and writes files that load."""
     a, b = net_a(seed=1).state_dict(), net_b(seed=1).state_dict()
     layers: dict[str, SimpleNamespace] = {}
     for key, value in as_caffe(a).items():
@@ -504,7 +505,7 @@ def test_the_lines_that_convert(tmp_path, monkeypatch):
     assert_backbones_equal(model, b)
 
 
-def test_what_training_writes_is_a_bare_state_dict(tmp_path):
+def test_written_checkpoint_is_a_plain_state_dict(tmp_path):
     source = net_a(seed=1).to(memory_format=torch.channels_last)
     write_checkpoint(source, tmp_path / "new" / "a.pth")
     model = net_a()

@@ -1,4 +1,4 @@
-"""The configuration: typed, checked, and told as a user would want it told."""
+"""The configuration is typed and checked; errors name the file or word and the key."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from deeplab.config import Config
 from training import config as configs
 
 
-def test_file_then_words(tmp_path):
+def test_words_override_the_file(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("solver: {iterations: 30, learning_rate: 1e-3}\nmodel: {rates: [1, 2]}\n")
     words = ["solver.iterations=40", "data.root=/some where", "model.freeze_bn=null"]
@@ -21,28 +21,28 @@ def test_file_then_words(tmp_path):
 
 WRONG = {
     "unknown key": ("solver: {iteration: 3}", [], "c.yaml.*iteration"),
-    "unknown part": ("solve: {iterations: 3}", [], "c.yaml.*solve"),
+    "unknown section": ("solve: {iterations: 3}", [], "c.yaml.*solve"),
     "type": ("solver: {iterations: many}", [], "c.yaml.*many.*solver.iterations"),
     "list for a number": ("solver: {iterations: [3]}", [], "c.yaml.*solver.iterations"),
     "type in a list": ("model: {rates: [1, two]}", [], "c.yaml.*two.*model.rates"),
-    "number for a part": ("solver: 3", [], "c.yaml.*OptimConfig"),
+    "number for a section": ("solver: 3", [], "c.yaml.*OptimConfig"),
     "a list": ("[1, 2]", [], "c.yaml"),
     "a word": ("solver", [], "c.yaml"),
-    "no YAML": ("solver: {", [], "c.yaml"),
-    "no text": (b"\xff\xfe\x00", [], "c.yaml"),
-    "lost reference": ("run: {output: '${nowhere}'}", [], "nowhere"),
+    "invalid YAML": ("solver: {", [], "c.yaml"),
+    "binary file": (b"\xff\xfe\x00", [], "c.yaml"),
+    "undefined reference": ("run: {output: '${nowhere}'}", [], "nowhere"),
     "unknown word": ("", ["solver.iteration=3"], "solver.iteration=3: .*iteration"),
     "type of a word": ("", ["solver.iterations=many"], "solver.iterations=many: .*many"),
-    "part of a word": ("", ["solver=3"], "solver=3: "),
+    "number for a section in a word": ("", ["solver=3"], "solver=3: "),
     "no value": ("", ["solver.iterations"], "expected key=value.*'solver.iterations'"),
     "no key": ("", ["=3"], "expected key=value"),
-    "flag's way": ("", ["--iterations", "3"], "expected key=value.*'--iterations'"),
-    "lost reference in a word": ("", ["run.output=${nowhere}"], "nowhere"),
+    "word written as a flag": ("", ["--iterations", "3"], "expected key=value.*'--iterations'"),
+    "undefined reference in a word": ("", ["run.output=${nowhere}"], "nowhere"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_mistakes_are_one_sentence_that_names_the_key(tmp_path, case):
+def test_wrong_configuration_error_is_one_line_and_names_the_key(tmp_path, case):
     content, words, sentence = WRONG[case]
     file = tmp_path / "c.yaml"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -51,11 +51,11 @@ def test_mistakes_are_one_sentence_that_names_the_key(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-def test_no_such_file(tmp_path):
+def test_missing_configuration_file_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"configuration .*absent.yaml does not exist"):
         configs.read(Config, tmp_path / "absent.yaml")
 
 
-def test_nothing_after_the_equals_sign_is_nothing():
+def test_empty_value_in_a_word_is_an_empty_string():
     config = configs.read(Config, None, ["data.val_split=voc12/val.txt", "data.val_split="])
     assert config.data.val_split == ""

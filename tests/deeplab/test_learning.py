@@ -1,7 +1,8 @@
-"""A narrow DeepLab learns the drawn world from pseudo masks, and learns nothing from shuffled ones.
+"""A narrow DeepLab learns the drawn world from pseudo masks, and does not learn it from shuffled masks.
 
-The floor lies below what three worlds gave (40 to 56 %), the ceiling above their controls (6 to 7 %). It is
-a small part of the recipe, whose figures are in docs/shapes.md. Run with `-s` to see those of a test.
+The floor is below the mIoU on three worlds (40 to 56 %), the ceiling above that of their controls (6 to 7 %).
+The training is much shorter than the recipe, whose figures are in docs/shapes.md. `pytest -s` prints the
+figures.
 """
 import json
 from dataclasses import replace
@@ -34,7 +35,7 @@ FEWER = [
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Images, truth, the masks of steps 1 and 2b in `pseudo`, and those of other images in `shuffled`."""
+    """Images, ground truth, pseudo masks in `pseudo`, and pseudo masks of other images in `shuffled`."""
     root = tmp_path_factory.mktemp("world")
     write(root, **IMAGES, seed=0)
     data = replace(BENCHMARK, root=str(root))
@@ -63,7 +64,7 @@ def world(tmp_path_factory):
 
 
 def trained_on(masks: str, world: Path, output: Path) -> float:
-    """mIoU on val of a network trained on a folder of masks, by the commands that users call."""
+    """Return the mIoU on val of a network that the commands train on a folder of masks."""
     lists = world / "ImageSets" / "Segmentation"
     words = [
         f"data.root={world}", f"data.train_split={lists}/train.txt", f"data.label_dir={world}/{masks}",
@@ -72,14 +73,14 @@ def trained_on(masks: str, world: Path, output: Path) -> float:
     ]  # fmt: skip
     assert train.main(["--config", str(RECIPE), *words]) == 0
     assert deeplab_test.main(["--run", str(output)]) == 0
-    found = json.loads((output / "test" / "scores.json").read_text())["best"]["Mean IoU"]
-    print(f"{masks}: {found:.3f}")
-    return found
+    miou = json.loads((output / "test" / "scores.json").read_text())["best"]["Mean IoU"]
+    print(f"{masks}: {miou:.3f}")
+    return miou
 
 
-def test_pseudo_masks_teach(world, tmp_path):
+def test_training_on_pseudo_masks_reaches_the_floor(world, tmp_path):
     assert trained_on("pseudo", world, tmp_path / "run") >= FLOOR
 
 
-def test_shuffled_masks_do_not(world, tmp_path):
+def test_training_on_shuffled_masks_stays_below_the_ceiling(world, tmp_path):
     assert trained_on("shuffled", world, tmp_path / "run") < CONTROL_CEILING

@@ -1,4 +1,4 @@
-"""Network A, DeepLab-v2 with the multi-scale wrapper; and what holds for both networks."""
+"""Network A, DeepLab-v2 with the multi-scale wrapper; and properties of both networks."""
 from functools import cache
 
 import pytest
@@ -24,7 +24,7 @@ def net():
 
 @cache
 def pair():
-    """(2, 3, 41, 57)."""
+    """Return two images (2, 3, 41, 57)."""
     return torch.cat([input_a("dl:b0", 41, 57), input_a("dl:b1", 41, 57)])
 
 
@@ -40,7 +40,7 @@ def msc():
 
 @torch.no_grad()
 @pytest.mark.parametrize("position, size", list(enumerate(SIZES)))
-def test_every_stage_and_every_output(plain, msc, position, size):
+def test_stages_and_outputs_match_golden(plain, msc, position, size):
     key = "{}x{}".format(*size)
     image = x = input_a(f"dl:plain{position}", *size)
     for number in range(1, 6):
@@ -60,9 +60,9 @@ def test_every_stage_and_every_output(plain, msc, position, size):
         assert relative(rescale(image, scale)[:, :, -3:, -3:], msc[f"{key}_{name}"]) < 1e-4
 
 
-@pytest.mark.parametrize("recording", [False, True])  # frozen batch norm has two ways to compute
+@pytest.mark.parametrize("recording", [False, True])  # frozen batch norm is computed in two ways
 @pytest.mark.parametrize("position, size", list(enumerate(SIZES)))
-def test_training_outputs(msc, position, size, recording):
+def test_training_outputs_match_golden(msc, position, size, recording):
     with torch.set_grad_enabled(recording):
         outputs = net().train()(input_a(f"dl:plain{position}", *size))
     expected = [msc["{}x{}_train{}".format(*size, number)] for number in range(4)]
@@ -71,7 +71,7 @@ def test_training_outputs(msc, position, size, recording):
 
 
 @torch.no_grad()
-def test_other_heads_depths_and_batches(plain, msc):
+def test_other_heads_depths_and_batches_match_golden(plain, msc):
     image = input_a("dl:v2s", 49, 61)
     small_rates = fill_a(build_v2(3, (1, 2, 2, 1), rates=(3, 6, 9, 12)), seed=1)
     assert relative(small_rates.base(image), plain["v2s_1221_49x61_logits"]) < 1e-4
@@ -83,7 +83,7 @@ def test_other_heads_depths_and_batches(plain, msc):
 
 
 @torch.no_grad()
-def test_live_batch_norm(msc):
+def test_live_batch_norm_matches_golden(msc):
     model = fill_a(build_v2(5, SMALL, freeze_bn=False)).train()
     for number, output in enumerate(model(pair())):
         assert relative(output, msc[f"live_bn_41x57_train{number}"]) < 2e-4
@@ -94,7 +94,7 @@ def test_live_batch_norm(msc):
 
 
 @torch.no_grad()
-def test_no_scales_is_the_plain_network():
+def test_msc_without_scales_equals_the_base():
     model = fill_a(build_v2(5, SMALL, scales=(), width=4))
     logits = model.base(pair())
     assert torch.equal(model(pair()), logits)
@@ -103,25 +103,25 @@ def test_no_scales_is_the_plain_network():
 
 
 @pytest.mark.parametrize("frozen, expected", [(True, 2), (False, 6)])
-def test_what_a_block_keeps_for_the_backward_pass(frozen, expected):
-    """Of four convolutions the two results after ReLU; live batch norm keeps the four before it as well."""
+def test_frozen_batch_norm_stores_less_for_the_backward_pass(frozen, expected):
+    """A block stores two results after ReLU; with live batch norm also the inputs of its four batch norms."""
     block = build_v2(3, SMALL, width=4, freeze_bn=frozen).base.layer2.block1
     x = torch.randn(1, 4, 8, 8)
-    kept = {}
+    stored = {}
 
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+    def store(tensor):
+        stored[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
         y = block(x)
     others = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), x, y)}
-    maps = [t for key, t in kept.items() if key not in others and t.shape[-2:] == x.shape[-2:]]
+    maps = [t for key, t in stored.items() if key not in others and t.shape[-2:] == x.shape[-2:]]
     assert len(maps) == expected
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_parameter_groups(name):
+def test_parameter_groups_match_golden(name):
     channels, blocks = NETS[name]
     expected = golden("a_param_groups.json")[name]
     with torch.device("meta"):
@@ -145,18 +145,18 @@ def summarised(parameters, names):
     }
 
 
-def test_state_dict_is_the_public_one():
+def test_state_dict_matches_the_reference():
     expected = golden("state_dict_keys.json")
     with torch.device("meta"):
         v2, v1 = build_v2(21), build_v1(91)
-    found = {key: list(value.shape) for key, value in v2.state_dict().items()}
-    assert list(found.items()) == list(expected["deeplabv2_resnet101_msc_21"].items())
+    shapes = {key: list(value.shape) for key, value in v2.state_dict().items()}
+    assert list(shapes.items()) == list(expected["deeplabv2_resnet101_msc_21"].items())
     shell = {key: list(value.shape) for key, value in v1.state_dict().items()}
-    body = {key.removeprefix("base."): shape for key, shape in found.items() if "aspp" not in key}
+    body = {key.removeprefix("base."): shape for key, shape in shapes.items() if "aspp" not in key}
     assert list(shell.items()) == [*body.items(), *expected["deeplabv1_resnet101_91_fc_only"].items()]
 
 
-def test_head_starts_small():
+def test_head_is_initialized_with_std_0_01():
     torch.manual_seed(0)
     head = build_v2(5, SMALL, width=8).base.aspp
     assert relative(head.c0.weight.std().item(), 0.01) < 0.02
@@ -175,21 +175,21 @@ BOTH = pytest.mark.parametrize("build, network", [(narrow_a, network_a), (narrow
 
 
 def cells(side: int) -> int:
-    """Of network A: three strides of 2, of which the second, Caffe's pool, rounds up."""
+    """Return the side of network A's logits: three strides of 2; the second, Caffe's pooling, rounds up."""
     side = (side - 1) // 2 + 1
     pooled = side // 2 + 1
     pooled -= 2 * (pooled - 1) > side  # no window starts in the padding
     return (pooled - 1) // 2 + 1
 
 
-def test_sizes_of_caffe():
+def test_logit_sizes_match_caffe():
     assert [cells(side) for side in (321, 240, 160, 513)] == [41, 31, 21, 65]
 
 
 @torch.no_grad()
 @BOTH
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (2, 3), (7, 9), (33, 50)])
-def test_any_size(build, network, size):
+def test_network_works_at_any_size(build, network, size):
     torch.manual_seed(0)
     model = build().eval()
     logits = model(torch.randn(1, 3, *size))
@@ -199,7 +199,7 @@ def test_any_size(build, network, size):
 
 @torch.no_grad()
 @BOTH
-def test_saved_and_loaded(build, network, tmp_path):
+def test_saved_network_loads_with_equal_logits(build, network, tmp_path):
     torch.manual_seed(0)
     model, other = build().eval(), build().eval()
     image = torch.randn(1, 3, 40, 30)
@@ -211,8 +211,8 @@ def test_saved_and_loaded(build, network, tmp_path):
 
 @BOTH
 @pytest.mark.parametrize("frozen", [False, True])
-def test_what_training_moves(build, network, frozen):
-    """Everything in a group gets a gradient, nothing else has one, and frozen statistics stay."""
+def test_only_grouped_parameters_and_live_statistics_change(build, network, frozen):
+    """Parameters in a group get a gradient, others do not; frozen statistics do not change."""
     torch.manual_seed(0)
     model = build(freeze_bn=frozen).eval().train()
     before = {name: value.clone() for name, value in model.named_buffers()}
@@ -226,7 +226,7 @@ def test_what_training_moves(build, network, frozen):
         assert moved == (parameter in trained) == parameter.requires_grad, name
         assert parameter.requires_grad != ("bn" in name or (frozen and "conv1a" in name)), name
     for name, value in model.named_buffers():
-        live = not frozen or name.startswith("bn_fov")  # network B's head learns statistics always
+        live = not frozen or name.startswith("bn_fov")  # never frozen in network B's head
         assert torch.equal(before[name], value) != live, name
 
 
@@ -234,10 +234,10 @@ def test_what_training_moves(build, network, frozen):
     ({"blocks": (3, 4, 23)}, "blocks must be four"),
     ({"blocks": (1, 1, 0, 1)}, "blocks must be four"),
     ({"scales": (0.5, 0)}, "scales must be positive"),
-    ({"rates": ()}, "at least one dilation rate"),
+    ({"rates": ()}, "rates is empty: the head requires at least one dilation rate"),
     ({"stride_in": "first"}, "stride_in must be one of reduce, conv3x3"),
 ])  # fmt: skip
-def test_impossible_networks(wrong, message):
+def test_invalid_network_settings_are_an_error(wrong, message):
     with pytest.raises(ValueError, match=message):
         build_v2(3, **{"blocks": SMALL, "width": 1} | wrong)
     if "blocks" in wrong:

@@ -1,4 +1,4 @@
-"""The configurations of published recipes say what was published."""
+"""The configurations have the values of the published recipes."""
 from pathlib import Path
 
 import pytest
@@ -31,21 +31,21 @@ RECIPES = {
 }  # fmt: skip
 
 
-def test_every_configuration_is_known():
+def test_every_configuration_is_tested():
     assert {file.stem for file in FOLDER.glob("*.yaml")} == {*RECIPES, "shapes"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe(name):
+def test_recipe_has_the_published_values(name):
     config = configs.read(Config, FOLDER / f"{name}.yaml")
     solver, augment = config.solver, config.augment
     init = next(kind for kind in ("coco", "imagenet", "res38") if kind in config.model.init)
     scales = augment.scales if config.model.network == V2 else augment.scale_range
-    found = (
+    values = (
         config.model.network, config.data.benchmark, init, solver.learning_rate,
         (solver.batch_size, solver.accumulate), solver.iterations, scales, augment.crop, solver.loss,
     )  # fmt: skip
-    assert found == RECIPES[name]
+    assert values == RECIPES[name]
     assert (solver.momentum, solver.weight_decay, solver.power) == (0.9, 5e-4, 0.9)
     if config.model.network == V2:
         assert (solver.decay_every, solver.drop_last) == (10, False)
@@ -55,7 +55,7 @@ def test_recipe(name):
 
 
 @pytest.mark.parametrize("name", [*RECIPES, "shapes"])
-def test_what_a_configuration_names_exists(name):
+def test_names_in_a_configuration_exist(name):
     config = configs.read(Config, FOLDER / f"{name}.yaml")
     assert RECIPE.network(config).build
     assert benchmarks.load(config.data.benchmark).channels

@@ -1,4 +1,4 @@
-"""Network B: DeepLab-v1 on ResNet-38d. Golden nets have a sixteenth of the width, one has the full."""
+"""Network B, DeepLab-v1 on ResNet-38d. One golden network has full width, the others a sixteenth of it."""
 from functools import cache
 
 import numpy as np
@@ -27,7 +27,7 @@ def expected():
 
 @torch.no_grad()
 @pytest.mark.parametrize("position, size", list(enumerate(SIZES)))
-def test_stages_and_logits(expected, position, size):
+def test_stages_and_logits_match_golden(expected, position, size):
     key = "{}x{}".format(*size)
     image = input_b(f"r38:n{position}", *size)
     for name, stage in zip(("conv4", "conv5", "conv6"), net().backbone.stages(image), strict=True):
@@ -38,7 +38,7 @@ def test_stages_and_logits(expected, position, size):
 
 @torch.no_grad()
 @pytest.mark.parametrize("frozen, tolerance", [(False, 5e-4), (True, 1e-4)])
-def test_training_mode(expected, frozen, tolerance):
+def test_training_mode_matches_golden(expected, frozen, tolerance):
     model = fill_module(build_r38(5, width=4, freeze_bn=frozen)).train()
     for part in model.modules():
         if isinstance(part, nn.Dropout | nn.Dropout2d):
@@ -53,7 +53,7 @@ def test_training_mode(expected, frozen, tolerance):
 
 
 @torch.no_grad()
-def test_full_width():
+def test_full_width_matches_golden():
     full = golden("b_net_full")
     with torch.device("meta"):
         model = build_r38(21)
@@ -68,7 +68,7 @@ def test_full_width():
 
 
 @pytest.mark.parametrize("frozen, key", [(False, "before"), (True, "after")])
-def test_parameter_groups(frozen, key):
+def test_parameter_groups_match_the_reference(frozen, key):
     keys = golden("state_dict_keys.json")
     body, biases, weights, bias = keys[f"resnet38_groups_{key}_train_call"]
     with torch.device("meta"):
@@ -76,35 +76,35 @@ def test_parameter_groups(frozen, key):
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model)
     rules = [(group["rate"], group["weight_decay"]) for group in groups]
-    assert rules == [(1, True), (10, True), (20, False)]  # and biases of the backbone: there are none
-    found = [[names[parameter] for parameter in group["params"]] for group in groups]
-    assert biases == [] and found[1:] == [weights, bias]
-    assert (body["tensors"], body["first"], body["last"]) == (len(found[0]), found[0][0], found[0][-1])
+    assert rules == [(1, True), (10, True), (20, False)]  # the backbone has no biases
+    grouped = [[names[parameter] for parameter in group["params"]] for group in groups]
+    assert biases == [] and grouped[1:] == [weights, bias]
+    assert (body["tensors"], body["first"], body["last"]) == (len(grouped[0]), grouped[0][0], grouped[0][-1])
     assert body["elements"] == sum(parameter.numel() for parameter in groups[0]["params"])
     assert all(parameter.requires_grad for group in groups for parameter in group["params"])
     total = {"tensors": len(names), "elements": sum(parameter.numel() for parameter in names)}
     assert total == keys["resnet38_parameters"]
 
 
-def test_state_dict_is_the_public_one():
+def test_state_dict_matches_the_reference():
     with torch.device("meta"):
         model = build_r38(21)
-    found = [(key, list(value.shape)) for key, value in model.state_dict().items()]
-    assert found == list(golden("state_dict_keys.json")["deeplabv1_resnet38_21"].items())
+    shapes = [(key, list(value.shape)) for key, value in model.state_dict().items()]
+    assert shapes == list(golden("state_dict_keys.json")["deeplabv1_resnet38_21"].items())
 
 
-def test_head_starts_from_kaiming():
-    """SEAM's head: fan out, ReLU. A default initialisation has a third of the deviation."""
+def test_head_has_kaiming_initialization():
+    """SEAM's head: fan out, ReLU. PyTorch's default initialization has a third of the standard deviation."""
     torch.manual_seed(0)
     head = build_r38(5, width=8).conv_fov.weight
     assert np.isclose(head.std().item(), (2 / (64 * 9)) ** 0.5, rtol=0.02)
 
 
-def test_dropout_of_the_publication():
+def test_dropout_rates_are_the_published_ones():
     model = build_r38(3, (1, 1, 1, 1), width=1)
     drops = nn.Dropout | nn.Dropout2d
-    found = {name: part.p for name, part in model.named_modules() if isinstance(part, drops)}
-    assert found == {
+    rates = {name: part.p for name, part in model.named_modules() if isinstance(part, drops)}
+    assert rates == {
         "backbone.b6.dropout_2b1": 0.3,
         "backbone.b6.dropout_2b2": 0.3,
         "backbone.b7.dropout_2b1": 0.5,

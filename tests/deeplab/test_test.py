@@ -1,4 +1,4 @@
-"""Step 3b through its command: public test and CRF of a toy tree; resuming, processes, odd and bad files."""
+"""Step 3b by its command: golden test and CRF of toy data, resuming, processes, bad files, user errors."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def arrays():
 
 @pytest.fixture
 def tree(arrays, tmp_path):
-    """The images and masks of the golden tree, and a configuration of network A at full width."""
+    """The golden images and masks, and a configuration of network A at full width."""
     (tmp_path / "images").mkdir()
     for name, size in SIZES.items():
         Image.fromarray(parity_image(f"dl:e2e_{name}", *size)).save(tmp_path / "images" / f"{name}.png")
@@ -63,7 +63,7 @@ def tree(arrays, tmp_path):
 
 @pytest.fixture
 def tiny(tree):
-    """The same with a small network, trained in `run`; returns command(*flags) -> exit code."""
+    """A small network with the run folder `run`; returns a function: flags -> exit code of the command."""
     words = [*TINY, f"data.benchmark={tree}/toy.yaml", f"data.val_split={tree}/split.txt"]
     config = configs.read(Config, None, words)
     save_run(tree / "run", config, 5)
@@ -71,7 +71,7 @@ def tiny(tree):
 
 
 def save_run(folder, config: Config, channels: int, seed: int = 0) -> None:
-    """What a training leaves."""
+    """Write the configuration and checkpoint that a training writes."""
     benchmark = Benchmark("any", [f"class {index}" for index in range(channels - 1)])
     model = RECIPE.network(config).build(config, benchmark)
     filled = fill_a(model, seed) if config.model.network == "deeplab_v2" else fill_module(model, seed)
@@ -89,7 +89,7 @@ def summary(file) -> list:
     return [best[name] for name in SUMMARY]
 
 
-def test_golden_logits_masks_and_scores(arrays, tree, capsys):
+def test_logits_masks_and_scores_match_golden(arrays, tree, capsys):
     config = configs.read(Config, tree / "config.yaml")
     save_run(tree / "weights", config, 5)
     flags = ["--config", str(tree / "config.yaml"), "--device", "cpu", "--save_logits", "float32"]
@@ -112,11 +112,12 @@ def test_golden_logits_masks_and_scores(arrays, tree, capsys):
         iou = json.loads((tree / "deeplab_published" / f"{name}.json").read_text())["best"]["Class IoU"]
         assert [*iou] == ["background", "one", "two", "three", "four"]
         np.testing.assert_allclose([*iou.values()], arrays[key], atol=1e-3)
-    told = capsys.readouterr().out
-    assert "without CRF:" in told and "with CRF (deeplab_published):" in told and "Mean IoU" in told
+    printed = capsys.readouterr().out
+    assert "without CRF:" in printed and "with CRF (deeplab_published):" in printed
+    assert "Mean IoU" in printed
 
 
-def test_the_published_protocol_is_the_default(tiny, tree):
+def test_published_protocol_is_the_default(tiny, tree):
     assert tiny() == 0
     report = json.loads((tree / "run" / "test" / "scores.json").read_text())
     assert report["protocol"]["scales"] == [1.0] and report["protocol"]["flip"] is False
@@ -127,7 +128,7 @@ def test_the_published_protocol_is_the_default(tiny, tree):
     assert (read_mask(tree / "more" / "masks" / "im2.png") != one).any()
 
 
-def test_network_b_is_tested_as_seam_tests_it(tree):
+def test_network_b_uses_the_protocol_of_seam(tree):
     words = ["model.network=deeplab_v1_r38", "model.width=2", "model.blocks=[1,1,1,1]", "test.crf=auto"]
     config = configs.read(Config, tree / "config.yaml", words)
     save_run(tree / "b", config, 5)
@@ -136,9 +137,9 @@ def test_network_b_is_tested_as_seam_tests_it(tree):
     assert report["crf"] == "seam"
     assert report["protocol"]["scales"] == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
     assert report["protocol"]["flip"] and report["protocol"]["average"] == "logits"
-    flags = ["--run", str(tree / "b"), "--device", "cpu", "--out", str(tree / "fork")]
+    flags = ["--run", str(tree / "b"), "--device", "cpu", "--out", str(tree / "other")]
     assert main([*flags, "--scales", "1.0", "--no_flip", "--crf", "r38_voc"]) == 0
-    report = json.loads((tree / "fork" / "scores_crf.json").read_text())
+    report = json.loads((tree / "other" / "scores_crf.json").read_text())
     assert report["protocol"]["scales"] == [1.0] and not report["protocol"]["flip"]
 
 
@@ -146,23 +147,23 @@ def test_network_b_is_tested_as_seam_tests_it(tree):
     ("seam", (40, 56), ""), ("seam", (49, 33), ""),
     ("r38_voc", (40, 56), "voc12"), ("r38_coco", (40, 56), "coco"),
 ])  # fmt: skip
-def test_crf_of_network_b_sees_what_the_public_one_sees(preset, size, tag):
+def test_crf_of_network_b_matches_golden(preset, size, tag):
     expected, prefix = golden("b_test"), "{}x{}_".format(*size)
     image = parity_image("r38:ms0" if size == (40, 56) else "r38:ms1", *size)
     probabilities = torch.from_numpy(expected[prefix + "mean_logits"]).softmax(0)
-    found = crf_labels(image, probabilities, preset)
+    computed = crf_labels(image, probabilities, preset)
     key = f"fork_{tag}_label" if tag else prefix + "label_crf"
-    assert (found != expected[key]).mean() <= 1e-3
+    assert (computed != expected[key]).mean() <= 1e-3
 
 
-def test_processes_and_resuming_give_the_same_files(tiny, tree, monkeypatch):
+def test_processes_and_resuming_do_not_change_the_files(tiny, tree, monkeypatch):
     more = ["--crf", "deeplab", "--save_logits", "float16"]
     assert tiny(*more, "--out", str(tree / "one")) == 0
     undisturbed = content(tree / "one")
     assert len(undisturbed) == 9
 
     def in_parts(run, step, names, num_workers):
-        """What several processes do, one after the other: each gets its own copy of the step."""
+        """Run the parts of several processes one after the other, each with its own copy of the step."""
         assert num_workers == 2
         parts = [part_of(names, i, num_workers) for i in range(num_workers)]
         copies = [pickle.loads(pickle.dumps((part, step))) for part in parts]
@@ -190,7 +191,7 @@ def test_finished_masks_are_scored_without_a_network(tiny, tree, monkeypatch):
     assert summary(tree / "run" / "test" / "scores.json") == before
 
 
-def test_masks_are_what_other_steps_evaluate(tiny, tree):
+def test_masks_have_the_same_scores_in_step_2a(tiny, tree):
     assert tiny() == 0
     _, benchmark = step_2a.benchmark_of(tree / "run" / "test" / "masks", None)
     assert benchmark.classes == ["one", "two", "three", "four"]
@@ -201,7 +202,7 @@ def test_masks_are_what_other_steps_evaluate(tiny, tree):
     assert summary(tree / "again.json") == summary(tree / "run" / "test" / "scores.json")
 
 
-def test_a_crf_can_be_added_later(tiny, tree):
+def test_crf_can_be_added_to_a_finished_test(tiny, tree):
     assert tiny() == 0
     first = content(tree / "run" / "test")
     assert tiny("--crf", "auto") == 0
@@ -209,7 +210,7 @@ def test_a_crf_can_be_added_later(tiny, tree):
     assert first.items() < both.items() and len(both) == 6
 
 
-def test_other_settings_and_other_weights_are_not_mixed(tiny, tree):
+def test_other_settings_or_weights_are_an_error(tiny, tree):
     assert tiny("--crf", "deeplab") == 0
     with pytest.raises(ValueError, match="protocol"):
         tiny("--flip")
@@ -221,14 +222,14 @@ def test_other_settings_and_other_weights_are_not_mixed(tiny, tree):
         tiny("--crf", "deeplab_published")
 
 
-def test_masks_of_other_images_are_not_taken_for_these(tiny, tree):
+def test_another_image_folder_is_an_error(tiny, tree):
     assert tiny() == 0
     shutil.copytree(tree / "images", tree / "others")
     with pytest.raises(ValueError, match=f"images \\(was '{tree}/images', now '{tree}/others'\\)"):
         tiny("--img_root", str(tree / "others"))
 
 
-def test_overwriting_leaves_nothing_of_the_last_test(tiny, tree):
+def test_overwrite_removes_all_outputs_of_the_last_test(tiny, tree):
     out = tree / "run" / "test"
     assert tiny("--crf", "deeplab", "--save_logits", "float16", "--submission", "comp6") == 0
     (out / "notes.txt").touch()
@@ -247,31 +248,31 @@ def test_overwriting_leaves_nothing_of_the_last_test(tiny, tree):
     assert {file.name for file in out.iterdir()} == {"masks", "scores.json", "settings.json", "notes.txt"}
 
 
-def test_overwriting_removes_nothing_of_others(tiny, tree):
+def test_overwrite_keeps_foreign_files(tiny, tree):
     out = tree / "out"
     foreign = [out / "masks_crf" / "a.png", out / "logits" / "a.npy", out / "comp6_test_cls.tgz"]
     for file in foreign:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("precious")
+        file.write_text("foreign")
     (out / "logits" / "settings.json").write_text('{"step": "another"}')
     assert tiny("--out", str(out), "--overwrite") == 0
-    assert all(file.read_text() == "precious" for file in foreign)
+    assert all(file.read_text() == "foreign" for file in foreign)
 
 
-def test_damaged_outputs_are_made_anew(tiny, tree):
+def test_damaged_outputs_are_made_again(tiny, tree):
     flags = ["--crf", "deeplab", "--save_logits", "float32"]
     assert tiny(*flags) == 0
     out = tree / "run" / "test"
-    whole, told = content(out), summary(out / "scores.json")
+    whole, score = content(out), summary(out / "scores.json")
     for lost in ("masks/im0.png", "masks_crf/im1.png", "logits/im2.npy"):
         whole_file = (out / lost).read_bytes()
         (out / lost).write_bytes(whole_file[: len(whole_file) // 2])
     (out / "logits" / "im1.npy").write_bytes(b"")
     assert tiny(*flags) == 0
-    assert content(out) == whole and summary(out / "scores.json") == told
+    assert content(out) == whole and summary(out / "scores.json") == score
 
 
-def test_policies_for_absent_classes(tiny, tree):
+def test_absent_classes_follow_the_policy(tiny, tree):
     truth = np.zeros((64, 64), np.uint8)
     truth[:32] = 3
     write_mask(tree / "truth" / "im2.png", truth, voc_palette())
@@ -285,8 +286,8 @@ def test_policies_for_absent_classes(tiny, tree):
         assert json.loads((tree / absent / "scores.json").read_text())["absent"] == absent
 
 
-def test_bad_files_are_left_out_and_listed(tiny, tree, capsys):
-    """Each kind of damage is told of its file; the one good image is scored as if it were alone."""
+def test_bad_files_are_skipped_and_listed(tiny, tree, capsys):
+    """Each fault is listed with its file; the score is that of the one good image."""
     images, truth = tree / "images", tree / "truth"
     good = np.asarray(Image.open(images / "im2.png"))
     labels = read_mask(truth / "im2.png")
@@ -299,7 +300,7 @@ def test_bad_files_are_left_out_and_listed(tiny, tree, capsys):
         "other_size": "other_size.png is (63, 64) but its image is (64, 64)",
         "other_class": "has the value 9, expected one of the 5 class indices",
         "deep": "mode I;16",
-        "coloured": "mode RGB",
+        "rgb": "mode RGB",
     }
     for name in bad:
         Image.fromarray(good).save(images / f"{name}.png")
@@ -310,14 +311,14 @@ def test_bad_files_are_left_out_and_listed(tiny, tree, capsys):
     write_mask(truth / "other_size.png", labels[1:], voc_palette())
     write_mask(truth / "other_class.png", wide, voc_palette())
     Image.fromarray(labels.astype(np.uint16)).save(truth / "deep.png")
-    Image.fromarray(good).save(truth / "coloured.png")
+    Image.fromarray(good).save(truth / "rgb.png")
     (tree / "bad.txt").write_text("".join(f"{name}\n" for name in [*bad, "im2"]))
     assert tiny("--split_file", str(tree / "bad.txt"), "--submission", "comp6") == 1
     out = tree / "run" / "test"
     failed = dict(line.split("\t") for line in (out / "failed.txt").read_text().splitlines())
     assert failed.keys() == bad.keys()
-    for name, told in bad.items():
-        assert told in failed[name], failed[name]
+    for name, message in bad.items():
+        assert message in failed[name], failed[name]
     report = json.loads((out / "scores.json").read_text())
     assert report["images"] == 1 and sorted(report["failed"]) == sorted(bad)
     expected = scores(confusion(labels, read_mask(out / "masks" / "im2.png"), 5))
@@ -325,7 +326,7 @@ def test_bad_files_are_left_out_and_listed(tiny, tree, capsys):
     assert not [*out.glob("*.tgz")] and "no submission was packed" in capsys.readouterr().out
 
 
-def test_a_mask_of_another_size_is_noticed_when_the_prediction_is_there(tiny, tree):
+def test_mask_of_another_size_is_reported_for_a_finished_prediction(tiny, tree):
     assert tiny() == 0
     write_mask(tree / "truth" / "im1.png", np.zeros((50, 75), np.uint8), voc_palette())
     assert tiny() == 1
@@ -336,7 +337,7 @@ def test_a_mask_of_another_size_is_noticed_when_the_prediction_is_there(tiny, tr
     (["--submission", "comp6"], "comp6_test_cls", "masks"),
     (["--submission", "comp5", "--crf", "auto"], "comp5_test_cls", "masks_crf"),
 ])  # fmt: skip
-def test_submissions_need_no_ground_truth(tiny, tree, flags, competition, folder):
+def test_submission_requires_no_ground_truth(tiny, tree, flags, competition, folder):
     for file in (tree / "truth").iterdir():
         file.unlink()
     with pytest.raises(FileNotFoundError, match=r"mask of none of the 3 images: .* --no_scores"):
@@ -358,21 +359,21 @@ def test_submissions_need_no_ground_truth(tiny, tree, flags, competition, folder
 
 
 @pytest.mark.parametrize("more", [[], ["--overwrite"]])
-def test_an_old_submission_is_not_left_where_none_is_packed(tiny, tree, more):
+def test_old_submission_is_removed_if_none_is_packed(tiny, tree, more):
     assert tiny("--submission", "comp6") == 0
     (tree / "truth" / "im1.png").unlink()
     assert tiny("--submission", "comp6", *more) == 1
     assert not [*tree.glob("run/test/*.tgz")]
 
 
-def test_masks_can_be_looked_at(tiny, tree):
+def test_masks_have_the_voc_palette(tiny, tree):
     tiny()
-    with Image.open(tree / "run" / "test" / "masks" / "im0.png") as picture:
-        assert picture.mode == "P" and picture.size == (80, 60)
-        assert picture.getpalette()[:9] == voc_palette()[:3].ravel().tolist()
+    with Image.open(tree / "run" / "test" / "masks" / "im0.png") as mask:
+        assert mask.mode == "P" and mask.size == (80, 60)
+        assert mask.getpalette()[:9] == voc_palette()[:3].ravel().tolist()
 
 
-def test_half_precision_logits_are_rounded(tiny, tree):
+def test_float16_logits_are_rounded_float32_logits(tiny, tree):
     for dtype in ("float32", "float16"):
         tiny("--save_logits", dtype, "--out", str(tree / dtype))
     full, half = (np.load(tree / dtype / "logits" / "im0.npy") for dtype in ("float32", "float16"))
@@ -380,7 +381,7 @@ def test_half_precision_logits_are_rounded(tiny, tree):
     np.testing.assert_array_equal(full.astype(np.float16), half)
 
 
-@pytest.mark.parametrize(("flags", "told"), [
+@pytest.mark.parametrize(("flags", "message"), [
     (["--save_logits", "float32", "--scales", "0.5"], "add 1.0"),
     (["model.width=8"], "does not fit the model"),
     (["test.crf=fancy"], "test.crf must be one of none, auto, "),
@@ -390,29 +391,29 @@ def test_half_precision_logits_are_rounded(tiny, tree):
     (["--img_root", "nowhere"], "image folder nowhere does not exist"),
     (["--device", "tpu"], "tpu"),
 ])  # fmt: skip
-def test_mistakes_are_told(tiny, tree, flags, told):
-    with pytest.raises((ValueError, OSError), match=told):
+def test_user_errors_are_reported(tiny, tree, flags, message):
+    with pytest.raises((ValueError, OSError), match=message):
         tiny(*flags)
     assert not [*tree.glob("run/test/**/*.png")]
 
 
-def test_what_the_configuration_says_of_testing():
-    def found(*words):
+def test_configuration_selects_protocol_and_crf():
+    def configured(*words):
         return protocol_of(RECIPE, configs.read(Config, None, words))
 
-    protocol, crf = found("model.network=deeplab_v1_r38")
+    protocol, crf = configured("model.network=deeplab_v1_r38")
     assert protocol == RECIPE.network(configs.read(Config, None, ["model.network=deeplab_v1_r38"])).protocol
     assert crf is None
-    protocol, crf = found("test.scales=[0.5,1]", "test.flip=true", "test.crf=auto")
+    protocol, crf = configured("test.scales=[0.5,1]", "test.flip=true", "test.crf=auto")
     assert (protocol.scales, protocol.flip, crf) == ((0.5, 1.0), True, "deeplab")
-    protocol, crf = found("model.network=deeplab_v1_r38", "test.flip=false", "test.crf=none")
+    protocol, crf = configured("model.network=deeplab_v1_r38", "test.flip=false", "test.crf=none")
     assert (protocol.flip, protocol.average, crf) == (False, "logits", None)
-    for word, told in [("test.scales=[]", "scales"), ("test.scales=[0]", "scales"), ("test.crf=x", "crf")]:
-        with pytest.raises(ValueError, match=told):
-            found(word)
+    for word, key in [("test.scales=[]", "scales"), ("test.scales=[0]", "scales"), ("test.crf=x", "crf")]:
+        with pytest.raises(ValueError, match=key):
+            configured(word)
 
 
-def test_other_classes_and_no_split_are_told(tiny, tree):
+def test_other_classes_and_missing_split_are_errors(tiny, tree):
     (tree / "three.yaml").write_text("{name: three, classes: [a, b], image_dir: images, mask_dir: truth}\n")
     with pytest.raises(ValueError, match="trained for 5 classes, background included, the model has 3"):
         tiny(f"data.benchmark={tree}/three.yaml")
@@ -420,14 +421,14 @@ def test_other_classes_and_no_split_are_told(tiny, tree):
         tiny("data.val_split=''")
 
 
-def test_a_network_has_to_be_named(tmp_path):
+def test_run_folder_is_required(tmp_path):
     with pytest.raises(ValueError, match="--run DIR"):
         main(["--out", str(tmp_path)])
     with pytest.raises(FileNotFoundError, match="does not exist"):
         main(["--run", str(tmp_path / "nowhere")])
 
 
-def test_mistakes_end_with_exit_code_2(monkeypatch, capsys, tmp_path):
+def test_user_error_exits_with_code_2_and_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["test", "--run", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit) as stopped:
         runs.command(main)
@@ -436,23 +437,23 @@ def test_mistakes_end_with_exit_code_2(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("command", "before"), [(main, []), (predict, ["{tree}/images"])])
-def test_ranks_tell_a_mistake_once(command, before, tiny, tree):
+def test_only_rank_0_prints_a_user_error(command, before, tiny, tree):
     flags = [*(word.format(tree=tree) for word in before), "--run", str(tree / "run"), "--device", "cpu"]
     flags += ["--out", str(tree / "run")]
     (tree / "run" / "settings.json").write_text('{"step": "deeplab.train"}')
-    for more, told in [(["test.crf=fancy"], "error: test.crf must be"), ([], "folder of another step")]:
+    for more, message in [(["test.crf=fancy"], "error: test.crf must be"), ([], "folder of another step")]:
         started = processes.ranks(runs.command, partial(command, [*flags, *more]))
-        (code, spoken, _), (other, silent, _) = [process.end() for process in started]
+        (code, printed, _), (other, silent, _) = [process.end() for process in started]
         assert (code, other, silent) == (2, 1, "")
-        assert told in spoken and spoken.count("\n") == 1
+        assert message in printed and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", [main, predict])
-def test_torchrun_hands_every_flag_on(command, capsys):
-    """It refuses what may begin several of its own, even behind the script; --run has a second name."""
+def test_torchrun_passes_all_flags_to_the_command(command, capsys):
+    """torchrun rejects prefixes of its own flags, even after the script: --run has the alias --run_dir."""
     with pytest.raises(SystemExit):
         command(["--help"])
     flags = set(re.findall(r"--[a-z_-]+", capsys.readouterr().out))
-    theirs = {flag for action in get_args_parser()._actions for flag in action.option_strings}
-    caught = {flag for flag in flags if any(other.startswith(flag) for other in theirs)}
-    assert "--run_dir" in flags and caught == {"--run", "--help"}
+    torchrun_flags = {flag for action in get_args_parser()._actions for flag in action.option_strings}
+    rejected = {flag for flag in flags if any(other.startswith(flag) for other in torchrun_flags)}
+    assert "--run_dir" in flags and rejected == {"--run", "--help"}

@@ -1,4 +1,4 @@
-"""python -m deeplab.train as users call it: mistakes, stops of all kinds, two ranks, what is left."""
+"""python -m deeplab.train: user errors, interruptions, two ranks, files in the run folder."""
 
 import hashlib
 import json
@@ -49,26 +49,26 @@ def words(world: Path, output: Path, *more) -> list[str]:
 
 
 def run(world: Path, output: Path, *more, count: int = 1) -> list[tuple[int, str]]:
-    """Exit code and what was printed but for the configuration, of each of `count` ranks."""
+    """Return (exit code, output without the printed configuration) of each of `count` ranks."""
     arguments = words(world, output, *more)
     if count == 1:
         started = [Process(training_world.trained, arguments)]
     else:
         started = ranks(training_world.trained, arguments, count=count)
-    return [(code, without_config(told)) for code, told, _ in (process.end() for process in started)]
+    return [(code, without_config(printed)) for code, printed, _ in (process.end() for process in started)]
 
 
-def without_config(told: str) -> str:
-    return re.sub(r"^data:\n.*?\n\n", "", told, flags=re.DOTALL)
+def without_config(printed: str) -> str:
+    return re.sub(r"^data:\n.*?\n\n", "", printed, flags=re.DOTALL)
 
 
 def state_of(file: Path) -> dict[str, torch.Tensor]:
     return torch.load(file, weights_only=True)
 
 
-def assert_same(found: Path, expected: Path):
+def assert_same(folder: Path, expected: Path):
     for file in ("checkpoint_10.pth", "checkpoint_20.pth", FINAL):
-        states = state_of(found / file), state_of(expected / file)
+        states = state_of(folder / file), state_of(expected / file)
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(value, states[1][key]) for key, value in states[0].items()), file
 
@@ -87,11 +87,11 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(world, tmp_path_factory) -> Path:
-    """The folder of a run that nothing happens to."""
+    """Folder of a run without interruption."""
     folder, before = tmp_path_factory.mktemp("undisturbed"), content(world)
-    ((code, told),) = run(world, folder)
-    assert code == 0 and told.splitlines()[-1] == f"trained 30 iterations: {folder / FINAL}", told
-    assert content(world) == before  # above all the masks
+    ((code, printed),) = run(world, folder)
+    assert code == 0 and printed.splitlines()[-1] == f"trained 30 iterations: {folder / FINAL}", printed
+    assert content(world) == before  # training does not change images or masks
     return folder
 
 
@@ -102,7 +102,7 @@ def undisturbed_on_two(world, tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_folder(world, undisturbed):
+def test_run_folder_contains_checkpoints_settings_and_logs(world, undisturbed):
     assert {file.name for file in undisturbed.iterdir()} == {
         "checkpoint_10.pth", "checkpoint_20.pth", FINAL, "config.yaml", "settings.json", "logs",
     }  # fmt: skip
@@ -115,28 +115,27 @@ def test_the_folder(world, undisturbed):
     assert {"validation/Mean IoU", "validation/Pixel Accuracy", "lr/group_2", "loss/output_2"} <= {
         *logs.Tags()["scalars"]
     }
-    pictures = logs.Images("input_label_prediction")
-    assert [picture.step for picture in pictures] == [15, 30]
-    assert (pictures[0].width, pictures[0].height % 33) == (3 * 33, 0)
+    figures = logs.Images("input_label_prediction")
+    assert [figure.step for figure in figures] == [15, 30]
+    assert (figures[0].width, figures[0].height % 33) == (3 * 33, 0)
 
 
-def test_two_ranks_are_as_one(undisturbed, undisturbed_on_two):
-    """The same network but for rounding, and the same scores of it."""
+def test_two_ranks_train_the_same_network_as_one(undisturbed, undisturbed_on_two):
+    """Weights are equal up to rounding, and scores are equal."""
     one, two = (state_of(folder / FINAL) for folder in (undisturbed, undisturbed_on_two))
     assert max(float((one[key] - two[key]).abs().max()) for key in one if "tracked" not in key) < 1e-5
     one, two = scalars(undisturbed), scalars(undisturbed_on_two)
     for tag in ("validation/Mean IoU", "validation/Pixel Accuracy", "loss/train", "lr/group_0"):
         assert [step for step, _ in one[tag]] == [step for step, _ in two[tag]]
-        assert np.allclose(*([value for _, value in found[tag]] for found in (one, two)), atol=1e-3), tag
+        assert np.allclose(*([value for _, value in logged[tag]] for logged in (one, two)), atol=1e-3), tag
 
 
 def saved(folder: Path) -> int:
-    """Iterations that a resume would not do again."""
+    """Return the number of iterations in the resume file."""
     return state_of(folder / RESUME)["iteration"] if (folder / RESUME).is_file() else 0
 
 
-def test_killed_then_stopped_then_resumed(world, undisturbed, tmp_path):
-    """The first as a user does it."""
+def test_killed_and_stopped_run_resumes_to_the_same_weights(world, undisturbed, tmp_path):
     command = Command("-m", "deeplab.train", *words(world, tmp_path))
     command.until(lambda: saved(tmp_path) >= 10)
     command.signal_group(signal.SIGKILL)
@@ -145,30 +144,31 @@ def test_killed_then_stopped_then_resumed(world, undisturbed, tmp_path):
     again = Process(training_world.trained, words(world, tmp_path, "--resume"))
     again.until(lambda: saved(tmp_path) > killed_at)
     again.signal(signal.SIGTERM)
-    code, told, _ = again.end()
+    code, printed, _ = again.end()
     stopped_at = saved(tmp_path)
     assert 10 <= killed_at < stopped_at < 30
-    told = without_config(told)
-    lines = [line for line in told.splitlines() if not re.match("iteration [0-9]+: Mean IoU", line)]
+    printed = without_config(printed)
+    lines = [line for line in printed.splitlines() if not re.match("iteration [0-9]+: Mean IoU", line)]
     assert code == 0
     assert lines == [f"stopped after iteration {stopped_at}: the same command with --resume continues"]
-    ((code, told),) = run(world, tmp_path, "--resume")
-    assert code == 0 and told.splitlines()[-1] == f"trained 30 iterations: {tmp_path / FINAL}"
+    ((code, printed),) = run(world, tmp_path, "--resume")
+    assert code == 0 and printed.splitlines()[-1] == f"trained 30 iterations: {tmp_path / FINAL}"
     assert_same(tmp_path, undisturbed)
     steps = [step for step, _ in scalars(tmp_path)["loss/train"]]
-    assert steps == list(range(3, 31, 3))  # those before the kill were not lost, none is there twice
+    assert steps == list(range(3, 31, 3))  # no step is missing or logged twice
 
 
-def test_torchrun_passes_on_what_it_is_sent(world, undisturbed_on_two, tmp_path):
-    """To its process group, as a terminal or a batch system does; then one rank alone is signalled: all stop
-    after the same iteration, or none; all continue."""
+def test_signals_to_torchrun_or_one_rank_stop_all_ranks(world, undisturbed_on_two, tmp_path):
+    """torchrun's process group gets SIGTERM, as from a terminal or a batch system. Then a single rank gets a
+    signal: all ranks stop after the same iteration. All runs can be resumed.
+    """
     command = torchrun("-m", "deeplab.train", *words(world, tmp_path))
     command.until(lambda: saved(tmp_path) >= 1)
     command.signal_group(signal.SIGTERM)
-    told, at = without_config(command.end()[1]), saved(tmp_path)
+    printed, at = without_config(command.end()[1]), saved(tmp_path)
     assert 1 <= at < 30
-    assert told.count(f"stopped after iteration {at}: the same command with --resume continues") == 1
-    assert "deeplab.train" not in re.sub(".*torch.distributed.*", "", told)  # no trace of ours
+    assert printed.count(f"stopped after iteration {at}: the same command with --resume continues") == 1
+    assert "deeplab.train" not in re.sub(".*torch.distributed.*", "", printed)  # no traceback of ours
     for number, rank, codes in (
         (signal.SIGKILL, 1, (1, -signal.SIGKILL)), (signal.SIGTERM, 1, (0, 0)), (signal.SIGINT, 0, (0, 0))
     ):  # fmt: skip
@@ -176,56 +176,57 @@ def test_torchrun_passes_on_what_it_is_sent(world, undisturbed_on_two, tmp_path)
         started = ranks(training_world.trained, words(world, tmp_path, "--resume"))
         started[0].until(lambda least=before: saved(tmp_path) > least)
         started[rank].signal(number)
-        (code, told, _), (other, silent, _) = (process.end() for process in started)
+        (code, printed, _), (other, silent, _) = (process.end() for process in started)
         at = saved(tmp_path)
         assert (code, other, silent) == (*codes, "") and before < at < 30
-        assert code or told.splitlines()[-1].startswith(f"stopped after iteration {at}: ")
+        assert code or printed.splitlines()[-1].startswith(f"stopped after iteration {at}: ")
     assert [code for code, _ in run(world, tmp_path, "--resume", count=2)] == [0, 0]
     assert_same(tmp_path, undisturbed_on_two)
 
 
-def test_network_b_is_resumed(world, tmp_path, monkeypatch):
-    """Live batch norm, dropout of three kinds; stopped in validation."""
+def test_network_b_resumes_to_the_same_weights(world, tmp_path, monkeypatch):
+    """Network B has live batch norm and dropout; the run is stopped during validation."""
     calls = []
     infer = loop.infer
 
-    def stopping_infer(*given):
+    def stopping_infer(*arguments):
         calls.append(None)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return infer(*given)
+        return infer(*arguments)
 
     finals = []
-    for name, seen in (("whole", infer), ("stopped", stopping_infer)):
-        monkeypatch.setattr(loop, "infer", seen)
-        given = words(world, tmp_path / name, *R38, "solver.iterations=8", "run.validate_every=6")
-        assert train.main(given) == 0
+    for name, function in (("whole", infer), ("stopped", stopping_infer)):
+        monkeypatch.setattr(loop, "infer", function)
+        arguments = words(world, tmp_path / name, *R38, "solver.iterations=8", "run.validate_every=6")
+        assert train.main(arguments) == 0
         if name == "stopped":
             assert state_of(tmp_path / name / RESUME)["iteration"] == 6
-            assert train.main([*given, "--resume"]) == 0
+            assert train.main([*arguments, "--resume"]) == 0
         finals.append(state_of(tmp_path / name / FINAL))
     assert all(torch.equal(value, finals[1][key]) for key, value in finals[0].items())
     resnet38.build_r38(13, (1, 1, 1, 1), 2).load_state_dict(finals[0])
-    assert len(calls) == 3  # the validation was not cut off, and is not done again
+    assert len(calls) == 3  # the validation was finished before the stop, and is not repeated
 
 
-def told_by(capsys, arguments) -> tuple[int, str]:
-    """Exit code and stderr of the command, here."""
+def error_of(capsys, arguments) -> tuple[int, str]:
+    """Return the exit code and stderr of the command, run in this process."""
     with pytest.raises(SystemExit) as caught:
         training_world.trained(arguments)
     return caught.value.code, capsys.readouterr().err
 
 
-def test_folders_that_hold_a_run(world, undisturbed, tmp_path, capsys):
+def test_folder_of_a_run_requires_resume_or_overwrite(world, undisturbed, tmp_path, capsys):
     before = content(undisturbed)
-    code, told = told_by(capsys, words(world, undisturbed))
-    assert code == 2 and "holds checkpoint_10.pth: --resume continues that run, --overwrite starts" in told
-    code, told = told_by(capsys, words(world, undisturbed, "--resume", "solver.learning_rate=1e-4"))
-    assert code == 2 and "solver.learning_rate (was 0.001, now 0.0001);" in told and "momentum" not in told
-    code, told = told_by(capsys, words(world, undisturbed, "--overwrite", "run.precision=fp8"))
-    assert code == 2 and "precision must be one of" in told
-    code, told = told_by(capsys, words(world, undisturbed, "--overwrite", "model.init=absent.pth"))
-    assert code == 2 and "absent.pth does not exist" in told
+    code, message = error_of(capsys, words(world, undisturbed))
+    assert code == 2 and "holds checkpoint_10.pth: --resume continues that run, --overwrite starts" in message
+    code, message = error_of(capsys, words(world, undisturbed, "--resume", "solver.learning_rate=1e-4"))
+    assert code == 2 and "solver.learning_rate (was 0.001, now 0.0001);" in message
+    assert "momentum" not in message
+    code, message = error_of(capsys, words(world, undisturbed, "--overwrite", "run.precision=fp8"))
+    assert code == 2 and "precision must be one of" in message
+    code, message = error_of(capsys, words(world, undisturbed, "--overwrite", "model.init=absent.pth"))
+    assert code == 2 and "absent.pth does not exist" in message
     with pytest.raises(SystemExit) as caught:
         training_world.trained(words(world, undisturbed, "--overwrite", "--resume"))
     assert caught.value.code == 2 and content(undisturbed) == before
@@ -233,11 +234,11 @@ def test_folders_that_hold_a_run(world, undisturbed, tmp_path, capsys):
     assert train.main(words(world, undisturbed, "--resume", "run.keep=7")) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"training is complete: {undisturbed / FINAL}"
     assert content(undisturbed) == before
-    code, told = told_by(capsys, words(world, world / "SegmentationClass"))
-    assert code == 2 and "is the folder of the images or masks" in told
+    code, message = error_of(capsys, words(world, world / "SegmentationClass"))
+    assert code == 2 and "is the folder of the images or masks" in message
 
 
-def test_starting_anew(world, tmp_path, capsys):
+def test_overwrite_starts_from_scratch(world, tmp_path, capsys):
     short = ["solver.iterations=2", "run.log_every=1", "run.validate_every=0"]
     assert train.main(words(world, tmp_path, *short, "--resume")) == 0
     assert "nothing to resume" in capsys.readouterr().err
@@ -248,12 +249,13 @@ def test_starting_anew(world, tmp_path, capsys):
     assert len(list((tmp_path / "logs").iterdir())) == 1
     (tmp_path / FINAL).rename(tmp_path / "checkpoint_1.pth")
     (tmp_path / RESUME).write_bytes(b"damaged")
-    code, told = told_by(capsys, words(world, tmp_path, "solver.iterations=2", "solver.seed=1", "--resume"))
-    assert code == 2 and "damaged or of another network: remove it to start anew" in told
+    flags = words(world, tmp_path, "solver.iterations=2", "solver.seed=1", "--resume")
+    code, message = error_of(capsys, flags)
+    assert code == 2 and "damaged or of another network: remove it to start anew" in message
 
 
-def spoilt(world: Path, tmp_path: Path) -> list[str]:
-    """Words for a copy of the masks and images that may be spoilt."""
+def copied(world: Path, tmp_path: Path) -> list[str]:
+    """Copy the masks and images, so that tests can damage them; return the words that select the copies."""
     for folder in ("JPEGImages", "SegmentationClass"):
         (tmp_path / folder).mkdir()
         for file in (world / folder).iterdir():
@@ -270,7 +272,7 @@ def cut(root: Path):
     file.write_bytes(file.read_bytes()[:1500])
 
 
-def lost(folder: str):
+def missing(folder: str):
     return lambda root: (root / folder / "image_2.png").unlink()
 
 
@@ -278,15 +280,15 @@ def empty_split(root: Path):
     (root / "empty.txt").write_text("\n")
 
 
-MISTAKES = {  # what is done to the files, further words, exit code, sentence
+ERRORS = {  # damage to the files, more words, exit code, message
     "size": (mask(np.zeros((40, 51), np.uint8)), [], 1,
              r"image_2.png is \(40, 51\) but its image is .*\(40, 52\)"),
     "class": (mask(np.full((40, 52), 13, np.uint8)), [], 1, "image_2.png has the value 13.*13 class indices"),
     "16 bits": (mask(np.zeros((40, 52), np.uint16)), [], 1, "image_2.png has mode I;16"),
     "RGB": (mask(np.zeros((40, 52, 3), np.uint8)), [], 1, "image_2.png has mode RGB"),
     "cut image": (cut, [], 1, "image_2.png cannot be read"),
-    "no mask": (lost("SegmentationClass"), [], 2, "SegmentationClass/image_2.png .*does not exist"),
-    "no image": (lost("JPEGImages"), [], 2, "no image image_2 "),
+    "no mask": (missing("SegmentationClass"), [], 2, "SegmentationClass/image_2.png .*does not exist"),
+    "no image": (missing("JPEGImages"), [], 2, "no image image_2 "),
     "empty split": (empty_split, ["data.train_split={root}/empty.txt"], 2, "empty.txt lists no images"),
     "no split": (None, ["data.train_split=absent.txt"], 2, "absent.txt does not exist"),
     "no val mask": (None, ["data.val_label_dir={root}"], 2, "image_5.png .*does not exist"),
@@ -304,47 +306,47 @@ MISTAKES = {  # what is done to the files, further words, exit code, sentence
     "scale range": (None, [*R38, "augment.scale_range=[1]"], 2, "scale_range must be two numbers"),
     "jitter": (None, [*R38, "augment.jitter=-1"], 2, "jitter must be a whole number, 0 or more, got -1"),
     "learning rate": (None, ["solver.learning_rate=-1"], 2, "learning_rate must be .* 0 or more, got -1"),
-    "init of too little": ("init", ["model.init={root}/init.pth"], 2, "init.pth.*in common.*same depth"),
+    "init of another depth": ("init", ["model.init={root}/init.pth"], 2, "init.pth.*in common.*same depth"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_one_sentence(world, tmp_path, capsys, case):
-    spoil, more, expected, sentence = MISTAKES[case]
+@pytest.mark.parametrize("case", ERRORS)
+def test_user_error_is_one_line(world, tmp_path, capsys, case):
+    damage, more, expected, sentence = ERRORS[case]
     root, output = tmp_path / "data", tmp_path / "run"
     root.mkdir()
-    if spoil == "init":
+    if damage == "init":
         torch.save(network_a.build_v2(13, (1, 1, 9, 1), (1, 2), 4).state_dict(), root / "init.pth")
-    elif spoil:
-        more = [*more, *spoilt(world, root)]
-        spoil(root)
+    elif damage:
+        more = [*more, *copied(world, root)]
+        damage(root)
     more = [word.format(root=root) for word in more]
     before = content(root)
-    code, told = told_by(capsys, words(world, output, *more))
-    assert code == expected, told
-    assert re.fullmatch(f"error: .*{sentence}.*\n", told), told
+    code, message = error_of(capsys, words(world, output, *more))
+    assert code == expected, message
+    assert re.fullmatch(f"error: .*{sentence}.*\n", message), message
     assert content(root) == before
     assert (expected == 2) == (not output.exists())
 
 
-def test_two_ranks_tell_a_mistake_once(world, tmp_path):
-    copies = spoilt(world, tmp_path)
-    lost("SegmentationClass")(tmp_path)
+def test_only_rank_0_prints_a_user_error(world, tmp_path):
+    copies = copied(world, tmp_path)
+    missing("SegmentationClass")(tmp_path)
     for more, code, sentence in (
         (["solver.rate=1"], 2, "rate"),
         (copies, 2, "image_2.png of image image_2 does not exist"),
-        (["solver.batch_size=1"], 2, "a batch of 1 images is too small for 2 processes"),
+        (["solver.batch_size=1"], 2, "solver.batch_size 1 is too small for 2 processes"),
     ):
-        (first, told), (other, silent) = run(world, tmp_path / "run", *more, count=2)
+        (first, message), (other, silent) = run(world, tmp_path / "run", *more, count=2)
         assert (first, other, silent) == (code, 1, "")
-        assert re.fullmatch(f"error: .*{sentence}.*\n", told)
+        assert re.fullmatch(f"error: .*{sentence}.*\n", message)
     mask(np.full((40, 52), 13, np.uint8))(tmp_path)
-    (first, told), (other, silent) = run(world, tmp_path / "run", *copies, count=2)
+    (first, message), (other, silent) = run(world, tmp_path / "run", *copies, count=2)
     assert (first, other, silent) == (1, 1, "")
-    assert re.fullmatch("error: training stopped: mask .*image_2.png has the value 13.*\n", told)
+    assert re.fullmatch("error: training stopped: mask .*image_2.png has the value 13.*\n", message)
 
 
-def test_the_initial_weights_say_where_strides_are(world, tmp_path):
+def test_initial_weights_select_stride_in(world, tmp_path):
     theirs = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1])
     torch.save(theirs.state_dict(), tmp_path / "resnet.pth")
     wide = [f"model.init={tmp_path}/resnet.pth", "model.width=64"]

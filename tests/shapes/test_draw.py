@@ -1,4 +1,4 @@
-"""The world on disk: VOC layout that the project's own readers accept, the same bytes each time."""
+"""The drawn data set: VOC layout that this project's readers accept, and the same bytes each time."""
 import argparse
 import subprocess
 import sys
@@ -24,11 +24,11 @@ def world(tmp_path_factory):
 
 
 def files(root):
-    found = sorted(file for file in root.rglob("*") if file.is_file())
-    return {str(file.relative_to(root)): file.read_bytes() for file in found}
+    paths = sorted(file for file in root.rglob("*") if file.is_file())
+    return {str(file.relative_to(root)): file.read_bytes() for file in paths}
 
 
-def test_layout(world):
+def test_data_set_has_the_voc_layout(world):
     sets = world / "ImageSets" / "Segmentation"
     train, val = list(read_split(sets / "train.txt")), list(read_split(sets / "val.txt"))
     assert (len(train), len(val)) == (6, 3)
@@ -42,7 +42,7 @@ def test_layout(world):
         assert sorted(file.stem for file in (world / folder).iterdir()) == sorted(train + val)
 
 
-def test_files_of_an_image_agree(world):
+def test_files_match_the_scene(world):
     labels = reader(replace(BENCHMARK, root=str(world)), {})
     for split in ("train", "val"):
         for index in range(3):
@@ -50,7 +50,7 @@ def test_files_of_an_image_agree(world):
             scene = draw(4, index, image_size((30, 61), 4, index, split), split)
             image = read_rgb(world / "JPEGImages" / f"{name}.jpg")
             assert image.shape == scene.image.shape
-            assert np.abs(image.astype(int) - scene.image).mean() < 6, "a faithful JPEG"
+            assert np.abs(image.astype(int) - scene.image).mean() < 6, "the JPEG is close to the drawn image"
             for folder in ("SegmentationClass", "SegmentationClassAug"):
                 assert (read_mask(world / folder / f"{name}.png") == scene.mask).all()
             assert labels(name) == scene.labels
@@ -62,7 +62,7 @@ def test_files_of_an_image_agree(world):
                 assert (scene.mask[y0 - 1 : y1, x0 - 1 : x1] == k + 1).any()
 
 
-def test_byte_for_byte_the_same_and_seeds_differ(world, tmp_path):
+def test_same_seed_gives_same_bytes_and_seeds_share_no_image(world, tmp_path):
     command = [sys.executable, "-m", "shapes.draw", "--train", "6", "--val", "3", "--size", "30-61"]
     subprocess.run([*command, "--seed", "4", "--root", str(tmp_path / "a")], check=True, capture_output=True)
     assert files(tmp_path / "a") == files(world)
@@ -79,11 +79,11 @@ def test_sizes_vary_and_stay_in_range():
 
 
 @pytest.mark.parametrize(("text", "sides"), [("96-160", (96, 160)), ("64", (64, 64))])
-def test_size_flag(text, sides):
+def test_size_flag_is_a_range_or_one_side(text, sides):
     assert _sides(text) == sides
 
 
 @pytest.mark.parametrize("text", ["", "0", "9-3", "a-b", "96x160"])
-def test_size_flag_refuses_what_is_no_range(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="no range of image sides"):
+def test_invalid_size_flag_is_an_error(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a range of image sides"):
         _sides(text)

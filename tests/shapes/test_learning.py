@@ -1,8 +1,7 @@
-"""The committed checkpoint localises, refinement and CRF work: floors that a broken stage cannot reach.
+"""With the committed checkpoint, CAMs, refinement and CRF reach mIoU floors that a broken stage cannot reach.
 
-Floors lie well below what train splits of 100 images gave, over three seeds, and far above the controls
-(docs/shapes.md); a test draws fewer images.
-Run with `-s` to see the figures.
+The floors are well below the results on train splits of 100 images over three seeds, and far above the
+controls (docs/shapes.md). The tests draw fewer images. `pytest -s` prints the figures.
 """
 from dataclasses import replace
 
@@ -25,7 +24,7 @@ from shapes.train_clip import build
 
 IMAGES = 20
 FLOORS = {"initial": 0.70, "refined": 0.70, "crf": 0.80}
-CONTROL_CEILING = 0.30  # no stage of a control comes near a floor
+CONTROL_CEILING = 0.30  # every stage of a control stays below
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2])
@@ -47,7 +46,7 @@ def world(request, tmp_path_factory):
 
 
 def measure(model: clip.CLIP, world: list, shuffled: bool = False) -> dict[str, float]:
-    """mIoU of each stage; the CAMs with the better background exponent of 1 and 2."""
+    """Return the mIoU of each stage; that of CAMs is the better one of background exponents 1 and 2."""
     text = clip.encode_prompts(model, BENCHMARK.prompts, BENCHMARK.templates)
     backgrounds = clip.encode_prompts(model, BENCHMARK.backgrounds, BENCHMARK.templates)
     settings = CamSettings(box_threshold=BENCHMARK.box_threshold, keep_initial=True)
@@ -64,8 +63,8 @@ def measure(model: clip.CLIP, world: list, shuffled: bool = False) -> dict[str, 
         maps = image_cams(model, read_image(file), text[class_ids], backgrounds, settings)
         full = {kind: camfile.resize(cams, truth.shape).astype(np.float16) for kind, cams in maps.items()}
         for stage, kind in (("initial", INITIAL), ("refined", REFINED)):
-            found, _ = count_cams(truth, class_ids, full[kind], evaluation)
-            for exponent, hist in enumerate(found):
+            counted, _ = count_cams(truth, class_ids, full[kind], evaluation)
+            for exponent, hist in enumerate(counted):
                 add((stage, exponent), hist)
         posterior = crf_posterior(read_rgb(file), full[REFINED], masks, add_background=True)
         refined = posterior_labels(posterior, mask_values(class_ids, BENCHMARK))
@@ -83,17 +82,17 @@ def trained():
     return clip.load(BENCHMARK.model, device="cpu")
 
 
-def test_trained_clip_localises_and_each_stage_helps(world, trained):
-    found = measure(trained, world)
+def test_trained_clip_reaches_the_floors_and_crf_improves(world, trained):
+    miou = measure(trained, world)
     for stage, floor in FLOORS.items():
-        assert found[stage] >= floor, (stage, found)
-    assert found["crf"] > found["refined"]
+        assert miou[stage] >= floor, (stage, miou)
+    assert miou["crf"] > miou["refined"]
 
 
-def test_shuffled_labels_fail(world, trained):
+def test_shuffled_labels_stay_below_the_control_ceiling(world, trained):
     assert max(measure(trained, world, shuffled=True).values()) < CONTROL_CEILING
 
 
-def test_untrained_clip_fails(world):
+def test_untrained_clip_stays_below_the_control_ceiling(world):
     model = build(seed=0).eval().requires_grad_(False)
     assert max(measure(model, world).values()) < CONTROL_CEILING

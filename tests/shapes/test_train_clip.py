@@ -1,4 +1,4 @@
-"""Training of the world's CLIP: it runs, resumes to the same weights, and its losses mean what they say."""
+"""Training of the small CLIP runs and resumes to the same weights; its losses have the documented minima."""
 import csv
 
 import pytest
@@ -15,18 +15,18 @@ def quick_probe(monkeypatch):
     monkeypatch.setattr(train_clip, "probe", lambda *_: 0.5)
 
 
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
+def test_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
     whole = train(SMALL, tmp_path / "whole.pt", log_every=1, probe_every=1)
 
     class Killed(Exception):
         pass
 
-    def dies(recipe, step):
+    def draw_until_killed(recipe, step):
         if step == 1:
             raise Killed
         return draw_batch(recipe, step)
 
-    monkeypatch.setattr(train_clip, "draw_batch", dies)
+    monkeypatch.setattr(train_clip, "draw_batch", draw_until_killed)
     with pytest.raises(Killed):
         train(SMALL, tmp_path / "halves.pt", log_every=1, probe_every=1)
     assert not (tmp_path / "halves.pt").exists()
@@ -36,17 +36,17 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
     assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
     assert saved[0].keys() == whole.state_dict().keys()
     assert {value.dtype for value in saved[0].values()} == {torch.float16}
-    assert not list(tmp_path.glob("*.resume")), "a finished run leaves a checkpoint and a log"
+    assert not list(tmp_path.glob("*.resume")), "a finished run has a checkpoint and a log only"
     with open(tmp_path / "halves.csv") as stream:
         assert [row["step"] for row in csv.DictReader(stream)] == ["1", "2"]
 
 
-def test_resume_file_of_another_recipe_or_damaged_is_refused(tmp_path):
+def test_resume_file_of_another_recipe_or_damaged_is_an_error(tmp_path):
     torch.save({"recipe": {"steps": 3}}, tmp_path / "a.resume")
-    with pytest.raises(ValueError, match="of another recipe"):
+    with pytest.raises(ValueError, match="belongs to another recipe: delete it to restart"):
         train(SMALL, tmp_path / "a.pt")
     (tmp_path / "a.resume").write_bytes(b"cut short")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot be read \(UnpicklingError\): delete it to restart"):
         train(SMALL, tmp_path / "a.pt")
 
 
@@ -59,14 +59,14 @@ def test_batches_differ_by_step_and_tags_match_captions():
         assert [name in caption.rstrip(".").replace(",", "").split() for name in NAMES] == tags.tolist()
 
 
-def test_contrast_leaves_other_matches_out():
+def test_contrast_ignores_other_matches_of_a_row():
     logits = torch.tensor([[9.0, 9.0, -9.0], [-9.0, -9.0, 9.0]])
     matches = torch.tensor([[True, True, False], [False, False, True]])
-    assert contrast(logits, matches) < 1e-6, "two equal matches of a row are no rivals"
+    assert contrast(logits, matches) < 1e-6, "two matches of a row do not compete"
     assert contrast(-logits, matches) > 5
 
 
-def test_grouping_wants_attention_within_a_name_and_a_colour():
+def test_grouping_is_zero_for_attention_within_one_name_and_color():
     logits = torch.full((1, 4, len(NAMES)), -20.0)
     logits[0, :2, 0] = logits[0, 2:, 1] = 20.0
     tags = torch.zeros(1, len(NAMES), dtype=torch.bool)
@@ -75,7 +75,7 @@ def test_grouping_wants_attention_within_a_name_and_a_colour():
     pairs = torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))[None] / 2
     assert grouping(pairs, logits, tags, image) < 1e-4
     assert grouping(torch.full((1, 4, 4), 0.25), logits, tags, image) > 0.5
-    image[..., 8:] = 9  # now no two patches of one name look alike
+    image[..., 8:] = 9  # now the two patches of each name differ in color
     assert grouping(pairs, logits, tags, image) > 0.5
     assert grouping(torch.eye(4)[None], logits, tags, image) < 1e-4
 

@@ -1,4 +1,4 @@
-"""The drawn world: deterministic, any size, masks that agree with the objects."""
+"""The drawn world is deterministic, works at any size, and its masks match the objects."""
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,21 +7,21 @@ from hypothesis import strategies as st
 from shapes.world import BACKGROUNDS, CAPTION_TEMPLATES, CLASSES, MAX_CLASSES, MAX_OBJECTS, STREAMS, draw
 
 
-def test_classes_and_backgrounds_are_enough_and_share_colours():
+def test_classes_that_share_a_color_differ_in_shape_and_texture():
     assert len(CLASSES) >= 10
     assert len(BACKGROUNDS) >= 6
     names = [kind.name for kind in (*CLASSES, *BACKGROUNDS)]
     assert len(set(names)) == len(names)
-    colours = [(kind.hue, kind.saturation, kind.value) for kind in CLASSES]
-    assert len(set(colours)) <= len(CLASSES) - 4, "four pairs share a colour"
+    colors = [(kind.hue, kind.saturation, kind.value) for kind in CLASSES]
+    assert len(set(colors)) <= len(CLASSES) - 4, "four pairs share a color"
     for field in ("shape", "texture"):
-        looks = {(colour, getattr(kind, field)) for colour, kind in zip(colours, CLASSES, strict=True)}
-        assert len(looks) == len(CLASSES), f"the {field} tells classes of one colour apart"
+        looks = {(color, getattr(kind, field)) for color, kind in zip(colors, CLASSES, strict=True)}
+        assert len(looks) == len(CLASSES), f"classes of one color differ in {field}"
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(0, 10**6), st.sampled_from(sorted(STREAMS)))
-def test_scene_of_any_size_agrees_with_itself(height, width, index, stream):
+def test_mask_matches_the_objects_at_any_size(height, width, index, stream):
     scene = draw(3, index, (height, width), stream)
     assert scene.image.shape == (height, width, 3)
     assert scene.image.dtype == scene.mask.dtype == np.uint8
@@ -36,10 +36,10 @@ def test_scene_of_any_size_agrees_with_itself(height, width, index, stream):
         assert 0 < drawn.visible <= 1
         assert (scene.mask[y0:y1, x0:x1] == drawn.label + 1).any()
         boxed[y0:y1, x0:x1] = 1
-    assert not scene.mask[boxed == 0].any(), "every object pixel lies in a box"
+    assert not scene.mask[boxed == 0].any(), "every object pixel is inside a box"
 
 
-def test_caption_names_what_is_there():
+def test_caption_names_the_objects_and_background():
     for index in range(30):
         scene = draw(0, index, (64, 64))
         present = {CLASSES[label].name for label in scene.labels} | {BACKGROUNDS[scene.background].name}
@@ -48,11 +48,11 @@ def test_caption_names_what_is_there():
         assert words & names == present
 
 
-def test_templates_take_one_name():
+def test_templates_have_one_placeholder():
     assert all(template.count("{}") == 1 for template in CAPTION_TEMPLATES)
 
 
-def test_same_arguments_same_scene_and_every_argument_counts():
+def test_scene_depends_on_every_argument_and_is_repeatable():
     def image(*arguments):
         return draw(*arguments).image.tobytes()
 
@@ -69,8 +69,8 @@ def test_streams_share_no_image():
     assert len(set(images)) == len(images)
 
 
-def test_objects_stand_out_from_the_background():
-    """Edges are crisp: an object's mean colour is far from its background's, for the CRF to see."""
+def test_mean_color_of_objects_differs_from_the_background():
+    """The dense CRF requires a color contrast at object edges."""
     for index in range(20):
         scene = draw(5, index, (96, 96))
         background = scene.image[scene.mask == 0].mean(0)
@@ -79,6 +79,6 @@ def test_objects_stand_out_from_the_background():
             assert np.abs(inside - background).max() > 20
 
 
-def test_side_below_one_is_refused():
+def test_side_below_one_is_an_error():
     with pytest.raises(ValueError, match="at least one pixel, got 0 x 5"):
         draw(0, 0, (0, 5))

@@ -1,4 +1,4 @@
-"""What tests of tagging share: golden vectors, and the model and images they were made with."""
+"""Shared by the tests of tagging: golden vectors, and the model and images with which they were made."""
 
 from functools import cache, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ golden = partial(conftest.golden, system="tagclip")
 NAMES = golden("classes.json")
 STUFF = [entry["name"] for entry in NAMES["coco_stuff"]]
 
-#: Set of the goldens -> number of classes, names, settings.
+#: Set of golden vectors -> (number of classes, names, settings).
 SETS = {
     "voc": (20, NAMES["voc"] + NAMES["voc_background"], TagSettings()),
     "coco": (80, NAMES["coco"] + NAMES["coco_background"], TagSettings()),
@@ -33,7 +33,7 @@ IMAGES = {
     "tagclip-5": (224, 224),
     "tagclip-6": (16, 64),
     "tagclip-7": (33, 100),
-    "tagclip-8": (50, 70),  # grey
+    "tagclip-8": (50, 70),  # gray
 }
 
 TINY12 = dict(weights.PRESETS["tiny"], image_resolution=224, vision_layers=12)
@@ -47,7 +47,7 @@ def image(name: str, size: tuple[int, int] | None = None) -> Image.Image:
 
 
 def resized(image: Image.Image, patch: int = 16) -> np.ndarray:
-    """(H', W', 3) uint8, as the network gets it."""
+    """Return the input of the network, (H', W', 3) uint8."""
     return clip.resize_rgb(image, clip.target_size(image.height, image.width, patch))
 
 

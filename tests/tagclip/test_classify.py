@@ -1,4 +1,4 @@
-"""classify.py and pseudo_masks.py --labels auto, on golden vectors and in everyday trouble."""
+"""classify.py and pseudo_masks.py --labels auto: golden vectors, interruptions and user errors."""
 
 import json
 import pickle
@@ -24,7 +24,7 @@ DATASETS = {"voc": "voc2012", "coco": "coco2017", "stuff": "cocostuff"}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The golden images, their model, and the made-up labels of the three sets as split files."""
+    """The golden images, their model, and the golden labels of the three sets as split files."""
     root = tmp_path_factory.mktemp("tags")
     for name in IMAGES:
         image(name).save(root / f"{name}.png")
@@ -34,7 +34,7 @@ def world(tmp_path_factory):
         (root / f"{name}.txt").write_text(str(expected[f"{name}/split"]))
     split, problems = convert_split(read_split(root / "stuff.txt"), root / "stuff.txt")
     assert not problems
-    lines = [" ".join([image, *map(str, found)]) for image, found in split.items()]
+    lines = [" ".join([image, *map(str, class_ids)]) for image, class_ids in split.items()]
     (root / "stuff.txt").write_text("\n".join(lines))
     (root / "ids.txt").write_text("\n".join(IMAGES))
     return root
@@ -42,16 +42,16 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _golden_text(monkeypatch):
-    """Thousands of prompts are encoded in a test of the stages; here their features are at hand."""
+    """Replace the slow encoding of prompts by golden text features; test_stages tests the encoding."""
     encode = clip.prompts.encode_prompts
 
-    def known(model, names, templates):
+    def golden_features(model, names, templates):
         for name, (_, expected, _) in SETS.items():
             if list(names) == expected and len(templates) == 85:
                 return torch.from_numpy(golden("text")[f"{name}/features"])
         return encode(model, names, templates)
 
-    monkeypatch.setattr(clip.prompts, "encode_prompts", known)
+    monkeypatch.setattr(clip.prompts, "encode_prompts", golden_features)
 
 
 def flags(world, output, *more, name="voc", split=None) -> list[str]:
@@ -61,16 +61,16 @@ def flags(world, output, *more, name="voc", split=None) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_golden_end_to_end(world, tmp_path, capsys, name):
+def test_scores_labels_and_metrics_match_golden(world, tmp_path, capsys, name):
     expected = {k.removeprefix(f"{name}/"): v for k, v in golden("end_to_end").items() if k.startswith(name)}
-    saved, told = tmp_path / "deep" / "labels.txt", tmp_path / "scores.json"
-    assert classify.main(flags(world, tmp_path / "o", "--save_file", saved, "--json", told, name=name)) == 0
+    saved, report = tmp_path / "deep" / "labels.txt", tmp_path / "scores.json"
+    assert classify.main(flags(world, tmp_path / "o", "--save_file", saved, "--json", report, name=name)) == 0
     assert saved.read_text() == (tmp_path / "o" / "labels.txt").read_text() == str(expected["label_file"])
     scores = read_scores(tmp_path / "o", SETS[name][0])
     np.testing.assert_allclose([scores[image] for image in IMAGES], expected["scores"], atol=5e-4)
-    metrics = json.loads(told.read_text())
-    found = [metrics[key] for key in ("mAP", "F1", "Precision", "Recall")]
-    np.testing.assert_allclose(found, expected["metrics"], atol=1e-6)
+    metrics = json.loads(report.read_text())
+    means = [metrics[key] for key in ("mAP", "F1", "Precision", "Recall")]
+    np.testing.assert_allclose(means, expected["metrics"], atol=1e-6)
     each = [value or 0 for value in metrics["AP"].values()]
     np.testing.assert_allclose(each, expected["ap"], atol=1e-6)
     output = capsys.readouterr().out.splitlines()
@@ -80,53 +80,53 @@ def test_golden_end_to_end(world, tmp_path, capsys, name):
     assert ("with positives" in output[1]) == (metrics["classes without positives"] > 0)
 
 
-def test_the_label_file_is_a_split_file(world, tmp_path):
-    """A second run reads it as the truth, and finds itself right."""
-    file, told = tmp_path / "labels.txt", tmp_path / "scores.json"
+def test_label_file_is_a_valid_split_file(world, tmp_path):
+    """A second run reads the labels of the first as true labels, and scores perfectly."""
+    file, report = tmp_path / "labels.txt", tmp_path / "scores.json"
     assert classify.main(flags(world, tmp_path / "o", "--save_file", file, split=world / "ids.txt")) == 0
-    assert classify.main(flags(world, tmp_path / "o", "--json", told, split=file)) == 0
-    scores = json.loads(told.read_text())
+    assert classify.main(flags(world, tmp_path / "o", "--json", report, split=file)) == 0
+    scores = json.loads(report.read_text())
     assert scores["Precision"] == pytest.approx(1) and scores["Recall"] > 0.8  # one image has equal scores
 
 
-def test_without_truth_there_are_labels_and_no_scores(world, tmp_path, capsys):
+def test_labels_are_written_without_true_labels(world, tmp_path, capsys):
     json_file = tmp_path / "scores.json"
     assert classify.main(flags(world, tmp_path / "o", "--json", json_file, split=world / "ids.txt")) == 0
-    told = capsys.readouterr()
-    assert told.out == "" and "no true labels: nothing to score" in told.err and not json_file.exists()
+    printed = capsys.readouterr()
+    assert printed.out == "" and "no true labels: nothing to score" in printed.err and not json_file.exists()
     assert [*read_split(tmp_path / "o" / "labels.txt")] == [*IMAGES]
 
 
-def test_true_labels_of_a_file(world, tmp_path, capsys):
+def test_labels_flag_gives_the_true_labels(world, tmp_path, capsys):
     classify.main(flags(world, tmp_path / "a"))
-    usual = capsys.readouterr().out
+    expected = capsys.readouterr().out
     classify.main(flags(world, tmp_path / "b", "--labels", world / "voc.txt", split=world / "ids.txt"))
-    assert capsys.readouterr().out == usual
+    assert capsys.readouterr().out == expected
 
 
-def test_the_public_name_of_the_label_file(world, tmp_path, monkeypatch):
+def test_save_file_without_name_has_the_reference_name(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = flags(world, "", "--save_file")
-    at = arguments.index("--output")
-    del arguments[at : at + 2]
+    position = arguments.index("--output")
+    del arguments[position : position + 2]
     assert classify.main(arguments) == 0
     assert (tmp_path / "output/voc2012_val_tagclip.txt").is_file()
     assert (tmp_path / "output/voc2012_tags/labels.txt").is_file()
 
 
-def test_a_stopped_run_goes_on(world, tmp_path, monkeypatch):
-    """What was scored is in shards; the rest is scored, nothing twice, and the labels come in split order."""
+def test_stopped_run_resumes(world, tmp_path, monkeypatch):
+    """Scores before the stop are kept, no image is scored twice, and labels are in the order of the split."""
     monkeypatch.setattr(step, "PERIOD", 0)
-    seen = []
+    scored_shapes = []
     tag_images = model.tag_images
 
-    def counted(model, images, *more):
-        if len(seen) == 4:
+    def stopped(model, images, *more):
+        if len(scored_shapes) == 4:
             raise KeyboardInterrupt
-        seen.extend(image.shape for image in images)
+        scored_shapes.extend(image.shape for image in images)
         return tag_images(model, images, *more)
 
-    monkeypatch.setattr(model, "tag_images", counted)
+    monkeypatch.setattr(model, "tag_images", stopped)
     out = tmp_path / "o"
     with pytest.raises(KeyboardInterrupt):
         classify.main(flags(world, out, "--threads", 1))
@@ -138,30 +138,29 @@ def test_a_stopped_run_goes_on(world, tmp_path, monkeypatch):
     assert len(left) == len(IMAGES) - len(before)
     assert (out / "labels.txt").read_text() == str(golden("end_to_end")["voc/label_file"])
     left.clear()
-    monkeypatch.setattr(clip, "load", None)  # no model is needed
+    monkeypatch.setattr(clip, "load", None)  # a finished run loads no model
     assert classify.main(flags(world, out)) == 0 and not left
 
 
-def test_ranks(world, tmp_path):
-    """The same labels; each rank writes shards of its own, one speaks."""
+def test_two_ranks_give_the_same_labels(world, tmp_path):
+    """Each rank writes its own file of scores; only rank 0 prints."""
     expected = str(golden("end_to_end")["voc/label_file"])
     started = processes.ranks(partial(classify.main, flags(world, tmp_path / "ranks")))
-    (code, told, _), (other, silent, _) = (process.end() for process in started)
-    assert (code, other, silent) == (0, 0, "") and told.count("mAP: ") == 1
+    (code, printed, _), (other, silent, _) = (process.end() for process in started)
+    assert (code, other, silent) == (0, 0, "") and printed.count("mAP: ") == 1
     assert (tmp_path / "ranks" / "labels.txt").read_text() == expected
     assert len(list((tmp_path / "ranks").glob("scores-*.npz"))) == 2
 
 
-def test_batches(world, tmp_path):
-    """Several images at once, of any sizes, give the labels that each gives alone."""
+def test_batches_give_the_labels_of_single_images(world, tmp_path):
     assert classify.main(flags(world, tmp_path / "o", "--batch_size", 4, "--threads", 1)) == 0
     assert (tmp_path / "o" / "labels.txt").read_text() == str(golden("end_to_end")["voc/label_file"])
-    expected, found = golden("end_to_end")["voc/scores"], read_scores(tmp_path / "o", 20)
-    np.testing.assert_allclose([found[image] for image in IMAGES], expected, atol=5e-4)
+    expected, scores = golden("end_to_end")["voc/scores"], read_scores(tmp_path / "o", 20)
+    np.testing.assert_allclose([scores[image] for image in IMAGES], expected, atol=5e-4)
 
 
-def test_an_image_too_large_for_memory_fails_alone(world, tmp_path, monkeypatch, capsys):
-    """Its own kind is halved from then on; images of other sizes go on in batches."""
+def test_image_too_large_for_memory_fails_alone(world, tmp_path, monkeypatch, capsys):
+    """Batches of its size are halved from then on; batches of other sizes are not."""
     batches = []
     tag_images = model.tag_images
 
@@ -183,15 +182,15 @@ def test_an_image_too_large_for_memory_fails_alone(world, tmp_path, monkeypatch,
     assert batches == [1, 4, 4] and len(read_split(tmp_path / "o" / "labels.txt")) == 8
 
 
-def test_steps_go_to_other_processes(world, tmp_path, monkeypatch):
-    """A step is pickled before it starts."""
+def test_step_can_be_pickled(world, tmp_path, monkeypatch):
+    """Worker processes receive a pickled step."""
     run_step = run.run_step
     monkeypatch.setattr(run, "run_step", lambda *args: run_step(*pickle.loads(pickle.dumps(args))))
     assert classify.main(flags(world, tmp_path / "o")) == 0
     assert (tmp_path / "o" / "labels.txt").read_text() == str(golden("end_to_end")["voc/label_file"])
 
 
-def test_bad_images_fail_alone(world, tmp_path, capsys):
+def test_bad_images_are_skipped_and_listed(world, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for name in ("tagclip-0", "tagclip-4"):
         image(name).save(tmp_path / "images" / f"{name}.png")
@@ -199,31 +198,31 @@ def test_bad_images_fail_alone(world, tmp_path, capsys):
     (tmp_path / "ids.txt").write_text("tagclip-0 8\nbroken 1\nmissing 2\ntagclip-4 3\n")
     arguments = flags(world, tmp_path / "o", "--image_root", tmp_path / "images", split=tmp_path / "ids.txt")
     assert classify.main(arguments) == 1
-    told = capsys.readouterr()
-    assert "4 images, 2 failed" in told.err and "mAP: " in told.out
+    printed = capsys.readouterr()
+    assert "4 images, 2 failed" in printed.err and "mAP: " in printed.out
     assert [*read_split(tmp_path / "o" / "labels.txt")] == ["tagclip-0", "tagclip-4"]
     failed = (tmp_path / "o" / "failed.txt").read_text()
     assert "broken.jpg cannot be read" in failed and "no image missing" in failed
 
 
-def test_other_settings_are_noticed(world, tmp_path):
+def test_other_settings_require_overwrite(world, tmp_path):
     assert classify.main(flags(world, tmp_path / "o")) == 0
     with pytest.raises(ValueError, match=r"other settings: votes \(was None, now 3\)"):
         classify.main(flags(world, tmp_path / "o", "--votes", 3))
     assert classify.main(flags(world, tmp_path / "o", "--votes", 3, "--overwrite")) == 0
 
 
-def test_every_flag_is_a_setting(world, tmp_path):
-    given = {
+def test_every_setting_has_a_flag_and_is_recorded(world, tmp_path):
+    values = {
         "affinity_layers": 2, "voting_layers": 5, "votes": 3, "vote_threshold": 0.9, "box_threshold": 1.1,
         "ratio": 0.4, "cell_threshold": 0.6, "crop_size": 64, "local_weight": 0.25, "diagonal_bias": -50.0,
         "crop_bias": -70.0, "include_edge": True, "skip_empty_crops": True, "position_rounding": "never",
         "max_patches": 20,
     }  # fmt: skip
-    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()]
     assert classify.main(flags(world, tmp_path / "o", *words)) == 0
     recorded = json.loads((tmp_path / "o" / "settings.json").read_text())["settings"]
-    assert {key: recorded[key] for key in given} == given
+    assert {key: recorded[key] for key in values} == values
     assert recorded["weights_rounded"] is False
     assert classify.main(flags(world, tmp_path / "all", "--affinity_layers", "all", "--round_weights")) == 0
     recorded = json.loads((tmp_path / "all" / "settings.json").read_text())["settings"]
@@ -231,7 +230,7 @@ def test_every_flag_is_a_setting(world, tmp_path):
     assert recorded["weights_rounded"] is True
 
 
-def test_reference_spellings_of_flags(world, tmp_path):
+def test_reference_spellings_of_flags_are_aliases(world, tmp_path):
     present = ["--benchmark", "voc2012", "--image_root", "images", "--model", "ViT-B/16"]
     present += ["--affinity_layers", "2", "--voting_layers", "5", "--include_edge", "--prefetch", "3"]
     aliases = {
@@ -244,30 +243,30 @@ def test_reference_spellings_of_flags(world, tmp_path):
 
 
 def test_folders_of_earlier_versions_continue(world, tmp_path):
-    """They recorded some settings under other names."""
+    """Earlier versions recorded some settings under other names."""
     assert classify.main(flags(world, tmp_path / "o")) == 0
     file = tmp_path / "o" / "settings.json"
     record = json.loads(file.read_text())
-    for present, first in (
+    for name, earlier in (
         ("affinity_layers", "averaged"), ("voting_layers", "voting"), ("include_edge", "cover_edge")
     ):  # fmt: skip
-        record["settings"][first] = record["settings"].pop(present)
+        record["settings"][earlier] = record["settings"].pop(name)
     file.write_text(json.dumps(record))
     assert classify.main(flags(world, tmp_path / "o")) == 0
 
 
-def test_label_rules(world, tmp_path):
+def test_label_rules_select_labels(world, tmp_path):
     def labels(*more) -> list[list[int]]:
         assert classify.main(flags(world, tmp_path / "o", *more)) == 0
         return [*read_split(tmp_path / "o" / "labels.txt").values()]
 
-    assert all(len(found) == 2 for found in labels("--label_rule", "top", "--label_threshold", 2))
-    assert all(len(found) == 1 for found in labels("--label_rule", "absolute", "--label_threshold", 9))
+    assert all(len(line) == 2 for line in labels("--label_rule", "top", "--label_threshold", 2))
+    assert all(len(line) == 1 for line in labels("--label_rule", "absolute", "--label_threshold", 9))
     more = sum(map(len, labels("--label_threshold", 0.1)))
     assert more > sum(map(len, labels()))
 
 
-def test_a_folder_of_images_needs_no_split_file(world, tmp_path):
+def test_image_folder_requires_no_split_file(world, tmp_path):
     (tmp_path / "own.yaml").write_text("{name: own, classes: [dog, cat], backgrounds: [grass], model: none}")
     arguments = ["--benchmark", tmp_path / "own.yaml", "--image_root", world, "--output", tmp_path / "o"]
     arguments += ["--model", world / "tiny12.pt", "--device", "cpu"]
@@ -275,9 +274,9 @@ def test_a_folder_of_images_needs_no_split_file(world, tmp_path):
     assert [*read_split(tmp_path / "o" / "labels.txt")] == sorted(IMAGES)
 
 
-def test_images_that_cannot_be_listed(world, tmp_path):
+def test_hidden_files_are_ignored_and_blanks_are_errors(world, tmp_path):
     image("tagclip-4").save(tmp_path / "a.png")
-    (tmp_path / "._a.jpg").write_bytes(b"what a desktop leaves")
+    (tmp_path / "._a.jpg").write_bytes(b"hidden file of a file manager")
     (tmp_path / "own.yaml").write_text("{name: own, classes: [dog, cat], backgrounds: [grass]}")
     arguments = ["--benchmark", tmp_path / "own.yaml", "--image_root", tmp_path, "--output", tmp_path / "o"]
     arguments = [*map(str, [*arguments, "--model", world / "tiny12.pt", "--device", "cpu"])]
@@ -288,18 +287,18 @@ def test_images_that_cannot_be_listed(world, tmp_path):
         classify.main(arguments)
 
 
-def test_images_without_truth_are_left_out_of_the_scores(world, tmp_path, capsys):
+def test_images_without_true_labels_are_not_scored(world, tmp_path, capsys):
     (tmp_path / "some.txt").write_text("tagclip-0 8\ntagclip-2 10\n")
-    given = ["--labels", tmp_path / "some.txt", "--json", tmp_path / "scores.json"]
-    assert classify.main(flags(world, tmp_path / "o", *given, split=world / "ids.txt")) == 0
+    files = ["--labels", tmp_path / "some.txt", "--json", tmp_path / "scores.json"]
+    assert classify.main(flags(world, tmp_path / "o", *files, split=world / "ids.txt")) == 0
     assert f"{len(IMAGES) - 2} images without true labels are not scored" in capsys.readouterr().err
     assert json.loads((tmp_path / "scores.json").read_text())["images"] == 2
 
 
-def test_mistakes_are_told(world, tmp_path):
+def test_user_errors_are_reported(world, tmp_path):
     with pytest.raises(FileNotFoundError, match="image folder nowhere does not exist: give --image_root"):
         classify.main(flags(world, tmp_path / "o", "--image_root", "nowhere"))
-    with pytest.raises(ValueError, match="voting_layers is 30, with 12 blocks to choose from"):
+    with pytest.raises(ValueError, match="voting_layers is 30, but 12 blocks can vote: give at most 12"):
         classify.main(flags(world, tmp_path / "o", "--voting_layers", 30))
     for rule, threshold, sentence in (
         ("absolute", None, "needs a --label_threshold"),
@@ -329,7 +328,7 @@ def test_mistakes_are_told(world, tmp_path):
     with pytest.raises(ValueError, match=r"voc\.txt is an input and would be overwritten"):
         own = ["--benchmark", tmp_path / "own.yaml", "--image_root", world, "--save_file", world / "voc.txt"]
         classify.main([*map(str, own)])
-    assert not list((tmp_path / "o").glob("scores-*"))  # all of it is told before anything is computed
+    assert not list((tmp_path / "o").glob("scores-*"))  # all errors come before any computation
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "labels.txt").write_text("tagclip-0 8\n")
     with pytest.raises(ValueError, match=r"own holds labels.txt but no settings.json"):
@@ -345,8 +344,8 @@ def test_mistakes_are_told(world, tmp_path):
 
 def words(world, output, *more) -> list:
     images = ["--image_root", world, "--split_file", world / "ids.txt"]
-    given = ["pseudo_masks.py", "--benchmark", "voc12", *images, "--model", world / "tiny12.pt"]
-    return [*given, "--device", "cpu", "--output", output, *more]
+    command = ["pseudo_masks.py", "--benchmark", "voc12", *images, "--model", world / "tiny12.pt"]
+    return [*command, "--device", "cpu", "--output", output, *more]
 
 
 def pseudo_masks(world, output, *more) -> int:
@@ -355,8 +354,8 @@ def pseudo_masks(world, output, *more) -> int:
     return code
 
 
-def test_masks_without_labels(world, tmp_path):
-    """In one command as in two; each step has its own rounding, and says so."""
+def test_auto_labels_equal_two_commands(world, tmp_path):
+    """Each step has its own rounding, and records it."""
     assert pseudo_masks(world, tmp_path / "auto", "--labels", "auto") == 0
     assert classify.main(flags(world, tmp_path / "tags", split=world / "ids.txt")) == 0
     assert pseudo_masks(world, tmp_path / "two", "--labels", tmp_path / "tags" / "labels.txt") == 0
@@ -369,11 +368,11 @@ def test_masks_without_labels(world, tmp_path):
     assert labels == str(golden("end_to_end")["voc/label_file"])
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "auto").glob("*.png")}
     (tmp_path / "auto").rename(tmp_path / "moved")
-    assert pseudo_masks(world, tmp_path / "moved", "--labels", "auto") == 0  # and goes on
+    assert pseudo_masks(world, tmp_path / "moved", "--labels", "auto") == 0  # resumes
     assert all((tmp_path / "moved" / f.name).stat().st_mtime_ns == time for f, time in kept.items())
 
 
-def test_ranks_find_labels_together(world, tmp_path):
+def test_two_ranks_with_auto_labels_give_the_same_masks(world, tmp_path):
     assert pseudo_masks(world, tmp_path / "one", "--labels", "auto") == 0
     started = processes.ranks(processes.script, *words(world, tmp_path / "two", "--labels", "auto"))
     assert [process.end()[0] for process in started] == [0, 0]
@@ -383,7 +382,7 @@ def test_ranks_find_labels_together(world, tmp_path):
     assert len(list((tmp_path / "two" / "tags").glob("scores-*"))) == 2
 
 
-def test_mask_folders_are_checked_before_tags_are_found(world, tmp_path):
+def test_mask_folders_are_checked_before_tagging(world, tmp_path):
     assert pseudo_masks(world, tmp_path / "masks", "--labels", "auto") == 0
     scores = {file: file.stat().st_mtime_ns for file in (tmp_path / "masks/tags").glob("scores-*")}
     (tmp_path / "foreign").mkdir()
@@ -396,7 +395,7 @@ def test_mask_folders_are_checked_before_tags_are_found(world, tmp_path):
     ):
         assert pseudo_masks(world, tmp_path / output, "--labels", "auto", *more) == 2
     code = pseudo_masks(world, tmp_path / "masks", "--labels", "auto", "--max_patches", 9)
-    assert code == 2  # other settings of the tags, too
+    assert code == 2  # another setting of tagging
     some = ["--split_file", tmp_path / "masks" / "tags" / "labels.txt"]
     assert pseudo_masks(world, tmp_path / "masks", "--labels", "auto", *some) == 2
     (tmp_path / "masks" / "sub").mkdir()
@@ -406,14 +405,13 @@ def test_mask_folders_are_checked_before_tags_are_found(world, tmp_path):
     assert not (tmp_path / "foreign" / "tags").exists() and not (tmp_path / "new").exists()
 
 
-def test_kept_cams_of_found_labels(world, tmp_path):
-    """What step 1 makes of the label file."""
+def test_kept_cams_have_the_predicted_labels(world, tmp_path):
     assert pseudo_masks(world, tmp_path / "m", "--labels", "auto", "--keep_cams", "compact") == 0
-    found = read_split(tmp_path / "m" / "tags" / "labels.txt")
-    assert {name: camfile.class_ids_of(tmp_path / "m" / "cams", name) for name in found} == found
+    split = read_split(tmp_path / "m" / "tags" / "labels.txt")
+    assert {name: camfile.class_ids_of(tmp_path / "m" / "cams", name) for name in split} == split
 
 
-def test_masks_without_labels_of_bad_images(world, tmp_path):
+def test_auto_labels_skip_bad_images(world, tmp_path):
     (tmp_path / "images").mkdir()
     image("tagclip-4").save(tmp_path / "images" / "tagclip-4.png")
     (tmp_path / "ids.txt").write_text("tagclip-4\nmissing\n")

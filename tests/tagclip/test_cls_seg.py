@@ -1,4 +1,4 @@
-"""CLS-SEG, the CLIP-ES that TagCLIP segments with, against golden vectors, by stage and by command."""
+"""CLS-SEG, TagCLIP's variant of CLIP-ES for segmentation: stages and command against golden vectors."""
 import sys
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def model(parity_file):
 
 @pytest.fixture(params=CASES, ids="-".join)
 def case(request, model):
-    """(reference arrays, image, label features (K, E), background features (M, E), settings)."""
+    """Return (reference arrays, image, label features (K, E), background features (M, E), settings)."""
     data, name = request.param
     benchmark, prefix = DATA_SETS[data], f"{data}/{name}/"
     reference = {key.removeprefix(prefix): value for key, value in VECTORS.items() if key.startswith(prefix)}
@@ -46,20 +46,20 @@ def case(request, model):
     return reference, parity_image(name, SIZES[name]), text, backgrounds, settings
 
 
-def difference(mine, reference: np.ndarray) -> float:
-    """Largest absolute difference."""
-    assert mine.shape == reference.shape
-    return np.abs(np.asarray(mine, np.float64) - reference.astype(np.float64)).max()
+def difference(computed, reference: np.ndarray) -> float:
+    """Return the largest absolute difference."""
+    assert computed.shape == reference.shape
+    return np.abs(np.asarray(computed, np.float64) - reference.astype(np.float64)).max()
 
 
 @pytest.mark.parametrize("data", DATA_SETS)
-def test_text_features(data, model):
+def test_text_features_match_golden(data, model):
     benchmark = DATA_SETS[data]
     names = [*benchmark.prompts, *benchmark.backgrounds]
     assert difference(clip.text_features(model, names, benchmark.templates), VECTORS[f"{data}/text"]) <= 1e-5
 
 
-def test_stages(case, model):
+def test_stages_match_golden(case, model):
     reference, image, text, backgrounds, settings = case
     images = clip.preprocess(image, clip.target_size(*image.size[::-1], model.visual.patch_size))[None]
     result = text_cams(model, images, text[None], backgrounds, exclude_last_layer=settings.exclude_last_layer)
@@ -70,7 +70,7 @@ def test_stages(case, model):
     assert difference(refined[0], reference["refined"]) <= 1e-4
 
 
-def test_maps_as_stored(case, model, tmp_path):
+def test_stored_cams_match_golden_and_need_exclude_last_layer(case, model, tmp_path):
     reference, image, text, backgrounds, settings = case
 
     def stored(settings):
@@ -85,7 +85,7 @@ def test_maps_as_stored(case, model, tmp_path):
 
 
 @pytest.mark.parametrize("data", DATA_SETS)
-def test_the_command_with_a_label_file(data, tmp_path, monkeypatch, parity_file):
+def test_preset_cls_seg_with_label_file_matches_golden(data, tmp_path, monkeypatch, parity_file):
     benchmark, names = DATA_SETS[data], [name for other, name in CASES if other == data]
     lines = []
     for name in names:

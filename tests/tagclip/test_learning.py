@@ -1,8 +1,8 @@
-"""A trained CLIP names what is in the images of the drawn world, and masks follow from these names alone.
+"""With a trained CLIP, predicted labels and the masks made from them reach floors on the drawn world.
 
-Floors lie well below what three worlds gave (val splits of 120 images: mAP 82 to 85 %, F1 78 to 80 %, mIoU
-after the CRF 64 to 67 %), and far above an untrained CLIP (18 to 20 %, 23 to 26 %, 1 to 3 %). A test draws
-fewer images. Run with `-s` to see the figures.
+The floors are well below the results on three worlds (val splits of 120 images: mAP 82 to 85 %, F1 78 to
+80 %, mIoU after the CRF 64 to 67 %), and far above those of an untrained CLIP (18 to 20 %, 23 to 26 %, 1 to
+3 %). The tests draw fewer images. `pytest -s` prints the figures.
 """
 
 from dataclasses import replace
@@ -34,36 +34,36 @@ def world(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(f"world{request.param}")
     write(root, train=0, val=IMAGES, seed=request.param)
     data = replace(BENCHMARK, root=str(root))
-    known = reader(data, {})
-    found = []
+    labels = reader(data, {})
+    images = []
     for name in read_split(data.path("ImageSets/Segmentation/val.txt")):
         mask = read_mask(data.path(data.mask_dir) / f"{name}.png")
-        found.append((find_image(data.path(data.image_dir), name), known(name), mask))
-    return found
+        images.append((find_image(data.path(data.image_dir), name), labels(name), mask))
+    return images
 
 
 def tagged(model: clip.CLIP, world: list) -> dict[str, float]:
-    """mAP of the classes that occur, F1, and mIoU of masks after the CRF, of tags and nothing else."""
+    """Return mAP of the classes that occur, F1, and mIoU after the CRF of masks from predicted labels."""
     tagger = Tagger(model, BENCHMARK.classes, BENCHMARK.backgrounds)
     scores = np.stack([tagger(read_image(file)).scores for file, _, _ in world])
     truth = np.zeros(scores.shape, bool)
     for row, (_, class_ids, _) in zip(truth, world, strict=True):
         row[class_ids] = True
     figures = label_scores(scores, truth, tagger.classes, choose(scores, tagger.settings.ratio))
-    found = chosen_labels(scores, tagger.settings.ratio)
-    images = [(file, class_ids, mask) for (file, _, mask), class_ids in zip(world, found, strict=True)]
+    predicted = chosen_labels(scores, tagger.settings.ratio)
+    images = [(file, class_ids, mask) for (file, _, mask), class_ids in zip(world, predicted, strict=True)]
     masks = measure(model, images)
     result = {"mAP": figures["mAP of classes with positives"], "F1": figures["F1"], "crf": masks["crf"]}
     print({key: round(value, 3) for key, value in result.items()})
     return result
 
 
-def test_a_trained_clip_names_what_it_sees(world):
+def test_trained_clip_reaches_the_floors(world):
     torch.set_num_threads(1)
-    found = tagged(clip.load(BENCHMARK.model, device="cpu", round_weights=False), world)
-    assert all(found[key] >= floor for key, floor in FLOORS.items()), found
+    figures = tagged(clip.load(BENCHMARK.model, device="cpu", round_weights=False), world)
+    assert all(figures[key] >= floor for key, floor in FLOORS.items()), figures
 
 
-def test_an_untrained_clip_guesses(world):
-    found = tagged(build(seed=0).eval().requires_grad_(False), world)
-    assert all(found[key] < ceiling for key, ceiling in CONTROL_CEILINGS.items()), found
+def test_untrained_clip_stays_below_the_ceilings(world):
+    figures = tagged(build(seed=0).eval().requires_grad_(False), world)
+    assert all(figures[key] < ceiling for key, ceiling in CONTROL_CEILINGS.items()), figures

@@ -1,4 +1,4 @@
-"""Every stage of TagCLIP against golden vectors of the public code, and what no golden shows."""
+"""Every stage of TagCLIP against golden vectors of the reference implementation, and its properties."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ from tests.tagclip.common import (
     write_model,
 )
 
-CASES = [(name, picture) for name in SETS for picture in IMAGES]
+CASES = [(name, image_name) for name in SETS for image_name in IMAGES]
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,11 @@ def unpacked(boxes: np.ndarray, patches: int) -> np.ndarray:
     return np.unpackbits(boxes, axis=1)[:, :patches]
 
 
-def test_templates():
+def test_templates_are_the_published_ones():
     assert list(TEMPLATES) == NAMES["templates"]
 
 
-def test_text_features(tiny):
+def test_text_features_match_golden(tiny):
     expected = golden("text")
     for name in ("dog", "traffic light", "wall-other"):
         tokens = tokenize([template.format(name) for template in TEMPLATES])
@@ -77,14 +77,14 @@ def test_text_features(tiny):
         np.testing.assert_allclose(features, expected[f"{name}/features"][3::30], atol=1e-5)
 
 
-def test_network_input():
+def test_network_input_matches_golden():
     for name, expected in golden("preprocess").items():
         np.testing.assert_allclose(network_input(resized(image(name)))[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in IMAGES if name != "tagclip-5"])
-def test_attention_maps(tiny, name):
-    """Those that are averaged and voted on, without the mask that the last block computes with."""
+def test_attention_maps_match_golden(tiny, name):
+    """The maps for averaging and voting are those without the mask of the last block."""
     expected = golden("stages_voc")
     tokens, _ = tiny.visual.embed(network_input(resized(image(name))), "resampled")
     with torch.no_grad():
@@ -97,13 +97,13 @@ def test_attention_maps(tiny, name):
         np.testing.assert_allclose(mean, expected[f"{name}/attention_mean"], atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "picture"), CASES)
-def test_golden_stages(tiny, name, picture):
+@pytest.mark.parametrize(("name", "image_name"), CASES)
+def test_stages_match_golden(tiny, name, image_name):
     classes, _, settings = SETS[name]
-    prefix = f"{picture}/"
-    found = golden(f"stages_{name}").items()
-    expected = {key.removeprefix(prefix): value for key, value in found if key.startswith(prefix)}
-    pixels, text = resized(image(picture)), text_of(name)
+    prefix = f"{image_name}/"
+    vectors = golden(f"stages_{name}").items()
+    expected = {key.removeprefix(prefix): value for key, value in vectors if key.startswith(prefix)}
+    pixels, text = resized(image(image_name)), text_of(name)
 
     tokens, attention, grid = patch_level(tiny.visual, network_input(pixels), settings)
     coarse = class_probabilities(tokens[:, 1:], text, tiny.logit_scale)
@@ -126,10 +126,10 @@ def test_golden_stages(tiny, name, picture):
     assert float(threshold) == pytest.approx(float(expected["theta"]), abs=5e-4)
     class_ids = candidates(refined, classes, settings.ratio)
     assert class_ids == expected["candidates"].tolist()
-    found = crops(refined, grid, class_ids, settings)
-    assert len(found) == len(expected.get("cwr_masks", ()))
-    if found:
-        views = [cut(network_input(pixels)[0], crop, 16, 224) for crop in found]
+    cropped = crops(refined, grid, class_ids, settings)
+    assert len(cropped) == len(expected.get("cwr_masks", ()))
+    if cropped:
+        views = [cut(network_input(pixels)[0], crop, 16, 224) for crop in cropped]
         images, cells = (torch.stack(part) for part in zip(*views, strict=True))
         np.testing.assert_array_equal(cells, expected["cwr_masks"])
         if "cwr_crop0" in expected:
@@ -137,18 +137,18 @@ def test_golden_stages(tiny, name, picture):
         features = class_tokens(tiny.visual, images, cells, settings)
         np.testing.assert_allclose(features, expected["cwr_class_token"], atol=2e-3)
         probabilities = class_probabilities(features, text, tiny.logit_scale)
-        chosen = probabilities[range(len(found)), [crop.class_id for crop in found]]
+        chosen = probabilities[range(len(cropped)), [crop.class_id for crop in cropped]]
         np.testing.assert_allclose(chosen, expected["cwr_probability"], atol=2e-3)
 
     [tags] = tag_images(tiny, [pixels], text, classes, settings)
     np.testing.assert_allclose(tags.maps.max((1, 2)), expected["local"], atol=5e-4)
     np.testing.assert_allclose(tags.scores, expected["scores"], atol=5e-4)
-    assert list(tags.reidentified) == [crop.class_id for crop in found]
+    assert list(tags.reidentified) == [crop.class_id for crop in cropped]
 
 
-def test_a_tagger_takes_images_as_they_are(tiny, monkeypatch):
+def test_tagger_accepts_images_of_any_mode_and_size(tiny, monkeypatch):
     text, settings = text_of("voc"), TagSettings(max_patches=40)
-    monkeypatch.setattr(clip, "text_features", lambda *given: text)
+    monkeypatch.setattr(clip, "text_features", lambda *_: text)
     names = SETS["voc"][1]
     tagger = Tagger(tiny, names[:20], names[20:])
     shrinking = Tagger(tiny, names[:20], names[20:], settings=settings)
@@ -158,29 +158,29 @@ def test_a_tagger_takes_images_as_they_are(tiny, monkeypatch):
         tags = tagger(image(name))
         np.testing.assert_allclose(tags.scores, scores[row], atol=5e-4)
         assert tagger.names(tags) == [names[int(key)] for key in line.split()[1:]]
-    picture = image("tagclip-2")
-    palette = picture.quantize(200)
+    color = image("tagclip-2")
+    palette = color.quantize(200)
     np.testing.assert_array_equal(tagger(palette).scores, tagger(palette.convert("RGB")).scores)
-    assert np.prod(shrinking(picture).maps.shape[1:]) <= 40
+    assert np.prod(shrinking(color).maps.shape[1:]) <= 40
     resnet = CLIP(Config(64, 64, (1, 1, 1, 1), 64, None, 77, 49408, 64, 1))
-    with pytest.raises(ValueError, match="a ResNet tower has no attention between patches"):
+    with pytest.raises(ValueError, match="a ResNet tower has no attention between patches; tagging needs it"):
         Tagger(resnet, ["dog"])
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_golden_of_ten_blocks(plain, name):
+def test_ten_blocks_match_golden(plain, name):
     expected, settings = golden("plain_tiny"), PLAIN[name]
     classes, names, _ = SETS[name]
     text = torch.from_numpy(expected[f"{name}/text"])
     np.testing.assert_allclose(
         clip.encode_prompts(plain, names[::40], TEMPLATES), expected[f"{name}/text"][::40], atol=1e-5
     )
-    for picture, size in (("tagclip-p0", (64, 64)), ("tagclip-p1", (80, 112)), ("tagclip-p2", (49, 100))):
-        pixels, prefix = resized(image(picture, size)), f"{name}/{picture}"
+    for image_name, size in (("tagclip-p0", (64, 64)), ("tagclip-p1", (80, 112)), ("tagclip-p2", (49, 100))):
+        pixels, prefix = resized(image(image_name, size)), f"{name}/{image_name}"
         tokens, attention, grid = patch_level(plain.visual, network_input(pixels), settings)
-        np.testing.assert_allclose(tokens[0], expected[f"{picture}/tokens"], atol=2e-3)
+        np.testing.assert_allclose(tokens[0], expected[f"{image_name}/tokens"], atol=2e-3)
         if name == "voc":
-            np.testing.assert_allclose(attention[0], expected[f"{picture}/weights"], atol=5e-4)
+            np.testing.assert_allclose(attention[0], expected[f"{image_name}/weights"], atol=5e-4)
         coarse = class_probabilities(tokens[:, 1:], text, plain.logit_scale)
         np.testing.assert_allclose(coarse[0], expected[f"{prefix}/coarse"], atol=2e-3)
         np.testing.assert_allclose((attention @ coarse)[0], expected[f"{prefix}/first"], atol=5e-4)
@@ -193,7 +193,7 @@ def test_golden_of_ten_blocks(plain, name):
         np.testing.assert_allclose(tags.scores, expected[f"{prefix}/scores"], atol=5e-4)
 
 
-def test_golden_of_vit_b16(parity_file):
+def test_vit_b16_matches_golden(parity_file):
     expected = golden("vit_b16")
     model = clip.load(parity_file("vit_b16", 0), "cpu", round_weights=False)
     text = torch.from_numpy(weights.parity_array("tagclip-text", (24, 512), seed=0))
@@ -214,21 +214,21 @@ def test_golden_of_vit_b16(parity_file):
 
 
 @pytest.mark.parametrize(("name", "classes"), [("one", 1), ("two", 2), ("many", 100)])
-def test_golden_of_other_class_lists(tiny, name, classes):
+def test_other_class_lists_match_golden(tiny, name, classes):
     expected = golden("class_lists")
-    known = {}
+    features = {}
     for key, (_, names, _) in SETS.items():
-        known |= dict(zip(names, text_of(key), strict=True))
-    text = torch.stack([known[name] for name in expected[f"{name}/names"].tolist()])
-    for row, picture in enumerate(("tagclip-0", "tagclip-1", "tagclip-2", "tagclip-3")):
-        [tags] = tag_images(tiny, [resized(image(picture))], text, classes, TagSettings())
-        refined = expected[f"{name}/{picture}/refined"][:, :classes].T
+        features |= dict(zip(names, text_of(key), strict=True))
+    text = torch.stack([features[name] for name in expected[f"{name}/names"].tolist()])
+    for row, image_name in enumerate(("tagclip-0", "tagclip-1", "tagclip-2", "tagclip-3")):
+        [tags] = tag_images(tiny, [resized(image(image_name))], text, classes, TagSettings())
+        refined = expected[f"{name}/{image_name}/refined"][:, :classes].T
         np.testing.assert_allclose(tags.maps.reshape(classes, -1), refined, atol=5e-4)
         np.testing.assert_allclose(tags.scores, expected[f"{name}/scores"][row], atol=5e-4)
 
 
-def test_batched_equals_one_by_one(tiny):
-    """Images of several sizes, some alike, and crops of all of them."""
+def test_batched_equals_single_images(tiny):
+    """The images have several sizes, some equal, and all have crops."""
     classes, _, settings = SETS["coco"]
     sizes = [(97, 130), (64, 64), (97, 130), (160, 112), (64, 64), (97, 130), (160, 112), (33, 100)]
     images = [resized(image(f"batched-{number}", size)) for number, size in enumerate(sizes)]
@@ -244,8 +244,7 @@ def test_batched_equals_one_by_one(tiny):
     assert crops_found > len(images)
 
 
-def test_batches_are_made(tiny, monkeypatch):
-    """Of images of equal size; and of the crops of all."""
+def test_images_of_one_size_and_all_crops_are_batched(tiny, monkeypatch):
     passes = {"patch_level": [], "class_tokens": []}
     for name, sizes in passes.items():
         work = getattr(tagging, name)
@@ -257,14 +256,14 @@ def test_batches_are_made(tiny, monkeypatch):
     sizes = [(97, 130) if number % 3 else (64, 64) for number in range(8)]
     images = [resized(image(f"batched-{number}", size)) for number, size in enumerate(sizes)]
     tags = tag_images(tiny, images, text_of("coco"), 80, TagSettings())
-    crops_found = sum(len(found.reidentified) for found in tags)
+    crops_found = sum(len(tag.reidentified) for tag in tags)
     assert crops_found > 8 and passes == {"patch_level": [3, 5], "class_tokens": [crops_found]}
 
 
 @pytest.mark.parametrize("size", [(64, 304), (304, 64), (32, 608), (16, 1216)])
-def test_76_patches_are_no_text(tiny, size):
-    """77 tokens are as many as a text has. The last block's mask acts: what it gives for a patch does not
-    change when another patch before it does."""
+def test_76_patches_get_the_mask_of_the_last_block(tiny, size):
+    """77 tokens are also the length of a text. With the mask of the last block, the output for a patch does
+    not depend on other patches."""
     settings, pixels = TagSettings(), network_input(resized(image("long", size)))
     tokens, grid = tiny.visual.embed(pixels, "resampled")
     assert tokens.shape[1] == 77
@@ -272,27 +271,26 @@ def test_76_patches_are_no_text(tiny, size):
     mask = torch.full((77, 77), settings.diagonal_bias).fill_diagonal_(0)
     changed = before.clone()
     changed[:, 40] += 1
-    given = {}
+    outputs = {}
     for name, entering in (("before", before), ("changed", changed)):
-        given[name] = tiny.visual.project(tiny.visual.block(-1, entering, mask)[0])
-    different = (given["before"] != given["changed"]).any(-1)[0]
+        outputs[name] = tiny.visual.project(tiny.visual.block(-1, entering, mask)[0])
+    different = (outputs["before"] != outputs["changed"]).any(-1)[0]
     assert different.nonzero().flatten().tolist() == [40]
-    found = patch_level(tiny.visual, pixels, settings)
-    torch.testing.assert_close(found.tokens, given["before"].detach(), atol=1e-4, rtol=0)
+    level = patch_level(tiny.visual, pixels, settings)
+    torch.testing.assert_close(level.tokens, outputs["before"].detach(), atol=1e-4, rtol=0)
     unmasked = tiny.visual.project(tiny.visual.block(-1, before)[0])
-    assert (unmasked - given["before"]).abs().max() > 0.1
+    assert (unmasked - outputs["before"]).abs().max() > 0.1
     [tags] = tag_images(tiny, [resized(image("long", size))], text_of("voc"), 20, settings)
     assert np.isfinite(tags.scores).all() and tags.maps.shape[1:] == grid
 
 
 @pytest.mark.parametrize("size", [(16, 16), (5, 9)])
-def test_one_patch(tiny, size):
+def test_image_of_one_patch_scores_zero(tiny, size):
     [tags] = tag_images(tiny, [resized(image("small", size))], text_of("voc"), 20, TagSettings())
     assert tags.scores.tolist() == [0] * 20 and tags.reidentified == {}
 
 
-def test_one_name(tiny):
-    """Its probability is 1 everywhere."""
+def test_single_name_has_probability_1(tiny):
     text = text_of("voc")[:1]
     pixels = resized(image("tagclip-2"))
     tokens, *_ = patch_level(tiny.visual, network_input(pixels), TagSettings())
@@ -301,26 +299,26 @@ def test_one_name(tiny):
     assert 0 < tags.scores[0] <= 1
 
 
-def test_a_constant_map_has_no_box():
-    first = torch.full((1, 12, 3), 0.25)
-    first[0, 5, 1] = 0.5
-    first[0, :, 2] = 0
-    boxes = class_boxes(first, (3, 4), TagSettings())
+def test_constant_map_has_no_box():
+    propagated = torch.full((1, 12, 3), 0.25)
+    propagated[0, 5, 1] = 0.5
+    propagated[0, :, 2] = 0
+    boxes = class_boxes(propagated, (3, 4), TagSettings())
     assert boxes[0, :, 0].sum() == 0 and boxes[0, :, 2].sum() == 0
     assert boxes[0, :, 1].nonzero().flatten().tolist() == [5]
-    assert not min_max_normalize(first)[..., 0].any()
+    assert not min_max_normalize(propagated)[..., 0].any()
 
 
-def test_a_crop_larger_than_the_towers_input_is_not_antialiased(tiny):
-    """Bilinear of the four nearest pixels, at half-pixel centres, however many there are."""
+def test_large_crop_is_not_antialiased(tiny):
+    """A pixel is the bilinear mean of the four nearest pixels, with half-pixel centers."""
     pixels = network_input(resized(image("large", (480, 640))))[0].double()
     cells = np.zeros((24, 30), bool)
     cells[5:19, 3:] = True
     crop = Crop(3, (2, 5, 26, 35), cells)
     view, mask = cut(pixels, crop, 16, 224)
     region = pixels[:, 32:416, 80:560]  # (3, 384, 480)
-    centres = torch.arange(224).double() + 0.5
-    rows, columns = centres * 384 / 224 - 0.5, centres * 480 / 224 - 0.5
+    centers = torch.arange(224).double() + 0.5
+    rows, columns = centers * 384 / 224 - 0.5, centers * 480 / 224 - 0.5
     y, x = rows.floor().long(), columns.floor().long()
     dy, dx = (rows - y)[:, None], columns - x
     top = region[:, y][:, :, x] * (1 - dx) + region[:, y][:, :, x + 1] * dx
@@ -332,34 +330,33 @@ def test_a_crop_larger_than_the_towers_input_is_not_antialiased(tiny):
     np.testing.assert_array_equal(mask.view(14, 14), cells[rows][:, columns])
 
 
-def test_crops_end_at_the_first_empty_one():
-    """Unless told otherwise. One that lies in the last row alone is empty."""
+def test_empty_crop_ends_the_list_unless_skipped():
+    """A crop in the last row only is empty, unless `include_edge`."""
     refined = torch.zeros(12, 4)
     refined[9, 0] = refined[1, 1] = refined[6, 2] = 1  # of 3 x 4 patches
     class_ids = [1, 0, 2]
-    usual = TagSettings()
-    default = crops(refined, (3, 4), class_ids, usual)
+    settings = TagSettings()
+    default = crops(refined, (3, 4), class_ids, settings)
     assert [(crop.class_id, crop.box) for crop in default] == [(1, (0, 1, 1, 2))]
-    skipping = replace(usual, skip_empty_crops=True)
+    skipping = replace(settings, skip_empty_crops=True)
     assert [crop.class_id for crop in crops(refined, (3, 4), class_ids, skipping)] == [1, 2]
-    covering = replace(usual, include_edge=True)
+    covering = replace(settings, include_edge=True)
     assert [crop.box for crop in crops(refined, (3, 4), class_ids, covering)] == [
         (0, 1, 1, 2), (2, 1, 3, 2), (1, 2, 2, 3),
     ]  # fmt: skip
     assert crops(refined, (3, 4), [3], covering) == []
 
 
-def test_a_crop_sees_its_class_alone(tiny):
-    """The class token does not change when the crop does where the class is not."""
+def test_class_token_depends_only_on_patches_of_the_class(tiny):
     torch.manual_seed(0)
     pixels, cells = torch.randn(2, 3, 224, 224), torch.ones(2, 196, dtype=torch.bool)
     pixels[1] = pixels[0]
     cells[:, :98] = False  # the upper half
-    block = TagSettings()
-    alike = class_tokens(tiny.visual, pixels, cells, block)
-    assert torch.equal(alike[0], alike[1])
+    settings = TagSettings()
+    tokens = class_tokens(tiny.visual, pixels, cells, settings)
+    assert torch.equal(tokens[0], tokens[1])
     cells[1] = True
-    assert not torch.allclose(*class_tokens(tiny.visual, pixels, cells, block), atol=1e-3)
+    assert not torch.allclose(*class_tokens(tiny.visual, pixels, cells, settings), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +370,7 @@ def test_a_crop_sees_its_class_alone(tiny):
         ({"position_rounding": "up"}, "position_rounding must be one of"),
     ],
 )
-def test_settings_that_cannot_be(settings, sentence):
+def test_setting_outside_its_range_is_an_error(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         TagSettings(**settings)
 
@@ -381,18 +378,18 @@ def test_settings_that_cannot_be(settings, sentence):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"voting_layers": 13}, "voting_layers is 13, with 12"),
-        ({"voting_layers": 3, "votes": 4}, "votes is 4, with 3"),
-        ({"crop_size": 100}, "crop_size 100 is not a multiple of the patch, 16"),
+        ({"voting_layers": 13}, "voting_layers is 13, but 12 blocks can vote"),
+        ({"voting_layers": 3, "votes": 4}, "votes is 4, but 3 blocks can vote: give at most 3"),
+        ({"crop_size": 100}, "crop_size 100 is not a multiple of the patch size 16"),
     ],
 )
-def test_settings_that_do_not_fit_the_model(settings, sentence):
+def test_setting_that_does_not_fit_the_model_is_an_error(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         TagSettings(**settings).check(layers=12, patch_size=16)
 
 
 @pytest.mark.parametrize("layers", [2, 3, 4])
-def test_small_towers_are_tagged_with_the_defaults(tmp_path, layers):
+def test_shallow_towers_work_with_the_defaults(tmp_path, layers):
     small = model_of(dict(TINY12, vision_layers=layers, image_resolution=64), tmp_path)
     TagSettings().check(layers, 16)
     with pytest.raises(ValueError, match="has only one"):
@@ -402,28 +399,28 @@ def test_small_towers_are_tagged_with_the_defaults(tmp_path, layers):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_takes_any_bias(tmp_path, precision):
+def test_half_precision_clamps_large_biases(tmp_path, precision):
     file = write_model(tmp_path / "tiny12.pt")
     half = clip.load(file, "cpu", precision, round_weights=False)
     settings = TagSettings(diagonal_bias=-1e6, crop_bias=-1e6)
     [tags] = tag_images(half, [resized(image("tagclip-2"))], text_of("voc"), 20, settings)
-    [usual] = tag_images(half, [resized(image("tagclip-2"))], text_of("voc"), 20, TagSettings())
-    np.testing.assert_allclose(tags.scores, usual.scores, atol=1e-3)
+    [expected] = tag_images(half, [resized(image("tagclip-2"))], text_of("voc"), 20, TagSettings())
+    np.testing.assert_allclose(tags.scores, expected.scores, atol=1e-3)
 
 
-def test_numbers_that_are_none_are_told(tmp_path):
+def test_non_finite_features_are_an_error(tmp_path):
     broken = model_of(TINY12, tmp_path)
     broken.visual.proj[0, 0] = float("nan")
     with pytest.raises(ValueError, match="features are not finite"):
         tag_images(broken, [resized(image("tagclip-2"))], text_of("voc"), 20, TagSettings())
 
 
-def test_settings_of_towers():
-    """Those of 12 blocks are the published ones."""
-    usual = TagSettings()
-    assert list(usual.averaged(12)) == [8, 9, 10] and usual.votes_needed(12) == 4
-    assert list(usual.voters(12)) == list(range(12))
-    assert list(usual.averaged(10)) == [6, 7, 8] and usual.votes_needed(10) == 4
-    assert list(usual.averaged(3)) == [0, 1] and usual.votes_needed(3) == 1
-    assert list(replace(usual, affinity_layers=None).averaged(12)) == list(range(11))
-    assert list(replace(usual, voting_layers=2).voters(12)) == [10, 11]
+def test_blocks_and_votes_depend_on_the_depth():
+    """The values for 12 blocks are the published ones."""
+    settings = TagSettings()
+    assert list(settings.averaged(12)) == [8, 9, 10] and settings.votes_needed(12) == 4
+    assert list(settings.voters(12)) == list(range(12))
+    assert list(settings.averaged(10)) == [6, 7, 8] and settings.votes_needed(10) == 4
+    assert list(settings.averaged(3)) == [0, 1] and settings.votes_needed(3) == 1
+    assert list(replace(settings, affinity_layers=None).averaged(12)) == list(range(11))
+    assert list(replace(settings, voting_layers=2).voters(12)) == [10, 11]

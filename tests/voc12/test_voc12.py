@@ -1,4 +1,4 @@
-"""VOC12: the benchmark's data, and `prepare` on small copies that are whole or damaged."""
+"""VOC12: the benchmark's classes and prompts, and `prepare` on small complete or damaged copies."""
 import hashlib
 import re
 import shutil
@@ -20,7 +20,7 @@ XML = """<annotation><size><width>8</width><height>6</height></size>
 <object><name>dog</name><difficult>1</difficult><truncated>1</truncated></object></annotation>"""
 
 
-def test_benchmark():
+def test_benchmark_has_the_published_classes_and_prompts():
     voc = load("voc12")
     assert (len(voc.classes), len(voc.backgrounds), voc.channels, voc.box_threshold) == (20, 25, 21, 0.4)
     assert voc.classes[14] == "person"
@@ -33,7 +33,7 @@ def test_benchmark():
 
 @pytest.fixture
 def copy(tmp_path):
-    """A whole copy of a VOC with four images; `.root` and `.out` are its folder and that of the lists."""
+    """A complete copy of a VOC with four images; `.root` is its folder, `.out` the folder of the lists."""
     root = tmp_path / "VOC2012"
     images = ("JPEGImages", "Annotations", "SegmentationClass", "SegmentationClassAug")
     for folder in (*images, "ImageSets/Segmentation"):
@@ -57,7 +57,7 @@ def run(copy, *flags, workers=1):
     return prepare.main(arguments)
 
 
-def test_whole_copy(copy, capsys):
+def test_complete_copy_gives_all_lists_without_problems(copy, capsys):
     assert run(copy) == 0
     written = {file.stem: file.read_text() for file in copy.out.iterdir()}
     splits = {"train": TRAIN, "val": VAL, "trainval": sorted(TRAIN + VAL), "train_aug": sorted(TRAIN + EXTRA)}
@@ -65,12 +65,12 @@ def test_whole_copy(copy, capsys):
         assert written.pop(split) == "".join(f"{name}\n" for name in names)
         assert written.pop(f"{split}_labels") == "".join(f"{name} 14 11\n" for name in names)
     assert not written
-    said = capsys.readouterr().out
-    assert said.count("sha256 is NOT the published one") == 4
-    assert "no problems found" in said
+    printed = capsys.readouterr().out
+    assert printed.count("sha256 is NOT the published one") == 4
+    assert "no problems found" in printed
 
 
-def test_label_files_give_what_the_annotations_give(copy):
+def test_label_file_equals_the_annotations(copy):
     run(copy)
     voc = load("voc12")
     from_xml = labels.reader(replace(voc, root=str(copy.root)), {})
@@ -78,23 +78,23 @@ def test_label_files_give_what_the_annotations_give(copy):
     assert all(from_xml(name) == from_file(name) for name in labels.read_split(copy.out / "train_aug.txt"))
 
 
-def test_published_lists_are_recognised(copy, capsys, monkeypatch):
+def test_published_list_is_recognized(copy, capsys, monkeypatch):
     digest = hashlib.sha256("".join(f"{name}\n" for name in TRAIN).encode()).hexdigest()
     monkeypatch.setitem(prepare.PUBLISHED, "train", (2, digest))
     assert run(copy) == 0
-    said = capsys.readouterr().out
-    assert "train.txt: 2 images; sha256 is the published one" in said
-    assert "val.txt: 1 images; sha256 is NOT the published one, so this is another list" in said
+    printed = capsys.readouterr().out
+    assert "train.txt: 2 images; sha256 is the published one" in printed
+    assert "val.txt: 1 images; sha256 is NOT the published one, so this is another list" in printed
 
 
-def test_line_ends_of_the_image_sets_do_not_matter(copy):
+def test_crlf_image_sets_give_the_same_list(copy):
     file = copy.root / "ImageSets/Segmentation/train.txt"
     file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
     assert run(copy) == 0
     assert (copy.out / "train.txt").read_bytes() == b"2007_000032\n2007_000039\n"
 
 
-def test_processes_change_nothing(copy, capsys):
+def test_num_workers_does_not_change_the_output(copy, capsys):
     (copy.root / "JPEGImages/2007_000039.jpg").write_bytes(b"")
     assert run(copy) == 1
     alone = {file.name: file.read_bytes() for file in copy.out.iterdir()}
@@ -103,7 +103,7 @@ def test_processes_change_nothing(copy, capsys):
 
 
 @pytest.mark.parametrize("emptied", [False, True])
-def test_without_augmented_masks(copy, capsys, emptied):
+def test_train_aug_is_skipped_without_augmented_masks(copy, capsys, emptied):
     shutil.rmtree(copy.root / "SegmentationClassAug")
     if emptied:
         (copy.root / "SegmentationClassAug").mkdir()
@@ -131,7 +131,7 @@ def text(content):
 
 
 @pytest.mark.parametrize(
-    ("file", "damage", "said"),
+    ("file", "damage", "message"),
     [
         ("JPEGImages/2007_000039.jpg", remove, "missing image: 1\n    no image 2007_000039"),
         ("JPEGImages/2007_000039.jpg", text("no image"), "bad image: 1"),
@@ -153,23 +153,23 @@ def text(content):
         ("ImageSets/Segmentation/train.txt", text("a\na\n"), "train.txt line 2: image a was listed before"),
     ],
 )
-def test_one_thing_wrong(copy, capsys, file, damage, said):
+def test_single_fault_is_reported(copy, capsys, file, damage, message):
     damage(copy.root / file)
     assert run(copy) == 1
     out = capsys.readouterr().out
-    assert said in out
+    assert message in out
     assert "1 problems, all listed in" in out
     assert len((copy.out / "problems.txt").read_text().splitlines()) == 1
 
 
-def test_images_whose_annotation_is_bad_have_no_line_in_the_label_file(copy):
+def test_label_file_leaves_out_images_without_annotation(copy):
     (copy.root / "Annotations/2007_000039.xml").unlink()
     run(copy)
     assert (copy.out / "train.txt").read_text() == "2007_000032\n2007_000039\n"
     assert (copy.out / "train_labels.txt").read_text() == "2007_000032 14 11\n"
 
 
-def test_pixels_are_looked_at_when_asked(copy, capsys):
+def test_check_images_decodes_all_pixels(copy, capsys):
     noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
     Image.fromarray(noise).save(copy.root / "JPEGImages/2007_000039.jpg", quality=100)
     (copy.root / "JPEGImages/2007_000039.jpg").open("rb+").truncate(700)  # only the header is whole
@@ -181,12 +181,12 @@ def test_pixels_are_looked_at_when_asked(copy, capsys):
     assert not (copy.out / "problems.txt").exists()
 
 
-def test_many_problems_of_a_kind_are_counted(copy, capsys):
+def test_problems_of_one_kind_are_counted(copy, capsys):
     for name in TRAIN + VAL + EXTRA:
         (copy.root / "JPEGImages" / f"{name}.jpg").unlink()
     assert run(copy) == 1
-    assert "missing image: 4" in (said := capsys.readouterr().out)
-    assert "... and 1 more" in said
+    assert "missing image: 4" in (printed := capsys.readouterr().out)
+    assert "... and 1 more" in printed
     assert len((copy.out / "problems.txt").read_text().splitlines()) == 4
 
 
@@ -194,13 +194,13 @@ def test_many_problems_of_a_kind_are_counted(copy, capsys):
     ("flags", "sentence"),
     [
         (["--root", "{root}/none"], "has no JPEGImages folder"),
-        (["--root", "{root}/.."], "has no JPEGImages folder; is it .*VOC2012"),
+        (["--root", "{root}/.."], "has no JPEGImages folder; did you mean --root .*VOC2012"),
         (["--root", "{root}", "--num_workers", "0"], "--num_workers: expected a whole number, 1 or more"),
         ([], "--root"),
         (["--root", "{root}", "--out", "{root}/Annotations/2007_000032.xml/x"], "2007_000032.xml"),
     ],
 )
-def test_wrong_usage(copy, capsys, flags, sentence):
+def test_wrong_usage_exits_with_code_2(copy, capsys, flags, sentence):
     with pytest.raises(SystemExit) as stop:
         prepare.main([flag.format(root=copy.root) for flag in flags])
     assert stop.value.code == 2
@@ -214,7 +214,7 @@ LISTS_2007 = {"train": ["000012", "000017"], "val": ["000005"], "test": ["000001
 
 @pytest.fixture
 def copy_2007(tmp_path):
-    """A whole copy of a VOC2007 with five images and no masks."""
+    """A complete copy of a VOC2007 with five images and no masks."""
     root = tmp_path / "VOC2007"
     for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (root / folder).mkdir(parents=True)
@@ -230,7 +230,7 @@ def copy_2007(tmp_path):
     return SimpleNamespace(root=root, out=tmp_path / "lists")
 
 
-def test_2007_lists_hold_the_labels(copy_2007, capsys):
+def test_2007_lists_contain_the_labels(copy_2007, capsys):
     assert run(copy_2007, "--year", "2007", workers=2) == 0
     written = {file.name: file.read_text() for file in copy_2007.out.iterdir()}
     assert written == {
@@ -238,27 +238,28 @@ def test_2007_lists_hold_the_labels(copy_2007, capsys):
         "2007_val.txt": "000005 14 11\n",
         "2007_test.txt": "000001 6 14 0\n000002 14 11\n",
     }
-    said = capsys.readouterr().out
-    assert "2007_test.txt: 2 images" in said and "published one, which has 4952 images" in said
+    printed = capsys.readouterr().out
+    assert "2007_test.txt: 2 images" in printed and "published one, which has 4952 images" in printed
 
 
-def test_2007_archives_may_be_had_one_without_the_other(copy_2007, capsys, monkeypatch):
+def test_2007_requires_only_one_archive(copy_2007, capsys, monkeypatch):
     monkeypatch.setitem(prepare.PUBLISHED, "2007_test", (2,))
     for split in ("train", "val"):
         (copy_2007.root / "ImageSets/Main" / f"{split}.txt").unlink()
     assert run(copy_2007, "--year", "2007") == 0
     assert [file.name for file in copy_2007.out.iterdir()] == ["2007_test.txt"]
-    said = capsys.readouterr().out
-    assert "2007_train is not made: there is no " in said and "another list" not in said
+    printed = capsys.readouterr().out
+    assert "2007_train is not made: " in printed and "Main/train.txt does not exist" in printed
+    assert "another list" not in printed
     (copy_2007.root / "ImageSets/Main/test.txt").unlink()
     with pytest.raises(SystemExit) as stop:
         run(copy_2007, "--year", "2007")
     assert stop.value.code == 2
-    assert "has none of the lists train.txt, val.txt, test.txt" in capsys.readouterr().err
+    assert "has none of the lists train.txt, val.txt, test.txt: check --root" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("file", "damage", "said"),
+    ("file", "damage", "message"),
     [
         ("JPEGImages/000002.jpg", remove, "missing image: 1"),
         ("Annotations/000002.xml", remove, "missing annotation: 1"),
@@ -266,19 +267,19 @@ def test_2007_archives_may_be_had_one_without_the_other(copy_2007, capsys, monke
         ("ImageSets/Main/val.txt", text("000005\n000005\n"), "image 000005 was listed before"),
     ],
 )
-def test_one_thing_wrong_in_2007(copy_2007, capsys, file, damage, said):
+def test_single_fault_is_reported_for_2007(copy_2007, capsys, file, damage, message):
     copy_2007.out.mkdir()
     (copy_2007.out / "problems.txt").write_text("of 2012\n")
     damage(copy_2007.root / file)
     assert run(copy_2007, "--year", "2007") == 1
-    assert said in capsys.readouterr().out
+    assert message in capsys.readouterr().out
     assert len((copy_2007.out / "2007_problems.txt").read_text().splitlines()) == 1
     assert (copy_2007.out / "problems.txt").read_text() == "of 2012\n"
     listed = labels.read_split(copy_2007.out / "2007_test.txt")
     assert ("000002" in listed) == ("Annotations" not in file) and "000001" in listed
 
 
-def test_2007_is_distinguished_from_2012(copy_2007, capsys):
+def test_2007_error_suggests_the_inner_folder(copy_2007, capsys):
     with pytest.raises(SystemExit):
         prepare.main(["--root", str(copy_2007.root.parent), "--year", "2007"])
-    assert re.search("is no copy of VOC2007: .*; is it .*VOC2007", capsys.readouterr().err)
+    assert re.search("is not a copy of VOC2007: .*; did you mean --root .*VOC2007", capsys.readouterr().err)
