@@ -188,7 +188,7 @@ def test_annotations_give_masks_and_lists(copy, capsys):
     printed = capsys.readouterr().out
     assert "train: 4 masks made in" in printed
     assert "train: labels from the values of the masks" in printed
-    assert "train.txt: 3 images; sha256 is NOT the published one" in printed
+    assert "train.txt: 3 images; sha256 DIFFERS from that of the published list" in printed
     assert labels.read_split(copy.out / "train.txt", 80)[TRAIN[0]] == [0, 16]
 
 
@@ -218,7 +218,7 @@ def test_labels_of_masks_leave_out_hidden_classes(copy, capsys):
 def test_published_list_is_recognized(copy, capsys, monkeypatch):
     monkeypatch.setitem(prepare.PUBLISHED, "train", (3, hashlib.sha256(lines(LABELS).encode()).hexdigest()))
     run(copy, "--annotations", copy.train)
-    assert "train.txt: 3 images; sha256 is the published one" in capsys.readouterr().out
+    assert "train.txt: 3 images; sha256 equals that of the published list" in capsys.readouterr().out
 
 
 def test_second_run_paints_only_missing_masks(copy, capsys):
@@ -359,7 +359,7 @@ def test_2017_annotations_give_masks_and_lists(copy_2017, capsys, monkeypatch):
     assert (mask[:4, :5] == 3).all() and mask.sum() == 3 * 20
     printed = capsys.readouterr().out
     assert "train2017: labels from the instances JSON" in printed
-    assert printed.count("another list than the published one") == 1 and "has 117266 images" in printed
+    assert printed.count("differs from the published list") == 1 and "has 117266 images" in printed
 
 
 def test_2017_resumes_and_does_not_change_2014(copy_2017, copy):

@@ -441,13 +441,13 @@ def test_file_that_is_no_checkpoint_is_an_error(tmp_path):
     torch.save(state | prefixed(state, "module.base."), tmp_path / "two.pth")
     torch.save({"res2a_branch2a/0": torch.ones(1), "bn2a_branch2a/0": torch.ones(1)}, tmp_path / "caffe.pth")
     messages = {
-        "cut.pth": "cut short",
+        "cut.pth": "truncated",
         "text.pth": "damaged",
-        "empty.pth": "cut short",
-        "cut.safetensors": "cut short",
+        "empty.pth": "truncated",
+        "cut.safetensors": "truncated",
         "cut.npz": "damaged",
         "objects.npz": "more than arrays of numbers",
-        "objects.pth": "never run",
+        "objects.pth": "not loaded for safety",
         "list.pth": "holds a list",
         "clip.pth": "(visual.conv1.weight), none like base.layer2.block1.reduce.conv.weight",
         "nothing.pth": "it has 0 tensors",

@@ -192,7 +192,7 @@ def test_foreign_files_are_not_replaced(run, photos, tmp_path):
     (tmp_path / "set" / "masks").mkdir(parents=True)
     foreign = tmp_path / "set" / "masks" / "a.png"
     foreign.write_bytes((photos / "a.png").read_bytes())
-    for source, message in [(foreign, "would be replaced"), (photos, "was not filled by this command")]:
+    for source, message in [(foreign, "would be replaced"), (photos, "so this command did not fill it")]:
         with pytest.raises(ValueError, match=message):
             main([str(source), "--run", str(run), "--out", str(tmp_path / "set"), "--device", "cpu"])
     assert foreign.read_bytes() == (photos / "a.png").read_bytes()

@@ -240,7 +240,7 @@ def test_overwrite_removes_all_outputs_of_the_last_test(tiny, tree):
     before = content(out)
     (out / "masks_crf" / "more").mkdir()
     Image.new("L", (2, 2)).save(out / "masks_crf" / "more" / "own.png")
-    with pytest.raises(ValueError, match="move it away"):
+    with pytest.raises(ValueError, match="move this file"):
         tiny("--flip", "--overwrite")
     assert before.items() < content(out).items() and (out / "scores_crf.json").is_file()
     shutil.rmtree(out / "masks_crf" / "more")
@@ -323,7 +323,7 @@ def test_bad_files_are_skipped_and_listed(tiny, tree, capsys):
     assert report["images"] == 1 and sorted(report["failed"]) == sorted(bad)
     expected = scores(confusion(labels, read_mask(out / "masks" / "im2.png"), 5))
     assert report["best"]["Mean IoU"] == pytest.approx(expected["Mean IoU"], abs=1e-12)
-    assert not [*out.glob("*.tgz")] and "no submission was packed" in capsys.readouterr().out
+    assert not [*out.glob("*.tgz")] and "no submission was packed" in capsys.readouterr().err
 
 
 def test_mask_of_another_size_is_reported_for_a_finished_prediction(tiny, tree):
@@ -441,7 +441,8 @@ def test_only_rank_0_prints_a_user_error(command, before, tiny, tree):
     flags = [*(word.format(tree=tree) for word in before), "--run", str(tree / "run"), "--device", "cpu"]
     flags += ["--out", str(tree / "run")]
     (tree / "run" / "settings.json").write_text('{"step": "deeplab.train"}')
-    for more, message in [(["test.crf=fancy"], "error: test.crf must be"), ([], "folder of another step")]:
+    other_step = "contains the outputs of step deeplab.train"
+    for more, message in [(["test.crf=fancy"], "error: test.crf must be"), ([], other_step)]:
         started = processes.ranks(runs.command, partial(command, [*flags, *more]))
         (code, printed, _), (other, silent, _) = [process.end() for process in started]
         assert (code, other, silent) == (2, 1, "")

@@ -219,7 +219,7 @@ def error_of(capsys, arguments) -> tuple[int, str]:
 def test_folder_of_a_run_requires_resume_or_overwrite(world, undisturbed, tmp_path, capsys):
     before = content(undisturbed)
     code, message = error_of(capsys, words(world, undisturbed))
-    assert code == 2 and "holds checkpoint_10.pth: --resume continues that run, --overwrite starts" in message
+    assert code == 2 and "contains checkpoint_10.pth: give --resume to continue that run, --overw" in message
     code, message = error_of(capsys, words(world, undisturbed, "--resume", "solver.learning_rate=1e-4"))
     assert code == 2 and "solver.learning_rate (was 0.001, now 0.0001);" in message
     assert "momentum" not in message
@@ -251,7 +251,7 @@ def test_overwrite_starts_from_scratch(world, tmp_path, capsys):
     (tmp_path / RESUME).write_bytes(b"damaged")
     flags = words(world, tmp_path, "solver.iterations=2", "solver.seed=1", "--resume")
     code, message = error_of(capsys, flags)
-    assert code == 2 and "damaged or of another network: remove it to start anew" in message
+    assert code == 2 and "damaged or of another network: remove it to start from scratch" in message
 
 
 def copied(world: Path, tmp_path: Path) -> list[str]:

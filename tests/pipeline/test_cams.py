@@ -76,8 +76,8 @@ def test_bad_images_do_not_stop_a_run(voc, tmp_path, monkeypatch, parity_file, c
     assert run(monkeypatch, voc, out, parity_file("tiny", 1)) == 1
     assert set(files(out)) == {"es_a.npy"}
     assert "es_b" in (out / "failed.txt").read_text()
-    told = capsys.readouterr().err
-    assert "1 failed" in told and "images without labels: 1 (other)" in told
+    printed = capsys.readouterr().err
+    assert "1 failed" in printed and "images without labels: 1 (other)" in printed
     parity_image("es_b", (75, 100)).save(voc / "JPEGImages" / "es_b.png")  # repair the image and run again
     assert run(monkeypatch, voc, out, parity_file("tiny", 1)) == 0
     assert set(files(out)) == {"es_a.npy", "es_b.npy"} and not (out / "failed.txt").exists()

@@ -424,7 +424,7 @@ def test_a_full_disk_elsewhere_also_stops_a_run(few, tmp_path, capsys, monkeypat
     monkeypatch.setattr("pipeline.fused.crf_labels", full)
     flags = [*flags_of(few), "--output", tmp_path / "masks"]
     code, errors = run_here("pseudo_masks", capsys, monkeypatch, *flags)
-    sentence = "error: [Errno 28] No space left on device: make room, and start again to go on\n"
+    sentence = "error: [Errno 28] No space left on device: free disk space and run the same command again\n"
     assert (code, errors) == (1, sentence)
 
 

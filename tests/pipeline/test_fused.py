@@ -456,7 +456,7 @@ def test_nothing_is_removed_if_either_folder_is_refused(data, model, steps, tmp_
     shutil.copy(steps / "masks" / "es_b.png", tmp_path / "foreign")
     before = files(tmp_path / "cams", "*")
     keep = ["--keep_cams", "compact", "--cam_dir", tmp_path / "cams", "--overwrite"]
-    with pytest.raises(ValueError, match="not filled by this command"):
+    with pytest.raises(ValueError, match="so this command did not fill it"):
         fused(data, tmp_path / "foreign", *model, *keep)
     assert files(tmp_path / "cams", "*") == before
     with pytest.raises(SystemExit):

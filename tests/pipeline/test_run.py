@@ -69,9 +69,9 @@ def test_results_are_returned_and_notes_printed(tmp_path, capfd, num_workers):
     run = Run(tmp_path / "out")
     assert sum(run.map(Sum(2), NAMES, num_workers=num_workers)) == 110
     assert run.finish() == 0
-    told = capfd.readouterr().err
-    assert "11 images, 0 failed" in told and "odd: 5 (1, 3, 5, 7, 9)" in told
-    assert "image/s" not in told  # no progress bar without a terminal
+    message = capfd.readouterr().err
+    assert "11 images, 0 failed" in message and "odd: 5 (1, 3, 5, 7, 9)" in message
+    assert "image/s" not in message  # no progress bar without a terminal
     assert not (tmp_path / "out" / "failed.txt").exists()
 
 
@@ -131,7 +131,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_of_unknown_origin_is_refused(tmp_path, overwrite):
     (tmp_path / "truth.png").touch()
-    with pytest.raises(ValueError, match=r"holds truth\.png but no settings\.json"):
+    with pytest.raises(ValueError, match=r"contains truth\.png but no settings\.json, so this command did"):
         Run(tmp_path, Record(outputs=("*.png",)), overwrite)
     assert [file.name for file in tmp_path.iterdir()] == ["truth.png"]
 
@@ -141,7 +141,7 @@ def test_a_folder_of_another_step_is_refused(tmp_path):
     (tmp_path / "truth.png").touch()
     before = (tmp_path / "settings.json").read_bytes()
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"folder of another step \(cams, not masks\)"):
+        with pytest.raises(ValueError, match=r"contains the outputs of step cams, not of masks"):
             Run(tmp_path, Record("masks", {"a": 1}, outputs=("*.png",)), overwrite)
     assert (tmp_path / "truth.png").exists() and (tmp_path / "settings.json").read_bytes() == before
 
@@ -154,7 +154,7 @@ def test_overwrite_removes_nothing_from_subfolders(tmp_path):
     files = [tmp_path / "a.png", tmp_path / "mine" / "b.png"]
     for file in files:
         file.touch()
-    with pytest.raises(ValueError, match=r"also holds mine.b\.png, and --overwrite removes nothing"):
+    with pytest.raises(ValueError, match=r"also contains mine.b\.png, but --overwrite removes nothing"):
         Run(tmp_path, other, overwrite=True)
     assert all(file.exists() for file in files)
     with pytest.raises(ValueError, match=r"other settings: a \(was 1, now 2\)"):
@@ -192,7 +192,7 @@ def test_damaged_settings_raise(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "error, code, told",
+    "error, code, message",
     [
         (None, 0, ""),
         (ValueError("bad flag"), 2, "error: bad flag"),
@@ -201,7 +201,7 @@ def test_damaged_settings_raise(tmp_path, text):
         (KeyboardInterrupt(), 130, "the same command continues"),
     ],
 )
-def test_command(error, code, told, capsys):
+def test_command(error, code, message, capsys):
     def main():
         if error:
             raise error
@@ -210,7 +210,7 @@ def test_command(error, code, told, capsys):
         command(main)
     assert end.value.code == code
     err = capsys.readouterr().err
-    assert told in err and "Traceback" not in err
+    assert message in err and "Traceback" not in err
 
 
 def test_command_returns_the_code_of_main_and_logs_tracebacks_at_debug_level(capsys):

@@ -190,9 +190,9 @@ def test_images_that_fail_are_left_out_of_their_shard(data, model, sharded, tmp_
     expected = members(sharded / "in-000.tar")[f"{good}.png"]
     names = (good, "in/a.folder/deep", long)
     assert members(tmp_path / "masks" / "in-000.tar") == {f"{name}.png": expected for name in names}
-    told = capsys.readouterr().err
-    assert "images without labels: 1 (empty)" in told and "10 images, 5 failed" in told
-    assert "samples without an image: 1 (imageless)" in told
+    printed = capsys.readouterr().err
+    assert "images without labels: 1 (empty)" in printed and "10 images, 5 failed" in printed
+    assert "samples without an image: 1 (imageless)" in printed
     failures = dict(
         line.split("\t") for line in (tmp_path / "masks" / "failed.txt").read_text().splitlines()
     )
@@ -327,8 +327,8 @@ def test_failures_of_a_shard_are_listed_until_it_is_removed(copies, model, tmp_p
     write_shard(copies / "in-001.tar", {**good, "image_4.jpg": b"no image"})
     for _ in range(2):
         first = masks(copies, model, out, code=1)
-        told = capsys.readouterr().err
-        assert "1 failed" in told and "is not an image" in told and "remove a shard to try its images" in told
+        printed = capsys.readouterr().err
+        assert "1 failed" in printed and "is not an image" in printed and "remove a shard to try its images" in printed
         assert (out / "failed.txt").read_text() == (out / "in-001.failed.txt").read_text()
     write_shard(copies / "in-001.tar", good)
     (out / "in-001.tar").unlink()

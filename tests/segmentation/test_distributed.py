@@ -96,7 +96,7 @@ def test_nan_loss_on_one_rank_stops_all_ranks(world, tmp_path):
     images = ", ".join(names[draw.index] for draw in draws)
     assert errors == (
         f"error: training stopped: the loss of iteration 3 is nan; its images: {images}; last good "
-        f"checkpoint: {tmp_path / 'checkpoint_2.pth'}; a lower learning_rate may help\n"
+        f"checkpoint: {tmp_path / 'checkpoint_2.pth'}; a lower solver.learning_rate may help\n"
     )
     assert {file.name for file in tmp_path.glob("*.p*")} == {"checkpoint_2.pth", "resume.pt"}
     state = torch.load(tmp_path / "resume.pt", weights_only=True)

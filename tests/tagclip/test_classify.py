@@ -331,7 +331,7 @@ def test_user_errors_are_reported(world, tmp_path):
     assert not list((tmp_path / "o").glob("scores-*"))  # all errors come before any computation
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "labels.txt").write_text("tagclip-0 8\n")
-    with pytest.raises(ValueError, match=r"own holds labels.txt but no settings.json"):
+    with pytest.raises(ValueError, match=r"own contains labels.txt but no settings.json"):
         classify.main(flags(world, tmp_path / "own"))
     with pytest.raises(FileNotFoundError, match=r"split file of benchmark voc12, does not exist: prepare"):
         classify.main(["--benchmark", "voc2012", "--image_root", str(world)])

@@ -66,7 +66,7 @@ def test_complete_copy_gives_all_lists_without_problems(copy, capsys):
         assert written.pop(f"{split}_labels") == "".join(f"{name} 14 11\n" for name in names)
     assert not written
     printed = capsys.readouterr().out
-    assert printed.count("sha256 is NOT the published one") == 4
+    assert printed.count("sha256 DIFFERS from that of the published list") == 4
     assert "no problems found" in printed
 
 
@@ -83,8 +83,8 @@ def test_published_list_is_recognized(copy, capsys, monkeypatch):
     monkeypatch.setitem(prepare.PUBLISHED, "train", (2, digest))
     assert run(copy) == 0
     printed = capsys.readouterr().out
-    assert "train.txt: 2 images; sha256 is the published one" in printed
-    assert "val.txt: 1 images; sha256 is NOT the published one, so this is another list" in printed
+    assert "train.txt: 2 images; sha256 equals that of the published list" in printed
+    assert "val.txt: 1 images; sha256 DIFFERS from that of the published list" in printed
 
 
 def test_crlf_image_sets_give_the_same_list(copy):
@@ -239,7 +239,7 @@ def test_2007_lists_contain_the_labels(copy_2007, capsys):
         "2007_test.txt": "000001 6 14 0\n000002 14 11\n",
     }
     printed = capsys.readouterr().out
-    assert "2007_test.txt: 2 images" in printed and "published one, which has 4952 images" in printed
+    assert "2007_test.txt: 2 images; differs from the published list, which has 4952 images" in printed
 
 
 def test_2007_requires_only_one_archive(copy_2007, capsys, monkeypatch):
