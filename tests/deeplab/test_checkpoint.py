@@ -448,7 +448,7 @@ def test_file_that_is_no_checkpoint_is_an_error(tmp_path):
         "cut.npz": "damaged",
         "objects.npz": "more than arrays of numbers",
         "objects.pth": "not loaded for safety",
-        "list.pth": "holds a list",
+        "list.pth": "contains a list",
         "clip.pth": "(visual.conv1.weight), none like base.layer2.block1.reduce.conv.weight",
         "nothing.pth": "it has 0 tensors",
         "integers.pth": "torch.int32, not float",
