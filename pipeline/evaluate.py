@@ -265,19 +265,23 @@ class Evaluation(ScoringStep):
             mask = read_mask(Path(self.cam_dir) / f"{name}.png")
             self.count(*count_mask(read_truth(self.gt_root, name, mask.shape), mask, self.benchmark.channels))
         else:
-            class_ids, cams = camfile.read(self.cam_dir, name, self.cam_type, rounded=False)
-            self.count(*count_cams(read_truth(self.gt_root, name, cams.shape[1:]), class_ids, cams, self))
+            truth = read_truth(self.gt_root, name)
+            class_ids, cams = camfile.read(self.cam_dir, name, self.cam_type, rounded=False, size=truth.shape)
+            self.count(*count_cams(truth, class_ids, cams, self))
         return Outcome(name)
 
 
-def read_truth(gt_root: str, name: str, size: tuple[int, int]) -> np.ndarray:
+def read_truth(gt_root: str, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
     """Return the ground-truth mask (H, W) uint8 of an image.
+
+    Args:
+        size: (H, W) of the prediction, if it is known already.
 
     Raises:
         ValueError: the mask cannot be read, or differs in size from the prediction.
     """
     truth = read_mask(Path(gt_root) / f"{name}.png")
-    if truth.shape != size:
+    if size not in (None, truth.shape):
         raise ValueError(f"the ground truth is {truth.shape} but the prediction {size} (H, W)")
     return truth
 

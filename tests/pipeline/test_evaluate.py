@@ -294,7 +294,7 @@ def test_damaged_images_are_left_out_and_listed(arrays, folders, tmp_path, capsy
     assert (hists == count(evaluation, "014")[0]).all()
     failures = {outcome.name: outcome.failure for outcome in outcomes}
     assert len(failures) == 5 and not any(failures[name] for name in "014")
-    assert "(32, 48) but the prediction (48, 32)" in failures["2"]
+    assert "has CAMs of an image of size (48, 32) (H, W), expected (32, 48)" in failures["2"]
     assert "3.png cannot be read" in failures["3"]
     assert evaluate(evaluation, list("01234"), tmp_path / "s.json") == 1
     scores = json.loads((tmp_path / "s.json").read_text())

@@ -88,9 +88,8 @@ def test_a_failed_image_is_listed_and_retried(step, tmp_path):
     Image.new("RGB", (7, 5)).save(file)
     assert make_masks(step, NAMES, "voc12", num_workers=2) == 1
     failed = tmp_path / "masks" / "failed.txt"
-    assert failed.read_text().startswith(
-        f"{NAMES[1]}\tclass probabilities are (75, 53) but the image is (5, 7)"
-    )
+    assert failed.read_text().startswith(f"{NAMES[1]}\t")
+    assert "has CAMs of an image of size (75, 53) (H, W), expected (5, 7)" in failed.read_text()
     assert len(content(tmp_path / "masks")) == 2
     file.write_bytes(whole)
     assert make_masks(step, NAMES, "voc12") == 0
