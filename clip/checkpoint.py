@@ -1,8 +1,8 @@
 """Checkpoint files -> CLIP.
 
 Supported files: OpenAI's TorchScript archives, state dicts (also of DataParallel, or inside a training
-checkpoint), open_clip's state dicts, and safetensors. Code in a file never runs: only the tensors of archives
-are read, and pickles are read by restricted unpicklers.
+checkpoint), open_clip's state dicts, and safetensors. Loading a file never runs its code: only the tensors of
+archives are read, and restricted unpicklers read the pickles.
 """
 import pickle
 import zipfile
@@ -59,8 +59,8 @@ def load(
     Args:
         name: a checkpoint file or a model name, see `clip.download.resolve`.
         device: "auto" (CUDA if available), "cpu", "cuda" or "cuda:i".
-        precision: of the image tower: "fp32", "tf32" (fp32 with TF32 products on CUDA), "bf16" or "fp16". The
-            text tower stays float32, because its features are computed only once.
+        precision: precision of the image tower: "fp32", "tf32" (fp32 with TF32 products on CUDA), "bf16" or
+            "fp16". The text tower stays float32, because its features are computed only once.
         round_weights: round matrix weights to float16 and back. CLIP-ES's implementation does this for every
             file, also on a CPU. Without rounding, CAMs of a float32 checkpoint differ by about 1e-2. None
             rounds all files except open_clip's.

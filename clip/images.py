@@ -1,4 +1,4 @@
-"""Pillow image -> network input, as in CLIP-ES: sides rounded up to patch multiples, no crop, no padding."""
+"""Pillow image -> network input, as in CLIP-ES: sides are patch multiples, without crop or padding."""
 import math
 
 import numpy as np

@@ -29,7 +29,7 @@ from segmentation.labels import CocoImage, mask_labels, read_coco_json
 from segmentation.masks import read_mask, write_mask
 
 SPLITS = ("train", "val")
-# Lines and sha256 of the lists that CLIP-ES distributes (github.com/linyq2117/CLIP-ES, coco14/*.txt).
+# Line count and sha256 of the lists that CLIP-ES distributes (github.com/linyq2117/CLIP-ES, coco14/*.txt).
 PUBLISHED = {
     "train": (82081, "6e2c180d260cf870c3802ddca1bf32a2b5c6f1356a7498eca04fca4c7a484320"),
     "val": (40137, "a8877a8b90baea45e7d9cb59654532644e1f8f765c7fd0380c4507d7e78393bb"),
@@ -103,9 +103,9 @@ def read_instances(file: Path, year: str) -> tuple[Part, dict[str, CocoImage]]:
 
 
 def may_paint(folder: Path, part: Part, overlap: Overlap, existing: bool) -> bool:
-    """Return whether to make the missing masks of a split: not if the existing masks are the user's.
+    """Return whether to make the missing masks of a split: not if the existing masks have another origin.
 
-    `folder/painted_<split><year>.json` records the `overlap` of masks that this command made.
+    `folder/painted_<split><year>.json` records the `overlap` of masks that this command makes.
 
     Args:
         existing: whether the folder contains masks of the split.
@@ -127,7 +127,7 @@ def may_paint(folder: Path, part: Part, overlap: Overlap, existing: bool) -> boo
 
 
 def inspect(root: Path, part: Part, overlap: Overlap, decode: bool, task: Task) -> shared.Inspection:
-    """Make the mask of an image if asked; return its sizes, problems and labels (from the mask)."""
+    """Make the mask of an image if `task.to_paint` is given; return its sizes, problems and mask labels."""
     inspection = shared.inspect_image(root / "JPEGImages" / part.folder, task.name, decode)
     if task.size:
         inspection.sizes = {"annotation": task.size, **inspection.sizes}

@@ -22,7 +22,7 @@ from segmentation.benchmark import IGNORE
 from segmentation.labels import Split, mask_labels, read_split
 from segmentation.masks import read_mask, write_mask
 
-PUBLISHED = Path(__file__).with_name("val_ids.txt")  # the selection rule is not documented
+PUBLISHED = Path(__file__).with_name("val_ids.txt")  # how these images were selected is not documented
 VALUES = 182  # class values in published masks and split files: official id - 1
 TO_CLASS = np.full(256, IGNORE, np.uint8)
 TO_CLASS[np.array(CATEGORY_IDS) - 1] = np.arange(len(CATEGORY_IDS))
@@ -80,7 +80,7 @@ def inspect(images: Path, source: Path | None, target: Path, decode: bool, name:
             inspection.problems.append(shared.Problem("unknown class", sentence))
         inspection.labels = mask_labels(mask, False, len(CLASSES), file)
         if converted.is_file() and not np.array_equal(read_mask(converted), mask):
-            raise ValueError(f"{converted} differs from the converted mask {file}: delete it to redo it")
+            raise ValueError(f"converted mask {converted} does not match {file}: delete it to make it again")
     if inspection.labels is not None and not converted.is_file():
         write_mask(converted, mask, BENCHMARK.palette)  # not a `Problem`: a failed write ends the run
     return inspection
@@ -113,7 +113,7 @@ def prepare(args: argparse.Namespace) -> int:
     if args.stuffthingmaps:
         print(f"masks of {len(CLASSES)} classes are in {target}")
     if missing := len(names) - len(split):
-        print(f"{missing} images have no readable mask, or no class in it, and are left out of the list")
+        print(f"{missing} images have no readable mask, or a mask without classes, and are left out")
     shared.write_split(args.out / "val.txt", split)
     return shared.report(problems, args.out / "problems.txt")
 

@@ -8,7 +8,11 @@ from common import logs
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows required flags in the usage line, and the defaults of all flags except switches."""
+    """Layout of --help.
+
+    The usage line lists only the required flags. Defaults are shown, except None, False and empty ones.
+    `--no-...` spellings are hidden.
+    """
 
     def add_usage(self, usage, actions, groups, prefix=None) -> None:
         required = [
@@ -30,7 +34,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser with `HelpFormatter`, -v and -q. Creating one makes the process log to stderr."""
+    """ArgumentParser with `HelpFormatter`, -v and -q. Creating a Parser turns on logging to stderr."""
 
     def __init__(self, **options: Any):
         super().__init__(**{"formatter_class": HelpFormatter, **options})
@@ -44,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Show(argparse.Action):
-    """Sets the level of messages; leaves nothing in the namespace."""
+    """Flag that sets the log level when it is parsed. It adds no attribute to the namespace."""
 
     def __init__(self, option_strings, dest: str, level: int, help: str):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)

@@ -128,14 +128,14 @@ def read(
         most: maximum number of pixels; maps of a larger image are resized to
             `segmentation.images.size_within`. None: no limit.
         rounded: round maps of a compact file to float16. False returns them as float32: rounding all maps
-            takes longer than everything else here, and some callers use only a few of them.
+            takes longer than the rest of this function, and some callers use only a few of the maps.
 
     Returns:
         class_ids (K,) int64 and maps (K, H, W) float16; (K + 1, H, W) if the type has a background channel.
 
     Raises:
         FileNotFoundError: the image has no CAM file.
-        ValueError: the file is damaged, is not a CAM file, contains code, or has no `cam_type`.
+        ValueError: the file is damaged, is not a CAM file, contains code, or has no maps of type `cam_type`.
     """
     file = find(folder, name)
     if file is None:
@@ -175,7 +175,7 @@ def _class_ids(content: dict, file: Path) -> np.ndarray:
 
 
 def _content(file: Path, only: str | None = None) -> dict:
-    """Return the entries of a CAM file. Of a compact file, read only the entry `only` if it is given."""
+    """Return the entries of a CAM file. If `only` is given, only this entry of a compact file is read."""
     try:
         if file.suffix == FORMATS["compact"]:
             with np.load(file, allow_pickle=False) as arrays:
@@ -190,4 +190,4 @@ def _content(file: Path, only: str | None = None) -> dict:
             raise ValueError(f"it contains a {type(content).__name__}, expected a dict of CAMs")
         return content
     except Exception as error:  # damaged pickles and archives raise exceptions of any type
-        raise ValueError(f"{file} cannot be read as CAM file: {error}") from None
+        raise ValueError(f"{file} cannot be read as a CAM file: {error}") from None

@@ -22,7 +22,7 @@ PREFETCH = 2  # batches that are read while the trainer processes another one
 
 
 class Draw(NamedTuple):
-    """One sample: image `index` of the split, which is number `position` of an epoch."""
+    """One sample: image `index` of the split, at `position` in the order of the epoch `epoch`."""
 
     epoch: int
     position: int
@@ -30,7 +30,7 @@ class Draw(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Samples: arrays when they are read; the trainer passes them to objectives as tensors on its device.
+    """Samples of one batch. `TrainingSet` yields arrays; the trainer passes objectives tensors on its device.
 
     Attributes:
         images: (B, 3, H, W) float32.
@@ -48,10 +48,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """The images of each batch, which depend only on the seed and the batch number.
+    """The choice of images for each batch. It depends only on the attributes below and the batch number.
 
     Attributes:
-        images: number of images in the split; an epoch uses each image once.
+        images: number of images in the split; an epoch uses each image at most once.
         batch_size: images per batch, over all processes together.
         drop_last: skip the last batch of an epoch if it is incomplete; else it is a smaller batch.
     """
@@ -131,13 +131,13 @@ class TrainingSet:
     def batches(
         self, order: Order, numbers: range, rank: int = 0, world: int = 1, threads: int = 1
     ) -> Iterator[Batch]:
-        """Yield the part of rank `rank` (of `world` ranks) of each of the batches `numbers`.
+        """Yield, for each batch number in `numbers`, the samples of rank `rank` (of `world` ranks).
 
         Threads read the batches in advance. Decoding, resizing and most of NumPy release the interpreter
         lock, so threads are as fast as processes, and their arrays need no copy.
 
         Raises:
-            FileNotFoundError, ValueError: see `sample`; raised when the invalid batch would be returned.
+            FileNotFoundError, ValueError: see `sample`; raised when the invalid batch is due.
         """
 
         def start(number: int) -> tuple[list[str], list[Future]]:

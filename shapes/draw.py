@@ -58,9 +58,9 @@ def image_size(sides: tuple[int, int], seed: int, index: int, stream: str) -> tu
 
 
 def write(root: Path, train: int, val: int, sides: tuple[int, int] = (96, 160), seed: int = 0) -> None:
-    """Draw `train` + `val` images into `root`, replacing files of the same names.
+    """Draw `train` + `val` images into `root`; files of the same names are replaced.
 
-    The split files are written last, so that a data set with split files is complete.
+    The split files are written last: if they exist, the data set is complete.
 
     Args:
         sides: shortest and longest image side in pixels.
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=200, help="images of the train split")
     parser.add_argument("--val", type=int, default=60, help="images of the val split")
     parser.add_argument("--size", type=_sides, default=(96, 160), help="range of both sides, such as 96-160")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the images")
     args = parser.parse_args()
     try:
         write(args.root, args.train, args.val, args.size, args.seed)

@@ -19,7 +19,7 @@ from segmentation.labels import class_indices, mask_labels, read_split, read_voc
 from segmentation.masks import read_mask
 from voc12 import CLASSES
 
-# Lines and sha256 of the lists that CLIP-ES distributes (github.com/linyq2117/CLIP-ES, voc12/*.txt).
+# Line count and sha256 of the lists that CLIP-ES distributes (github.com/linyq2117/CLIP-ES, voc12/*.txt).
 PUBLISHED = {
     "train": (1464, "aa623bd2c8ce4443a8aaae51c524c0eb165e8e44caf6aa9e3ad33d7b75a3ef20"),
     "val": (1449, "cdc1326d12f69ce5153aa5da04a4d8783e146868d42d19f82f44e74b97ac907d"),
@@ -113,7 +113,7 @@ def prepare(args: argparse.Namespace) -> int:
     """Check the copy of VOC, write its lists and return the exit code; `args`: see `main`.
 
     Raises:
-        FileNotFoundError: a copy of VOC2007 that has no list.
+        FileNotFoundError: the copy of VOC2007 has no list.
     """
     problems: list[shared.Problem] = []
     is_2012 = args.year == "2012"
@@ -122,7 +122,7 @@ def prepare(args: argparse.Namespace) -> int:
         folders = mask_folders(splits)
     else:
         splits = read_splits_2007(args.root, problems)
-        folders = {name: [] for names in splits.values() for name in names}  # no masks: few have one
+        folders = {name: [] for names in splits.values() for name in names}  # no masks: few images have one
     inspect_item = partial(inspect, args.root, args.check_images)
     labels = shared.inspect_all(inspect_item, sorted(folders.items()), args.num_workers, "checking", problems)
     for split, names in splits.items():

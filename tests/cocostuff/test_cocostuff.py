@@ -128,7 +128,7 @@ def test_existing_masks_are_compared_and_not_changed(copy, capsys):
     before = mine.read_bytes()
     assert run(copy) == 1
     assert mine.read_bytes() == before
-    assert f"{NAMES[1]}.png differs from the converted mask" in capsys.readouterr().out
+    assert f"converted mask {mine} does not match" in capsys.readouterr().out
     mine.unlink()
     assert run(copy) == 0
 
