@@ -44,7 +44,7 @@ class Source:
     conventions: dict[str, Any] = field(default_factory=dict)  # fields of `clip.model.Config`
 
     def weights_rounded(self, round_weights: bool | None) -> bool:
-        """Return whether `clip.load` rounds the matrix weights if its argument has this value."""
+        """Return whether `clip.load(..., round_weights=...)` rounds the matrix weights of this file."""
         return not self.open_clip if round_weights is None else round_weights
 
 
@@ -138,9 +138,9 @@ def _cache() -> Path:
 def fetch(url: str, folder: Path) -> Path:
     """Return the path of a file in `folder`, downloaded if it is missing or has the wrong checksum.
 
-    The checksum comes from the address: in OpenAI's addresses, the last folder is the sha256; in those of
-    open_clip's releases, the file name ends in the first 8 digits of the sha256. Files at other addresses are
-    not checked. A failed download leaves no file.
+    The checksum comes from the address: in OpenAI's addresses, the last folder is the sha256; in addresses
+    of open_clip's releases, the file name ends in the first 8 digits of the sha256. Files at other addresses
+    are not checked. A failed download leaves no file.
 
     Raises:
         OSError: the address cannot be reached, the file is incomplete, or its checksum is wrong.

@@ -69,8 +69,8 @@ def attend_with_weights(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the output of attention and its weights.
 
-    If no gradient is needed, heads are computed in chunks that reuse the same memory. Then weights with the
-    mask that are below NEGLIGIBLE are set to 0.
+    If no gradient is needed, heads are computed in chunks that reuse the same memory. In this case,
+    weights that include the mask are set to 0 if they are below NEGLIGIBLE.
 
     Args:
         query, key, value: (B, heads, L, 64).

@@ -1,8 +1,8 @@
 """Index masks from COCO instance annotations.
 
-COCO annotates objects, and objects overlap; an index mask has one class per pixel. Published masks do not
-document which object gets a shared pixel. By default, the smallest object gets it, so that no larger object
-hides a smaller one.
+COCO annotates objects, and objects overlap; an index mask has one class per pixel. It is not documented
+which object gets a shared pixel in the published masks. By default, the smallest object gets it, so that no
+larger object hides a smaller one.
 """
 from typing import Any, Literal, get_args
 

@@ -22,7 +22,7 @@ from segmentation.benchmark import IGNORE
 from segmentation.labels import Split, mask_labels, read_split
 from segmentation.masks import read_mask, write_mask
 
-PUBLISHED = Path(__file__).with_name("val_ids.txt")  # how these images were selected is not documented
+PUBLISHED = Path(__file__).with_name("val_ids.txt")  # how they were selected is not documented
 VALUES = 182  # class values in published masks and split files: official id - 1
 TO_CLASS = np.full(256, IGNORE, np.uint8)
 TO_CLASS[np.array(CATEGORY_IDS) - 1] = np.arange(len(CATEGORY_IDS))

@@ -67,7 +67,7 @@ class Spec:
         return math.isfinite(value) and self.above < value and self.least <= value <= self.most
 
     def expected(self, hint: Any) -> str:
-        """Return the allowed values in words: "a whole number, 1 or more"; `hint` is the annotation."""
+        """Return the allowed values in words, e.g. "a whole number, 1 or more"; `hint` is the annotation."""
         if self.choices is not None:
             return f"one of {', '.join(self.choices)}"
         kind, is_list = _type_of(hint)

@@ -110,7 +110,7 @@ def _per_image(
 
 
 def _pydensecrf(image: np.ndarray, energies: np.ndarray, preset: Preset) -> np.ndarray:
-    """Run Kraehenbuehl's reference implementation."""
+    """Run pydensecrf, Kraehenbuehl's reference implementation."""
     try:
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError:

@@ -8,7 +8,7 @@ matrix. An update reads it once: slice, softmax and the next splat run pixel by 
 
 The blur processes each line of neighboring points ("chain") in place. It skips points without neighbors,
 which are frequent in textured images. Class channels are the innermost dimension, padded to one of `LANES`.
-One vector instruction (`Lanes`) computes them all; the compiler does not vectorize this loop automatically.
+One vector instruction (`Lanes`) computes them all; the compiler does not vectorize a loop over classes.
 
 The code releases the GIL, so threads can refine several images in parallel, each on one core. Compiled code
 is cached in this file's folder, or in the user's cache folder if this one is read-only (NUMBA_CACHE_DIR sets
@@ -131,7 +131,7 @@ def _enlarge(keys, count, slots):
 def embed(image, widths, scale, low, strides, points, weights, column, offset):
     """Return the packed keys (M,) int64 of an image's lattice points; write points and weights of each pixel.
 
-    All operations are float32 and have the order of Kraehenbuehl's code, so that the lattice is the same.
+    Operations are float32, in the order of the reference implementation, so that the lattice is the same.
 
     Args:
         image: (H, W, d - 2) uint8.
@@ -288,7 +288,7 @@ def _blur(values, chains, lanes, blocks):
 
 @njit(**JIT)
 def normalize(points, weights, chains, size, first, last, alpha, compat):
-    """Multiply columns `first` to `last` - 1 of `weights` by normalization and root of the Potts weight.
+    """Multiply columns `first` to `last` - 1 of `weights` by the normalization and sqrt(alpha * compat).
 
     The normalization is pydensecrf's: 1 / sqrt(F(1) + 1e-20) before and after the filter F. The weights are
     used before and after the filter, so each time they contribute the square root of `alpha * compat`.
@@ -407,7 +407,7 @@ def infer(image: np.ndarray, energies: np.ndarray, kernels: list[Kernel], iterat
         iterations: mean-field iterations.
 
     Raises:
-        ValueError: the image is too large for 32-bit numbers of lattice points, or see `packing`.
+        ValueError: the image is too large for 32-bit numbers of lattice points; or see `lattice.packing`.
     """
     channels, height, width = energies.shape
     pixels = height * width

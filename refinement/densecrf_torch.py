@@ -48,7 +48,7 @@ class Lattice(NamedTuple):
 def _embed(features: Tensor, pack: Packing) -> tuple[Tensor, Tensor]:
     """Return keys and weights, (d + 1, N) int64 and float32, of the simplex vertices of features (d, N).
 
-    The operations have the order of Kraehenbuehl's code, so that the lattice is the same.
+    The operations have the order of the reference implementation, so that the lattice is the same.
     """
     device, d = features.device, len(features)
     total, elevated = torch.zeros_like(features[0]), []

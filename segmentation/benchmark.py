@@ -37,7 +37,7 @@ class Benchmark:
 
     Folder paths are relative to `root`, or absolute. `prompts` are the class names for the text tower (empty:
     `classes`). `labels` is the source of image-level labels: "voc_xml" (XML files in `annotation_dir`),
-    "file" (lines `id idx idx ...` of the split file), "masks" (values of the masks in `mask_dir`) or
+    "file" (lines `name index index ...` of the split file), "masks" (values of the masks in `mask_dir`) or
     "coco_json" (`annotation_file`).
 
     Tagging, which predicts the labels, uses `classes` instead of `prompts`, the background names

@@ -123,7 +123,7 @@ def read(
 
     Args:
         folder: folder of the CAM files.
-        name: image id.
+        name: image name, without suffix.
         cam_type: type of the maps. Types with "bg" in their name have a background channel before the K maps.
         most: maximum number of pixels; maps of a larger image are resized to
             `segmentation.images.size_within`. None: no limit.

@@ -32,7 +32,8 @@ def write_tensors(content: Mapping[str, Any], file: Path) -> None:
     Raises:
         DiskFull: the disk is full.
     """
-    # torch.save reports a full disk as RuntimeError. It therefore writes to memory, and `replacing` to disk.
+    # torch.save reports a full disk as RuntimeError, which `replacing` does not convert to DiskFull. It
+    # therefore writes to memory.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with replacing(file) as stream:

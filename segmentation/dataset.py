@@ -22,7 +22,7 @@ PREFETCH = 2  # batches that are read while the trainer processes another one
 
 
 class Draw(NamedTuple):
-    """One sample: image `index` of the split, at `position` in the order of the epoch `epoch`."""
+    """One sample: image `index` of the split, used at position `position` of epoch `epoch`."""
 
     epoch: int
     position: int
@@ -30,13 +30,13 @@ class Draw(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Samples of one batch. `TrainingSet` yields arrays; the trainer passes objectives tensors on its device.
+    """Samples of one batch. `TrainingSet` yields arrays; the trainer converts them to tensors on its device.
 
     Attributes:
         images: (B, 3, H, W) float32.
         labels: (B, H, W) int64 masks. Without masks (`TrainingSet.label_dir` is None) they are 0 on the image
             and 255 in the padding.
-        names: ids of the images.
+        names: names of the images.
         extras: values of `TrainingSet.extras` by name: (B, ...) arrays, or lists of B objects.
     """
 
@@ -95,14 +95,14 @@ class TrainingSet:
     """Images, with masks or other labels.
 
     Attributes:
-        names: image ids.
+        names: image names.
         image_dir: folder of the images.
         label_dir: folder of the masks `<name>.png`; None to train without masks, see `Batch`.
         channels: number of classes; mask values must be below it, or 255.
         transform: see `Transform`.
         seed: seed of the augmentation. Each sample has its own generator, made from the seed, the epoch and
             the position in the epoch. Samples therefore do not depend on the process or thread.
-        extras: additional entries of a batch (image-level labels, captions): name -> function of image id.
+        extras: additional entries of a batch (image-level labels, captions): entry -> function of image name.
     """
 
     names: Sequence[str]
@@ -137,7 +137,7 @@ class TrainingSet:
         lock, so threads are as fast as processes, and their arrays need no copy.
 
         Raises:
-            FileNotFoundError, ValueError: see `sample`; raised when the invalid batch is due.
+            FileNotFoundError, ValueError: see `sample`; raised when the invalid batch would be yielded.
         """
 
         def start(number: int) -> tuple[list[str], list[Future]]:

@@ -21,7 +21,7 @@ LOST = "another process of torchrun died: run the command again to continue"
 
 
 class WorkFailed(OSError):
-    """Work that has started cannot continue, for a reason other than wrong arguments."""
+    """Work that has started cannot continue. The cause is not a wrong argument."""
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -76,7 +76,7 @@ def read_image(file: str | Path | BinaryIO) -> Image.Image:
 
 
 def decode(file: str | Path | BinaryIO) -> Image.Image:
-    """Return a decoded image or mask of any mode. Raises as `read_image`, but allows more than 8 bits."""
+    """Return a decoded image or mask of any mode. Raises like `read_image`, but allows more than 8 bits."""
     with _opened(file) as image:
         image.load()
         return image

@@ -36,7 +36,7 @@ def confusion(truth: np.ndarray, prediction: np.ndarray, channels: int) -> np.nd
 
 
 def joint_counts(truth: np.ndarray, code: np.ndarray, channels: int, codes: int) -> np.ndarray:
-    """Return the number of pixels for each pair of true class and code (any integer of a pixel).
+    """Return the number of pixels for each pair of true class and code. A code is any integer.
 
     Neighboring pixels are mostly equal, so runs of equal pixels are counted with their lengths.
 

@@ -63,7 +63,7 @@ def collecting(problems: list[Problem], kind: str) -> Iterator[None]:
 
 
 def inspect_image(folder: Path, name: str, decode: bool) -> Inspection:
-    """Return an inspection with the size of image `name`, read from its header; `decode`: read all pixels."""
+    """Return an inspection with the size of image `name`, from the header; with `decode`, read all pixels."""
     inspection = Inspection(name)
     with collecting(inspection.problems, "image"):
         file = find_image(folder, name)
@@ -78,7 +78,7 @@ def inspect_all(
     description: str,
     problems: list[Problem],
 ) -> dict[str, list[int] | None]:
-    """Inspect every image; return image name -> labels in the order of `items`, and add to `problems`."""
+    """Inspect every image; return image name -> labels in the order of `items`, and extend `problems`."""
     labels = {}
     with ProcessPoolExecutor(workers) as pool:  # starts no process until work is submitted
         inspections = map(inspect, items) if workers == 1 else pool.map(inspect, items, chunksize=16)

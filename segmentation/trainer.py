@@ -304,7 +304,7 @@ class Trainer:
         """Raise WorkFailed if a parameter or statistic is not finite, on any rank."""
         state = trained_state(self.model, self.frozen)
         finite = all(bool(value.isfinite().all()) for value in state.values())
-        if self.world.any(not finite)[0]:  # statistics of trained batch norm differ between ranks
+        if self.world.any(not finite)[0]:  # ranks can have different batch norm statistics
             self._fail(
                 f"after iteration {self.done} the weights are not finite; last good checkpoint: "
                 f"{self.last_good}; a lower solver.learning_rate may help"

@@ -1,8 +1,8 @@
 """Write the drawn world as a data set in VOC layout: `python -m shapes.draw --root output/shapes`.
 
     JPEGImages/*.jpg  Annotations/*.xml  SegmentationClass/*.png  SegmentationClassAug/*.png
-    ImageSets/Segmentation/{train,val,trainval}.txt   one id per line
-    ImageSets/Captions/{train,val}.txt                id, tab, caption
+    ImageSets/Segmentation/{train,val,trainval}.txt   one name per line
+    ImageSets/Captions/{train,val}.txt                name, tab, caption
 
 The same arguments give the same bytes. Train and val never share an image, for any seeds.
 """

@@ -128,7 +128,7 @@ def draw_batch(recipe: Recipe, step: int) -> Batch:
 
 
 def encode_text(model: CLIP, texts: list[str]) -> Tensor:
-    """Return (N, E) unit features. Attention is causal: the padding after the longest text has no effect."""
+    """Return (N, E) unit features. Padding after the longest text is not computed: attention is causal."""
     tokens = tokenize(texts, model.config.context_length)
     length = int((tokens != 0).sum(1).max())
     x = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]

@@ -1,4 +1,4 @@
-"""PASCAL VOC 2012 with the SBD masks ("train_aug"), with the prompts of CLIP-ES.
+"""PASCAL VOC 2012 with the SBD masks ("train_aug") and the prompts of CLIP-ES.
 
 `python -m voc12.prepare --root DIR` checks a copy of the data and writes the split files. With
 `--year 2007` it does the same for VOC 2007, which has the same classes.
