@@ -80,7 +80,9 @@ def inspect(images: Path, source: Path | None, target: Path, decode: bool, name:
             inspection.problems.append(shared.Problem("unknown class", sentence))
         inspection.labels = mask_labels(mask, False, len(CLASSES), file)
         if converted.is_file() and not np.array_equal(read_mask(converted), mask):
-            raise ValueError(f"converted mask {converted} does not match {file}: delete it to make it again")
+            raise ValueError(
+                f"converted mask {converted} does not match {file}: delete the converted mask to redo it"
+            )
     if inspection.labels is not None and not converted.is_file():
         write_mask(converted, mask, BENCHMARK.palette)  # not a `Problem`: a failed write ends the run
     return inspection

@@ -264,7 +264,7 @@ class Trainer:
         due = self.done > self.validated and self._is_due(self.config.validate_every)
         if not (self.validation and due):
             return
-        # Statistics of batch norm differ between ranks; checkpoints contain those of rank 0.
+        # Ranks can have different batch norm statistics; validation and checkpoints use those of rank 0.
         self.world.copy_from_rank_0(self.model.buffers())
         self._set_mode(training=False)
         torch.backends.cudnn.benchmark = False  # validation images have many sizes

@@ -35,7 +35,7 @@ def caffe_denormalize(image: np.ndarray) -> np.ndarray:
 
 
 def imagenet_normalize(image: np.ndarray) -> np.ndarray:
-    """Return standardized RGB (3, H, W) float32 for (H, W, 3) uint8, computed in float32 as published."""
+    """Return standardized RGB (3, H, W) float32 for (H, W, 3) uint8, computed in float32 as in SEAM."""
     scaled = np.float32(image) / np.float32(255)
     standard = (scaled - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
     return np.ascontiguousarray(standard.transpose(2, 0, 1))

@@ -51,7 +51,7 @@ def _object(drawn: Drawn) -> etree._Element:
 
 def image_size(sides: tuple[int, int], seed: int, index: int, stream: str) -> tuple[int, int]:
     """Return the (H, W) of one image: both are uniform in the range `sides`, ends included."""
-    # A jumped copy of the scene's generator: sizes and contents are independent.
+    # A jumped copy of the scene's generator makes sizes and contents independent.
     rng = np.random.Generator(generator(seed, index, stream).bit_generator.jumped())
     height, width = rng.integers(sides[0], sides[1] + 1, 2)
     return int(height), int(width)

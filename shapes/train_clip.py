@@ -71,7 +71,8 @@ class Recipe(Settings):
     warm_up: int = setting(100, "steps in which the learning rate rises", least=1)
     weight_decay: float = setting(0.05, "weight decay of matrices", least=0)
     side: int = setting(64, "side of the images in pixels", least=1)
-    big_side: int = setting(96, "side of the images in some steps, to adapt to larger images", least=1)
+    big_side: int = setting(96, "side of the images in some steps, so that inference on larger images works",
+                            least=1)  # fmt: skip
     big_probability: float = setting(0.25, "probability of a step with `big_side` and half the batch",
                                      least=0, most=1)  # fmt: skip
     separate_probability: float = setting(0.7, "probability of a step with a separate class token, see loss "

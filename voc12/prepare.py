@@ -57,7 +57,7 @@ def read_splits_2007(root: Path, problems: list[shared.Problem]) -> dict[str, li
     files = {f"2007_{split}": lists / f"{split}.txt" for split in ("train", "val", "test")}
     missing = {split: file for split, file in files.items() if not file.is_file()}
     if missing == files:
-        raise FileNotFoundError(f"{lists} has none of the lists train.txt, val.txt, test.txt: check --root")
+        raise FileNotFoundError(f"{lists} has no train.txt, val.txt or test.txt: check --root")
     for split, file in missing.items():
         print(f"{split} is not made: {file} does not exist")
     return read_lists({split: file for split, file in files.items() if split not in missing}, problems)

@@ -255,7 +255,7 @@ def test_2007_requires_only_one_archive(copy_2007, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run(copy_2007, "--year", "2007")
     assert stop.value.code == 2
-    assert "has none of the lists train.txt, val.txt, test.txt: check --root" in capsys.readouterr().err
+    assert "has no train.txt, val.txt or test.txt: check --root" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
