@@ -10,8 +10,8 @@ from common import logs
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Layout of --help.
 
-    The usage line lists only the required flags. Defaults are shown, except None, False and empty ones.
-    `--no-...` spellings are hidden.
+    The usage line lists only the required flags. Defaults are shown, except None, False, 0 and empty
+    ones. `--no-...` spellings are hidden.
     """
 
     def add_usage(self, usage, actions, groups, prefix=None) -> None:

@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=200, help="images of the train split")
     parser.add_argument("--val", type=int, default=60, help="images of the val split")
     parser.add_argument("--size", type=_sides, default=(96, 160), help="range of both sides, such as 96-160")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the images")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the images (default: 0)")
     args = parser.parse_args()
     try:
         write(args.root, args.train, args.val, args.size, args.seed)
