@@ -21,8 +21,9 @@ class ModelConfig(base.ModelConfig):
     freeze_bn: bool | None = setting(None, "freeze the statistics of batch norm; empty: true for deeplab_v2, "
                                      "false for deeplab_v1_r38, where true also freezes the first "
                                      "convolution")  # fmt: skip
-    stride_in: str | None = setting(None, "deeplab_v2: layer with the stride of a stage; empty: as in the "
-                                    "initial weights, conv3x3 for torchvision's, else reduce")  # fmt: skip
+    stride_in: str | None = setting(None, "deeplab_v2: convolution with the stride of a stage, reduce (1x1) "
+                                    "or conv3x3; empty: conv3x3 for torchvision's initial weights, else "
+                                    "reduce")  # fmt: skip
 
 
 @dataclass
@@ -32,10 +33,12 @@ class AugmentConfig(Settings):
     SECTION = "augment."
 
     crop: int = setting(321, "side of a training sample in pixels", least=1)
-    scales: list[float] = setting([0.5, 0.75, 1.0, 1.25, 1.5], "deeplab_v2: factors to draw from", above=0)
+    scales: list[float] = setting([0.5, 0.75, 1.0, 1.25, 1.5], "deeplab_v2: scale factors; each sample "
+                                  "uses one, drawn at random", above=0)  # fmt: skip
     base: int | None = setting(None, "deeplab_v2: longer side at scale 1; empty: the image's own", least=1)
     flip: bool = setting(True, "mirror half of the samples")
-    scale_range: list[float] = setting([0.5, 1.5], "deeplab_v1_r38: range to draw the scale from", above=0)
+    scale_range: list[float] = setting([0.5, 1.5], "deeplab_v1_r38: range from which the scale factor "
+                                       "is drawn", above=0)  # fmt: skip
     jitter: int = setting(10, "deeplab_v1_r38: largest shift of hue, saturation and value", least=0)
 
 
@@ -46,7 +49,8 @@ class OptimConfig(BaseOptimConfig):
     momentum: float = setting(0.9, "momentum of SGD", least=0)
     power: float = setting(0.9, "power of the poly schedule", least=0)
     decay_every: int = setting(10, "iterations between two updates of the learning rate", least=1)
-    loss: str = setting("ce", "cross-entropy; balanced: averages background and foreground", choices=LOSSES)
+    loss: str = setting("ce", "ce: cross-entropy; balanced: mean of the losses of background and "
+                        "foreground", choices=LOSSES)  # fmt: skip
 
 
 @dataclass

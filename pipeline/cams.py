@@ -42,14 +42,16 @@ class CamSettings(Settings):
         choices=REFINEMENTS,
     )
     keep_initial: bool = setting(False, f"also store the initial CAM, as cam type {INITIAL}")
-    cam_method: str = setting("gradcam", "how gradients weigh activations", choices=METHODS)
+    cam_method: str = setting(
+        "gradcam", "method that computes the weights of the activations from gradients", choices=METHODS
+    )
     cam_scales: tuple[float, ...] = setting(
         (1.0,), "image scales whose CAMs are averaged, such as 0.5,1,1.5", least=0.1, most=10
     )
     flip: bool = setting(False, "average with the CAMs of the mirrored image")
     affinity_layers: int = setting(
         AFFINITY_LAYERS,
-        "last blocks whose attention is averaged for the affinity",
+        "number of last blocks whose attention is averaged for the affinity",
         least=1,
         aliases=["--averaged_blocks"],
     )
@@ -63,7 +65,8 @@ class CamSettings(Settings):
     )
     include_edge: bool = setting(
         False,
-        "let class boxes reach the grid's last row and column, which the reference implementation cuts off",
+        "let class boxes reach the last row and column of the patch grid; the reference implementation "
+        "does not",
         aliases=["--cover_edge"],
     )
     position_rounding: str = setting(

@@ -35,12 +35,14 @@ class ComputeSettings(Settings):
         False, "compile the image tower's blocks; takes about a minute, and needs a C++ compiler on a CPU"
     )
     num_workers: int = setting(
-        1, "processes; they are divided among the GPUs. On a CPU one process uses all cores", least=1
+        1,
+        "number of processes, which are divided among the GPUs. On a CPU one process uses all cores",
+        least=1,
     )
     threads: int | None = setting(
         None,
-        "CPU threads of a process, each for whole images (default: one per core); fewer threads need less "
-        "memory",
+        "CPU threads per process; each computes whole images (default: one per core); fewer threads need "
+        "less memory",
         least=1,
     )
     batch_size: int | None = setting(
@@ -51,13 +53,13 @@ class ComputeSettings(Settings):
     )
     prefetch: int | None = setting(
         None,
-        "images decoded ahead, which are grouped by size into batches; limits memory (default: "
+        "number of images that are decoded ahead and grouped by size into batches; limits memory (default: "
         f"{PREFETCHED_BATCHES} batches)",
         least=1,
         aliases=["--look_ahead"],
     )
     decode_workers: int | None = setting(
-        None, "processes that decode images for a GPU (default: the other cores; on a CPU 0)", least=0
+        None, "processes that decode images for a GPU (default: all other cores; on a CPU: 0)", least=0
     )
 
     def flow(self) -> FlowSettings:

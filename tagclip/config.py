@@ -13,28 +13,33 @@ class TagSettings(Settings):
 
     affinity_layers: int | None = setting(
         3,
-        "attention is averaged over this many blocks before the last; COCO-Stuff: all",
+        "number of blocks before the last whose attention is averaged; COCO-Stuff: all",
         least=1,
         none="all",
         aliases=["--averaged_blocks"],
     )
     voting_layers: int | None = setting(
-        None, "last blocks that vote on related patches", least=1, none="all", aliases=["--voting_blocks"]
+        None,
+        "number of last blocks that vote on related patches",
+        least=1,
+        none="all",
+        aliases=["--voting_blocks"],
     )
     votes: int | None = setting(
         None,
-        "votes that relate two patches (default: a third of the voting blocks, rounded up)",
+        "votes that two patches need to be related (default: a third of the voting blocks, rounded up)",
         least=1,
     )
     vote_threshold: float = setting(
-        1.0, "blocks vote for two patches with attention above this multiple of the block's mean", least=0
+        1.0, "a block votes for two patches if their attention is above this multiple of its mean", least=0
     )
     box_threshold: float = setting(
         1.0, "class boxes enclose patches above this multiple of the class map's mean", least=0
     )
     ratio: float = setting(
         0.5,
-        "classes with a score above min + ratio * (max - min) are cropped, and are labels; COCO-Stuff: 0.1",
+        "classes with a score above min + ratio * (max - min) are cropped; the same rule selects the labels "
+        "from the final scores; COCO-Stuff: 0.1",
         least=0,
         most=1,
     )
@@ -45,7 +50,10 @@ class TagSettings(Settings):
         None, "side of a crop in pixels (default: the training resolution of the model)", least=1
     )
     local_weight: float = setting(
-        0.5, "weight of the patch score of cropped classes; the rest is that of the crop", least=0, most=1
+        0.5,
+        "weight of the patch score of a cropped class; the score of the crop has the rest",
+        least=0,
+        most=1,
     )
     diagonal_bias: float = setting(
         -100.0, "added to attention between different patches in the last block", most=0
@@ -55,12 +63,14 @@ class TagSettings(Settings):
     )
     include_edge: bool = setting(
         False,
-        "let boxes and crops include the last row and column of patches; the reference excludes them",
+        "let boxes and crops include the last row and column of patches; the reference implementation "
+        "does not",
         aliases=["--cover_edge"],
     )
     skip_empty_crops: bool = setting(
         False,
-        "skip only a class whose crop is empty; the reference also skips all classes after it",
+        "if a crop is empty, skip only its class; the reference implementation also skips all "
+        "classes after it",
     )
     position_rounding: str = setting(
         "resampled", "when the positional embedding is rounded to float16", choices=POSITION_ROUNDINGS
@@ -68,7 +78,7 @@ class TagSettings(Settings):
     round_weights: bool = setting(
         False, "round matrix weights to float16, as for CAMs; published tags use unrounded weights"
     )
-    max_patches: int = setting(10_000, "larger images are shrunk to this many patches", least=1)
+    max_patches: int = setting(10_000, "images with more patches are shrunk to this many patches", least=1)
 
     def check(self, layers: int, patch_size: int) -> None:
         """Raise ValueError if the settings do not fit a ViT of this depth and patch size."""
