@@ -10,8 +10,8 @@ from common import logs
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Layout of --help.
 
-    The usage line lists only the required flags. Defaults are shown, except None, False, 0 and empty
-    ones. `--no-...` spellings are hidden.
+    The usage line lists only the required flags. Defaults are shown, except None, False and empty ones.
+    `--no-...` spellings are hidden.
     """
 
     def add_usage(self, usage, actions, groups, prefix=None) -> None:
@@ -23,7 +23,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         super().add_usage(usage or " ".join([self._prog, *required, "[options]"]), actions, groups, prefix)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False, "", ()):
+        if action.default is None or action.default is False or action.default in ("", ()):
             return action.help
         return super()._get_help_string(action)
 

@@ -104,8 +104,8 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("output/shapes"), help="folder to draw into")
     parser.add_argument("--train", type=int, default=200, help="images of the train split")
     parser.add_argument("--val", type=int, default=60, help="images of the val split")
-    parser.add_argument("--size", type=_sides, default=(96, 160), help="range of both sides, such as 96-160")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the images (default: 0)")
+    parser.add_argument("--size", type=_sides, default="96-160", help="range of both sides, such as 96-160")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the images")
     args = parser.parse_args()
     try:
         write(args.root, args.train, args.val, args.size, args.seed)
