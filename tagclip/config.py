@@ -90,8 +90,8 @@ class TagSettings(Settings):
         """Raise ValueError if the settings do not fit a ViT of this depth and patch size."""
         if layers < 2:
             raise ValueError(
-                "tagging averages attention of blocks before the last, but this ViT has only one block: use a "
-                "deeper ViT"
+                "tagging averages attention of blocks before the last, but this ViT has only one block: use "
+                "a deeper ViT"
             )
         for name, most in (("voting_layers", layers), ("votes", self.voting_layers or layers)):
             value = getattr(self, name)
