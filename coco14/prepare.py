@@ -23,6 +23,7 @@ from typing import NamedTuple
 from coco14 import BENCHMARK, CATEGORY_IDS, CLASSES
 from coco14.masks import OVERLAPS, Overlap, paint
 from common.files import write_file
+from common.logs import log
 from segmentation import prepare as shared
 from segmentation.images import IMAGE_SUFFIXES
 from segmentation.labels import CocoImage, mask_labels, read_coco_json
@@ -158,7 +159,8 @@ def prepare_split(
     else:
         from_masks = part.year == "2014" if instances else bool(existing)
     if not instances and not (from_masks and existing):
-        print(f"{part}: list not made, because the split has no {'masks' if from_masks else 'annotations'}")
+        source = "masks" if from_masks else "annotations"
+        log.warning("%s: list not made, because the split has no %s", part, source)
         return []
 
     if instances:
@@ -177,11 +179,11 @@ def prepare_split(
     if instances and painting:
         print(f"{part}: {len(missing)} masks made in {folder}, {len(existing)} existed before")
     elif instances:
-        print(f"{part}: {folder} has {len(existing)} masks of another origin: no mask is changed or added")
+        log.warning("%s: %s has %d masks of another origin: no mask is changed", part, folder, len(existing))
     if not from_masks:
         labels = {task.name: instances[task.name].labels for task in tasks}
     elif without_mask := sum(class_ids is None for class_ids in labels.values()):
-        print(f"{part}: {without_mask} images have no readable mask and are left out")
+        log.warning("%s: %d images have no readable mask and are left out", part, without_mask)
     print(f"{part}: labels from {'the values of the masks' if from_masks else 'the instances JSON'}")
     labeled = {name: class_ids for name, class_ids in labels.items() if class_ids}
     shared.write_split(args.out / f"{part}.txt", labeled, *PUBLISHED[str(part)])

@@ -14,6 +14,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from common.logs import log
 from segmentation import prepare as shared
 from segmentation.labels import class_indices, mask_labels, read_split, read_voc_xml
 from segmentation.masks import read_mask
@@ -38,9 +39,9 @@ def read_splits(root: Path, problems: list[shared.Problem]) -> dict[str, list[st
     folder = root / "SegmentationClassAug"
     names = sorted(file.stem for file in folder.glob("*.png") if not file.name.startswith("."))
     if not names:
-        print(f"train_aug cannot be made: no masks in {folder}")
+        log.warning("train_aug cannot be made: no masks in %s", folder)
     elif "val" not in splits:
-        print("train_aug cannot be made: the list of val could not be read")
+        log.warning("train_aug cannot be made: the list of val could not be read")
     else:
         val = set(splits["val"])
         splits["train_aug"] = [name for name in names if name not in val]
@@ -59,7 +60,7 @@ def read_splits_2007(root: Path, problems: list[shared.Problem]) -> dict[str, li
     if missing == files:
         raise FileNotFoundError(f"{lists} has no train.txt, val.txt or test.txt: check --root")
     for split, file in missing.items():
-        print(f"{split} is not made: {file} does not exist")
+        log.warning("%s is not made: %s does not exist", split, file)
     return read_lists({split: file for split, file in files.items() if split not in missing}, problems)
 
 
