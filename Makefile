@@ -1,5 +1,5 @@
 # make setup   creates the Python environment .venv; once
-# make demo    runs/demo.sh: steps 0 to 3 on a drawn world in three minutes; report: output/demo/report.html
+# make demo    runs/demo.sh: steps 0 to 3 on the drawn world, in two to three minutes; report: output/demo/report.html
 # make tour    runs/tour.sh: the same with more images, compares three networks; report: output/tour/report.html
 # make test    runs lint and all tests
 # make docs    writes the option tables of docs/ from the settings

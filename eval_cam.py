@@ -13,7 +13,7 @@ from segmentation.labels import split_of
 def main() -> int:
     parser = Parser(
         description="Step 2a: compute the mIoU of CAMs against ground truth for several background scores, "
-        "in one pass over the files. The best one is marked, and its IoU of each class is printed.",
+        "in one pass over the files. Print all scores, mark the best, and print its IoU of each class.",
     )
     flag = parser.add_argument
     flag("--cam_dir", "--cam_out_dir", metavar="DIR", default="./cam_out", help="folder of the CAM files "

@@ -30,7 +30,8 @@ def main() -> int:
         "files are written. The same command continues a stopped run.",
     )
     flag = parser.add_argument
-    add_input_flags(flag, None, f"{LABELS_HELP}; {AUTO}: CLIP predicts them, as classify.py does by default")
+    add_input_flags(flag, None, f"{LABELS_HELP}; {AUTO}: CLIP predicts the labels, as classify.py does with "
+                    "its default settings")  # fmt: skip
     flag("--output", "--pseudo_mask_save_path", required=True, metavar="DIR", help="folder for the masks")
     flag("--keep_cams", choices=["none", *camfile.FORMATS], default="none", help="also write the CAM files")
     flag("--cam_dir", "--cam_out_dir", metavar="DIR", help="folder for the CAM files (default: `cams` in the "
@@ -41,7 +42,7 @@ def main() -> int:
     args = parser.parse_args()
     kept = args.keep_cams != "none"
     if args.cam_dir and (not kept or args.shards):
-        parser.error("--cam_dir: requires --keep_cams full or compact, and excludes --shards: remove it")
+        parser.error("--cam_dir: requires --keep_cams full or compact, and no --shards: remove --cam_dir")
     output, cam_dir = Path(args.output), None
     if kept and not args.shards:
         cam_dir = args.cam_dir or str(output / "cams")

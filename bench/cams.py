@@ -31,9 +31,9 @@ from segmentation.labels import LabelReader, from_file
 VIT_B16 = Config(512, 224, 12, 768, 16, 77, 49408, 512, 12)
 BENCHMARK = voc12.BENCHMARK
 PREFETCH = PREFETCHED_BATCHES * MAX_BATCH  # number of images that a GPU finishes at the same time
-REFERENCE_IMAGES = 8  # maximum per round: on a GPU our step is tens of times faster
-WATCHED = {"cpu": 8, "cuda": 3 * PREFETCH}  # images of our step while memory is measured, ...
-REFERENCE_WATCHED = 3  # ... and of the reference, which does not prefetch
+REFERENCE_IMAGES = 8  # maximum per round: on a GPU the reference is tens of times slower than our step
+WATCHED = {"cpu": 8, "cuda": 3 * PREFETCH}  # images of our step while memory is measured
+REFERENCE_WATCHED = 3  # images of the reference while memory is measured; it does not prefetch
 STAGED = {"cpu": 1, "cuda": 16}  # batch size when stages are timed
 
 
@@ -100,7 +100,7 @@ class Material:
 
 
 def _warm(setting: Setting) -> int:
-    """Return the number of images before timing: those that finish together, on a CPU one per thread."""
+    """Return the number of images before timing, which finish together: on a CPU one per thread."""
     return setting.threads if setting.kind == "cpu" else PREFETCH
 
 
@@ -126,7 +126,7 @@ def reference(setting: Setting, material: Material, names: list[str], output: Pa
 
 
 def run(setting: Setting) -> dict:
-    """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns."""
+    """Measure; see `bench.measure.COMMON` for the results that every subcommand returns."""
     setting.limit_threads()
     with measure.scratch() as folder:
         material = Material.make(folder, setting)
@@ -144,7 +144,7 @@ def race(
     """Time two versions of one step alternately, then measure the memory of each.
 
     Returns:
-        The figures; the names of the images that both have finished, in the folders `ours0` and `reference`;
+        The results; the names of the images that both have finished, in the folders `ours0` and `reference`;
         and FLOP/s of a large matrix product, measured in the same rounds.
     """
     names, warm = material.timed(setting), _warm(setting)
@@ -177,7 +177,12 @@ def race(
 
 
 def network_share(setting: Setting, model: CLIP, rate: float, ceiling: float) -> dict[str, float]:
-    """Return the minimum of FLOP per image, and the fraction of the machine's peak rate that is reached."""
+    """Return the minimum FLOP per image, the rate that it implies, and the fraction of the peak rate.
+
+    Args:
+        rate: images/s.
+        ceiling: FLOP/s of a large matrix product.
+    """
     grid = [side // model.visual.patch_size for side in _size(model)]
     flop = model.visual.layers * block_flop(model, grid) + setting.labels * gradient_flop(model, grid)
     return {
@@ -195,9 +200,10 @@ def block_flop(model: CLIP, grid: tuple[int, int]) -> float:
 
 
 def gradient_flop(model: CLIP, grid: tuple[int, int]) -> float:
-    """Return the FLOP of one label's gradient in closed form.
+    """Return the FLOP of the closed-form gradient of one label.
 
-    It goes back through the first matrix of the MLP, the output matrix of the attention, and the attention.
+    The gradient passes back through the first matrix of the MLP, the output matrix of the attention, and the
+    attention.
     """
     patches, width = grid[0] * grid[1], model.visual.proj.shape[0]
     return 2 * patches * (4 * width**2 + width**2 + (1 + patches) * width)

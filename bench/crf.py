@@ -19,7 +19,8 @@ PRESET = PRESETS["clip_es"]
 AT_ONCE = {"cpu": 1, "cuda": 16}  # images per batch
 REFERENCE_IMAGES = 8  # maximum per round
 LATTICE_BYTES = 8 * (3 + 6)  # per pixel: index and weight of 3 + 6 corners in the two lattices
-PASSES = 4  # per iteration over the posterior: two kernels and the energies read, the posterior written
+# Passes over the posterior per iteration: reading two kernel outputs and the energies, writing the posterior.
+PASSES = 4
 
 Task = tuple[list[np.ndarray], list[np.ndarray]]  # images (H, W, 3) uint8, probabilities (1 + K, H, W)
 
@@ -58,7 +59,7 @@ def watched(setting: Setting, count: int) -> Iterator[Outcome]:
 
 
 def run(setting: Setting) -> dict:
-    """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns.
+    """Measure; see `bench.measure.COMMON` for the results that every subcommand returns.
 
     "largest_difference" is the largest absolute difference of posteriors.
     """
@@ -103,7 +104,8 @@ def run(setting: Setting) -> dict:
 def stages(setting: Setting, task: Task) -> list[dict]:
     """Time building the lattices, with and without the iterations. Bytes are the minimum of memory traffic.
 
-    The difference is not reported: the two times are measured separately, so it could be negative.
+    The time of the iterations alone is not reported: it would be the difference of two measurements, which
+    could be negative.
     """
     kind, count = setting.kind, len(task[0])
     copied = measure.copy_rate(kind) / 1e9

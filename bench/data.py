@@ -21,7 +21,7 @@ SHAPES = 20  # ellipses per image
 
 
 def scene(random: np.random.Generator) -> bytes:
-    """Return a random JPEG that costs a codec, a resize and a dense CRF as much time as a photograph.
+    """Return a random JPEG. Decoding, resizing and a dense CRF take as long for it as for a photograph.
 
     It shows ellipses of one color each, under slowly varying light, and texture in some places.
     """

@@ -36,7 +36,7 @@ def reference(setting: Setting, folder: Path, names: Sequence[str]) -> Iterator[
 
 
 def run(setting: Setting) -> dict:
-    """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns.
+    """Measure; see `bench.measure.COMMON` for the results that every subcommand returns.
 
     "full_images_per_s" and "full_speedup" are those of our step on the reference's full CAM files.
     "peak_memory_4n_mb" is for 4 times as many images.

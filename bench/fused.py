@@ -35,7 +35,7 @@ def reference(setting: Setting, material: Material, names: list[str], output: Pa
 
 
 def run(setting: Setting) -> dict:
-    """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns.
+    """Measure; see `bench.measure.COMMON` for the results that every subcommand returns.
 
     "ceiling_share" counts only the network, whose minimum of computation is by far the largest.
     """

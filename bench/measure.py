@@ -25,6 +25,8 @@ REPEATS = 3  # minimum of repetitions in `seconds`
 MANY, BRIEF = 10, 0.5  # up to MANY * REPEATS repetitions, until they take BRIEF seconds in total
 MATRIX = {"cpu": 2048, "cuda": 8192}  # rows of the matrix product that measures the peak FLOP/s
 COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes, larger than any cache
+# Results of every subcommand. ceiling_share: fraction of the machine's peak rate that is reached.
+# label_agreement: fraction of equal labels in both versions.
 COMMON = (
     "images_per_s", "reference_images_per_s", "speedup", "peak_memory_mb", "reference_peak_memory_mb",
     "ceiling_share", "label_agreement",
@@ -49,8 +51,8 @@ class Setting:
         crop: side of a training sample in pixels; None: as published.
         batch, accumulate: images per batch, batches per iteration; None: 1 and 1 on a CPU, as published on a
             GPU.
-        variants: precisions and options of training, see `bench.train.run_config`; the figures of the first
-            one are also the main figures.
+        variants: precisions and options of training, see `bench.train.run_config`; the results of the first
+            one are also the main results.
     """
 
     model: str | None = None
@@ -101,7 +103,7 @@ class Setting:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """Yield a temporary folder, which also caches text features: those of random weights are not reused."""
+    """Yield a temporary folder that also caches text features, because no later run has the same weights."""
     previous = os.environ.get(CACHE)
     with tempfile.TemporaryDirectory() as folder:
         os.environ[CACHE] = f"{folder}/features"
@@ -196,7 +198,7 @@ def compared(ours: list[float], reference: list[float]) -> dict[str, float]:
 def steady(files: Iterable[Path], warm: int) -> float:
     """Return the seconds per image of a step that writes these files, without the first `warm` files.
 
-    Times are those of the files, because a step may yield outcomes later, and several at once.
+    The times are those of the files on disk, because a step may yield outcomes later, and several at once.
     """
     times = sorted(file.stat().st_mtime_ns for file in files)
     return (times[-1] - times[warm - 1]) / (len(times) - warm) / 1e9
@@ -226,7 +228,7 @@ def peak_memory(work: Callable[..., Iterator], setting: Setting, *args) -> dict[
         "memory_mb", and on a GPU "gpu_memory_mb".
     """
     context = multiprocessing.get_context("spawn")
-    # Its processes may start processes; those of multiprocessing.Pool may not.
+    # A process of this pool may start child processes; a process of multiprocessing.Pool may not.
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(_watch, work, setting, *args).result()
 
@@ -260,7 +262,7 @@ def _resident_peak(process: Path) -> float:
 
 
 def table(result: dict) -> str:
-    """Return the table: the figures, those of each variant, and the stages."""
+    """Return the table: the results, the results of each variant, and the stages."""
     lines = []
     for key, value in result.items():
         if key not in ("stages", "variants"):

@@ -53,7 +53,10 @@ class TagMaterial(Material):
 
 @dataclass
 class TimedStep(TagStep):
-    """A step that creates an empty file in `times` per image, because images share files of scores."""
+    """A step that also creates an empty file in `times` for each image.
+
+    `measure.steady` needs one file per image, but a file of scores contains many images.
+    """
 
     times: Path = Path()
 
@@ -85,7 +88,7 @@ def reference(setting: Setting, material: TagMaterial, names: list[str], output:
 
 
 def run(setting: Setting) -> dict:
-    """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns.
+    """Measure; see `bench.measure.COMMON` for the results that every subcommand returns.
 
     "label_agreement" is the fraction of (image, class) pairs with the same decision, "equal_labels" the
     fraction of images with the same labels, "largest_difference" the largest difference of scores. "text_s"
@@ -123,7 +126,8 @@ def choose_ratio(
     """Choose `settings.ratio` so that images have about `setting.labels` crops on average.
 
     With random weights all classes have similar scores, so the published ratio would crop every class. The
-    ratio is the mean of the two relative scores between which the number of crops is `setting.labels`.
+    chosen ratio is the mean of two consecutive relative scores. On average, `setting.labels` classes of an
+    image are above it.
 
     Returns:
         The material with that ratio, and the resulting number of crops per image.

@@ -27,8 +27,8 @@ from segmentation.trainer import Trainer
 CROPS = {"deeplab_v2": 321, "deeplab_v1_r38": 448}  # as published
 BATCHES = {"cpu": (1, 1), "cuda": (5, 2)}  # images per batch, batches per iteration; on a GPU VOC12's recipe
 BENCHMARK = Benchmark("drawn", [f"class {index}" for index in range(data.CLASSES)])
-# A hundredth of the recipe's rate. With the recipe's, random weights soon saturate the softmax, and its
-# gradients become denormal numbers. These slow a CPU down many times, which real weights do not.
+# A hundredth of the recipe's rate. With the recipe's rate, random weights soon saturate the softmax, and its
+# gradients become denormal numbers, which slow a CPU down many times. Trained weights do not cause this.
 LEARNING_RATE = 2.5e-6
 DRAWN = 16  # number of drawn images
 READERS = (1, 2, 4)  # numbers of reading threads
@@ -44,7 +44,7 @@ WORDS = {
 def run_config(variant: str) -> RunConfig:
     """Return the settings of a variant such as "bf16", "fp32+contiguous" or "bf16+channels_last+compile".
 
-    Settings that it does not name have the trainer's defaults.
+    Settings that the variant does not name have the trainer's defaults.
 
     Raises:
         ValueError: the precision or a word is unknown.
@@ -148,9 +148,9 @@ def allow_tf32(variant: str | None) -> None:
 
 
 def run(setting: Setting) -> dict:
-    """Measure; see `bench.measure.COMMON` for the figures that every subcommand returns.
+    """Measure; see `bench.measure.COMMON` for the results that every subcommand returns.
 
-    They are those of the first variant; "variants" has the figures of each.
+    Their values are those of the first variant; "variants" contains the results of each variant.
     """
     setting.limit_threads()
     variants = dict.fromkeys(setting.variants)
@@ -224,7 +224,7 @@ def race(
 
 
 def count_flop(reference: Reference, batches: list[Batch]) -> dict[str, int]:
-    """Return the FLOP of an iteration's convolutions and products, forward and backward; runs it."""
+    """Return the FLOP of an iteration's convolutions and products, forward and backward, by running it."""
     device = next(reference.model.parameters()).device
     forward, both = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with forward, torch.no_grad():
@@ -245,7 +245,7 @@ def agreement(ours: nn.Module, theirs: nn.Module, batches: list[Batch]) -> float
         images = torch.from_numpy(batches[0].images).to(next(model.parameters()).device)
         model.eval()
         with torch.inference_mode():
-            labels.append(model.forward(images).argmax(1))  # not compiled: compiled for training only
+            labels.append(model.forward(images).argmax(1))  # not the compiled function, which is for training
         model.train()
     return float((labels[0] == labels[1]).float().mean())
 

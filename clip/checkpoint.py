@@ -1,8 +1,8 @@
 """Checkpoint files -> CLIP.
 
 Supported files: OpenAI's TorchScript archives, state dicts (also of DataParallel, or inside a training
-checkpoint), open_clip's state dicts, and safetensors. Code in a file never runs: only the tensors of archives
-are read, and pickles are read by restricted unpicklers.
+checkpoint), open_clip's state dicts, and safetensors. Loading a file never runs its code: only the tensors of
+archives are read, and restricted unpicklers read the pickles.
 """
 import pickle
 import zipfile
@@ -43,7 +43,7 @@ GLOBALS = {
     ("collections", "OrderedDict"): dict,
 }
 # Entries of CLIP checkpoints that are not weights: three numbers in OpenAI's files, the causal mask in
-# open_clip's files, and the resampled positions that CLIP-ES's implementation registers at run time.
+# open_clip's files, and the resampled positions of CLIP-ES's reference implementation.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "positional_embedding_new")
 
 
@@ -59,11 +59,11 @@ def load(
     Args:
         name: a checkpoint file or a model name, see `clip.download.resolve`.
         device: "auto" (CUDA if available), "cpu", "cuda" or "cuda:i".
-        precision: of the image tower: "fp32", "tf32" (fp32 with TF32 products on CUDA), "bf16" or "fp16". The
-            text tower stays float32, because its features are computed only once.
-        round_weights: round matrix weights to float16 and back. CLIP-ES's implementation does this for every
-            file, also on a CPU. Without rounding, CAMs of a float32 checkpoint differ by about 1e-2. None
-            rounds all files except open_clip's.
+        precision: precision of the image tower: "fp32", "tf32" (fp32 with TF32 products on CUDA), "bf16" or
+            "fp16". The text tower stays float32, because its features are computed only once.
+        round_weights: round matrix weights to float16 and back. The reference implementation of CLIP-ES
+            does this for every file, also on a CPU. Without rounding, CAMs of a float32 checkpoint differ by
+            about 1e-2. None rounds the weights of all files except open_clip's.
         compile: compile the image tower's blocks with torch.compile at their first call. This takes up to a
             minute, and on a CPU requires a C++ compiler.
 

@@ -26,8 +26,8 @@ OPENAI_MODELS = {
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt",
 }
-# Keys of open_clip configurations that describe CLIP's own towers, and the required values of some of them. A
-# configuration with another key or value describes an architecture that is not supported.
+# Keys of open_clip configurations that describe OpenAI's architecture, and the required values of some keys.
+# A configuration with another key or value describes an architecture that is not supported.
 TOWER_KEYS = {
     "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"},
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
@@ -44,7 +44,7 @@ class Source:
     conventions: dict[str, Any] = field(default_factory=dict)  # fields of `clip.model.Config`
 
     def weights_rounded(self, round_weights: bool | None) -> bool:
-        """Return whether `clip.load` rounds the matrix weights for this value of its argument."""
+        """Return whether `clip.load(..., round_weights=...)` rounds the matrix weights of this file."""
         return not self.open_clip if round_weights is None else round_weights
 
 
@@ -53,11 +53,11 @@ def resolve(name: str) -> Source:
 
     Args:
         name: a file; a name in `OPENAI_MODELS`; an open_clip "model:tag"; or "model:file", a checkpoint file
-            of the open_clip configuration "model".
+            with the architecture of the open_clip model "model".
 
     Raises:
         FileNotFoundError: the name is neither a file nor a known model.
-        ValueError: the open_clip model is not built from CLIP's own towers.
+        ValueError: the architecture of the open_clip model differs from OpenAI's CLIP.
         OSError: see `fetch`.
     """
     if Path(name).is_file():
@@ -74,7 +74,7 @@ def resolve(name: str) -> Source:
 
 
 def _with_sidecar(file: Path) -> Source:
-    """Return a file, with the conventions in `open_clip_config.json` if its folder contains that file."""
+    """Return a checkpoint file, with the conventions of `open_clip_config.json` if it is next to the file."""
     sidecar = file.with_name("open_clip_config.json")
     if not sidecar.is_file():
         return Source(file)
@@ -115,14 +115,14 @@ def _conventions(config: dict, preprocessing: dict, name: str | Path) -> dict[st
     """Return the conventions of an open_clip configuration.
 
     Raises:
-        ValueError: the towers are not CLIP's own.
+        ValueError: the architecture differs from OpenAI's CLIP.
     """
     for tower, known in TOWER_KEYS.items():
         for key, value in config[tower].items():
             if key not in known or value != TOWER_VALUES.get(key, value):
                 raise ValueError(
-                    f"{name} is not supported: it is not built from CLIP's own towers ({tower} sets {key} = "
-                    f"{value}); use another model"
+                    f"{name} is not supported: its architecture differs from OpenAI's CLIP ({tower} sets "
+                    f"{key} = {value}); use another model"
                 )
     conventions = {"activation": "quick_gelu" if config.get("quick_gelu") else "gelu"}
     for statistic in ("mean", "std"):
@@ -138,9 +138,9 @@ def _cache() -> Path:
 def fetch(url: str, folder: Path) -> Path:
     """Return the path of a file in `folder`, downloaded if it is missing or has the wrong checksum.
 
-    The checksum comes from the address: OpenAI's addresses contain the sha256 as the last folder, open_clip's
-    releases contain its first 8 digits at the end of the file name. Files at other addresses are not checked.
-    A failed download leaves no file.
+    The checksum comes from the address: in OpenAI's addresses, the last folder is the sha256; in addresses
+    of open_clip's releases, the file name ends in the first 8 digits of the sha256. Files at other addresses
+    are not checked. A failed download leaves no file.
 
     Raises:
         OSError: the address cannot be reached, the file is incomplete, or its checksum is wrong.

@@ -1,4 +1,4 @@
-"""Pillow image -> network input, as in CLIP-ES: sides rounded up to patch multiples, no crop, no padding."""
+"""Pillow image -> network input, as in CLIP-ES: sides rounded up to whole patches, no crop, no padding."""
 import math
 
 import numpy as np
@@ -12,7 +12,7 @@ from clip.model import RGB, Config
 def target_size(
     height: int, width: int, patch: int, scale: float = 1.0, least: int = 1, most: int | None = None
 ) -> tuple[int, int]:
-    """Return the network input size (H', W'): `scale` times the image size, rounded up to `patch` multiples.
+    """Return the network input size (H', W'): `scale` times the image size, rounded up to whole patches.
 
     Args:
         least: minimum number of patches along each side.

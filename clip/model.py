@@ -17,8 +17,9 @@ from clip.positions import resample_positions
 from clip.resnet import Bottleneck, ModifiedResNet, normal
 
 HEAD_WIDTH = 64  # every published CLIP tower has width // 64 heads
-NEGLIGIBLE = 1e-30  # smaller attention weights change no float32 sum; denormal numbers are ten times slower
-CHUNK_BYTES = 2**28  # memory for a chunk of heads on CUDA: about 2^25 scores and weights fully use any GPU
+# Smaller attention weights do not change a float32 sum. Products with denormal numbers are ten times slower.
+NEGLIGIBLE = 1e-30
+CHUNK_BYTES = 2**28  # memory of one chunk of heads on CUDA; about 2^25 scores and weights fully use any GPU
 
 RGB = tuple[float, float, float]
 
@@ -68,8 +69,8 @@ def attend_with_weights(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the output of attention and its weights.
 
-    If gradients are disabled, heads are computed in chunks that reuse the same memory, and masked weights
-    below NEGLIGIBLE are set to 0.
+    If no gradient is needed, heads are computed in chunks that reuse the same memory. In this case,
+    weights that include the mask are set to 0 if they are below NEGLIGIBLE.
 
     Args:
         query, key, value: (B, heads, L, 64).
@@ -153,7 +154,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attn(ln_1(x)), then + mlp(ln_2(x))."""
+    """Pre-norm residual block: x = x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
 
     def __init__(self, width: int, activation: str):
         super().__init__()
@@ -262,7 +263,7 @@ class VisionTransformer(nn.Module):
             yield tokens, attention
 
     def project(self, tokens: Tensor) -> Tensor:
-        """Return tokens (..., C) of the last block, projected to the embedding space of text, (..., E)."""
+        """Return tokens (..., C) of the last block, projected to the space shared with text, (..., E)."""
         return self.ln_post(tokens) @ self.proj
 
     def forward(self, images: Tensor, position_rounding: str = "always") -> Tensor:
@@ -292,12 +293,12 @@ class CLIP(nn.Module):
         return self.logit_scale.device
 
     def visual_precision(self, dtype: torch.dtype) -> None:
-        """Convert the image tower's matrices, and so its products, to `dtype`; its norms stay float32."""
+        """Convert the image tower's matrices, and thereby its products, to `dtype`; norms stay float32."""
         for parameter in matrices(self.visual):
             parameter.data = parameter.data.to(dtype)
 
     def compile_blocks(self) -> None:
-        """Compile each block of the image tower, except attention with weights, which reuses its buffers."""
+        """Compile each block of the image tower, except `attend_with_weights`, which reuses its buffers."""
         for module in self.visual.modules():
             if isinstance(module, Attention):
                 module.attend = torch.compiler.disable(attend_with_weights)
@@ -329,7 +330,7 @@ class CLIP(nn.Module):
 
 
 def matrices(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters of a CLIP or a tower that OpenAI stores in float16.
+    """Yield the parameters, of a CLIP or of one tower, that OpenAI's checkpoints store in float16.
 
     These are all parameters except norms, embeddings and the logit scale.
     """

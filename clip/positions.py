@@ -12,8 +12,8 @@ def resample_positions(table: Tensor, grid: int, height: int, width: int, roundi
     Args:
         table: (1 + grid * grid, C); the first row, for the class token (ViT) or the mean (ResNet), is kept.
         rounding: when the result is rounded to float16 (a relative change of at most 2^-11): "always" (as in
-            CLIP-ES's implementation, also for float32 models), "resampled" (only if the grid differs from
-            the trained one) or "never".
+            CLIP-ES's reference implementation, also for float32 models), "resampled" (only if the grid
+            differs from the trained one) or "never".
 
     Raises:
         ValueError: the rounding is unknown.

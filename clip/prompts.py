@@ -40,7 +40,10 @@ def encode_prompts(model: CLIP, names: Sequence[str], templates: Sequence[str]) 
 
 
 def text_features(model: CLIP, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Return the result of `encode_prompts`, cached in the folder CLIP_WSSS_CACHE or ~/.cache/clip-wsss."""
+    """Return the result of `encode_prompts`, cached on disk.
+
+    The environment variable CLIP_WSSS_CACHE names the cache folder; the default is ~/.cache/clip-wsss.
+    """
     recipe = json.dumps([fingerprint(model), list(templates), list(names)])
     folder = Path(os.environ.get("CLIP_WSSS_CACHE") or Path.home() / ".cache" / "clip-wsss")
     file = folder / f"text-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.npy"

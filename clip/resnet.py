@@ -1,7 +1,7 @@
 """The ResNet image towers of CLIP (Radford et al., ICML 2021).
 
-They differ from a standard ResNet: three stem convolutions, average pooling in place of strides, attention
-pooling at the end. Parameters have the names of OpenAI's checkpoints.
+They differ from a standard ResNet in three points: three stem convolutions, average pooling in place of
+strides, and attention pooling at the end. Parameters have the names of OpenAI's checkpoints.
 """
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ STRIDE = 32  # total stride of the last stage; image sides are rounded up to mul
 
 
 def normal(*shape: int, std: float) -> nn.Parameter:
-    """Return a parameter drawn from a normal distribution; its values are not drawn on the meta device.
+    """Return a parameter drawn from a normal distribution; on the meta device, no values are drawn.
 
     Checkpoints are loaded on the meta device. Drawing there makes PyTorch import its compiler, which takes
     seconds.
@@ -23,7 +23,7 @@ def normal(*shape: int, std: float) -> nn.Parameter:
 
 
 class Bottleneck(nn.Module):
-    """Residual unit (1x1, 3x3, 1x1); its stride is average pooling, after the 3x3 and in the shortcut."""
+    """Residual unit (1x1, 3x3, 1x1). Average pooling after the 3x3 and in the shortcut replaces strides."""
 
     expansion = 4
 

@@ -16,7 +16,7 @@ PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 def open_clip_file(name: str) -> ModuleType:
-    """Return a module of open_clip, loaded from its file: importing the whole package takes seconds.
+    """Return a module of open_clip, loaded from its file, because importing the package takes seconds.
 
     Raises:
         FileNotFoundError: open_clip_torch is not installed.
@@ -65,7 +65,7 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
         if len(tokens) > context_length:
             if not truncate:
                 raise ValueError(
-                    f"text {text!r} has {len(tokens)} tokens; the context is {context_length}: shorten it"
+                    f"text {text!r} has {len(tokens)} tokens, the maximum is {context_length}: shorten it"
                 )
             tokens = [*tokens[: context_length - 1], end]
         row[: len(tokens)] = torch.tensor(tokens)

@@ -13,6 +13,6 @@ def check_packages(root: Path = ROOT) -> None:
         file = importlib.import_module(name).__file__
         if file is None or Path(file).resolve().parent != (root / name).resolve():
             raise ImportError(
-                f"the package {name!r} is imported from {file}, probably from {other}, but must be that of "
+                f"the package {name!r} is imported from {file}, probably from {other}, but must be from "
                 f"CLIP-WSSS ({root / name}): uninstall the other package, or put {root} first in PYTHONPATH"
             )

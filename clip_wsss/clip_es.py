@@ -31,14 +31,15 @@ class ClipES:
         results = model(["a.jpg", "b.jpg"], [["cat"], ["dog", "person"]])
 
     Args:
-        model: checkpoint file, public name or open_clip model:tag, see `clip.load`; or a loaded CLIP.
+        model: checkpoint file, name of an OpenAI model or open_clip model:tag, see `clip.load`; or a loaded
+            CLIP.
         benchmark: name or YAML file. It gives the prompts of its classes ("person with clothes,people,human"
             for "person" on voc12) and the defaults of box threshold, templates and backgrounds. Masks have a
             background class if the benchmark has one.
         backgrounds: prompts that compete with the labels; None: the benchmark's. A background that is also a
             label is left out.
-        affinity: function of normalized images (B, 3, H', W') that returns (B, n, n) over their n patches. It
-            replaces CLIP's attention in the refinement of CAMs.
+        affinity: function: normalized images (B, 3, H', W') -> affinities (B, n, n) between the n patches of
+            each image. It replaces CLIP's attention in the refinement of CAMs.
         settings: any field of `CamSettings`, `MaskSettings` and `ComputeSettings`, such as
             affinity_layers=6, confidence=0.9, device="cuda".
 
@@ -96,7 +97,7 @@ class ClipES:
         return step.results[0] if single else [step.results[index] for index in range(len(image_list))]
 
     def prompts(self, names: Sequence[str]) -> list[str]:
-        """Return the prompts of class names: the benchmark's for its classes, else the name itself."""
+        """Return the prompt of each class name: the benchmark's prompt for its classes, else the name."""
         published = dict(zip(self.benchmark.classes, self.benchmark.prompts, strict=True))
         return [published.get(name, name) for name in names]
 
@@ -145,7 +146,7 @@ class _InMemory(Step):
             size=(image.height, image.width),
             views=resized_views(image, Grid.of(self.model.clip), settings.cam_scales, settings.max_patches),
             image=np.asarray(image.convert("RGB")),
-            # The images of a batch share the backgrounds, which depend on the labels.
+            # All images of a batch must have the same backgrounds, which depend on their labels.
             group=tuple(name for name in self.model.backgrounds if name not in names),
         )
 

@@ -27,7 +27,7 @@ class Segmenter:
     Args:
         run: run folder of `python -m deeplab.train`.
         checkpoint: file of weights; None: the final weights of the run.
-        precision: precision of the network's products, one of `segmentation.inference.PRECISIONS`.
+        precision: number type of the network's matrix products, one of `segmentation.inference.PRECISIONS`.
         device: "auto", "cpu", "cuda" or "cuda:i".
         settings: any field of `TestConfig`: scales, flip, crf; the defaults are the settings of the run.
 
@@ -48,7 +48,7 @@ class Segmenter:
         (test,) = split_settings("Segmenter", settings, TestConfig)
         recipe = RECIPES.get(read_settings(run).get("step", ""))
         if recipe is None:
-            raise ValueError(f"{run} is not the folder of a finished training run: give its run.output")
+            raise ValueError(f"{run} is not the folder of a training run: give the run.output of a training")
         config = read(recipe.config, Path(run) / CONFIG)
         config.test = replace(config.test, **test)
         setup = Setup(recipe, config, str(checkpoint or Path(run) / FINAL), precision, device)

@@ -22,10 +22,11 @@ class TagCLIP:
         tags.scores         # (3,) float32
 
     Args:
-        model: checkpoint file, public name or open_clip model:tag, see `clip.load`; or a loaded CLIP.
-        classes: names that are scored; None: those of the benchmark.
+        model: checkpoint file, name of an OpenAI model or open_clip model:tag, see `clip.load`; or a loaded
+            CLIP.
+        classes: names that are scored; None: the classes of the benchmark.
         benchmark: name or YAML file. It gives the default classes, backgrounds and templates.
-        backgrounds: more names, which compete with the classes; None: the benchmark's.
+        backgrounds: further names, which compete with the classes but get no score; None: the benchmark's.
         settings: any field of `TagSettings` and `ComputeSettings`, such as ratio=0.4, device="cuda".
 
     Raises:

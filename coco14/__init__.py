@@ -1,10 +1,10 @@
-"""MS COCO 2014 as a segmentation benchmark of 80 classes, prompted as CLIP-ES does.
+"""MS COCO 2014 as a segmentation benchmark of 80 classes, with the prompts of CLIP-ES.
 
 COCO's classes have two numberings. This project uses class indices 0..79 without gaps, in split files and,
 as index + 1, in masks. The official files use 80 of the ids 1..90. `CATEGORY_IDS` maps indices to ids.
 
 `python -m coco14.prepare --root DIR` checks a copy of the data, writes the split files and makes the masks
-from the instances JSON. With `--year 2017` it does so for COCO 2017, which has the same classes.
+from the instances JSON. With `--year 2017` it does the same for COCO 2017, which has the same classes.
 """
 from segmentation.benchmark import Benchmark
 

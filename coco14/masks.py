@@ -1,8 +1,8 @@
 """Index masks from COCO instance annotations.
 
-COCO annotates objects, and objects overlap; an index mask has one class per pixel. Published masks do not
-document which object gets a shared pixel. By default, the smallest object gets it, so that no larger object
-hides a smaller one.
+COCO annotates objects, and objects overlap; an index mask has one class per pixel. It is not documented
+which object gets a shared pixel in the published masks. By default, the smallest object gets it, so that no
+larger object hides a smaller one.
 """
 from typing import Any, Literal, get_args
 
@@ -26,7 +26,7 @@ def rasterize(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, An
     shape = annotation.get("segmentation")
     try:
         if isinstance(shape, list):
-            # Fewer than three points have no area, but pycocotools reads two points as a box.
+            # A polygon of fewer than three points has no area, but pycocotools reads two points as a box.
             polygons = [polygon for polygon in shape if len(polygon) >= 6]
             if not polygons:
                 return rle_codec.encode(np.zeros(size, np.uint8, order="F"))
@@ -51,7 +51,7 @@ def paint(image: CocoImage, overlap: Overlap = "smallest") -> np.ndarray:
             areas, the later annotation), or the "first" or "last" annotation.
 
     Returns:
-        (H, W) uint8: 0 = no object, class index + 1 elsewhere.
+        (H, W) uint8: 0 where there is no object, else class index + 1.
 
     Raises:
         ValueError: an annotation cannot be rasterized.

@@ -23,13 +23,14 @@ from typing import NamedTuple
 from coco14 import BENCHMARK, CATEGORY_IDS, CLASSES
 from coco14.masks import OVERLAPS, Overlap, paint
 from common.files import write_file
+from common.logs import log
 from segmentation import prepare as shared
 from segmentation.images import IMAGE_SUFFIXES
 from segmentation.labels import CocoImage, mask_labels, read_coco_json
 from segmentation.masks import read_mask, write_mask
 
 SPLITS = ("train", "val")
-# Lines and sha256 of the lists that CLIP-ES distributes (github.com/linyq2117/CLIP-ES, coco14/*.txt).
+# Line count and sha256 of the lists that CLIP-ES distributes (github.com/linyq2117/CLIP-ES, coco14/*.txt).
 PUBLISHED = {
     "train": (82081, "6e2c180d260cf870c3802ddca1bf32a2b5c6f1356a7498eca04fca4c7a484320"),
     "val": (40137, "a8877a8b90baea45e7d9cb59654532644e1f8f765c7fd0380c4507d7e78393bb"),
@@ -103,9 +104,9 @@ def read_instances(file: Path, year: str) -> tuple[Part, dict[str, CocoImage]]:
 
 
 def may_paint(folder: Path, part: Part, overlap: Overlap, existing: bool) -> bool:
-    """Return whether to make the missing masks of a split: not if the existing masks are the user's.
+    """Return whether to make the missing masks of a split: not if the existing masks have another origin.
 
-    `folder/painted_<split><year>.json` records the `overlap` of masks that this command made.
+    `folder/painted_<split><year>.json` records the `overlap` of masks that this command makes.
 
     Args:
         existing: whether the folder contains masks of the split.
@@ -127,7 +128,7 @@ def may_paint(folder: Path, part: Part, overlap: Overlap, existing: bool) -> boo
 
 
 def inspect(root: Path, part: Part, overlap: Overlap, decode: bool, task: Task) -> shared.Inspection:
-    """Make the mask of an image if asked; return its sizes, problems and labels (from the mask)."""
+    """Make the mask of an image if `task.to_paint` is given; return its sizes, problems and mask labels."""
     inspection = shared.inspect_image(root / "JPEGImages" / part.folder, task.name, decode)
     if task.size:
         inspection.sizes = {"annotation": task.size, **inspection.sizes}
@@ -158,7 +159,8 @@ def prepare_split(
     else:
         from_masks = part.year == "2014" if instances else bool(existing)
     if not instances and not (from_masks and existing):
-        print(f"{part}: list not made, because the split has no {'masks' if from_masks else 'annotations'}")
+        source = "masks" if from_masks else "annotations"
+        log.warning("%s: list not made, because the split has no %s", part, source)
         return []
 
     if instances:
@@ -177,11 +179,11 @@ def prepare_split(
     if instances and painting:
         print(f"{part}: {len(missing)} masks made in {folder}, {len(existing)} existed before")
     elif instances:
-        print(f"{part}: {folder} has {len(existing)} masks of another origin: no mask is changed or added")
+        log.warning("%s: %s has %d masks of another origin: no mask is changed", part, folder, len(existing))
     if not from_masks:
         labels = {task.name: instances[task.name].labels for task in tasks}
     elif without_mask := sum(class_ids is None for class_ids in labels.values()):
-        print(f"{part}: {without_mask} images have no readable mask and are left out")
+        log.warning("%s: %d images have no readable mask and are left out", part, without_mask)
     print(f"{part}: labels from {'the values of the masks' if from_masks else 'the instances JSON'}")
     labeled = {name: class_ids for name, class_ids in labels.items() if class_ids}
     shared.write_split(args.out / f"{part}.txt", labeled, *PUBLISHED[str(part)])

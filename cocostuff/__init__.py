@@ -1,4 +1,4 @@
-"""COCO-Stuff as a benchmark of 171 classes without a background, scored in 27 groups as TagCLIP does.
+"""COCO-Stuff as a benchmark of 171 classes without background, scored in 27 groups as in TagCLIP.
 
 COCO-Stuff has the class ids 1..182, of which 11 are unused; its published files subtract 1 from the ids.
 This project uses class indices 0..170 without gaps, in split files and in masks. `CATEGORY_IDS` maps class
@@ -59,7 +59,7 @@ CLASSES = [
 ]
 
 # CAM prompts that differ from the class name, verbatim from TagCLIP: published numbers depend on them. They
-# equal COCO's, except for "snowboard", which only COCO's misspell.
+# are the prompts of coco14, except that "snowboard" is misspelled only there.
 PROMPTS = coco14.PROMPTS | {"airplane": "aeroplane", "tv": "tvmonitor screen", "snowboard": "snowboard"}
 
 UNUSED_IDS = coco14.UNUSED_IDS | {91}  # reserved, never annotated

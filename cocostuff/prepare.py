@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from cocostuff import BENCHMARK, CATEGORY_IDS, CLASS_INDEX, CLASSES
+from common.logs import log
 from segmentation import prepare as shared
 from segmentation.benchmark import IGNORE
 from segmentation.labels import Split, mask_labels, read_split
 from segmentation.masks import read_mask, write_mask
 
-PUBLISHED = Path(__file__).with_name("val_ids.txt")  # the selection rule is not documented
+PUBLISHED = Path(__file__).with_name("val_ids.txt")  # how they were selected is not documented
 VALUES = 182  # class values in published masks and split files: official id - 1
 TO_CLASS = np.full(256, IGNORE, np.uint8)
 TO_CLASS[np.array(CATEGORY_IDS) - 1] = np.arange(len(CATEGORY_IDS))
@@ -80,7 +81,9 @@ def inspect(images: Path, source: Path | None, target: Path, decode: bool, name:
             inspection.problems.append(shared.Problem("unknown class", sentence))
         inspection.labels = mask_labels(mask, False, len(CLASSES), file)
         if converted.is_file() and not np.array_equal(read_mask(converted), mask):
-            raise ValueError(f"{converted} differs from the converted mask {file}: delete it to redo it")
+            raise ValueError(
+                f"converted mask {converted} does not match {file}: delete the converted mask to redo it"
+            )
     if inspection.labels is not None and not converted.is_file():
         write_mask(converted, mask, BENCHMARK.palette)  # not a `Problem`: a failed write ends the run
     return inspection
@@ -102,7 +105,7 @@ def prepare(args: argparse.Namespace) -> int:
     if args.split_182:
         split, problems = convert_split(read_split(args.split_182, VALUES), args.split_182)
         if split.keys() != set(names):
-            print(f"{args.split_182} lists other images than the {len(names)} published ones")
+            log.warning("%s lists other images than the %d published ones", args.split_182, len(names))
         names = list(split)
     target = args.root / BENCHMARK.mask_dir
     images, source = args.root / BENCHMARK.image_dir, args.stuffthingmaps
@@ -113,7 +116,7 @@ def prepare(args: argparse.Namespace) -> int:
     if args.stuffthingmaps:
         print(f"masks of {len(CLASSES)} classes are in {target}")
     if missing := len(names) - len(split):
-        print(f"{missing} images have no readable mask, or no class in it, and are left out of the list")
+        log.warning("%d images have no readable mask, or a mask without classes, and are left out", missing)
     shared.write_split(args.out / "val.txt", split)
     return shared.report(problems, args.out / "problems.txt")
 
@@ -135,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not source.is_dir():
         if args.stuffthingmaps or not args.split_182:
             parser.error(f"there is no folder {source}: unpack the published masks there")
-        print(f"no masks are made (only evaluation needs them): there is no folder {source}")
+        log.warning("no masks are made (only evaluation needs them): there is no folder %s", source)
         source = None
     elif source.resolve() == (args.root / BENCHMARK.mask_dir).resolve():
         parser.error(f"--stuffthingmaps {source} contains the converted masks: give the published ones")

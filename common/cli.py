@@ -8,7 +8,11 @@ from common import logs
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows required flags in the usage line, and the defaults of all flags except switches."""
+    """Layout of --help.
+
+    The usage line lists only the required flags. Defaults are shown, except None, False and empty ones.
+    `--no-...` spellings are hidden.
+    """
 
     def add_usage(self, usage, actions, groups, prefix=None) -> None:
         required = [
@@ -19,7 +23,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         super().add_usage(usage or " ".join([self._prog, *required, "[options]"]), actions, groups, prefix)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False, "", ()):
+        if action.default is None or action.default is False or action.default in ("", ()):
             return action.help
         return super()._get_help_string(action)
 
@@ -30,7 +34,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser with `HelpFormatter`, -v and -q. Creating one makes the process log to stderr."""
+    """ArgumentParser with `HelpFormatter`, -v and -q. Creating a Parser turns on logging to stderr."""
 
     def __init__(self, **options: Any):
         super().__init__(**{"formatter_class": HelpFormatter, **options})
@@ -44,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Show(argparse.Action):
-    """Sets the level of messages; leaves nothing in the namespace."""
+    """Flag that sets the log level when it is parsed. It adds no attribute to the namespace."""
 
     def __init__(self, option_strings, dest: str, level: int, help: str):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)

@@ -1,7 +1,7 @@
 """Write the option tables of docs/: python -m common.docs
 
-A table stands between `<!-- settings MODULE:CLASS PREFIX -->` and `<!-- end settings -->`. It is derived from
-the dataclass CLASS in MODULE. PREFIX is `--` for flags and empty for the keys of a YAML file.
+Each table is between the comments `<!-- settings MODULE:CLASS PREFIX -->` and `<!-- end settings -->`. It is
+derived from the dataclass CLASS in MODULE. PREFIX is `--` for flags and empty for the keys of a YAML file.
 """
 
 import re
@@ -15,7 +15,7 @@ BLOCK = re.compile(r"(<!-- settings (\S+):(\S+) ?(\S*) -->\n).*?(<!-- end settin
 
 
 def page(text: str) -> str:
-    """Return a page with up-to-date option tables."""
+    """Return the text of a page, with its option tables generated again."""
 
     def table(match: re.Match) -> str:
         opening, module, name, prefix, closing = match.groups()

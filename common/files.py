@@ -1,4 +1,7 @@
-"""Files that appear whole or not at all (written under a temporary name, then renamed), and their sha256."""
+"""Atomic file writes, sha256, and a check of output paths.
+
+A write is atomic: the content goes to a temporary file, which is renamed when it is complete.
+"""
 
 import errno
 import hashlib
@@ -19,7 +22,7 @@ class DiskFull(OSError):
 
 @contextmanager
 def replacing(file: str | Path) -> Iterator[BinaryIO]:
-    """Open `file` for writing; it appears, complete, only when the block ends without an error.
+    """Context that opens `file` for writing and creates or replaces it only if the block raises no error.
 
     Each process uses its own temporary name, so that processes can write the same file at the same time.
     `sweep` removes the temporary files of killed processes. Missing folders are created.
@@ -45,13 +48,13 @@ def replacing(file: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_file(file: str | Path, content: str | bytes) -> None:
-    """Write `file` whole or not at all, see `replacing`; text is encoded as UTF-8."""
+    """Write `file` atomically, see `replacing`; text is encoded as UTF-8."""
     with replacing(file) as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove temporary files of ended processes of this machine, in `folder` and its subfolders."""
+    """Remove the temporary files of this machine's ended processes in `folder` and its subfolders."""
     name = re.compile(rf".+\.{re.escape(_machine())}-(\d+)\.tmp")
     for file in Path(folder).rglob("*.tmp"):
         match = name.fullmatch(file.name)
@@ -76,7 +79,7 @@ def check_outputs(read: Sequence[str | None], written: Sequence[str | None]) -> 
         written: output files; None entries are skipped.
 
     Raises:
-        ValueError: an output is a folder, is written twice, or is also an input.
+        ValueError: an output is a folder, is given twice, or is also an input.
     """
     inputs, outputs = ([Path(file).resolve() for file in files if file] for files in (read, written))
     for file in outputs:
@@ -89,12 +92,12 @@ def check_outputs(read: Sequence[str | None], written: Sequence[str | None]) -> 
 
 
 def _machine() -> str:
-    """Return this machine's name. Temporary names contain it, because process ids are local to a machine."""
+    """Return this machine's name. Temporary names contain it: process ids are unique only on one machine."""
     return platform.node().split(".")[0] or "local"
 
 
 def _is_alive(process: int) -> bool:
-    if os.name != "posix":  # signal 0 only tests on POSIX
+    if os.name != "posix":  # on Windows, os.kill with signal 0 can stop the process
         return True
     try:
         os.kill(process, 0)

@@ -1,7 +1,8 @@
-"""Messages of the project: one logger, "clip_wsss", which commands write to stderr above progress bars.
+"""Messages of the project: one logger, "clip_wsss", which commands write to stderr, above any progress bar.
 
 Results are printed to stdout. Everything else that a command reports is logged here, at these levels:
-DEBUG (-v) tracebacks and settings; INFO progress; WARNING failures and what needs attention; ERROR the end.
+DEBUG (-v) tracebacks and settings; INFO progress; WARNING failures and what needs attention; ERROR the error
+that ends the command.
 """
 
 import logging
@@ -20,7 +21,7 @@ class _Handler(logging.Handler):
 def show(level: int) -> None:
     """Write messages of this level and above to stderr; `common.cli.Parser` calls this in commands.
 
-    In Python programs the logger is left to the program's own logging configuration.
+    Other Python programs do not call it, so that their own logging configuration applies.
     """
     log.setLevel(level)
     if not any(isinstance(handler, _Handler) for handler in log.handlers):
@@ -28,10 +29,10 @@ def show(level: int) -> None:
 
 
 def level() -> int:
-    """Return the level to `show` in a child process."""
+    """Return the current level, which a child process passes to `show`."""
     return log.level or logging.WARNING
 
 
 def no_progress(hide: bool = False) -> bool | None:
-    """Return `disable` of a tqdm bar: True with -q or `hide`; else None, which needs a terminal."""
+    """Return `disable` for a tqdm bar: True with -q or `hide`, else None (off without a terminal)."""
     return True if hide or log.level > logging.INFO else None

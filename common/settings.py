@@ -27,13 +27,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Spec:
-    """Declaration of a setting, apart from its default.
+    """Declaration of a setting, without its default.
 
     Attributes:
         help: what the setting does, in one sentence; shown by --help and in docs/.
         least, most: inclusive range of a number, or of each number of a list.
         above: exclusive lower bound.
-        choices: allowed values: a sequence, or a registry (dict) whose keys are allowed.
+        choices: allowed values: a sequence, or a dict whose keys are the allowed values.
         aliases: other spellings of the flag, such as the flag of a reference implementation.
         none: word for None on the command line, such as "auto"; --help shows it as the default.
         metavar: placeholder for the value in --help.
@@ -49,7 +49,10 @@ class Spec:
     metavar: str | None = None
 
     def allows(self, value: Any, hint: Any) -> bool:
-        """Return whether a value (each item of a list) has the annotated type `hint` and is in the range."""
+        """Return whether a value has the annotated type `hint` and is in the choices or the range.
+
+        If the value is a list, each item is checked.
+        """
         kind, is_list = _type_of(hint)
         if value is None:
             return isinstance(hint, types.UnionType)
@@ -64,7 +67,7 @@ class Spec:
         return math.isfinite(value) and self.above < value and self.least <= value <= self.most
 
     def expected(self, hint: Any) -> str:
-        """Return the allowed values in words, as "a whole number, 1 or more"; `hint` is the annotation."""
+        """Return the allowed values in words, e.g. "a whole number, 1 or more"; `hint` is the annotation."""
         if self.choices is not None:
             return f"one of {', '.join(self.choices)}"
         kind, is_list = _type_of(hint)
@@ -139,7 +142,7 @@ def from_args(base: T, args: argparse.Namespace) -> T:
 
 
 def rows(cls: type, prefix: str = "--", values: Any = None) -> list[tuple[str, str, str]]:
-    """Return (name, default, help) of each setting of a dataclass, nested sections included.
+    """Return (name, default, help) of each setting of a dataclass and of its nested sections.
 
     Args:
         prefix: "--" for flags; "" for the keys of a YAML file.
@@ -212,7 +215,10 @@ def _as_text(value: Any, spec: Spec) -> str:
 
 
 def _type_of(hint: Any) -> tuple[type, bool]:
-    """Return an annotation's type (bool, int, float, str) and whether it is a list of it; None is ignored."""
+    """Return the type of a value or list item (bool, int, float, str), and whether `hint` is a list.
+
+    `X | None` counts as X.
+    """
     if isinstance(hint, types.UnionType):
         hint = next(member for member in typing.get_args(hint) if member is not type(None))
     is_list = typing.get_origin(hint) in (list, tuple)

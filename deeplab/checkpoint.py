@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from clip.checkpoint import read_state
 from deeplab.keymaps import FAMILIES, STRIDE_IN, Family, family_of, own_key, unwrap
 
-MIN_COMMON = 0.9  # minimum fraction of backbone tensors, of model and file together, that both have
+# Minimum of |A and B| / |A or B|; A and B are the names of the backbone tensors of the file and of the model.
+MIN_COMMON = 0.9
 OTHER_FORMATS = {".caffemodel": "Caffe", ".params": "MXNet"}  # only these frameworks read such files
 NETWORKS = {"base.": "DeepLab-v2 on ResNet-101", "backbone.": "DeepLab-v1 on ResNet-38d"}  # by prefix of keys
 BACKBONES = ("base.layer", "backbone.")
@@ -37,7 +38,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Report:
-    """Names of tensors: loaded, left at their initial values, and ignored (partly with the file's names)."""
+    """Names of tensors: loaded, left at their initial values, and ignored.
+
+    Ignored tensors without counterpart in our networks have the names in the file.
+    """
 
     source: str
     matched: tuple[str, ...]
@@ -120,7 +124,7 @@ def load_init(model: nn.Module, file: str | Path) -> Report:
 def load_full(model: nn.Module, file: str | Path) -> Report:
     """Load a trained network: the file must have exactly the model's tensors.
 
-    Arguments and errors: see `load_init`. Another number of classes is an error, too.
+    For arguments and errors see `load_init`. A different number of classes is an error, too.
     """
     weights, state = _weights_for(model, file)
     loaded = weights.state
@@ -244,7 +248,7 @@ def _stride_note(model: nn.Module, stride_in: str | None) -> str:
     """Return a warning if the model has its strides in other layers than the network of the weights."""
     for name, part in model.named_modules():
         if stride_in and name.endswith(f"layer3.block1.{stride_in}.conv") and part.stride == (1, 1):
-            return f"they come from a network with stride_in={stride_in}: set that to get its features"
+            return f"set model.stride_in={stride_in}, as in the network of these weights, to get its features"
     return ""
 
 

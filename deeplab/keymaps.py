@@ -70,7 +70,7 @@ def caffe_layer(layer: str) -> str | None:
     """Return network A's module for a layer of Caffe's ResNets or of the published DeepLab models.
 
     Caffe splits batch norm into two layers, `bn...` and `scale...`; both map to one module here. Blocks are
-    named a, b, c or a, b1, b2. Layers without counterpart, such as the classifier `fc1000`, give None.
+    named a, b, c or a, b1, b2. For layers without counterpart, such as the classifier `fc1000`, return None.
     """
     if layer in CAFFE_STEM:
         return CAFFE_STEM[layer]
@@ -88,7 +88,7 @@ def caffe_layer(layer: str) -> str | None:
 def mxnet_key(key: str) -> str | None:
     """Return network B's key for a key of the MXNet ImageNet file of ResNet-38; None for the classifier.
 
-    The file is that of Wu et al., "Wider or Deeper".
+    The file was published with the paper of Wu et al., "Wider or Deeper".
     """
     key = key.removeprefix("arg:").removeprefix("aux:")  # prefixes of mxnet.nd.load
     match = re.fullmatch(r"(\w+?)_(weight|beta|gamma|moving_mean|moving_var)", key)
@@ -126,7 +126,10 @@ def torchvision(state: Mapping[str, Any]) -> Converted:
 
 
 def bgr_stem(weight: Tensor) -> Tensor:
-    """Return a first convolution (out, 3, k, k) for standardized RGB, converted for BGR of 0 to 255.
+    """Return the weights of a first convolution, converted from standardized RGB to BGR of 0 to 255.
+
+    Args:
+        weight: (out, 3, k, k).
 
     Raises:
         ValueError: the number of input channels is not three.

@@ -116,9 +116,9 @@ def backbone(blocks: tuple[int, ...], width: int, stride_in: str) -> OrderedDict
 class MSC(nn.Module):
     """Multi-scale wrapper: applies `base` to the image and to rescaled copies, and takes the maximum.
 
-    In training mode it returns a list of logits, each of which gets a loss: those of the image, those of each
-    copy at their own sizes, and the maximum at the size of the first. In evaluation mode it returns the
-    maximum. Without `scales` the only output is that of `base`.
+    In training mode it returns a list of logits, and each entry gets a loss: the logits of the image, the
+    logits of each copy at its own size, and the maximum at the size of the image's logits. In evaluation mode
+    it returns only the maximum. Without `scales`, the logits of the image are the only output.
 
     Args:
         base: (B, 3, H, W) -> (B, channels, h, w).

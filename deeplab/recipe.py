@@ -125,7 +125,7 @@ NETWORKS = {
     ),
     "deeplab_v1_r38": Network(
         build=_build_r38,
-        optimizer=partial(_optimizer, extra_iterations=1),  # the learning rate of SEAM does not reach 0
+        optimizer=partial(_optimizer, extra_iterations=1),  # as in SEAM: the rate does not reach 0
         transform=_transform_r38,
         normalize=imagenet_normalize,
         denormalize=imagenet_denormalize,

@@ -85,7 +85,7 @@ class ResNet38(nn.Module):
         self.bn7 = nn.BatchNorm2d(4 * into, **BN)
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        """Return [conv4, conv5, conv6]: the inputs of b5, b6 and the head after batch norm and ReLU.
+        """Return [conv4, conv5, conv6]: the inputs of b5, b6 and the head, each after batch norm and ReLU.
 
         Args:
             x: (B, 3, H, W).

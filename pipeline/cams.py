@@ -41,40 +41,48 @@ class CamSettings(Settings):
         "affinity with class boxes (caa), affinity alone (mhsa), or the initial CAM (none)",
         choices=REFINEMENTS,
     )
-    keep_initial: bool = setting(False, f"also store the initial CAM, as cam type {INITIAL}")
-    cam_method: str = setting("gradcam", "how gradients weigh activations", choices=METHODS)
+    keep_initial: bool = setting(False, f"also store the initial CAM, as CAM type {INITIAL}")
+    cam_method: str = setting(
+        "gradcam", "method that computes the weights of the activations from gradients", choices=METHODS
+    )
     cam_scales: tuple[float, ...] = setting(
         (1.0,), "image scales whose CAMs are averaged, such as 0.5,1,1.5", least=0.1, most=10
     )
     flip: bool = setting(False, "average with the CAMs of the mirrored image")
     affinity_layers: int = setting(
         AFFINITY_LAYERS,
-        "last blocks whose attention is averaged for the affinity",
+        "number of last blocks whose attention is averaged for the affinity",
         least=1,
         aliases=["--averaged_blocks"],
     )
     exclude_last_layer: bool = setting(
         False,
-        "leave the last of these blocks out of the average: the default of 8 blocks then averages 7 maps",
+        "leave the last block out of this average: --affinity_layers 8 then averages the 7 blocks before the "
+        "last",
         aliases=["--leave_out_last"],
     )
     box_threshold: float = setting(
-        0.4, "lambda of the class boxes, relative to the maximum of the CAM", least=0, most=1
+        0.4,
+        "class boxes enclose patches above this fraction of the CAM's maximum (lambda in the paper)",
+        least=0,
+        most=1,
     )
     include_edge: bool = setting(
         False,
-        "let class boxes reach the grid's last row and column, which the reference implementation cuts off",
+        "let class boxes include the last row and column of patches, which the reference implementation "
+        "leaves out",
         aliases=["--cover_edge"],
     )
     position_rounding: str = setting(
         "always",
-        "when the positional embedding is rounded to float16; always: as in the reference implementation",
+        "when the positional embedding is rounded to float16; always: as in the reference implementation; "
+        "resampled: if the patch grid differs from that of CLIP's training",
         choices=POSITION_ROUNDINGS,
     )
     round_weights: str = setting(
         "auto",
-        "round matrix weights to float16; auto: only weights of OpenAI-layout files, as in the reference "
-        "implementation",
+        "round matrix weights to float16; auto: only the weights of files in OpenAI's layout, as in the "
+        "reference implementation",
         choices=ROUND_WEIGHTS,
     )
     max_patches: int = setting(10_000, "images with more patches are shrunk to this many patches", least=1)
@@ -160,8 +168,8 @@ def _view_cams(
     settings: CamSettings,
     affinity: Affinity | None,
 ) -> dict[str, Tensor]:
-    """Return CAM type -> (V, B, K, h, w) for images (B, H', W', 3); V is 1, or 2 with `settings.flip`: the
-    second are the CAMs of the mirrored images, flipped back."""
+    """Return CAM type -> (V, B, K, h, w) for images (B, H', W', 3). V is 1. With `settings.flip` V is 2, and
+    index 1 contains the CAMs of the mirrored images, flipped back."""
     images = clip.normalize(_to_device(pixels, model.device), model.config.mean, model.config.std)
     if settings.flip:  # images are (B, 3, H', W')
         images = torch.cat([images, images.flip(-1)])
@@ -250,7 +258,7 @@ class CamStep(Step):
             class_ids = camfile.class_ids_of(self.output, name)
             return class_ids is not None and class_ids == self.labels(name)
         except (ValueError, OSError):
-            return False  # a damaged file is made again; unreadable labels raise again when decoded
+            return False  # a damaged file is made again; for unreadable labels, the decoder raises the error
 
     def start(self, worker_index: int) -> None:
         rounding = ROUND_WEIGHTS[self.settings.round_weights]
@@ -258,7 +266,7 @@ class CamStep(Step):
         has_affinity = self.affinity is not None or isinstance(self.clip.visual, VisionTransformer)
         if self.settings.refine != "none" and not has_affinity:
             raise ValueError(
-                "a ResNet tower has no attention between patches to refine CAMs with: use --refine none"
+                "a ResNet tower has no attention between patches, which refinement needs: use --refine none"
             )
         templates = self.benchmark.templates
         self.text_features = clip.text_features(self.clip, self.benchmark.prompts, templates)

@@ -33,7 +33,7 @@ def main(name: str | None = None) -> int:
     add_input_flags(flag, name, flags.LABELS_HELP)
     flag("--output", "--cam_out_dir", required=True, metavar="DIR", help="folder for the CAM files")
     flag("--cam_format", choices=camfile.FORMATS, default="full", help="full: .npy, as in the reference "
-         "implementation; compact: .npz, about 120 times smaller, also read by all scripts here")  # fmt: skip
+         "implementation; compact: .npz, about 120 times smaller. All scripts read both")  # fmt: skip
     add_cam_flags(parser)
     args = parser.parse_args()
     step, names, record = cam_step(
@@ -55,9 +55,9 @@ def add_input_flags(flag: Callable, name: str | None, labels_help: str) -> None:
     if name is None:
         flags.add_benchmark_flag(flag)
     flags.add_image_flags(flag, benchmarks.load(name).split_file if name else "the benchmark's")
-    flag("--shards", metavar="PATTERN", help="read tar shards instead of an image folder, such as "
-         "'images-{0000..0099}.tar', with <key>.jpg and <key>.cls (class indices as text); the results of "
-         "each shard are written to a shard of the same name")  # fmt: skip
+    flag("--shards", metavar="PATTERN", help="read tar shards, such as 'images-{0000..0099}.tar', instead of "
+         "an image folder. A shard contains <key>.jpg and <key>.cls (class indices as text). Its results are "
+         "written to a shard of the same name")  # fmt: skip
     flag("--labels", metavar="FILE", help=labels_help)
     flag("--model", help=flags.MODEL_HELP)
 
@@ -84,7 +84,7 @@ def cam_step(
     Args:
         name: the benchmark.
         output, cam_format: see `CamStep`; `output` is None for shards.
-        tagged: step 0 predicts the labels later, so the step gets no label reader; --labels is only recorded.
+        tagged: step 0 predicts the labels later: the step has no label reader, and --labels is only recorded.
     """
     benchmark = benchmarks.load(name)
     model = args.model or benchmark.model

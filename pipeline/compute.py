@@ -13,9 +13,10 @@ from pipeline.flow import FlowSettings
 from pipeline.processes import cores, device_of
 from pytorch_grad_cam.last_block import LABELS_AT_ONCE
 
-MAX_BATCH = 32  # images keep a GPU busy; larger batches leave more partial batches of rare shapes
+# Images per batch: enough to keep a GPU busy. With a larger number, more batches of rare shapes are partial.
+MAX_BATCH = 32
 PREFETCHED_BATCHES = 8  # decoded ahead; images of equal size among them form batches
-WRITERS = 4  # threads that write a GPU's results, about a thousand PNG and NumPy files a second
+WRITERS = 4  # threads that write the results of a GPU: together about a thousand PNG and NumPy files a second
 BF16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}  # flags in /proc/cpuinfo, of x86 and of ARM
 
 
@@ -27,41 +28,46 @@ class ComputeSettings(Settings):
     device: str = setting("auto", "auto (a GPU if there is one), cpu, cuda or cuda:i", metavar="DEVICE")
     precision: str = setting(
         "fp32",
-        "type of the image tower's matrix products; bf16 is faster on GPUs and on CPUs with bf16 units, tf32 "
-        "and fp16 on GPUs. Softmax, norms and sums stay float32",
+        "number type of the image tower's matrix products. bf16 is faster on GPUs and on CPUs with bf16 "
+        "units; tf32 and fp16 are faster only on GPUs. Softmax, norms and sums are always float32",
         choices=clip.PRECISIONS,
     )
     compile: bool = setting(
         False, "compile the image tower's blocks; takes about a minute, and needs a C++ compiler on a CPU"
     )
     num_workers: int = setting(
-        1, "processes; they are divided among the GPUs. On a CPU one process uses all cores", least=1
+        1,
+        "number of processes, which are divided among the GPUs. On a CPU, one process already uses all cores",
+        least=1,
     )
     threads: int | None = setting(
         None,
-        "CPU threads of a process, each for whole images (default: one per core); fewer threads need less "
-        "memory",
+        "CPU threads of a process; each thread processes whole images (default: one thread per core). Fewer "
+        "threads need less memory",
         least=1,
     )
     batch_size: int | None = setting(
         None,
-        "images per batch; auto: as many as fit on a GPU, 1 on a CPU. A batch that does not fit is halved",
+        "images per batch; auto: as many as fit in the memory of a GPU, 1 on a CPU. A batch that runs out of "
+        "memory is halved",
         least=1,
         none="auto",
     )
     prefetch: int | None = setting(
         None,
-        "images decoded ahead, which are grouped by size into batches; limits memory (default: "
-        f"{PREFETCHED_BATCHES} batches)",
+        "number of images that are decoded ahead and grouped by size into batches (default: "
+        f"{PREFETCHED_BATCHES} batches, or 1 image if a batch is 1 image). Fewer images need less memory",
         least=1,
         aliases=["--look_ahead"],
     )
     decode_workers: int | None = setting(
-        None, "processes that decode images for a GPU (default: the other cores; on a CPU 0)", least=0
+        None,
+        "decoding processes of each process that uses a GPU (default: its CPU cores minus one; on a CPU 0)",
+        least=0,
     )
 
     def flow(self) -> FlowSettings:
-        """Return the settings of the engine; by default all other cores decode images for a GPU."""
+        """Return the settings of the engine. By default, all cores but one per process decode for the GPU."""
         gpu = clip.pick_device(self.device).type == "cuda"
         batch = self.batch_size or (MAX_BATCH if gpu else 1)
         decode_workers = self.decode_workers
@@ -94,7 +100,7 @@ def warn_of_slow_precision(device: str, precision: str) -> None:
 
 
 def has_bf16_units(cpuinfo: str | Path = "/proc/cpuinfo") -> bool:
-    """Return whether the CPU multiplies bfloat16 in hardware; True if `cpuinfo` does not say."""
+    """Return whether the CPU multiplies bfloat16 in hardware; True if `cpuinfo` does not list its flags."""
     try:
         text = Path(cpuinfo).read_text()
     except OSError:  # not Linux
@@ -104,8 +110,11 @@ def has_bf16_units(cpuinfo: str | Path = "/proc/cpuinfo") -> bool:
 
 
 def bytes_per_image(model: CLIP, patches: int) -> int:
-    """Return an upper bound of the GPU memory per image of a batch: quadratic in the patches for the last
-    block's attention, linear for the widest activations, which the gradient keeps for all labels."""
+    """Return an upper bound of the GPU memory in bytes for each image of a batch.
+
+    The attention of the last block needs memory quadratic in the number of patches. The widest activations
+    need linear memory; the gradient needs them for each of `LABELS_AT_ONCE` labels.
+    """
     if not isinstance(model.visual, VisionTransformer):
         return patches * 2**20  # early stages have 64 positions per stride-32 cell and hundreds of channels
     width = model.config.vision_width
@@ -116,7 +125,8 @@ def bytes_per_image(model: CLIP, patches: int) -> int:
 def images_that_fit(model: CLIP, patches: int, threads: int, views: int = 1) -> int:
     """Return the number of images of this size that fit in GPU memory, per thread; on a CPU 1.
 
-    On a CPU, batches of one image make results bit for bit independent of the images that a run computes.
+    On a CPU, batches contain one image. The result of an image is therefore bit for bit the same, whichever
+    other images a run computes.
 
     Args:
         patches: number of patches of an image.

@@ -17,7 +17,7 @@ from pipeline.step import Decoded
 from segmentation.images import find_image, read_image, shrunk
 from segmentation.labels import LabelReader
 
-RESNET_MIN_CELLS = 2  # least stride-32 cells per side for the attention pooling of a ResNet tower
+RESNET_MIN_CELLS = 2  # minimum number of stride-32 cells per side for the attention pooling of a ResNet tower
 
 
 class Grid(NamedTuple):
@@ -51,8 +51,8 @@ def shrunk_notes(image: Image.Image, grid: Grid, factor: float, max_patches: int
 
 
 class Sample(NamedTuple):
-    """A sample of a tar shard: the content of an image file and its labels as text, such as "3 17". Missing
-    ones are None."""
+    """A sample of a tar shard: the content of an image file and its labels as text, such as "3 17". Each
+    is None if the shard lacks it."""
 
     name: str
     content: bytes | None

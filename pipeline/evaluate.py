@@ -19,7 +19,7 @@ from segmentation.metrics import joint_counts, scores
 
 ARITHMETIC = ("float16", "float32")
 INFINITY = 0x7C00  # bits of float16 infinity
-# Twice the largest spacing of float16 in [0, 1]: numbers that differ by more stay different when rounded.
+# Twice the largest spacing of float16 in [0, 1]. Numbers that differ by more remain different after rounding.
 CLOSE = 2.0**-10
 MASKS = "png"  # the --cam_type for index masks instead of CAM files
 SUMMARY = ("Mean IoU", "Pixel Accuracy", "Mean Accuracy", "Frequency Weighted IoU")
@@ -47,7 +47,7 @@ def background(top: np.ndarray, score: float, arithmetic: str = "float16") -> np
     Args:
         top: (...) the highest score of any class.
         score: >= 1: an exponent e, the background is (1 - top)^e; < 1: the constant background.
-        arithmetic: "float16" rounds the difference and then the power.
+        arithmetic: "float16" rounds the difference to float16, and then the power.
     """
     dtype = np.dtype(arithmetic)
     if score < 1:
@@ -60,19 +60,19 @@ def background(top: np.ndarray, score: float, arithmetic: str = "float16") -> np
 def _background_wins(
     backgrounds: tuple[float | None, ...], arithmetic: str
 ) -> tuple[list[int], list[float], np.ndarray]:
-    """Return which of the B background scores win against the best class, by intervals of the class's score.
+    """Return which of the B background scores win against the best class, for each interval of its score.
 
-    A class score is one of 2^16 float16 numbers. All of them are compared once here, instead of one at every
-    pixel.
+    The score of a class is one of 2^16 float16 numbers. This function compares each of these numbers with the
+    background once. Pixels then need only their interval.
 
     Returns:
-        Edges (I - 1,) between the I intervals, ascending, as the integers of `ordered`; the same edges as the
-        smallest float32 that are rounded to them, valid for scores in [0, 1]; and wins (I, B) bool. The
+        Edges (I - 1,) between the I intervals, ascending, as the integers of `ordered`; for each edge, the
+        smallest float32 number that is rounded to it, valid for scores in [0, 1]; and wins (I, B) bool. The
         background wins ties. The background score None never wins.
     """
     numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
     wins = np.zeros((2**16, len(backgrounds)), bool)
-    with np.errstate(all="ignore"):  # powers of numbers that are in no CAM
+    with np.errstate(all="ignore"):  # overflow and NaN for numbers that no CAM contains
         for index, score in enumerate(backgrounds):
             if score is not None:
                 wins[:, index] = background(numbers, score, arithmetic) >= numbers
@@ -110,8 +110,8 @@ def count_cams(
     Args:
         truth: (H, W) uint8 mask values.
         class_ids: (K,) class indices.
-        cams: (K, H, W) float16; (K + 1, H, W) if they have a background channel. float32 gives the counts of
-            the CAMs rounded to float16; only nearly equal scores are actually rounded.
+        cams: (K, H, W) float16; (K + 1, H, W) if they have a background channel. float32 CAMs give the same
+            counts as CAMs rounded to float16; only nearly equal scores are actually rounded.
 
     Returns:
         hists (B, n, n) int64 [truth, prediction] for the B background scores; and the number of pixels that
@@ -167,13 +167,13 @@ def _argmax(cams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             higher[close] = channel[close].astype(np.float16) > top[close].astype(np.float16)
         else:
             higher = channel > top
-        np.maximum(best, higher * best.dtype.type(index), out=best)  # `index` is larger than those before
+        np.maximum(best, higher * best.dtype.type(index), out=best)  # `index` exceeds all earlier indices
         np.maximum(top, channel, out=top)
     return best, top
 
 
 def _matrices(indices: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the result of `count_cams` from candidates: their mask values (C,) and counts (n, C, B)."""
+    """Return the result of `count_cams`, from the mask values (C,) and counts (n, C, B) of C candidates."""
     channels, _, backgrounds = counts.shape
     used = counts.any((0, 2))
     unknown = indices[used & (indices >= channels) & (indices != IGNORE)]
@@ -249,7 +249,7 @@ class Evaluation(ScoringStep):
             "png" evaluates index masks.
         backgrounds: background scores to try, see `background`; (None,) adds no background.
         arithmetic: "float16" compares the scores of background and classes in the number type of the CAM
-            files, as for the published numbers; "float32" changes the prediction of single pixels at ties.
+            files, as for the published numbers; "float32" changes the prediction of a few pixels, at ties.
     """
 
     benchmark: Benchmark
@@ -319,7 +319,7 @@ def evaluate(
 
 
 def benchmark_scores(hist: np.ndarray, benchmark: Benchmark, absent: str = "drop") -> dict:
-    """Return `segmentation.metrics.scores` for the benchmark's groups of classes, or else for its classes.
+    """Return `segmentation.metrics.scores` for the benchmark's groups of classes, else for its classes.
 
     Args:
         hist: (n, n) [truth, prediction] over the mask values.
@@ -385,7 +385,7 @@ def report_scores(
 
 
 def benchmark_of(folder: str | Path, benchmark: str | None) -> tuple[str, Benchmark]:
-    """Return the benchmark and its name (or file): the value of --benchmark, or else what `folder` records.
+    """Return a benchmark, after its name or file. --benchmark overrides the record of `folder`.
 
     Raises:
         FileNotFoundError: `folder` does not exist.

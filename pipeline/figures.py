@@ -11,7 +11,7 @@ from segmentation.benchmark import IGNORE, Benchmark
 
 SIDE = 320  # longer side of a figure in pixels: twice the width at which it is displayed
 COLORMAP = cv2.COLORMAP_TURBO
-OPACITY, FADE_BELOW = 0.7, 0.4  # opacity of CAM colors; it falls linearly to 0 below the activation 0.4
+OPACITY, FADE_BELOW = 0.7, 0.4  # opacity of CAM colors; for activations below 0.4 it falls linearly to 0
 BACKGROUND = (238, 240, 243)  # VOC's black background is too dominant on a white page
 HATCH = 8  # pixels between the stripes of ignored pixels
 JPEG = {"format": "JPEG", "quality": 88, "subsampling": 0}
@@ -19,7 +19,11 @@ PNG = {"format": "PNG", "optimize": True}
 
 
 def cam_overlay(image: np.ndarray, cam: np.ndarray) -> np.ndarray:
-    """Return the gray image with a CAM (H, W) in [0, 1] in colors over it; images are (H, W, 3) uint8 RGB."""
+    """Return an image in gray, with the colors of a CAM (H, W) in [0, 1] over it, (H, W, 3) uint8 RGB.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+    """
     cam = np.float32(cam)
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
     colors = cv2.applyColorMap(np.rint(cam * 255).astype(np.uint8), COLORMAP)[..., ::-1]

@@ -23,15 +23,15 @@ def add_image_flags(flag: Callable, split: str = "the benchmark's") -> None:
 
 
 def recorded_path(name: str) -> str:
-    """Return a benchmark's name, or the absolute path of its file, so that it is valid in any folder."""
+    """Return a benchmark's name, or the absolute path of its file, valid in any working directory."""
     return str(Path(name).absolute()) if name.endswith((".yaml", ".yml")) else name
 
 
 def beside_images(benchmark: Benchmark, image_root: str | Path) -> Benchmark:
-    """Return the benchmark with its root moved to the data set that contains `image_root`.
+    """Return the benchmark with a new root: the folder of the data set that contains `image_root`.
 
-    The reference scripts have a flag only for the image folder. If that root has no folder of annotations or
-    masks, the benchmark is returned unchanged.
+    The reference scripts have a flag only for the image folder. If the new root has no folder of annotations
+    or masks, the benchmark is returned unchanged.
     """
     folder = {"voc_xml": benchmark.annotation_dir, "masks": benchmark.mask_dir}.get(benchmark.labels)
     root = Path(image_root).absolute()

@@ -43,8 +43,8 @@ class FlowSettings:
     Attributes:
         batch_size: images per batch; None uses `Step.batch_size`, which depends on the image's shape.
         prefetch: images per block; a block is decoded ahead and grouped into batches.
-        threads: number of threads, each of which processes whole blocks; None: as many as PyTorch uses; 0:
-            the calling thread.
+        threads: number of threads; each thread processes whole blocks. None: as many as PyTorch uses. 0:
+            only the calling thread.
         decode_workers: number of decoding processes; 0: the threads decode.
         write_workers: number of writing threads; 0: the threads write.
     """
@@ -56,8 +56,9 @@ class FlowSettings:
     write_workers: int = 0
 
     def on(self, device: torch.device) -> FlowSettings:
-        """Return the settings for a device. On a CPU the computing threads write. A GPU has two threads by
-        default: one stacks and copies a batch while the GPU computes the batch of the other."""
+        """Return the settings for a device. On a CPU, the computing threads also write. On a GPU, there are
+        two threads by default: while the GPU computes the batch of one thread, the other thread stacks and
+        copies the next batch."""
         if device.type == "cpu":
             return replace(self, write_workers=0)
         return replace(self, threads=self.threads or GPU_THREADS)
@@ -75,7 +76,7 @@ def flow(
     Args:
         samples: image names, or other arguments of the step's decoder.
         step: see `pipeline.step.Step`; `step.flow` are the settings.
-        decode_pool: decoding processes, see `decoding`; None starts and ends them here.
+        decode_pool: decoding processes, see `decoding`; None: this function starts and stops them.
 
     Yields:
         The outcome of every sample, in no particular order.
@@ -148,7 +149,7 @@ def decoding(settings: FlowSettings) -> Iterator[Executor | None]:
     if not settings.decode_workers:
         yield None
         return
-    # Not fork: this process may have threads and a CUDA context.
+    # Not fork: it is unsafe in a process with threads or a CUDA context.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     pool = ProcessPoolExecutor(settings.decode_workers, context, _set_up_decoder, (logs.level(),))

@@ -46,7 +46,7 @@ class FusedStep(Step):
             if mask_class_ids(file) not in (None, self.cams.labels(name)):
                 return False
         except (ValueError, OSError):
-            return False  # unreadable labels raise again when decoded
+            return False  # for unreadable labels, the decoder raises the error
         return self.cams.output is None or self.cams.is_done(name)
 
     def start(self, worker_index: int) -> None:
@@ -100,7 +100,7 @@ class FusedStep(Step):
         files = self.cams.files(decoded, cams)
         if self.output is None:
             self.cams.save(decoded.name, {**files, ".png": mask})
-        else:  # the mask last, because `is_done` looks for it
+        else:  # the mask last: if it exists, `is_done` can rely on the other files
             self.cams.save(decoded.name, files)
             store_files(self.output, decoded.name, {".png": mask})
         notes = decoded.notes + self.cams.notes(cams)

@@ -58,15 +58,15 @@ def label_rule(rule: str, threshold: float | None, ratio: float) -> LabelRule:
     """Return the rule of --label_rule and --label_threshold; `ratio` is the default of "relative"."""
     if rule == "relative":
         threshold = ratio if threshold is None else threshold
-        expected, fits = "from 0 to 1", 0 <= threshold <= 1
+        expected, fits = "a number from 0 to 1", 0 <= threshold <= 1
     elif threshold is None:
-        raise ValueError(f"--label_rule {rule} needs a --label_threshold")
+        raise ValueError(f"--label_rule {rule} requires --label_threshold X: give it")
     elif rule == "top":
-        expected, fits = "that is whole, 1 or more", threshold >= 1 and threshold.is_integer()
+        expected, fits = "a whole number, 1 or more", threshold >= 1 and threshold.is_integer()
     else:
-        expected, fits = "that is finite", math.isfinite(threshold)
+        expected, fits = "a finite number", math.isfinite(threshold)
     if not fits:
-        raise ValueError(f"--label_rule {rule} takes a --label_threshold {expected}, not {threshold:g}")
+        raise ValueError(f"--label_threshold of --label_rule {rule} must be {expected}, got {threshold:g}")
     return LabelRule(threshold, rule)
 
 
@@ -75,8 +75,8 @@ def choose(scores: np.ndarray, threshold: float, rule: str = "relative") -> np.n
 
     Args:
         rule: "relative": scores above min + threshold * (max - min) of the image, so no class if all scores
-            are equal; "absolute": scores above the threshold; "top": the `threshold` highest scores, of equal
-            scores those of the first classes.
+            are equal; "absolute": scores above the threshold; "top": the `threshold` highest scores; among
+            equal scores, the first classes.
     """
     if rule == "relative":
         low, high = scores.min(1, keepdims=True), scores.max(1, keepdims=True)
@@ -124,7 +124,7 @@ def report_metrics(
     if unlabeled:
         log.warning("%d images without true labels are not scored: %s", len(unlabeled), first_few(unlabeled))
     if not true_labels:
-        log.warning("no true labels: nothing to score")
+        log.warning("no image has true labels: no metrics are computed")
         return
     values = np.stack([scores[name] for name in true_labels])  # (n, K)
     labeled = np.zeros(values.shape, bool)
@@ -143,7 +143,7 @@ def report_metrics(
 def truth_reader(
     benchmark: Benchmark, split: labels.Split, labels_file: str | None, image_root: str
 ) -> labels.LabelReader | None:
-    """Return a reader of true labels: of a file, the split file or the benchmark; None if there are none."""
+    """Return a reader of true labels from a file, the split file or the benchmark; None if there are none."""
     if labels_file or any(split.values()):
         return labels.reader(replace(benchmark, labels="file"), split, labels_file)
     if benchmark.labels == "file":

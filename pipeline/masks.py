@@ -32,7 +32,7 @@ class MaskSettings(Settings):
     crf_backend: str = setting(
         "auto",
         "numba (CPU), torch (batches of images on a GPU) or pydensecrf (reference implementation); auto: "
-        "torch on a GPU, else numba. Their labels agree",
+        "torch on a GPU, else numba. All backends give the same labels",
         choices=("auto", *BACKENDS),
     )
     crf_image: str = setting(
@@ -74,7 +74,7 @@ class MaskSettings(Settings):
         }
 
 
-# Published pipelines: the default of --confidence, and the benchmarks with default --exclude_last_layer.
+# Published method -> default of --confidence, and benchmarks on which --exclude_last_layer is set by default.
 PUBLISHED = {
     "clip_es": {"confidence": MaskSettings.confidence, "exclude_last_layer": ()},
     # TagCLIP's copy of CLIP-ES; only its VOC script averages the attention maps [-8:-1].
@@ -84,9 +84,9 @@ PUBLISHED = {
 
 def add_preset_flag(flag: Callable) -> None:
     """Add --preset, which sets the defaults of --confidence and --exclude_last_layer."""
-    flag("--preset", choices=PUBLISHED, default="clip_es", help="defaults of a published method: CLIP-ES, or "
-         "CLS-SEG (TagCLIP's segmentation without labels), which ignores no pixel of a mask and on voc12 "
-         "sets --exclude_last_layer; other flags take precedence")  # fmt: skip
+    flag("--preset", choices=PUBLISHED, default="clip_es", help="use the defaults of a published method: "
+         "CLIP-ES, or CLS-SEG (segmentation without labels, from the paper of TagCLIP). CLS-SEG ignores no "
+         "pixel of a mask, and sets --exclude_last_layer on voc12. Other flags take precedence")  # fmt: skip
 
 
 def mask_defaults(preset: str) -> MaskSettings:
@@ -172,7 +172,7 @@ def shrunk_note(settings: MaskSettings) -> str:
 
 @dataclass
 class MaskInput(Decoded):
-    """A decoded image: size, class indices, shrunk pixels and CAMs; or only its mask, if that exists."""
+    """A decoded image: size, class indices, shrunk pixels and CAMs; or only its mask, if that file exists."""
 
     size: tuple[int, int] = (0, 0)
     class_ids: np.ndarray | None = None
@@ -235,7 +235,8 @@ class MaskStep(ScoringStep):
             write_mask(self._file(decoded.name), mask, self.benchmark.palette, decoded.class_ids)
         if self.gt_root is None:
             return decoded.notes
-        if not (Path(self.gt_root) / f"{decoded.name}.png").is_file():  # not with --eval_only
+        # With --eval_only all images have ground truth here, see `make_masks`.
+        if not (Path(self.gt_root) / f"{decoded.name}.png").is_file():
             return [*decoded.notes, "images without ground truth"]
         truth = read_truth(self.gt_root, decoded.name, mask.shape)
         self.count(*count_mask(truth, mask, self.benchmark.channels))
@@ -263,7 +264,8 @@ def make_masks(
         names: image ids.
         benchmark_name: name or file that the mask folder records, see `segmentation.benchmark.load`.
         json_file: file for the scores; None writes none.
-        allow_missing: leave out images without CAMs, and if `step.output` is None also without ground truth.
+        allow_missing: leave out images without CAMs; if `step.output` is None, also images without ground
+            truth.
         overwrite: remove existing masks.
 
     Returns:

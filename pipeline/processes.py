@@ -121,7 +121,8 @@ def run(
     Args:
         work: a module-level generator function that yields an `Outcome` for each name. `worker_index` is the
             number of the process on this machine. With several processes, `args` are pickled.
-        processes: 1 uses this process. Several share the CPU threads, unless OMP_NUM_THREADS is set.
+        processes: 1 uses this process. Several divide the CPU threads among them, unless OMP_NUM_THREADS is
+            set.
         take: called in this process with each outcome.
         block: number of consecutive names that one process gets, see `part_of`.
 
@@ -146,7 +147,7 @@ def run(
         for index in range(processes):
             receiver, sender = context.Pipe(duplex=False)
             part = part_of(names, index, processes, block)
-            # Not a daemon: daemons may not start decoding processes.
+            # Not a daemon: a daemon process may not start decoding processes.
             options = sender, work, part, first + index, args, logs.level()
             worker = context.Process(target=_worker, args=options)
             worker.start()

@@ -40,8 +40,8 @@ def read_tag_scores(file: str | Path) -> tuple[dict[str, float | None], int]:
 
 @contextmanager
 def _score_file(file: str | Path, writer: str, expected: str) -> Iterator[dict]:
-    """Yield the content of a JSON file. Raise ValueError if it cannot be read, or if the caller does not find
-    what it expects in it."""
+    """Yield the content of a JSON file. Raise ValueError if the file cannot be read, or lacks an entry that
+    the caller reads."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"score file {file} does not exist: write it with --json of {writer}")
     try:
@@ -75,7 +75,7 @@ def _rows(records: Sequence[dict]) -> dict[str, str]:
     for record in records:
         digests = {f"sha256 of {name}": digest for name, digest in record.get("inputs", {}).items()}
         for key, value in (record.get("settings", {}) | digests).items():
-            # A test records its network as `model`, the training as `model.width` and so on: show it once.
+            # A test records its network as `model`, a training as `model.width` and so on: show it only once.
             repeated = any(name.startswith(f"{key}.") for name in rows)
             if value not in ("", None, [], {}) and not repeated:
                 rows[key] = _text(value)

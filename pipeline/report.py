@@ -196,8 +196,8 @@ def render(results: Results, images: int = 8) -> str:
     """Return the page as HTML.
 
     Args:
-        images: number of images to show per split. With ground truth they are at even steps from the best to
-            the worst mask; without ground truth, at even steps through the split.
+        images: number of images to show per split. They are selected at even steps: with ground truth, from
+            the best to the worst mask; without ground truth, through the split.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or cannot be read.
@@ -241,7 +241,7 @@ def _scored(results: Results) -> list[dict[str, Any]]:
         pairs = zip(titles, files, strict=True) if files else ()
         return [records.read_stage(title, file, classes) | {"needs": needs} for title, file in pairs]
 
-    # Without masks from tags, all stages of the training images need labels, so this is not printed.
+    # Without masks from tags, all stages of the training images need labels, so the page omits the note.
     train = stages(STAGES, results.scores, NEEDS_LABELS if results.auto_masks else "")
     train += stages(MASKS, results.auto_scores, NEEDS_LABELS)
     if results.auto_scores:
@@ -305,7 +305,8 @@ def main() -> None:
          "of step 0's labels; pseudo_masks.py --labels auto writes MASK_DIR/tags/labels.txt")  # fmt: skip
     flag("--auto_tags", metavar="TAGS.json", help="scores of these labels, written by classify.py --json")
     flag("--auto_scores", nargs=2, default=(), metavar=("MASKS.json", "AUTO_MASKS.json"),
-         help="scores of --pseudo_mask_dir and --auto_masks: eval_cam.py --cam_type png --json")  # fmt: skip
+         help="scores of --pseudo_mask_dir and --auto_masks, written by eval_cam.py --cam_type png "
+         "--json")  # fmt: skip
     flag = parser.add_argument_group("trained networks (step 3) on validation images").add_argument
     flag("--network", nargs=3, action="append", default=[], metavar=("TITLE", "MASK_DIR", "SCORES.json"),
          help="title of a network, and masks and scores of its test; may be repeated")  # fmt: skip
@@ -315,7 +316,8 @@ def main() -> None:
     flag("--val_img_root", dest="val_image_root", help="validation images (default: --image_root)")
     flag("--val_gt_root", help="ground-truth masks of the validation images (default: --gt_root)")
     flag("--val_scores", nargs=2, default=(), metavar=("REFINED.json", "CRF.json"),
-         help="scores of steps 2a and 2b, which need labels, on the validation images")  # fmt: skip
+         help="scores of the refined CAMs and the dense CRF on the validation images; both require the "
+         "labels of the images")  # fmt: skip
     args = parser.parse_args()
     crf_files = args.network_crf or [None] * len(args.network)
     if args.network and not (args.val_split_file and (args.val_gt_root or args.gt_root)):

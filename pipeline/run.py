@@ -27,7 +27,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow",
 SETTINGS = "settings.json"
 FAILED = "failed.txt"
 SHOWN = 5  # names or failures listed before "..."
-# Name of a setting in earlier records -> its present name.
+# Name of a setting in the records of earlier versions -> its present name.
 RENAMED = {
     "averaged": "affinity_layers",
     "leave_out_last": "exclude_last_layer",
@@ -39,10 +39,11 @@ RENAMED = {
 
 
 def command(main: Callable[[], int | None], again: str = "the same command continues") -> None:
-    """Run a script's `main` and exit with its return value; after Ctrl-C log `again`, how to continue.
+    """Run a script's `main` and exit with its return value.
 
-    User errors (ValueError, OSError) log one line and exit with code 2; -v logs the traceback too. An error
-    that ends a run which has begun exits with code 1.
+    After Ctrl-C, log `again`, which says how to continue, and exit with code 130. User errors (ValueError,
+    OSError) log one line and exit with code 2; -v logs the traceback too. The errors that stop a run in
+    progress (ChildProcessError, DiskFull, WorkFailed) exit with code 1.
     """
     try:
         code = main() or 0
@@ -63,10 +64,11 @@ class Record:
     Attributes:
         step: name such as "cams"; no other step may fill or overwrite the folder.
         settings: JSON values that the outputs depend on; "benchmark" is what later steps load.
-        inputs: sha256 by name of the files that the outputs depend on, such as {"model": ...}.
+        inputs: name -> sha256 of each file that the outputs depend on, such as {"model": ...}.
         outputs: file patterns of the outputs, such as ("*.npy", "*.npz").
-        info: further values; they may change from run to run in one folder.
-        defaults: declared defaults of settings. A setting that an earlier record lacks had its default.
+        info: further values; runs with different values may fill the same folder.
+        defaults: default values of settings. If an earlier record lacks a setting, the earlier run is assumed
+            to have used the default.
     """
 
     step: str = ""
@@ -112,7 +114,7 @@ class Run:
         self.retry, block = step.retry, step.flow.prefetch
         names = processes.part_of(names, self.rank, self.world, block)
         total = None if step.several else len(names)
-        # Rank 0 shows the progress of its own images: the others take about as long.
+        # The bar on rank 0 counts only the images of rank 0: the other ranks take about as long.
         with tqdm(total=total, unit="image", disable=no_progress(self.rank > 0)) as bar:
 
             def take(outcome: Outcome) -> None:
@@ -131,13 +133,14 @@ class Run:
             self._add_note(note, 1, [outcome.name])
 
     def _add_note(self, note: str, count: int, names: list[str]) -> None:
-        """Count a note, and keep only a few of its names, so that memory does not grow with the images."""
+        """Count a note, and keep only a few image names, so that memory does not grow with their number."""
         total, first = self.notes.get(note, (0, []))
         self.notes[note] = total + count, sorted([*first, *names])[: SHOWN + 1]
 
     def finish(self) -> int:
-        """Log failures and notes of all ranks, and write or remove `failed.txt`. `failures` then contains
-        those of all ranks.
+        """Log failures and notes of all ranks, and write or remove `failed.txt`.
+
+        Afterwards, `self.failures` contains the failures of all ranks.
 
         Returns:
             The exit code: 1 if an image failed, else 0.
@@ -164,8 +167,9 @@ class Run:
 
 
 def read_settings(folder: str | Path) -> dict:
-    """Return the record of the run that filled `folder`: "step", "settings", "inputs", "versions"; or {}.
+    """Return the record of the run that filled `folder`: "step", "settings", "inputs", "versions".
 
+    If there is no record, return {}.
     Settings of earlier versions are returned under their present names (`RENAMED`).
 
     Raises:
@@ -231,11 +235,11 @@ def check_folder(folder: str | Path, record: Record, overwrite: bool = False) ->
     """Check that a `Run` may fill this folder, without changing it.
 
     Returns:
-        The outputs of the last run that the run would remove.
+        The outputs of the last run that the new run would remove; empty without `overwrite`.
 
     Raises:
-        ValueError: the folder holds outputs of other settings (the message names them), of another step, or
-            of unknown origin.
+        ValueError: the folder contains outputs of other settings (the message names them), of another step,
+            or of unknown origin.
     """
     folder = Path(folder)
     last = read_settings(folder)
@@ -296,7 +300,7 @@ def _fill(folder: Path, record: Record, overwrite: bool) -> None:
 
 
 def write_failures(file: Path, failures: Sequence[tuple[str, str]]) -> None:
-    """Write a line `name<TAB>message` for each failed image; without failures, remove the last list."""
+    """Write a line `name<TAB>message` for each failed image; without failures, remove the file."""
     if not failures:
         file.unlink(missing_ok=True)
         return

@@ -36,7 +36,7 @@ def shard_files(pattern: str) -> list[str]:
 
     Raises:
         FileNotFoundError: no shard matches, or one does not exist.
-        ValueError: two shards have the same name, so that their results would too, or a shard has no name.
+        ValueError: two shards, and so their result shards, have the same name, or a shard has no name.
     """
     from webdataset.shardlists import expand_urls  # takes a second to import
 
@@ -49,7 +49,7 @@ def shard_files(pattern: str) -> list[str]:
     names = [result_name(file) for file in files]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"--shards: two shards are named {twice[0]}, as their results would be: rename one")
+        raise ValueError(f"--shards: two shards and their results have the name {twice[0]}: rename one")
     return files
 
 
@@ -75,14 +75,14 @@ class ShardStep(Step):
     shard exists, they count as failed and are not tried again.
 
     Attributes:
-        images: the step that processes the images of a shard; its files go to `store`.
+        images: the step that processes the images of a shard; it passes its output files to its `store`.
         output: folder of the result shards.
     """
 
     images: CamStep | FusedStep
     output: str
     several: ClassVar[bool] = True
-    retry: ClassVar[str] = "remove a shard to try its images again"
+    retry: ClassVar[str] = "remove a result shard to try its images again"
 
     def __post_init__(self):
         self.flow = replace(self.images.flow, prefetch=1)  # a block is one shard
@@ -137,12 +137,12 @@ def _samples(shard: str) -> Iterator[Sample]:
             labels = sample[LABELS].decode("utf-8", "replace") if LABELS in sample else None
             yield Sample(name, content, labels)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        reason = error.args[0] if error.args else error  # webdataset appends the whole stream
+        reason = error.args[0] if error.args else error  # webdataset adds the whole stream to the arguments
         raise DamagedShard(f"shard {shard} cannot be read: {reason}") from None
 
 
 class _Member(tarfile.TarInfo):
-    """An archive member that raises if its header is damaged; `tarfile` alone would treat it as the end."""
+    """An archive member that raises if its header is damaged; `tarfile` alone would end the archive there."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
@@ -165,7 +165,7 @@ def _members(shard: str) -> Iterator[dict]:
                 if member.isreg() and not member.name.startswith("__"):  # __ marks metadata of the archive
                     content = archive.extractfile(member).read()
                     yield {"fname": member.name, "data": content, "__url__": shard}
-        while stream.read(2**20):  # read the padding: some commands fail if their pipe closes early
+        while stream.read(2**20):  # read the padding: some `pipe:` commands fail if the pipe closes early
             pass
 
 

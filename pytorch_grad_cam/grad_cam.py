@@ -67,7 +67,7 @@ def text_cams(
         background_features: (M, E) of the background prompts.
         valid: (B, K) bool or None; the CAMs of padding are 0.
         method: a name in `pytorch_grad_cam.methods.METHODS`. "gradcam" computes the mean gradient in closed
-            form; the others need the gradient at each patch, by automatic differentiation.
+            form; the others need the gradient at each patch, computed by automatic differentiation.
         affinity_layers: number of last blocks whose attention is averaged.
         exclude_last_layer: exclude the last block from this average. The reference implementation of CLS-SEG
             averages `[-8:-1]`, 7 blocks.
@@ -170,8 +170,8 @@ def mean_gradients(
     feature = saved.feature / length
     logits, candidates = _logits(model, feature, text_features, background_features, valid)
     probabilities = logits.softmax(-1)
-    # d log p_k / df: gradient with respect to f / |f|, then chain rule for f. e_k - p is computed first,
-    # because for p_k near 1 the difference of two weighted sums of text features loses precision.
+    # d log p_k / df: gradient with respect to f / |f|, then the chain rule for f. e_k - p is computed before
+    # the product with T: for p_k near 1, the difference of two weighted sums of text features is inaccurate.
     dlogits = torch.eye(candidates.shape[1], device=candidates.device)[:num_labels] - probabilities[:, None]
     directions = dlogits @ candidates  # (B, K, K + M) @ (B, K + M, E)
     directions = directions - (directions @ feature[:, :, None]) * feature[:, None]
@@ -200,7 +200,7 @@ def full_gradients(
     visual, block = model.visual, model.visual.transformer.resblocks[-1]
     with torch.enable_grad():
         ln1_output = block.ln_1(tokens).detach().requires_grad_()  # (B, 1 + n, C)
-        # `forward` is called because it is not compiled: compiled code does not support batched gradients.
+        # `block.forward` is never compiled, but `block` may be; compiled code cannot batch gradients.
         output, attention = block.forward(tokens, need_weights=True, ln1_output=ln1_output)
         pooled = visual.ln_post(output[:, 1:].float()).mean(1) @ visual.proj.float()  # (B, E)
         gradients, probabilities = _softmax_gradients(

@@ -54,8 +54,8 @@ METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def min_max_normalize(cams: Tensor) -> Tensor:
     """Return (x - min) / (1e-7 + max(x - min)) of each map x of `cams` (..., h, w), float32.
 
-    The epsilon is the reference implementation's. Maps whose range is near or below 1e-7 (raw CAMs of
-    improbable labels) stay far below 1; a constant map becomes 0.
+    The epsilon is the reference implementation's. The maximum of the result is clearly below 1 if the range
+    of the map is near or below 1e-7 (raw CAMs of improbable labels). A constant map becomes 0.
     """
     cams = cams.float()
     cams = cams - cams.amin((-2, -1), keepdim=True)

@@ -1,4 +1,4 @@
-"""The dense CRF: refine class probabilities along the edges of the image.
+"""The dense CRF: refine class probabilities so that they follow the edges of the image.
 
 The pairwise terms are fully connected with Gaussian kernels. Mean-field inference runs on the permutohedral
 lattice (Kraehenbuehl and Koltun, NeurIPS 2011).
@@ -14,7 +14,7 @@ import numpy as np
 
 from refinement.presets import IMAGE_MODES, PRESETS, UNARY_TYPES, Preset, guide_image, unary
 
-if TYPE_CHECKING:  # at run time only the backends import torch and numba
+if TYPE_CHECKING:  # at run time, only the backends import torch and numba, when they are used
     import torch
     from torch import Tensor
 
@@ -110,7 +110,7 @@ def _per_image(
 
 
 def _pydensecrf(image: np.ndarray, energies: np.ndarray, preset: Preset) -> np.ndarray:
-    """Run Kraehenbuehl's reference implementation."""
+    """Run pydensecrf, Kraehenbuehl's reference implementation."""
     try:
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError:

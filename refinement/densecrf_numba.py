@@ -6,9 +6,9 @@ lattice points around it ("splat"), B blurs along the lattice directions, S inte
 contain the normalization and the square root of the Potts weight, so both kernels together are one sparse
 matrix. An update reads it once: slice, softmax and the next splat run pixel by pixel.
 
-The blur processes each line of neighboring points ("chain") in place. It skips points without neighbors; a
-textured image has many of them. Class channels are the innermost dimension, padded to one of `LANES`. One
-vector instruction (`Lanes`) computes them all; the compiler does not vectorize this loop automatically.
+The blur processes each line of neighboring points ("chain") in place. It skips points without neighbors,
+which are frequent in textured images. Class channels are the innermost dimension, padded to one of `LANES`.
+One vector instruction (`Lanes`) computes them all; the compiler does not vectorize a loop over classes.
 
 The code releases the GIL, so threads can refine several images in parallel, each on one core. Compiled code
 is cached in this file's folder, or in the user's cache folder if this one is read-only (NUMBA_CACHE_DIR sets
@@ -33,7 +33,8 @@ FIRST_SLOTS = 1 << 14  # initial size of the hash table, which is doubled when h
 # Smaller probabilities become 0, because products with them would be denormal numbers, which are slow.
 MIN_PROBABILITY = np.float32(1e-26)
 JIT = {"cache": True, "nogil": True, "error_model": "numpy"}
-# Contraction changes the rounding, so it must not be used where rounding selects a lattice point.
+# Contraction (fused multiply-add) changes the rounding, so it must not be used where rounding selects a
+# lattice point.
 JIT_CONTRACT = JIT | {"fastmath": {"contract", "nsz"}}
 
 
@@ -95,7 +96,7 @@ def madd(typing, total, weight, vector):
     return total(total, types.float32, vector), generate
 
 
-# Variable array indices below are cast to unsigned, because numba checks whether signed indices are negative.
+# Variable array indices below are cast to unsigned, because numba checks signed indices for negative values.
 
 
 @njit(**JIT)
@@ -130,7 +131,7 @@ def _enlarge(keys, count, slots):
 def embed(image, widths, scale, low, strides, points, weights, column, offset):
     """Return the packed keys (M,) int64 of an image's lattice points; write points and weights of each pixel.
 
-    All operations are float32 and have the order of Kraehenbuehl's code, so that the lattice is the same.
+    Operations are float32, in the order of the reference implementation, so that the lattice is the same.
 
     Args:
         image: (H, W, d - 2) uint8.
@@ -167,7 +168,7 @@ def embed(image, widths, scale, low, strides, points, weights, column, offset):
                 total += scaled
             elevated[0] = total
 
-            # The nearest point with all coordinates 0 modulo d + 1, then the ranks of the differences to it.
+            # Find the nearest point with all coordinates 0 modulo d + 1, then rank the differences to it.
             off_plane = 0
             for i in range(d + 1):
                 nearest = np.rint(elevated[i] * down)
@@ -193,7 +194,7 @@ def embed(image, widths, scale, low, strides, points, weights, column, offset):
                 ranked[np.uint64(place)] = i
                 packed += vertex[i] * stride[i]
 
-            # From one vertex of the simplex to the next is one step along a lattice direction.
+            # Each vertex of the simplex is one step along a lattice direction away from the previous vertex.
             for r in range(d + 1):
                 if r == 0:
                     weight = height_of_rank[d] + (one - height_of_rank[0])
@@ -220,7 +221,7 @@ def embed(image, widths, scale, low, strides, points, weights, column, offset):
 
 @njit(**JIT)
 def link(keys, order, jumps, offset):
-    """Return the chains of two or more points of all directions, (L,) int32.
+    """Return the chains of two or more points, for all directions, as one array (L,) int32.
 
     The last point p of a chain is stored as ~p. A step along a direction adds a constant to a key, so one
     pass over the sorted keys finds the successors of all points.
@@ -262,7 +263,7 @@ def link(keys, order, jumps, offset):
 
 @njit(**JIT)
 def _blur(values, chains, lanes, blocks):
-    """Add half of its two neighbors to each row of values (points, blocks * lanes), for each direction."""
+    """For each direction, add half of its neighbors' sum to each row of values (points, blocks * lanes)."""
     half, one = np.float32(0.5), np.float32(1)
     for block in range(blocks):
         index = 0
@@ -287,7 +288,7 @@ def _blur(values, chains, lanes, blocks):
 
 @njit(**JIT)
 def normalize(points, weights, chains, size, first, last, alpha, compat):
-    """Multiply columns `first` to `last` - 1 of `weights` by normalization and square root of Potts weight.
+    """Multiply columns `first` to `last` - 1 of `weights` by the normalization and sqrt(alpha * compat).
 
     The normalization is pydensecrf's: 1 / sqrt(F(1) + 1e-20) before and after the filter F. The weights are
     used before and after the filter, so each time they contribute the square root of `alpha * compat`.
@@ -406,7 +407,7 @@ def infer(image: np.ndarray, energies: np.ndarray, kernels: list[Kernel], iterat
         iterations: mean-field iterations.
 
     Raises:
-        ValueError: the image is too large for 32-bit numbers of lattice points.
+        ValueError: the image is too large for 32-bit numbers of lattice points; or see `lattice.packing`.
     """
     channels, height, width = energies.shape
     pixels = height * width

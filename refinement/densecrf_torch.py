@@ -3,8 +3,8 @@
 The mathematics is the same as in `refinement.densecrf_numba`: an update is softmax(S B S' q - energies) with
 a sparse matrix S of 9 entries per pixel. All images of a group share one lattice: the image number is the
 highest digit of a point's key, and class channels are padded with classes of probability 0. Sorting the keys
-numbers the points, and orders the entries of S' for summation. Slice, splat and blur are weighted sums of
-rows, computed by `embedding_bag`.
+gives the points their numbers, and puts the entries of S' in the order of summation. Slice, splat and blur
+are weighted sums of rows, computed by `embedding_bag`.
 
 In a smooth image, one lattice point sums over thousands of pixels. S' therefore sums runs of 32 entries
 first, then runs of these sums, and so on. Without atomic additions the result is the same in every run. On a
@@ -12,7 +12,7 @@ CPU it equals the numba backend up to the last few bits.
 
 An update moves about 2 kB per pixel (3 classes, photographs with 2.6 lattice points per pixel) in about 50
 kernel launches. Building the lattices takes about 200 launches and a sort of 9 keys per pixel, once per
-group. Only in this step the CPU waits for the GPU, about ten times.
+group. The CPU waits for the GPU only in this step, about ten times.
 
 Memory with 3 classes: 600 to 700 bytes per pixel of a group for photographs, up to 1400 for noise.
 """
@@ -41,14 +41,14 @@ class Lattice(NamedTuple):
     weights: Tensor  # (N, d + 1) float32, with normalization and square root of Potts weight
     pixels: Tensor  # (N * (d + 1),) int32, pixel of each entry of S', sorted by lattice point
     pixel_weights: Tensor  # (N * (d + 1),) float32, weights in the order of `pixels`
-    runs: list[Tensor]  # int32, starts of the sums over these entries, over their sums, ..., see `_runs`
+    runs: list[Tensor]  # int32, starts of the runs that are summed, see `_runs`
     neighbors: list[Tensor]  # per direction (M, 2) int32, the points before and after; M: no neighbor
 
 
 def _embed(features: Tensor, pack: Packing) -> tuple[Tensor, Tensor]:
     """Return keys and weights, (d + 1, N) int64 and float32, of the simplex vertices of features (d, N).
 
-    The operations have the order of Kraehenbuehl's code, so that the lattice is the same.
+    The operations have the order of the reference implementation, so that the lattice is the same.
     """
     device, d = features.device, len(features)
     total, elevated = torch.zeros_like(features[0]), []
@@ -58,7 +58,7 @@ def _embed(features: Tensor, pack: Packing) -> tuple[Tensor, Tensor]:
         total = total + scaled
     elevated = torch.stack([total, *reversed(elevated)])  # (d + 1, N)
     down = float(np.float32(1) / np.float32(d + 1))
-    # The nearest point with all coordinates 0 modulo d + 1, then the ranks of the differences to it.
+    # Find the nearest point with all coordinates 0 modulo d + 1, then rank the differences to it.
     nearest = torch.round(elevated * down)
     off_plane = nearest.sum(0).long()
     nearest = nearest * (d + 1)
@@ -72,7 +72,7 @@ def _embed(features: Tensor, pack: Packing) -> tuple[Tensor, Tensor]:
     vertex = turn.add_(nearest.long())
     height = torch.empty_like(elevated).scatter_(0, rank, (elevated - vertex) * down)  # by rank
     weights = torch.cat([height[d:] + (1 - height[:1]), (height[:-1] - height[1:]).flip(0)])
-    # From one vertex of the simplex to the next is one step along a direction, by descending rank.
+    # Each vertex of the simplex is one step along a direction away from the previous one, by descending rank.
     strides, low = (torch.tensor(values, device=device)[:, None] for values in (pack.strides, pack.low))
     jumps = torch.tensor(pack.jumps, device=device)[:, None].expand(d + 1, rank.shape[1])
     keys = torch.empty_like(rank).scatter_(0, (d + 1 - rank) % (d + 1), jumps)
@@ -86,7 +86,7 @@ def _runs(point: Tensor, points: int) -> list[Tensor]:
     A run has at most RUN entries, all of one lattice point. The last list has one run per point.
 
     Args:
-        point: lattice point of each entry, (E,) int32, sorted; each of 0..points-1 occurs.
+        point: lattice point of each entry, (E,) int32, sorted; each of 0..points-1 occurs at least once.
         points: number of lattice points.
     """
     runs, all_points = [], torch.arange(points, device=point.device, dtype=torch.int32)

@@ -27,7 +27,7 @@ class Kernel(NamedTuple):
 
     @property
     def alpha(self) -> float:
-        """Factor of the filter result; with it, filtering approximately preserves a constant."""
+        """Factor of the filter result. It makes filtering approximately preserve a constant."""
         return 1 / (1 + 2.0 ** -len(self.widths))
 
 

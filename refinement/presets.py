@@ -32,7 +32,7 @@ class Preset(Settings):
     unary_type: str = setting(
         "float32",
         "data type in which energies are computed; float32 instead of CLIP-ES's float16 changes the "
-        "posterior by up to 3e-2, and few labels",
+        "posterior by up to 3e-2, and changes few labels",
         choices=UNARY_TYPES,
     )
     image_mode: str = setting(
@@ -52,7 +52,7 @@ class Preset(Settings):
 
 PRESETS = {
     "clip_es": Preset(unary_type="float16", image_mode="wrapped"),
-    # DeepLab-v2 (deeplab-pytorch), on the unchanged image and as in its published results.
+    # DeepLab-v2 (deeplab-pytorch): on the unchanged image, then as in its published results.
     "deeplab": Preset(image_mode="bgr"),
     "deeplab_published": Preset(image_mode="wrapped"),
     # DeepLab-v1 on ResNet-38d, as in SEAM's test script.

@@ -29,7 +29,7 @@ python -m coco14.prepare --root "$COCO" "${ANNOTATIONS[@]}"
 python generate_cams_coco14.py --image_root "$IMAGES" --split_file coco14/train.txt --model "$MODEL" \
     --num_workers "$WORKERS" --output "$OUTPUT/cams"
 
-# Steps 2a and 2b: mIoU of the refined CAMs, and after the dense CRF. No figures were published for train.
+# Steps 2a and 2b: mIoU of the refined CAMs, and after the dense CRF. No results were published for train.
 python eval_cam.py --benchmark coco14 --cam_dir "$OUTPUT/cams" --split_file coco14/train.txt \
     --gt_root "$TRUTH" --json "$OUTPUT/cams.json"
 python eval_cam_with_crf.py --benchmark coco14 --cam_dir "$OUTPUT/cams" --image_root "$IMAGES" \

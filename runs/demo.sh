@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Steps 0 to 3 on a small drawn world with a small CLIP, from image-level labels to a segmentation network.
 # At most three minutes on two cores, without a GPU. Results and a report page: output/demo
-# Run by `make demo`. Published figures are those of VOC 2012, see runs/voc12.sh; docs/shapes.md has the figures of
-# the drawn world.
+# Run by `make demo`. Published results are those of VOC 2012, see runs/voc12.sh. docs/shapes.md has the results
+# of the drawn world.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 # independent steps run at the same time, on one core each
@@ -23,8 +23,8 @@ trap 'kill -- $(jobs -p | sed s/^/-/) 2> /dev/null || true' EXIT
 rm -rf $OUTPUT
 python -m shapes.draw --root $WORLD --train $TRAIN_IMAGES --val $VAL_IMAGES
 
-# Step 0, in the background: labels without annotation. TagCLIP predicts the classes of each image. Only for
-# comparison: the steps below use the true labels. Published: mAP 92.8 % (VOC 2007 test).
+# Step 0, in the background: labels without annotation. TagCLIP predicts the classes of each image. These labels
+# are only for comparison: the steps below use the true labels. Published: mAP 92.8 % (VOC 2007 test).
 {
     python pseudo_masks.py --benchmark shapes --image_root $IMAGES --split_file $TRAIN --labels auto \
         --output $OUTPUT/auto_masks

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The steps of the demo on more images, and three DeepLab networks, trained without annotation, with image-level
 # labels and with pixel labels. About ten minutes on two cores. Results and a report page: output/tour
-# Run by `make tour`. Published figures are those of VOC 2012, see runs/voc12.sh.
+# Run by `make tour`. Published results are those of VOC 2012, see runs/voc12.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -50,8 +50,8 @@ for masks in pseudo_masks auto_masks; do
         --split_file $TRAIN --gt_root $TRUTH --json $OUTPUT/$masks.json
 done
 
-# Step 3: three DeepLab networks, two at a time on one core each, tested with and without a dense CRF. Published for image-level
-# labels: 71.1 % (VOC 2012 val).
+# Step 3: three DeepLab networks, two at a time on one core each. They are tested with and without a dense CRF.
+# Published for image-level labels: 71.1 % (VOC 2012 val).
 network() { # NAME MASKS
     export OMP_NUM_THREADS=1
     python -m deeplab.train --config deeplab/configs/shapes.yaml data.root=$WORLD data.train_split=$TRAIN \

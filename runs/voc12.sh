@@ -22,7 +22,7 @@ cd "$(dirname "$0")/.."
 python -m voc12.prepare --root "$VOC"
 
 # Step 0 (optional): image-level labels without annotation, by TagCLIP. Published: masks from these labels (CLS-SEG)
-# have 68.7 % on val.
+# have a mIoU of 68.7 % on val.
 # python classify.py --dataset voc2012 --image_root "$IMAGES" --split_file voc12/train_aug.txt --model "$MODEL" \
 #     --num_workers "$WORKERS" --output "$OUTPUT/tags" --save_file "$OUTPUT/tags.txt"
 # Then add --labels "$OUTPUT/tags.txt" to step 1.
@@ -31,7 +31,7 @@ python -m voc12.prepare --root "$VOC"
 python generate_cams_voc12.py --image_root "$IMAGES" --split_file voc12/train_aug.txt --model "$MODEL" \
     --num_workers "$WORKERS" --output "$OUTPUT/cams"
 
-# Step 2a: mIoU of the refined CAMs on train. Published: 70.8 %. On train_aug it is about 66 %, not comparable.
+# Step 2a: mIoU of the refined CAMs on train. Published: 70.8 %. Do not compare it with train_aug (about 66 %).
 python eval_cam.py --benchmark voc12 --cam_dir "$OUTPUT/cams" --split_file voc12/train.txt \
     --gt_root "$TRUTH" --json "$OUTPUT/cams.json"
 

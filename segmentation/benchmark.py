@@ -22,7 +22,7 @@ LABEL_SOURCES = ("voc_xml", "file", "masks", "coco_json")
 
 @cache
 def voc_palette() -> np.ndarray:
-    """Return PASCAL VOC's palette, (256, 3) uint8, read-only; R, G and B are made of the bits of an index."""
+    """Return PASCAL VOC's palette, (256, 3) uint8, read-only; the bits of an index determine R, G and B."""
     index, channel = np.ogrid[:256, :3]
     palette = np.zeros((256, 3), np.uint8)
     for bit in range(8):
@@ -33,11 +33,11 @@ def voc_palette() -> np.ndarray:
 
 @dataclass
 class Benchmark:
-    """Description of a data set: classes, prompts and files. A YAML file with these fields adds a new one.
+    """Description of a data set: classes, prompts and files. A YAML file with these fields adds a data set.
 
-    Folders are relative to `root` unless absolute. `prompts` are the class names for the text tower (empty:
+    Folder paths are relative to `root`, or absolute. `prompts` are the class names for the text tower (empty:
     `classes`). `labels` is the source of image-level labels: "voc_xml" (XML files in `annotation_dir`),
-    "file" (lines `id idx idx ...` of the split file), "masks" (values of the masks in `mask_dir`) or
+    "file" (lines `name index index ...` of the split file), "masks" (values of the masks in `mask_dir`) or
     "coco_json" (`annotation_file`).
 
     Tagging, which predicts the labels, uses `classes` instead of `prompts`, the background names
@@ -63,7 +63,7 @@ class Benchmark:
     mask_dir: str = "SegmentationClass"
     annotation_dir: str = "Annotations"
     annotation_file: str = ""
-    category_ids: list[int] = field(default_factory=list)  # one per class; empty: the file's ids, ascending
+    category_ids: list[int] = field(default_factory=list)  # one per class; empty: the JSON's ids, ascending
     split_file: str = ""  # default of --split_file
     model: str = ""  # default of --model; empty: no default
 

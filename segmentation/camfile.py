@@ -100,12 +100,12 @@ def read(
 
     Args:
         folder: folder of the CAM files.
-        name: image id.
+        name: image name, without suffix.
         cam_type: type of the maps. Types with "bg" in their name have a background channel before the K maps.
         most: maximum number of pixels; maps of a larger image are resized to
             `segmentation.images.size_within`. None: no limit.
         rounded: round maps of a compact file to float16. False returns them as float32: rounding all maps
-            takes longer than everything else here, and some callers use only a few of them.
+            takes longer than the rest of this function, and some callers use only a few of the maps.
         size: (H, W) of the image if it is known; a file of another size is an error.
 
     Returns:
@@ -113,7 +113,7 @@ def read(
 
     Raises:
         FileNotFoundError: the image has no CAM file.
-        ValueError: the file is damaged, is not a CAM file, contains code, or has no `cam_type`.
+        ValueError: the file is damaged, is not a CAM file, contains code, or has no maps of type `cam_type`.
     """
     file = find(folder, name)
     if file is None:
@@ -183,4 +183,4 @@ def _content(file: Path) -> dict:
     try:
         return read_npz(file) if file.suffix == FORMATS["compact"] else read_npy_dict(file)
     except Exception as error:  # damaged pickles and archives raise exceptions of any type
-        raise ValueError(f"{file} cannot be read as CAM file: {error}") from None
+        raise ValueError(f"{file} cannot be read as a CAM file: {error}") from None

@@ -27,12 +27,13 @@ def write_checkpoint(model: nn.Module, file: Path, frozen: Collection[str] = ())
 
 
 def write_tensors(content: Mapping[str, Any], file: Path) -> None:
-    """Write `content` by `torch.save`; the file appears whole or not at all.
+    """Write `content` by `torch.save`; the write is atomic.
 
     Raises:
         DiskFull: the disk is full.
     """
-    # torch reports a full disk as RuntimeError, therefore it writes to memory first.
+    # torch.save reports a full disk as RuntimeError, which `replacing` does not convert to DiskFull. It
+    # therefore writes to memory.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with replacing(file) as stream:

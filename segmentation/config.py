@@ -30,7 +30,7 @@ class OptimConfig(Settings):
 class RunConfig(Settings):
     """Section `run`: device, speed and output of a training run.
 
-    Settings `..._every` are numbers of iterations; 0 turns the output off.
+    A setting `..._every` is a number of iterations; 0 turns this output off.
     """
 
     SECTION = "run."
@@ -42,8 +42,8 @@ class RunConfig(Settings):
     channels_last: bool = setting(True, "store images and features in channels-last memory layout")
     compile: bool = setting(False, "compile the network with torch.compile")
     deterministic: bool = setting(False, "on a GPU: use slower kernels that give bit-identical results")
-    sync_batchnorm: bool = setting(False, "compute the statistics of batch norm that is not frozen over the "
-                                   "GPUs of all processes")  # fmt: skip
+    sync_batchnorm: bool = setting(False, "compute the statistics of batch norm, if it is not frozen, over "
+                                   "the GPUs of all processes")  # fmt: skip
     workers: int = setting(4, "threads per process that read and augment images", least=1)
     log_every: int = setting(100, "iterations between two log entries; 0: none", least=0)
     picture_every: int = setting(1000, "iterations between two example figures in the log; 0: none", least=0)

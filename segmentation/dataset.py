@@ -22,7 +22,7 @@ PREFETCH = 2  # batches that are read while the trainer processes another one
 
 
 class Draw(NamedTuple):
-    """One sample: image `index` of the split, which is number `position` of an epoch."""
+    """One sample: image `index` of the split, used at position `position` of epoch `epoch`."""
 
     epoch: int
     position: int
@@ -30,13 +30,13 @@ class Draw(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Samples: arrays when they are read; the trainer passes them to objectives as tensors on its device.
+    """Samples of one batch. `TrainingSet` yields arrays; the trainer converts them to tensors on its device.
 
     Attributes:
         images: (B, 3, H, W) float32.
         labels: (B, H, W) int64 masks. Without masks (`TrainingSet.label_dir` is None) they are 0 on the image
             and 255 in the padding.
-        names: ids of the images.
+        names: names of the images.
         extras: values of `TrainingSet.extras` by name: (B, ...) arrays, or lists of B objects.
     """
 
@@ -48,10 +48,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """The images of each batch, which depend only on the seed and the batch number.
+    """The choice of images for each batch. It depends only on the attributes below and the batch number.
 
     Attributes:
-        images: number of images in the split; an epoch uses each image once.
+        images: number of images in the split; an epoch uses each image at most once.
         batch_size: images per batch, over all processes together.
         drop_last: skip the last batch of an epoch if it is incomplete; else it is a smaller batch.
     """
@@ -95,14 +95,14 @@ class TrainingSet:
     """Images, with masks or other labels.
 
     Attributes:
-        names: image ids.
+        names: image names.
         image_dir: folder of the images.
         label_dir: folder of the masks `<name>.png`; None to train without masks, see `Batch`.
         channels: number of classes; mask values must be below it, or 255.
         transform: see `Transform`.
         seed: seed of the augmentation. Each sample has its own generator, made from the seed, the epoch and
             the position in the epoch. Samples therefore do not depend on the process or thread.
-        extras: additional entries of a batch (image-level labels, captions): name -> function of image id.
+        extras: additional entries of a batch (image-level labels, captions): entry -> function of image name.
     """
 
     names: Sequence[str]
@@ -131,13 +131,13 @@ class TrainingSet:
     def batches(
         self, order: Order, numbers: range, rank: int = 0, world: int = 1, threads: int = 1
     ) -> Iterator[Batch]:
-        """Yield the part of rank `rank` (of `world` ranks) of each of the batches `numbers`.
+        """Yield, for each batch number in `numbers`, the samples of rank `rank` (of `world` ranks).
 
         Threads read the batches in advance. Decoding, resizing and most of NumPy release the interpreter
         lock, so threads are as fast as processes, and their arrays need no copy.
 
         Raises:
-            FileNotFoundError, ValueError: see `sample`; raised when the invalid batch would be returned.
+            FileNotFoundError, ValueError: see `sample`; raised when the invalid batch would be yielded.
         """
 
         def start(number: int) -> tuple[list[str], list[Future]]:

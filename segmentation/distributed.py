@@ -1,6 +1,6 @@
-"""Communication of torchrun's processes (ranks), and a context that handles stop signals.
+"""Communication between torchrun's processes (ranks), and a context that handles stop signals.
 
-The default process group is gloo, for values on the CPU; NCCL reduces tensors on GPUs.
+The default process group, gloo, handles values on the CPU; NCCL handles tensors on GPUs.
 """
 
 import atexit
@@ -21,7 +21,7 @@ LOST = "another process of torchrun died: run the command again to continue"
 
 
 class WorkFailed(OSError):
-    """Work that already started cannot continue; wrong arguments are not the cause."""
+    """Work that has started cannot continue. The cause is not a wrong argument."""
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -32,7 +32,7 @@ def labeled_overlay(
     painted = overlay(image, labels, palette, OPACITY, clear)
     square = np.ones((3, 3), np.uint8)
     edge = (cv2.dilate(labels, square) != cv2.erode(labels, square)) & ~np.isin(labels, clear)
-    painted[edge] = palette[labels[edge]]  # the legend's colors; inside, they are mixed with the image
+    painted[edge] = palette[labels[edge]]  # outlines have the pure colors of the legend
     entries = [
         (names[value], tuple(palette[value].tolist())) for value in np.unique(labels) if value not in clear
     ]

@@ -47,14 +47,14 @@ def image_files(path: str) -> list[str]:
 
     Raises:
         FileNotFoundError: `path` does not exist.
-        ValueError: the folder contains no images, or two that differ only in their suffix.
+        ValueError: the folder contains no images, or two images whose names differ only in the suffix.
     """
     if Path(path).is_file():
         return [path]
     if not Path(path).is_dir():
         raise FileNotFoundError(f"image or folder {path} does not exist")
     files = sorted(file for file in Path(path).iterdir() if file.suffix in IMAGE_SUFFIXES)
-    files = [file for file in files if not file.name.startswith(".")]  # file managers write such files
+    files = [file for file in files if not file.name.startswith(".")]  # file managers write hidden files
     if not files:
         raise ValueError(f"folder {path} contains no images ({', '.join(IMAGE_SUFFIXES)})")
     by_stem: dict[str, Path] = {}
@@ -82,7 +82,7 @@ def read_image(file: str | Path | BinaryIO) -> Image.Image:
 
 
 def decode(file: str | Path | BinaryIO) -> Image.Image:
-    """Return a decoded image or mask of any mode; raises the errors of `read_image`, except for the mode."""
+    """Return a decoded image or mask of any mode. Raises like `read_image`, but allows more than 8 bits."""
     with _opened(file) as image:
         image.load()
         return image

@@ -22,8 +22,8 @@ class Protocol:
     Attributes:
         scales: factors of the image size.
         flip: also use the mirrored image, at every scale.
-        average: what is averaged over scales and mirrored images, at image size: "probabilities", or
-            "logits" (SEAM), with one softmax of the mean.
+        average: quantity that is averaged over scales and mirrored images, at image size: "probabilities", or
+            "logits" (SEAM), whose mean is then passed through softmax.
         align_corners: option of the bilinear resize of logits to image size.
         resize: interpolation of the normalized image, "linear" or "cubic" (SEAM).
         longer_side: pixels of the image's longer side at scale 1 (WeCLIP: 512); None keeps the image size.
@@ -119,8 +119,9 @@ def rescale(image: np.ndarray, scale: float, resize: str = "linear") -> np.ndarr
 def resize_by(pixels: np.ndarray, scale: float, resize: str = "linear") -> np.ndarray:
     """Return an image (H, W, 3), uint8 or float32, resized by the factor `scale` with OpenCV.
 
-    Sides are rounded, halves to the even number. Source positions are computed from the factor, not from the
-    rounded sides, with half-pixel centers and without antialiasing. `resize` is a name in `RESIZES`.
+    The sides of the result are rounded to integers, halves to the even integer. Source positions are computed
+    from the factor, not from the rounded sides, with half-pixel centers and without antialiasing. `resize` is
+    a name in `RESIZES`.
 
     Raises:
         ValueError: a side of the result would have 0 pixels.

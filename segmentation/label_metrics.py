@@ -11,9 +11,7 @@ AVERAGES = {"overall": None, "category": 0, "sample": 1}  # average -> axis of (
 def average_precisions(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return the average precision of each class: the mean precision at the ranks of its positives.
 
-    There is no interpolation.
-
-    Images with equal scores keep their order.
+    Precision is not interpolated. Images with equal scores are ranked in their given order.
 
     Args:
         scores: (n, K), n images and K classes.
@@ -36,7 +34,8 @@ def f1(predicted: np.ndarray, truth: np.ndarray, average: str = "overall") -> tu
     Args:
         predicted, truth: (n, K) of 0 and 1.
         average: "overall" counts all pairs of image and class together. "category" and "sample" average
-            precision and recall over classes or images; classes or images without positives count as 0.
+            precision and recall over classes or images. A class or image without predictions has precision 0;
+            without positives, it has recall 0.
     """
     axis = AVERAGES[average]
     predicted, truth = predicted.astype(bool), truth.astype(bool)

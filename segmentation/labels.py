@@ -106,8 +106,8 @@ def split_of(
         image_root: image folder, used if there is no split file.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_split`; or there is no split file, and `image_root` contains
-            no image, or an image whose name contains a blank.
+        FileNotFoundError, ValueError: see `read_split`. Without a split file: `image_root` contains no
+            image, or an image whose name contains a blank.
     """
     if image_root is not None and not Path(image_root).is_dir():
         raise FileNotFoundError(f"image folder {image_root} does not exist: give --image_root")
@@ -130,7 +130,7 @@ def split_of(
 
 
 def from_file(path: str | Path, num_classes: int) -> LabelReader:
-    """Return a reader of a file with lines `name index index ...`, which is read at once by `read_split`.
+    """Return a reader of a file with lines `name index index ...`. `read_split` reads the file immediately.
 
     The reader returns an empty list for an image without labels, and raises ValueError for an image that is
     not listed.
@@ -170,7 +170,7 @@ class VocAnnotation(NamedTuple):
     """Content of a VOC XML file, as far as this project uses it."""
 
     names: list[str]  # distinct class names of its objects, in order of first appearance
-    size: tuple[int, int] | None  # declared (height, width), which can differ from the image file's size
+    size: tuple[int, int] | None  # declared (height, width); the image file can have another size
 
 
 def read_voc_xml(file: str | Path) -> VocAnnotation:
@@ -259,7 +259,7 @@ class CocoImage(NamedTuple):
 
     size: tuple[int, int]  # (height, width)
     annotations: list[dict[str, Any]]  # unchanged, in the order of the file
-    labels: list[int]  # annotated classes including crowds, ascending
+    labels: list[int]  # classes of the annotations, including crowds, ascending
 
 
 def read_coco_json(

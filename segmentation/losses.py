@@ -14,8 +14,8 @@ from torch import Tensor
 from segmentation.benchmark import IGNORE
 from segmentation.transforms import resize_labels
 
-# Pixel counts of this process (n,) float64 -> their mean over all processes (`World.mean`), which divides the
-# sums of this process. The mean of the processes' gradients is then the gradient of the whole batch.
+# Pixel counts of this process (n,) float64 -> their mean over all processes (`World.mean`). Each process
+# divides its sums by this mean. The mean of the processes' gradients is then the gradient of the whole batch.
 GlobalCount = Callable[[Tensor], Tensor]
 
 
@@ -69,8 +69,8 @@ def _mean_of_means(
 ) -> Tensor:
     """Return the mean over `parts`, (B, h, w) bool each, of the mean of -log p; a part without pixels adds 0.
 
-    The reduction of F.cross_entropy is not used: this sum has a fixed order and does not synchronize with the
-    GPU.
+    This sum has a fixed order and does not synchronize with the GPU. The reduction of F.cross_entropy is
+    therefore not used.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()

@@ -1,4 +1,4 @@
-"""Index masks: 8-bit palette PNGs whose values are classes, 255 = ignore."""
+"""Index masks: 8-bit palette PNGs with the class of each pixel; 255 marks ignored pixels."""
 
 import struct
 import zlib
@@ -47,7 +47,7 @@ def read_mask(file: str | Path) -> np.ndarray:
 def write_mask(
     file: str | Path, labels: np.ndarray, palette: np.ndarray, class_ids: Sequence[int] | None = None
 ) -> None:
-    """Write an index mask; the file appears whole or not at all. For other arguments see `encode_mask`."""
+    """Write an index mask; the write is atomic. For other arguments see `encode_mask`."""
     write_file(file, encode_mask(labels, palette, class_ids))
 
 

@@ -1,4 +1,4 @@
-"""Segmentation scores from one confusion matrix, summed over images."""
+"""Segmentation scores from a confusion matrix that is summed over all images."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ ABSENT = ("drop", "zero", "nan-mean")
 
 
 def confusion(truth: np.ndarray, prediction: np.ndarray, channels: int) -> np.ndarray:
-    """Return the number of pixels by true and predicted class.
+    """Return the number of pixels for each pair of true and predicted class.
 
     Pixels are ignored if their true value is not a class (>= channels, usually 255) or their prediction is
     255. The caller counts and reports predictions of 255.
@@ -36,7 +36,7 @@ def confusion(truth: np.ndarray, prediction: np.ndarray, channels: int) -> np.nd
 
 
 def joint_counts(truth: np.ndarray, code: np.ndarray, channels: int, codes: int) -> np.ndarray:
-    """Return the number of pixels by true class and by an arbitrary code.
+    """Return the number of pixels for each pair of true class and code. A code is any integer.
 
     Neighboring pixels are mostly equal, so runs of equal pixels are counted with their lengths.
 
@@ -65,7 +65,7 @@ def scores(hist: np.ndarray, absent: str = "drop") -> dict:
         hist: (n, n), see `confusion`.
         absent: how the mean IoU treats classes without ground truth; published systems differ.
             "drop": excluded, even if predicted (CLIP-ES). "nan-mean": 0 if predicted, else excluded
-            (nanmean of all IoU). "zero": 0.
+            (nanmean of all IoU). "zero": counted as 0.
 
     Returns:
         "Pixel Accuracy", "Mean Accuracy", "Frequency Weighted IoU", "Mean IoU" and "Class IoU" (a dict

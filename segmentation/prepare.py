@@ -20,15 +20,15 @@ from segmentation.images import find_image, read_image, read_size
 
 PRINTED = 3  # number of problems of each kind that are printed; the file lists all
 EXIT_CODES = """\
-Exit code 0: no problems; 1: problems, all listed in OUT/*problems*.txt (everything that can be written is
-written); 2: wrong usage. A list that differs from the published one is reported, but is not a problem.
+Exit code 0: no problems; 1: problems, all listed in OUT/*problems*.txt (the other files are written as far as
+possible); 2: wrong usage. A difference from a published list is reported, but is not a problem.
 """
 
 Item = TypeVar("Item")
 
 
 class Problem(NamedTuple):
-    """A fault in the user's copy of the data."""
+    """A fault in the user's copy of the data set."""
 
     kind: str  # "missing image", "bad mask", ...
     sentence: str  # one line that names the file
@@ -63,7 +63,7 @@ def collecting(problems: list[Problem], kind: str) -> Iterator[None]:
 
 
 def inspect_image(folder: Path, name: str, decode: bool) -> Inspection:
-    """Return the size of image `name`, from its header, or with `decode` after decoding all pixels."""
+    """Return an inspection with the size of image `name`, from the header; with `decode`, read all pixels."""
     inspection = Inspection(name)
     with collecting(inspection.problems, "image"):
         file = find_image(folder, name)
@@ -78,9 +78,9 @@ def inspect_all(
     description: str,
     problems: list[Problem],
 ) -> dict[str, list[int] | None]:
-    """Inspect every image; return image name -> labels in the order of `items`, and add to `problems`."""
+    """Inspect every image; return image name -> labels in the order of `items`, and extend `problems`."""
     labels = {}
-    with ProcessPoolExecutor(workers) as pool:  # starts processes only when it gets work
+    with ProcessPoolExecutor(workers) as pool:  # starts no process until work is submitted
         inspections = map(inspect, items) if workers == 1 else pool.map(inspect, items, chunksize=16)
         progress = tqdm(inspections, total=len(items), desc=description, unit="image", disable=no_progress())
         for inspection in progress:
@@ -99,8 +99,8 @@ def write_split(
     """Write lines `name index ...` (LF, one space between fields) and print their number.
 
     Args:
-        split: image name -> class indices, often none.
-        count: number of lines of the published list; None: there is none to compare with.
+        split: image name -> class indices, which may be empty.
+        count: number of lines of the published list; None: there is no published list.
         sha256: sha256 of the published list; None: only the number of lines is compared.
     """
     content = "".join(" ".join([name, *map(str, labels)]) + "\n" for name, labels in split.items()).encode()
@@ -116,7 +116,7 @@ def write_split(
 
 
 def report(problems: Sequence[Problem], file: Path) -> int:
-    """Print problems by kind and list all in `file`, removed if there are none; return the exit code."""
+    """Print problems by kind, write all to `file` (deleted if there are none); return the exit code."""
     if not problems:
         file.unlink(missing_ok=True)
         print("no problems found")
@@ -133,7 +133,7 @@ def report(problems: Sequence[Problem], file: Path) -> int:
 
 
 def make_parser(package: str, description: str) -> argparse.ArgumentParser:
-    """Return a parser with the flags of every `prepare`; `package` is also the default output folder."""
+    """Return a parser with the flags of all `prepare` commands; `package` is the default output folder."""
     parser = Parser(
         prog=f"python -m {package}.prepare",
         description=description,

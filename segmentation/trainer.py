@@ -1,8 +1,8 @@
 """Training a segmentation network: one loop for all methods, in one process or under torchrun.
 
-An iteration is `accumulate` batches and one step of the optimizer. It depends only on the seed and its
-number. A run that was stopped and resumed therefore gives the same weights as an uninterrupted run, bit for
-bit on the same machine with the same number of threads and ranks.
+An iteration is `accumulate` batches and one step of the optimizer. Its images and random numbers depend only
+on the seed and its number. A run that was stopped and resumed therefore gives the same weights as an
+uninterrupted run, bit for bit on the same machine with the same number of threads and ranks.
 """
 
 import threading
@@ -49,8 +49,8 @@ class Trainer:
     """One run: `Trainer(...)`, then `run()`.
 
     Args:
-        model: network on its device. If batch norm is frozen, its `train()` must keep it frozen.
-        optimizer: over the trained parameters. The rate of each group is its base rate.
+        model: network on its device. If its batch norm is frozen, `model.train()` must keep it frozen.
+        optimizer: of the trained parameters. The initial learning rate of each group is its base rate.
         schedule, objective, dataset, optim, run, validation, figures: see their types.
         frozen: names of the model's submodules that are not trained. Their parameters get no gradients, they
             stay in eval mode, and checkpoints and resume files do not contain them.
@@ -86,9 +86,9 @@ class Trainer:
             )
         self.order = Order(len(dataset.names), optim.batch_size, optim.seed, optim.drop_last)
         on_gpu = self.device.type == "cuda"
-        if on_gpu:  # pinned memory and statistics belong to the current device
+        if on_gpu:  # torch uses the current device for pinned memory and memory statistics
             torch.cuda.set_device(self.device)
-        cv2.setNumThreads(0)  # the threads of `TrainingSet.batches` read samples
+        cv2.setNumThreads(0)  # `TrainingSet.batches` already runs OpenCV in several threads
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = run.precision == "tf32"
         torch.backends.cudnn.benchmark = not run.deterministic  # all training images have one size
         if run.deterministic != torch.are_deterministic_algorithms_enabled():  # the call takes seconds
@@ -116,7 +116,7 @@ class Trainer:
         self.last_good = "none yet"
 
     def run(self) -> bool:
-        """Train to the end. After SIGTERM or SIGINT, finish the iteration, save and return.
+        """Train to the end. After SIGTERM or SIGINT, finish the iteration, write the resume file and return.
 
         Returns:
             Whether training is complete.
@@ -133,7 +133,7 @@ class Trainer:
         # Remove log entries that an earlier process wrote after the resumed iteration.
         logs = nullcontext() if world.rank else SummaryWriter(self.folder / LOGS, purge_step=self.done + 1)
         with stopping(twice=world.size > 1) as stop, logs as writer, bar:
-            self._validate(writer)  # if the last run ended before or during validation
+            self._validate(writer)  # needed if the last run ended before or during validation
             while self.done < total:
                 chunk = self._next(batches, stop)
                 if chunk is None:
@@ -182,7 +182,7 @@ class Trainer:
         return None if stopped else chunk
 
     def iterate(self, chunk: Sequence[Batch]) -> dict[str, float]:
-        """Run one iteration: forward and backward of each batch, one step.
+        """Run one iteration: forward and backward pass of each batch, then one optimizer step.
 
         Returns:
             Name -> loss, the mean over the batches.
@@ -264,7 +264,7 @@ class Trainer:
         due = self.done > self.validated and self._is_due(self.config.validate_every)
         if not (self.validation and due):
             return
-        # Statistics of batch norm differ between ranks; checkpoints contain those of rank 0.
+        # Ranks can have different batch norm statistics; validation and checkpoints use those of rank 0.
         self.world.copy_from_rank_0(self.model.buffers())
         self._set_mode(training=False)
         torch.backends.cudnn.benchmark = False  # validation images have many sizes
@@ -304,14 +304,18 @@ class Trainer:
         """Raise WorkFailed if a parameter or statistic is not finite, on any rank."""
         state = trained_state(self.model, self.frozen)
         finite = all(bool(value.isfinite().all()) for value in state.values())
-        if self.world.any(not finite)[0]:  # statistics of live batch norm differ between ranks
+        if self.world.any(not finite)[0]:  # ranks can have different batch norm statistics
             self._fail(
                 f"after iteration {self.done} the weights are not finite; last good checkpoint: "
                 f"{self.last_good}; a lower solver.learning_rate may help"
             )
 
     def save_resume(self) -> None:
-        """Write the file that `load_resume` reads. All ranks call it. Raises WorkFailed as `check_finite`."""
+        """Write the resume file, see `load_resume`. All ranks must call this.
+
+        Raises:
+            WorkFailed: see `check_finite`.
+        """
         self.check_finite()
         if self.world.rank:
             return
@@ -332,7 +336,7 @@ class Trainer:
         """Continue from the resume file and return True; return False if there is none.
 
         Raises:
-            ValueError: the file is damaged or of another network.
+            ValueError: the file is damaged, or belongs to another network.
         """
         file = self.folder / RESUME
         if not file.is_file():
@@ -340,7 +344,7 @@ class Trainer:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
             if state["model"].keys() != trained_state(self.model, self.frozen).keys():
-                raise ValueError("its tensors are those of another network")
+                raise ValueError("its tensors belong to another network")
             self.model.load_state_dict(state["model"], strict=False)  # it does not contain frozen submodules
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
@@ -353,7 +357,7 @@ class Trainer:
             raise
         except Exception:  # damaged files raise exceptions of many types
             raise ValueError(
-                f"{file} is damaged or of another network: remove it to start from scratch"
+                f"{file} is damaged or belongs to another network: remove it to start from scratch"
             ) from None
         return True
 

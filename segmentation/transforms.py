@@ -24,7 +24,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def caffe_normalize(image: np.ndarray) -> np.ndarray:
     """Return BGR minus `CAFFE_MEAN`, (3, H, W) float32, for RGB (H, W, 3), uint8 or float32."""
-    bgr = np.float64(image[..., ::-1]) - CAFFE_MEAN  # in double precision, so that it is rounded only once
+    bgr = np.float64(image[..., ::-1]) - CAFFE_MEAN  # float64: the result is rounded only once
     return np.ascontiguousarray(bgr.transpose(2, 0, 1), np.float32)
 
 
@@ -35,7 +35,7 @@ def caffe_denormalize(image: np.ndarray) -> np.ndarray:
 
 
 def imagenet_normalize(image: np.ndarray) -> np.ndarray:
-    """Return standardized RGB (3, H, W) float32 for (H, W, 3) uint8, computed in float32 as published."""
+    """Return standardized RGB (3, H, W) float32 for (H, W, 3) uint8, computed in float32 as in SEAM."""
     scaled = np.float32(image) / np.float32(255)
     standard = (scaled - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
     return np.ascontiguousarray(standard.transpose(2, 0, 1))
@@ -121,7 +121,7 @@ class JitterScaleCrop:
         if self.flip and draw.random() < 0.5:
             image, label = cv2.flip(image, 1), cv2.flip(label, 1)
         least, most = self.scale_range
-        scale = max(draw.random() * (most - least) + least, 1 / min(size))  # no side of 0 pixels
+        scale = max(draw.random() * (most - least) + least, 1 / min(size))  # avoids a side of 0 pixels
         # With factors instead of a size, OpenCV computes source positions from the scale, not from rounded
         # sides.
         factors = {"dsize": None, "fx": scale, "fy": scale}
@@ -175,7 +175,7 @@ def nearest_index(out: int, size: int) -> np.ndarray:
     """Return the source pixel in [0, size) of each of `out` pixels, as in Pillow's NEAREST, (out,) int64.
 
     Pillow adds up source positions step by step in double precision, starting at half a step. The product
-    (i + 0.5) * step selects other pixels at common factors such as 0.75 and 1.25.
+    (i + 0.5) * step rounds differently and selects other pixels at common factors such as 0.75 and 1.25.
     """
     steps = np.full(out, size / out)
     steps[0] /= 2

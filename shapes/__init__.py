@@ -1,7 +1,7 @@
-"""The embedded benchmark: a drawn world in VOC layout, and a small CLIP trained on it.
+"""The built-in benchmark: a drawn world in VOC layout, and a small CLIP trained on it.
 
-`python -m shapes.draw --root DIR` draws it. After that, `--benchmark shapes` selects it in all scripts. See
-docs/shapes.md.
+`python -m shapes.draw` draws the images. After that, `--benchmark shapes` selects the benchmark in all
+commands. See docs/shapes.md.
 """
 from pathlib import Path
 

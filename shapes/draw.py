@@ -1,8 +1,8 @@
 """Write the drawn world as a data set in VOC layout: `python -m shapes.draw --root output/shapes`.
 
     JPEGImages/*.jpg  Annotations/*.xml  SegmentationClass/*.png  SegmentationClassAug/*.png
-    ImageSets/Segmentation/{train,val,trainval}.txt   one id per line
-    ImageSets/Captions/{train,val}.txt                id, tab, caption
+    ImageSets/Segmentation/{train,val,trainval}.txt   one name per line
+    ImageSets/Captions/{train,val}.txt                name, tab, caption
 
 The same arguments give the same bytes. Train and val never share an image, for any seeds.
 """
@@ -51,16 +51,16 @@ def _object(drawn: Drawn) -> etree._Element:
 
 def image_size(sides: tuple[int, int], seed: int, index: int, stream: str) -> tuple[int, int]:
     """Return the (H, W) of one image: both are uniform in the range `sides`, ends included."""
-    # A jumped copy of the scene's generator: sizes and contents are independent.
+    # A jumped copy of the scene's generator makes sizes and contents independent.
     rng = np.random.Generator(generator(seed, index, stream).bit_generator.jumped())
     height, width = rng.integers(sides[0], sides[1] + 1, 2)
     return int(height), int(width)
 
 
 def write(root: Path, train: int, val: int, sides: tuple[int, int] = (96, 160), seed: int = 0) -> None:
-    """Draw `train` + `val` images into `root`, replacing files of the same names.
+    """Draw `train` + `val` images into `root`; files of the same names are replaced.
 
-    The split files are written last, so that a data set with split files is complete.
+    The split files are written last: if they exist, the data set is complete.
 
     Args:
         sides: shortest and longest image side in pixels.
@@ -104,8 +104,8 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("output/shapes"), help="folder to draw into")
     parser.add_argument("--train", type=int, default=200, help="images of the train split")
     parser.add_argument("--val", type=int, default=60, help="images of the val split")
-    parser.add_argument("--size", type=_sides, default=(96, 160), help="range of both sides, such as 96-160")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=_sides, default="96-160", help="range of both sides, such as 96-160")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the images")
     args = parser.parse_args()
     try:
         write(args.root, args.train, args.val, args.size, args.seed)

@@ -4,8 +4,8 @@ Training is contrastive, on images and captions that are drawn on the fly, witho
 is a float16 state dict in the layout of OpenAI's checkpoints. It takes about an hour on two CPU cores. An
 interrupted run continues from its last resume file and gives the same weights.
 
-The loss has four terms. Term 1 is CLIP's. Without the others, information about the image reaches the class
-token of so small a network in early blocks, and a CAM of the last block does not localize.
+The loss has four terms. Term 1 is CLIP's loss. With term 1 alone, the class token of such a small network
+gets the information about the image in early blocks, and a CAM of the last block does not localize objects.
 
 1. Class token against captions and names, as in CLIP. In random steps, the class token and the patches do
    not attend to each other except in the last block, so that all image information in the class token
@@ -13,10 +13,10 @@ token of so small a network in early blocks, and a CAM of the last block does no
 2. Patches against names: the score of a name for an image is the log-sum-exp of patch-to-name similarities
    over the patches.
 3. Mean patch feature against captions and names; CLIP-ES differentiates this score.
-4. Attention between patches (mean over heads and the last 8 blocks) against a target: patches of similar
-   color to which the model gives the same name, out of the names in the caption. The attention of a large
-   CLIP has this property without such a loss. The attention of a small CLIP is diffuse: it blurs a CAM
-   instead of refining it.
+4. Attention between patches (mean over heads and the last 8 blocks) against a target. The target connects
+   patches of similar color to which the model gives the same name, out of the names in the caption. The
+   attention of a large CLIP has this property without such a loss. The attention of a small CLIP is diffuse:
+   it blurs a CAM instead of refining it.
 """
 import csv
 import math
@@ -44,7 +44,7 @@ from shapes.world import BACKGROUNDS, CAPTION_TEMPLATES, CLASSES, draw
 CONFIG = Config(
     embed_dim=64,
     image_resolution=96,
-    vision_layers=10,  # two more than the affinity averages: the first blocks contain only local color
+    vision_layers=10,  # AFFINITY_LAYERS + 2: the features of the first two blocks contain only local color
     vision_width=128,
     patch_size=8,
     context_length=77,
@@ -71,9 +71,12 @@ class Recipe(Settings):
     warm_up: int = setting(100, "steps in which the learning rate rises", least=1)
     weight_decay: float = setting(0.05, "weight decay of matrices", least=0)
     side: int = setting(64, "side of the images in pixels", least=1)
-    big_side: int = setting(96, "side of the images in some steps, for inference on larger images", least=1)
-    big_probability: float = setting(0.25, "probability of `big_side` and half the batch", least=0, most=1)
-    separate_probability: float = setting(0.7, "probability of a separate class token", least=0, most=1)
+    big_side: int = setting(96, "side of the images in some steps, so that inference on larger images works",
+                            least=1)  # fmt: skip
+    big_probability: float = setting(0.25, "probability of a step with `big_side` and half the batch",
+                                     least=0, most=1)  # fmt: skip
+    separate_probability: float = setting(0.7, "probability of a step with a separate class token, see loss "
+                                          "term 1", least=0, most=1)  # fmt: skip
     patch_weight: float = setting(0.5, "weight of loss term 2", least=0)
     mean_weight: float = setting(0.25, "weight of loss term 3", least=0)
     attention_weight: float = setting(1.0, "weight of loss term 4", least=0)
@@ -105,7 +108,7 @@ class Batch:
     images: Tensor  # (B, 3, S, S), normalized
     tags: Tensor  # (B, N) bool, whether the caption of the image has the name
     texts: list[str]  # prompts of the N names, then the B captions
-    separate: bool  # class token and patches are separate, see loss term 1
+    separate: bool  # whether class token and patches are separate, see loss term 1
 
 
 def draw_batch(recipe: Recipe, step: int) -> Batch:
@@ -126,7 +129,7 @@ def draw_batch(recipe: Recipe, step: int) -> Batch:
 
 
 def encode_text(model: CLIP, texts: list[str]) -> Tensor:
-    """Return (N, E) unit features. Attention is causal: the padding after the longest text has no effect."""
+    """Return (N, E) unit features. Padding after the longest text is not computed: attention is causal."""
     tokens = tokenize(texts, model.config.context_length)
     length = int((tokens != 0).sum(1).max())
     x = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]
@@ -177,7 +180,7 @@ def grouping(attention: Tensor, logits: Tensor, tags: Tensor, images: Tensor) ->
     """Return the KL divergence of attention from the target "same name and similar color".
 
     Names alone would reinforce errors: patches that attention mixes get the same name, and the target would
-    join them. Color prevents this.
+    connect them. Color prevents this.
 
     Args:
         attention: (B, n, n) non-negative.
@@ -248,7 +251,7 @@ def probe(model: CLIP, seed: int, count: int = 24, size: tuple[int, int] = (96, 
 
 
 def build_optimizer(model: CLIP, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return AdamW with weight decay for matrices, except embeddings: most words are never used."""
+    """Return AdamW with weight decay for matrices, except embeddings, because most words never occur."""
     decayed, free = [], []
     for name, parameter in model.named_parameters():
         (decayed if parameter.ndim > 1 and "embedding" not in name else free).append(parameter)
@@ -327,7 +330,7 @@ def _read_resume(file: Path, recipe: Recipe) -> dict:
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="checkpoint to write, such as clip_shapes.pt")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     add_flags(parser, Recipe)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-STREAMS = {"train": 0, "val": 1, "clip": 2}  # part of each image's seed: streams share no image
+STREAMS = {"train": 0, "val": 1, "clip": 2}  # part of each image's seed, so that streams share no image
 MAX_OBJECTS, MAX_CLASSES = 4, 3  # per image
 RADIUS = (0.17, 0.36)  # range of object radii, relative to the image's shorter side
 MIN_DISTANCE = 0.6  # minimum distance of two object centers, relative to the sum of the radii
@@ -112,8 +112,7 @@ class Kind:
     """Appearance of a class or of a background.
 
     Attributes:
-        hue: in degrees; like `saturation` and `value`, the center of the range of drawn colors.
-        saturation, value: in [0, 1].
+        hue, saturation, value: center of the range of colors; hue in degrees, the others in [0, 1].
         shape: key of SHAPES; empty for backgrounds.
         grain: amplitude of per-pixel noise, in gray levels.
     """

@@ -85,23 +85,23 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--benchmark", "--dataset", default=next(iter(DATASETS)), metavar="NAME|FILE.yaml",
          help=f"a published data set ({', '.join(DATASETS)}), voc12, coco14, shapes or a YAML file that "
          "describes your data set")  # fmt: skip
-    add_image_flags(flag, "the benchmark's, or all images of the folder if it has none. Class indices in its "
-                    "lines are true labels")  # fmt: skip
+    add_image_flags(flag, "the benchmark's; if it has none, all images of the folder")
     flag("--labels", metavar="FILE", help="true labels for the metrics, lines `id index index ...` (default: "
-         "those in the split file, else the benchmark's)")  # fmt: skip
-    flag("--model", "--model_path", help="CLIP checkpoint file, public name or open_clip model:tag (default: "
-         "the benchmark's, else ViT-B/16)")  # fmt: skip
+         "the class indices in the split file, else the benchmark's)")  # fmt: skip
+    flag("--model", "--model_path", help="CLIP checkpoint file, name of an OpenAI model (ViT-B/16, ...) or "
+         "open_clip model:tag (default: the benchmark's, else ViT-B/16)")  # fmt: skip
     flag("--output", metavar="DIR", help=f"folder for the scores and {LABELS} (default: "
          "output/<benchmark>_tags)")  # fmt: skip
-    flag("--save_file", nargs="?", const="", metavar="FILE", help="also write the label file here (without "
-         "a name: output/<benchmark>_val_tagclip.txt, as the reference script does)")  # fmt: skip
-    flag("--label_rule", choices=RULES, default="relative", help="scores that become labels: those "
-         "above a fraction of the image's range, those above a number, or the N highest")  # fmt: skip
+    flag("--save_file", nargs="?", const="", metavar="FILE", help="also write the label file to FILE "
+         "(if FILE is left out: output/<benchmark>_val_tagclip.txt, as in the reference script)")  # fmt: skip
+    flag("--label_rule", choices=RULES, default="relative", help="which scores become labels; relative: "
+         "those above a fraction of the range of the image's scores; absolute: those above a number; top: "
+         "the N highest")  # fmt: skip
     flag("--label_threshold", type=float, metavar="X", help="fraction, number or N of --label_rule (default: "
          "--ratio for relative)")  # fmt: skip
     flag("--json", metavar="FILE", help="write the metrics to FILE")
-    flag("--overwrite", action="store_true", help="delete earlier results of other settings and start again")
-    add_flags(parser.add_argument_group("computation"), ComputeSettings)
+    flag("--overwrite", action="store_true", help="remove the outputs of an earlier run first")
+    add_flags(parser.add_argument_group("device and speed"), ComputeSettings)
     group = parser.add_argument_group(
         "tagging", "Benchmarks without a background class use the defaults for COCO-Stuff."
     )
@@ -135,7 +135,7 @@ def tag(
     """Score images and write the label file to the step's output folder, in the order of `names`.
 
     Returns:
-        The exit code; and image name -> (K,) scores, on other ranks than 0 empty. Failed images have no
+        The exit code; and image name -> (K,) scores, empty on ranks other than 0. Failed images have no
         scores and no line in the label file.
     """
     run = Run(step.output, record, overwrite)

@@ -9,32 +9,39 @@ from common.settings import Settings, setting
 
 @dataclass(frozen=True)
 class TagSettings(Settings):
-    """Settings of tagging. The defaults are those published for ViT-B/16, generalized to any depth."""
+    """Settings of tagging. The defaults are those published for ViT-B/16, in a form that fits any depth."""
 
     affinity_layers: int | None = setting(
         3,
-        "attention is averaged over this many blocks before the last; COCO-Stuff: all",
+        "number of blocks before the last one whose attention is averaged; COCO-Stuff: all",
         least=1,
         none="all",
         aliases=["--averaged_blocks"],
     )
     voting_layers: int | None = setting(
-        None, "last blocks that vote on related patches", least=1, none="all", aliases=["--voting_blocks"]
+        None,
+        "number of last blocks that vote on which patches are related",
+        least=1,
+        none="all",
+        aliases=["--voting_blocks"],
     )
     votes: int | None = setting(
         None,
-        "votes that relate two patches (default: a third of the voting blocks, rounded up)",
+        "number of votes that makes two patches related (default: a third of the voting blocks, rounded up)",
         least=1,
     )
     vote_threshold: float = setting(
-        1.0, "blocks vote for two patches with attention above this multiple of the block's mean", least=0
+        1.0,
+        "a block votes for two patches if their attention is above this multiple of the block's mean",
+        least=0,
     )
     box_threshold: float = setting(
         1.0, "class boxes enclose patches above this multiple of the class map's mean", least=0
     )
     ratio: float = setting(
         0.5,
-        "classes with a score above min + ratio * (max - min) are cropped, and are labels; COCO-Stuff: 0.1",
+        "threshold min + ratio * (max - min) on the scores: first for the classes to crop, then for the "
+        "labels; COCO-Stuff: 0.1",
         least=0,
         most=1,
     )
@@ -45,35 +52,47 @@ class TagSettings(Settings):
         None, "side of a crop in pixels (default: the training resolution of the model)", least=1
     )
     local_weight: float = setting(
-        0.5, "weight of the patch score of cropped classes; the rest is that of the crop", least=0, most=1
+        0.5,
+        "weight of the patch score of a cropped class; the probability in the crop has 1 - this weight",
+        least=0,
+        most=1,
     )
     diagonal_bias: float = setting(
-        -100.0, "added to attention between different patches in the last block", most=0
+        -100.0, "number added to the attention logits between different tokens in the last block", most=0
     )
     crop_bias: float = setting(
-        -1000.0, "added to the class token's attention to patches outside the class", most=0
+        -1000.0,
+        "number added to the attention logits of the class token for patches outside the class",
+        most=0,
     )
     include_edge: bool = setting(
         False,
-        "let boxes and crops include the last row and column of patches; the reference excludes them",
+        "let boxes and crops include the last row and column of patches, which the reference implementation "
+        "leaves out",
         aliases=["--cover_edge"],
     )
     skip_empty_crops: bool = setting(
         False,
-        "skip only a class whose crop is empty; the reference also skips all classes after it",
+        "skip only a class whose crop is empty; the reference implementation also skips all classes after it",
     )
     position_rounding: str = setting(
-        "resampled", "when the positional embedding is rounded to float16", choices=POSITION_ROUNDINGS
+        "resampled",
+        "when the positional embedding is rounded to float16; resampled: if the patch grid differs from that "
+        "of CLIP's training",
+        choices=POSITION_ROUNDINGS,
     )
     round_weights: bool = setting(
         False, "round matrix weights to float16, as for CAMs; published tags use unrounded weights"
     )
-    max_patches: int = setting(10_000, "larger images are shrunk to this many patches", least=1)
+    max_patches: int = setting(10_000, "images with more patches are shrunk to this many patches", least=1)
 
     def check(self, layers: int, patch_size: int) -> None:
         """Raise ValueError if the settings do not fit a ViT of this depth and patch size."""
         if layers < 2:
-            raise ValueError("tagging averages blocks before the last, but the ViT has only one: use another")
+            raise ValueError(
+                "tagging averages attention of blocks before the last, but this ViT has only one block: use "
+                "a deeper ViT"
+            )
         for name, most in (("voting_layers", layers), ("votes", self.voting_layers or layers)):
             value = getattr(self, name)
             if value is not None and value > most:

@@ -28,7 +28,7 @@ class Crop(NamedTuple):
 
 
 def candidate_threshold(refined: Tensor, ratio: float) -> Tensor:
-    """Return the score above which a class is cropped, from the range of all of `refined` (n, C)."""
+    """Return the score above which a class is cropped, from the range of all scores in `refined` (n, C)."""
     low, high = refined.aminmax()
     return low + ratio * (high - low)
 
@@ -47,7 +47,7 @@ def candidates(refined: Tensor, num_classes: int, ratio: float) -> list[int]:
 def crops(
     refined: Tensor, grid: tuple[int, int], class_ids: Sequence[int], settings: TagSettings
 ) -> list[Crop]:
-    """Return the crops of the candidates of an image, in their order.
+    """Return the crops of the candidates of an image, in the order of `class_ids`.
 
     An empty crop ends the list, as in the reference implementation, unless `settings.skip_empty_crops`.
 
@@ -100,7 +100,7 @@ def cut(image: Tensor, crop: Crop, patch: int, size: int) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def class_tokens(visual: VisionTransformer, pixels: Tensor, cells: Tensor, settings: TagSettings) -> Tensor:
-    """Return the class tokens of crops. They attend only to the patches of the class.
+    """Return the class tokens of crops. Each class token attends only to the patches of its class.
 
     Args:
         pixels: (M, 3, size, size), see `cut`.

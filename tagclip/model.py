@@ -24,7 +24,7 @@ class Tags(NamedTuple):
     """The scores of an image.
 
     Attributes:
-        scores: (K,) float32, without fixed scale. Scores of cropped classes are averages of the patch score
+        scores: (K,) float32, not in a fixed range. Scores of cropped classes are averages of the patch score
             and the probability in the crop.
         maps: (K, h, w) float32, the refined patch scores.
         reidentified: class index -> probability in its crop.
@@ -41,7 +41,7 @@ class Tagger:
     Args:
         model: CLIP with a ViT tower, loaded with unrounded weights as in the reference implementation.
         classes: names that are scored.
-        backgrounds: more names, which compete with the classes in the softmax.
+        backgrounds: further names, which compete with the classes in the softmax but get no score.
         templates: prompts with one `{}` for the name.
         settings: see `TagSettings`.
 
@@ -72,7 +72,7 @@ class Tagger:
         return tag_images(self.model, images, self.text_features, len(self.classes), self.settings)
 
     def names(self, tags: Tags) -> list[str]:
-        """Return the predicted classes; the one with the highest score if none is above the threshold."""
+        """Return the predicted classes; if none is above the threshold, the class with the highest score."""
         (class_ids,) = chosen_labels(tags.scores[None], self.settings.ratio)
         return [self.classes[class_id] for class_id in class_ids]
 
@@ -144,5 +144,5 @@ def tag_images(
 
 def _finite(probabilities: Tensor) -> Tensor:
     if not probabilities.isfinite().all():
-        raise ValueError("the model's features are not finite: its weights are damaged, or fp32 is required")
+        raise ValueError("the model's features are not finite: give undamaged weights, or --precision fp32")
     return probabilities

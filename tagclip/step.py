@@ -33,7 +33,7 @@ class Resized(Decoded):
 
     @property
     def shape(self) -> str:
-        """Key of a batch: sizes within a factor of 2 in patches, that is 4 in memory of the attention."""
+        """Key of a batch: patches differ by a factor of up to 2, memory of the attention by up to 4."""
         return f"up to {2 ** (self.patches - 1).bit_length()} patches"
 
     @property
@@ -54,7 +54,7 @@ class TagStep(Step):
     """Step 0, see `pipeline.step.Step`. Writes a new file of scores every `PERIOD` seconds and at the end.
 
     Attributes:
-        benchmark: gives the classes and background names.
+        benchmark: contains the names of the classes and backgrounds.
         image_root: folder of the images.
         model: see `clip.load`.
         output: folder of the scores.
@@ -113,7 +113,7 @@ class TagStep(Step):
     def finish(self) -> None:
         """Write the scores that are not yet written."""
         scores = {}
-        while self.unsaved:  # not a loop over items: other threads may add some
+        while self.unsaved:  # not a loop over items: other threads may add items during it
             name, values = self.unsaved.popitem()
             scores[name] = values
         if scores:

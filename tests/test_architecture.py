@@ -1,4 +1,4 @@
-"""The floors of docs/architecture.md: a package imports only from lower floors or from itself."""
+"""The levels of docs/architecture.md: a package imports only from lower levels or from itself."""
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = {
+LEVELS = {
     "common": 0,
     "clip": 1,
     "segmentation": 1,
@@ -36,23 +36,23 @@ def imports(file: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("package", FLOORS)
+@pytest.mark.parametrize("package", LEVELS)
 def test_imports_point_downwards(package):
     files = list((ROOT / package).rglob("*.py"))
     assert files
     for file in files:
-        for name in imports(file) & FLOORS.keys() - {package}:
-            assert FLOORS[name] < FLOORS[package], f"{file.relative_to(ROOT)} imports {name}"
+        for name in imports(file) & LEVELS.keys() - {package}:
+            assert LEVELS[name] < LEVELS[package], f"{file.relative_to(ROOT)} imports {name}"
 
 
-def test_every_package_has_a_floor():
+def test_every_package_has_a_level():
     packages = {folder.parent.name for folder in ROOT.glob("*/__init__.py")} - {"tests"}
-    assert packages == FLOORS.keys()
+    assert packages == LEVELS.keys()
 
 
 def test_nothing_imports_a_script():
     scripts = {file.stem for file in ROOT.glob("*.py")}
-    for package in FLOORS:
+    for package in LEVELS:
         for file in (ROOT / package).rglob("*.py"):
             assert not imports(file) & scripts
 
@@ -60,7 +60,7 @@ def test_nothing_imports_a_script():
 def test_there_are_no_import_cycles():
     """This includes imports within functions."""
     modules = {}
-    for file in [*ROOT.glob("*.py"), *(file for name in FLOORS for file in (ROOT / name).rglob("*.py"))]:
+    for file in [*ROOT.glob("*.py"), *(file for name in LEVELS for file in (ROOT / name).rglob("*.py"))]:
         parts = file.relative_to(ROOT).with_suffix("").parts
         modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
     graph = {}

@@ -1,1 +1,1 @@
-"""What all trained methods share: configuration, run folder, and the commands train, test and predict."""
+"""Code of all trained methods: configuration, run folder, and the commands train, test and predict."""

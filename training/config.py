@@ -49,14 +49,18 @@ class ModelConfig(Settings):
 
 @dataclass
 class TestConfig(Settings):
-    """Section `test`: how the network is tested. Null values default to the network's published protocol."""
+    """Section `test`: how the network is tested.
+
+    Null values of `scales` and `flip` default to the network's published protocol. A null `crf` means no CRF.
+    """
 
     SECTION = "test."
 
     scales: list[float] | None = setting(None, "image scales whose predictions are averaged",
                                          above=0, metavar="S,S,...")  # fmt: skip
     flip: bool | None = setting(None, "average with the prediction for the mirrored image")
-    crf: str | None = setting(None, "preset of a dense CRF after the network; auto: the network's own preset",
+    crf: str | None = setting(None, "preset of a dense CRF after the network; none or null: no CRF; auto: "
+                              "the network's own preset",
                               choices=CRFS)  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def training_split(config: Config, benchmark: Benchmark, needs_masks: bool = Tru
 
 
 def validation_split(config: Config, benchmark: Benchmark) -> Split:
-    """Return the images and masks for validation and test. The training masks are never used.
+    """Return the images and masks for validation and test. `data.label_dir` (training masks) is never used.
 
     Raises:
         FileNotFoundError, ValueError: see `training_split`; also if `data.val_split` is empty.

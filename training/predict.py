@@ -99,7 +99,7 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
     flag = group.add_argument
     flag("--output", "--out", metavar="DIR", help="folder for masks/<name>.png, at the size of the image, "
          "and overlays/<name>.png (default: `predict` in the run folder)")  # fmt: skip
-    flag("--num_workers", type=count, default=1, help="number of processes; GPUs are divided among them")
+    flag("--num_workers", type=count, default=1, help="number of processes, which are divided among the GPUs")
     args = parser.parse_intermixed_args(arguments)
     if not (args.output or args.run):
         parser.error("give --output DIR for the masks and overlays")
@@ -124,8 +124,8 @@ def check_output(step: Prediction, image_files: Sequence[str]) -> Record:
         raise ValueError(f"--output: the images in {step.output} would be replaced: give another folder")
     settings, inputs = step.setup.record()
     settings |= {"crf": step.setup.crf, "size": step.size}
-    # This command always computes all images again, so its own earlier outputs may be replaced. Files of
-    # unknown origin may not.
+    # This command always computes all images again, so it may replace its own earlier outputs. It may not
+    # replace files of unknown origin.
     patterns = () if read_settings(step.output) else (f"{MASKS}/*.png", f"{OVERLAYS}/*.png")
     record = Record(f"{step.setup.recipe.name}.predict", settings, inputs, patterns)
     check_folder(step.output, record)

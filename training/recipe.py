@@ -1,6 +1,6 @@
 """The recipe of a trained method: all information about the method that `training` uses.
 
-A method's folder contains `recipe.py` with its `RECIPE`, and commands that bind it:
+A method's folder contains `recipe.py` with its `RECIPE`, and one module per command, which binds it:
 
     main = partial(training.train.main, RECIPE)
 
@@ -29,8 +29,8 @@ class Network:
     """One of a method's networks and its conventions.
 
     Attributes:
-        build: (configuration, benchmark) -> network with random weights, but with loaded frozen submodules.
-        optimizer: (network, configuration) -> (optimizer whose groups have their base rates, schedule).
+        build: (configuration, benchmark) -> network with random weights; only frozen submodules are loaded.
+        optimizer: (network, configuration) -> (optimizer whose groups have base learning rates, schedule).
         transform: configuration -> transform of training samples.
         normalize: image (H, W, 3) uint8 RGB -> network input (3, H, W) float32.
         denormalize: inverse of `normalize`, for figures.

@@ -126,7 +126,7 @@ def crf_labels(image: np.ndarray, probabilities: Tensor, preset: str) -> np.ndar
     if preset in PREDICTED_ONLY:
         class_ids = probabilities.argmax(0).unique()  # (K,)
         probabilities = probabilities[class_ids]
-        probabilities = probabilities / probabilities.sum(0)  # equals the softmax over only their logits
+        probabilities = probabilities / probabilities.sum(0)  # equals the softmax of these classes' logits
     if preset == "seam":  # SEAM's CRF gets the network's input, converted back to 8 bits
         image = imagenet_denormalize(imagenet_normalize(image))
     (posterior,) = densecrf_batch([image], [probabilities], PRESETS[preset])
@@ -142,8 +142,8 @@ def add_network_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     flag("--checkpoint", metavar="FILE", help=f"weights to use instead of the run's {FINAL}")
     flag("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
     group = parser.add_argument_group(
-        "how it is tested (default: the configuration's `test` section; its empty values default to the "
-        "network's published protocol)"
+        "how the network is tested (default: the configuration's `test` section; if scales or flip are null "
+        "there, the network's published protocol)"
     )
     add_flags(group, TestConfig)
     group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="number type of the network's "
@@ -152,14 +152,15 @@ def add_network_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
 
 
 def protocol_of(recipe: Recipe, config: Config) -> tuple[Protocol, str | None]:
-    """Return how a network is tested: the configuration's `test` section. Null values default to the
-    network's published protocol.
+    """Return how a network is tested, from the configuration's `test` section.
+
+    Null values of `scales` and `flip` default to the network's published protocol.
 
     Returns:
         The protocol, and the name of a preset in `refinement.densecrf.PRESETS` (None: no CRF).
 
     Raises:
-        ValueError: the network is unknown, or there are no scales.
+        ValueError: the network is unknown, or the list of scales is empty.
     """
     network, test = recipe.network(config), config.test
     crf = {"none": None, "auto": network.crf}.get(test.crf or "none", test.crf)

@@ -59,8 +59,9 @@ class Evaluation(Step):
     output: str
     save_logits: str | None = setting(None, "also write logits/<id>.npy: the network's logits, before they "
                                       "are resized to the image size", choices=LOGIT_TYPES)  # fmt: skip
-    absent: str = setting("drop", "mean IoU of classes without ground truth: drop (left out, as in "
-                          "deeplab-pytorch), zero (as 0, as in SEAM) or nan-mean (as 0 if predicted)",
+    absent: str = setting("drop", "how the mean IoU treats classes without ground truth: drop leaves them "
+                          "out (as in deeplab-pytorch), zero counts them as 0 (as in SEAM), nan-mean counts "
+                          "them as 0 if they are predicted and leaves them out otherwise",
                           choices=ABSENT)  # fmt: skip
 
     def __post_init__(self):
@@ -117,7 +118,7 @@ class Evaluation(Step):
         self._count(decoded.name, outputs)
 
     def finish(self) -> np.ndarray:
-        """Return counts (F, n, n) int64 [truth, prediction] of F mask subfolders; 0 without ground truth."""
+        """Return counts (F, n, n) int64 [truth, prediction] of F mask subfolders; zeros without `gt_root`."""
         return self.hists
 
     def _missing(self, name: str) -> list[str]:
@@ -125,7 +126,7 @@ class Evaluation(Step):
         return [folder for folder in self.folders if not _is_whole(self.file(folder, name))]
 
     def _count(self, name: str, outputs: dict[str, np.ndarray]) -> None:
-        """Count the pixels of an image's masks, from `outputs` or files. If one mask fails, count none."""
+        """Count the pixels of an image's masks, from `outputs` or files. If one fails, count none."""
         if self.gt_root is not None:
             masks = [
                 outputs[folder] if folder in outputs else read_mask(self.file(folder, name))
@@ -151,8 +152,8 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = Parser(
         prog=f"python -m {recipe.name}.test",
-        description="Test a trained network on a split: write its masks and their scores; with --crf also "
-        "those after a dense CRF. The same command continues a stopped run.",
+        description="Test a trained network on a split: write its masks and their scores; with --crf, also "
+        "the masks and scores after a dense CRF. The same command continues a stopped run.",
     )
     add_network_flags(parser, recipe)
     flag = parser.add_argument_group("images").add_argument
@@ -168,7 +169,7 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
     flag("--submission", choices=SUBMISSIONS, help="pack the masks for VOC's evaluation server; comp5 is for "
          "training on VOC data only, comp6 allows other data")  # fmt: skip
     flag("--overwrite", action="store_true", help="remove all outputs of an earlier test first")
-    flag("--num_workers", type=count, default=1, help="number of processes; GPUs are divided among them")
+    flag("--num_workers", type=count, default=1, help="number of processes, which are divided among the GPUs")
     args = parser.parse_intermixed_args(arguments)
     if not (args.output or args.run):
         parser.error("give --output DIR for the masks")

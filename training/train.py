@@ -163,7 +163,9 @@ def check_run_folder(
     last = read_settings(folder)
     foreign = next((name for name in (configs.CONFIG, LOGS) if (folder / name).exists()), None)
     if foreign and last.get("step") != step:
-        raise ValueError(f"run.output {folder} contains {foreign} of another origin: choose another folder")
+        raise ValueError(
+            f"run.output {folder} contains {foreign} but no record of {step}: choose another folder"
+        )
     sections = asdict(config)
     sections["data"] |= {key: str(Path(value)) for key, value in sections["data"].items() if value}
     info = {name: sections.pop(name) for name in ("run", "test")}
@@ -192,8 +194,9 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = Parser(
         prog=f"python -m {recipe.name}.train",
-        description=f"Train {recipe.title}; under torchrun in several processes. SIGTERM and Ctrl-C save, "
-        "and --resume continues with the same result as without a stop. run.output/logs is for TensorBoard.",
+        description=f"Train {recipe.title}, in one process or, with torchrun, in several. SIGTERM and "
+        "Ctrl-C save the state and stop. --resume continues; the result is the same as without the stop. "
+        "TensorBoard shows run.output/logs.",
         epilog=f"docs/{recipe.name}.md lists all keys of the configuration.",
     )
     flag = parser.add_argument
@@ -204,7 +207,7 @@ def main(recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
          "data.label_dir=output/voc12/pseudo_masks solver.learning_rate=2e-4")  # fmt: skip
     args = parser.parse_intermixed_args(arguments)
     if args.resume and args.overwrite:
-        parser.error("--resume and --overwrite contradict each other")
+        parser.error("--resume and --overwrite cannot be combined: give only one of them")
     first = rank_and_world()[0] == 0
     with together():
         config = configs.read(recipe.config, args.config, args.overrides)

@@ -1,7 +1,7 @@
-"""PASCAL VOC 2012 with the SBD masks ("train_aug"), prompted as CLIP-ES does.
+"""PASCAL VOC 2012 with the SBD masks ("train_aug") and the prompts of CLIP-ES.
 
 `python -m voc12.prepare --root DIR` checks a copy of the data and writes the split files. With
-`--year 2007` it writes those of VOC 2007, which has the same classes.
+`--year 2007` it does the same for VOC 2007, which has the same classes.
 """
 from segmentation.benchmark import Benchmark
 

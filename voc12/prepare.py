@@ -14,12 +14,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from common.logs import log
 from segmentation import prepare as shared
 from segmentation.labels import class_indices, mask_labels, read_split, read_voc_xml
 from segmentation.masks import read_mask
 from voc12 import CLASSES
 
-# Lines and sha256 of the lists that CLIP-ES distributes (github.com/linyq2117/CLIP-ES, voc12/*.txt).
+# Line count and sha256 of the lists that CLIP-ES distributes (github.com/linyq2117/CLIP-ES, voc12/*.txt).
 PUBLISHED = {
     "train": (1464, "aa623bd2c8ce4443a8aaae51c524c0eb165e8e44caf6aa9e3ad33d7b75a3ef20"),
     "val": (1449, "cdc1326d12f69ce5153aa5da04a4d8783e146868d42d19f82f44e74b97ac907d"),
@@ -38,9 +39,9 @@ def read_splits(root: Path, problems: list[shared.Problem]) -> dict[str, list[st
     folder = root / "SegmentationClassAug"
     names = sorted(file.stem for file in folder.glob("*.png") if not file.name.startswith("."))
     if not names:
-        print(f"train_aug cannot be made: no masks in {folder}")
+        log.warning("train_aug cannot be made: no masks in %s", folder)
     elif "val" not in splits:
-        print("train_aug cannot be made: the list of val could not be read")
+        log.warning("train_aug cannot be made: the list of val could not be read")
     else:
         val = set(splits["val"])
         splits["train_aug"] = [name for name in names if name not in val]
@@ -57,9 +58,9 @@ def read_splits_2007(root: Path, problems: list[shared.Problem]) -> dict[str, li
     files = {f"2007_{split}": lists / f"{split}.txt" for split in ("train", "val", "test")}
     missing = {split: file for split, file in files.items() if not file.is_file()}
     if missing == files:
-        raise FileNotFoundError(f"{lists} has none of the lists train.txt, val.txt, test.txt: check --root")
+        raise FileNotFoundError(f"{lists} has no train.txt, val.txt or test.txt: check --root")
     for split, file in missing.items():
-        print(f"{split} is not made: {file} does not exist")
+        log.warning("%s is not made: %s does not exist", split, file)
     return read_lists({split: file for split, file in files.items() if split not in missing}, problems)
 
 
@@ -113,7 +114,7 @@ def prepare(args: argparse.Namespace) -> int:
     """Check the copy of VOC, write its lists and return the exit code; `args`: see `main`.
 
     Raises:
-        FileNotFoundError: a copy of VOC2007 that has no list.
+        FileNotFoundError: the copy of VOC2007 has no list.
     """
     problems: list[shared.Problem] = []
     is_2012 = args.year == "2012"
@@ -122,7 +123,7 @@ def prepare(args: argparse.Namespace) -> int:
         folders = mask_folders(splits)
     else:
         splits = read_splits_2007(args.root, problems)
-        folders = {name: [] for names in splits.values() for name in names}  # no masks: few have one
+        folders = {name: [] for names in splits.values() for name in names}  # no masks: few images have one
     inspect_item = partial(inspect, args.root, args.check_images)
     labels = shared.inspect_all(inspect_item, sorted(folders.items()), args.num_workers, "checking", problems)
     for split, names in splits.items():

@@ -179,5 +179,5 @@ def test_another_package_named_clip_is_an_error(tmp_path, monkeypatch):
 
 
 def test_folder_without_training_run_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="not the folder of a finished training run"):
+    with pytest.raises(ValueError, match=r"is not the folder of a training run: give the run\.output"):
         Segmenter(tmp_path)

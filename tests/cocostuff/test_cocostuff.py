@@ -128,7 +128,7 @@ def test_existing_masks_are_compared_and_not_changed(copy, capsys):
     before = mine.read_bytes()
     assert run(copy) == 1
     assert mine.read_bytes() == before
-    assert f"{NAMES[1]}.png differs from the converted mask" in capsys.readouterr().out
+    assert f"converted mask {mine} does not match" in capsys.readouterr().out
     mine.unlink()
     assert run(copy) == 0
 
@@ -139,7 +139,7 @@ def test_published_split_file_is_converted(copy, tmp_path, capsys):
     assert run(copy, "--split_182", public) == 0
     assert (copy.out / "val.txt").read_text() == lines({NAMES[2]: [170, 55], NAMES[0]: [0]})
     assert sorted(content(copy.made)) == [f"{NAMES[0]}.png", f"{NAMES[2]}.png"]
-    assert "public.txt lists other images than the 3 published ones" in capsys.readouterr().out
+    assert "public.txt lists other images than the 3 published ones" in capsys.readouterr().err
 
 
 def test_published_split_file_requires_no_masks(copy, tmp_path, capsys):
@@ -151,7 +151,7 @@ def test_published_split_file_requires_no_masks(copy, tmp_path, capsys):
     assert run(copy, "--split_182", public) == 0
     assert (copy.out / "val.txt").read_text() == lines(LABELS)
     assert not copy.made.exists()
-    printed = capsys.readouterr().out
+    printed = "".join(capsys.readouterr())
     assert "no masks are made" in printed and "lists other images" not in printed
 
 
@@ -160,7 +160,7 @@ def test_unused_label_of_the_split_file_is_reported(copy, tmp_path, capsys):
     public.write_text(lines(STUFF | {NAMES[0]: [11, 0]}))
     assert run(copy, "--split_182", public) == 1
     assert (copy.out / "val.txt").read_text() == lines(LABELS | {NAMES[0]: [0]})
-    printed = capsys.readouterr().out
+    printed = "".join(capsys.readouterr())
     assert f"image {NAMES[0]} has the label 11, which is not a class and is left out" in printed
 
 
@@ -188,7 +188,7 @@ def test_single_fault_is_reported(copy, capsys, file, damage, message, left_out)
     damage(copy.root / file.format(NAMES[1]))
     for _ in range(2):  # the masks exist at the second run
         assert run(copy) == 1
-        out = capsys.readouterr().out
+        out = "".join(capsys.readouterr())
         assert message in out and "1 problems, all listed in" in out
         assert NAMES[1] in (copy.out / "problems.txt").read_text()
         listed = labels.read_split(copy.out / "val.txt")

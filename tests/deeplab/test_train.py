@@ -251,7 +251,7 @@ def test_overwrite_starts_from_scratch(world, tmp_path, capsys):
     (tmp_path / RESUME).write_bytes(b"damaged")
     flags = words(world, tmp_path, "solver.iterations=2", "solver.seed=1", "--resume")
     code, message = error_of(capsys, flags)
-    assert code == 2 and "damaged or of another network: remove it to start from scratch" in message
+    assert code == 2 and "damaged or belongs to another network: remove it to start from scratch" in message
 
 
 def copied(world: Path, tmp_path: Path) -> list[str]:

@@ -533,7 +533,7 @@ def test_damaged_files_at_evaluation_are_counted_and_listed(tmp_path, capsys, mo
         code, errors = run_here("eval_cam", capsys, monkeypatch, *flags, "--json", tmp_path / "scores.json")
         assert code == 1 and "4 images, 3 failed" in errors
         assert "has CAMs of an image of size (40, 50) (H, W), expected (50, 40)" in errors
-        assert f"failed: cut: {cams / 'cut.npz'} cannot be read as CAM file" in errors
+        assert f"failed: cut: {cams / 'cut.npz'} cannot be read as a CAM file" in errors
         assert f"failed: bad_truth: image {truth / 'bad_truth.png'} cannot be read" in errors
         scores = json.loads((tmp_path / "scores.json").read_text())
         assert scores["images"] == 1 and scores["best"]["Pixel Accuracy"] == 1  # damaged files are not scored

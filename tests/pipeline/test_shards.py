@@ -287,7 +287,10 @@ def test_a_failing_command_of_a_pipe_fails_its_shard(model, tmp_path):
     [
         ("in-{000..003}.tar", "in-003.tar does not exist"),
         ("other-*.tar", r"other-\*.tar does not exist"),
-        ("{in-000,JPEGImages/../in-000}.tar", "--shards: two shards are named in-000.tar, .*: rename one"),
+        (
+            "{in-000,JPEGImages/../in-000}.tar",
+            "--shards: two shards and their results have the name in-000.tar: rename one",
+        ),
     ],
 )
 def test_missing_and_repeated_shards_are_usage_errors(pattern, message, data, model, tmp_path):
@@ -329,7 +332,7 @@ def test_failures_of_a_shard_are_listed_until_it_is_removed(copies, model, tmp_p
         first = masks(copies, model, out, code=1)
         printed = capsys.readouterr().err
         assert "1 failed" in printed and "is not an image" in printed
-        assert "remove a shard to try its images" in printed
+        assert "remove a result shard to try its images" in printed
         assert (out / "failed.txt").read_text() == (out / "in-001.failed.txt").read_text()
     write_shard(copies / "in-001.tar", good)
     (out / "in-001.tar").unlink()

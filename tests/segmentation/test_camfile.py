@@ -140,10 +140,10 @@ def test_file_with_code_raises_and_runs_nothing(tmp_path, function, argument):
     trace = tmp_path / "trace"
     content = {"keys": Malicious(function, argument.format(trace)), "attn_highres": np.zeros((1, 1, 1))}
     np.save(tmp_path / "a.npy", content, allow_pickle=True)
-    with pytest.raises(ValueError, match=r"a\.npy cannot be read as CAM file: it refers to"):
+    with pytest.raises(ValueError, match=r"a\.npy cannot be read as a CAM file: it refers to"):
         camfile.read(tmp_path, "a")
     np.savez(tmp_path / "b.npz", keys=np.array([Malicious(function, argument.format(trace))], dtype=object))
-    with pytest.raises(ValueError, match=r"b\.npz cannot be read as CAM file"):
+    with pytest.raises(ValueError, match=r"b\.npz cannot be read as a CAM file"):
         camfile.read(tmp_path, "b")
     assert not trace.exists()
 

@@ -288,7 +288,8 @@ def test_damaged_resume_file_raises_one_line(world, tmp_path, damage):
         torch.save(state, file)
     else:
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match=f"{RESUME} is damaged or of another network: remove it") as caught:
+    message = f"{RESUME} is damaged or belongs to another network: remove it"
+    with pytest.raises(ValueError, match=message) as caught:
         start(world, tmp_path).load_resume()
     assert "\n" not in str(caught.value)
     assert not start(world, tmp_path / "elsewhere").load_resume()

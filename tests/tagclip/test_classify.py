@@ -93,7 +93,8 @@ def test_labels_are_written_without_true_labels(world, tmp_path, capsys):
     json_file = tmp_path / "scores.json"
     assert classify.main(flags(world, tmp_path / "o", "--json", json_file, split=world / "ids.txt")) == 0
     printed = capsys.readouterr()
-    assert printed.out == "" and "no true labels: nothing to score" in printed.err and not json_file.exists()
+    assert "no image has true labels: no metrics are computed" in printed.err
+    assert printed.out == "" and not json_file.exists()
     assert [*read_split(tmp_path / "o" / "labels.txt")] == [*IMAGES]
 
 
@@ -301,12 +302,12 @@ def test_user_errors_are_reported(world, tmp_path):
     with pytest.raises(ValueError, match="voting_layers is 30, but 12 blocks can vote: give at most 12"):
         classify.main(flags(world, tmp_path / "o", "--voting_layers", 30))
     for rule, threshold, sentence in (
-        ("absolute", None, "needs a --label_threshold"),
-        ("absolute", "inf", "takes a --label_threshold that is finite, not inf"),
-        ("relative", "5", "takes a --label_threshold from 0 to 1, not 5"),
-        ("relative", "nan", "takes a --label_threshold from 0 to 1, not nan"),
-        ("top", "0.5", "takes a --label_threshold that is whole, 1 or more, not 0.5"),
-        ("top", "inf", "takes a --label_threshold that is whole, 1 or more, not inf"),
+        ("absolute", None, "requires --label_threshold X: give it"),
+        ("absolute", "inf", "must be a finite number, got inf"),
+        ("relative", "5", "must be a number from 0 to 1, got 5"),
+        ("relative", "nan", "must be a number from 0 to 1, got nan"),
+        ("top", "0.5", "must be a whole number, 1 or more, got 0.5"),
+        ("top", "inf", "must be a whole number, 1 or more, got inf"),
     ):
         more = [] if threshold is None else ["--label_threshold", threshold]
         with pytest.raises(ValueError, match=f"--label_rule {rule} {sentence}"):

@@ -392,7 +392,7 @@ def test_setting_that_does_not_fit_the_model_is_an_error(settings, sentence):
 def test_shallow_towers_work_with_the_defaults(tmp_path, layers):
     small = model_of(dict(TINY12, vision_layers=layers, image_resolution=64), tmp_path)
     TagSettings().check(layers, 16)
-    with pytest.raises(ValueError, match="has only one"):
+    with pytest.raises(ValueError, match="has only one block: use a deeper ViT"):
         TagSettings().check(1, 16)
     [tags] = tag_images(small, [resized(image("tagclip-2"))], text_of("voc"), 20, TagSettings())
     assert np.isfinite(tags.scores).all() and tags.scores.max() > 0
