@@ -1,0 +1,63 @@
+"""docs/errors.md lists every error of the code, and no other."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "errors.md"
+ERRORS = {"ValueError", "TypeError", "OSError", "FileNotFoundError", "ChildProcessError", "DiskFull", "WorkFailed",
+          "ImportError", "DamagedShard"}  # fmt: skip
+ELSEWHERE = ("tests", "bench", "output", ".venv")
+
+
+def template(node: ast.expr) -> str | None:
+    """Return a message with … for each inserted value; None if nothing of it is literal."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        text = node.value
+    elif isinstance(node, ast.JoinedStr):
+        text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        text = (template(node.left) or "…") + (template(node.right) or "…")
+    else:
+        return None
+    text = " ".join(text.split())
+    return text if re.search("[a-z]{3}", text) else None
+
+
+def templates() -> dict[str, str]:
+    """Return template -> file of the first place that raises it."""
+    found: dict[str, str] = {}
+    for file in sorted(ROOT.rglob("*.py")):
+        relative = file.relative_to(ROOT)
+        if relative.parts[0] in ELSEWHERE:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                call, kind = node.exc, getattr(node.exc.func, "id", "")
+                message = template(call.args[0]) if kind in ERRORS and call.args else None
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "error":
+                message = template(node.args[0]) if node.args else None
+            else:
+                continue
+            if message:
+                found.setdefault(message, relative.as_posix())
+    return found
+
+
+def listed() -> list[str]:
+    """Return the messages in the first column of the page's tables."""
+    rows = re.findall(r"^\| `(.*?)` \|", PAGE.read_text(), re.MULTILINE)
+    return [row.replace("\\|", "|") for row in rows]
+
+
+def test_page_lists_each_error_once():
+    rows, code = listed(), templates()
+    assert len(rows) == len(set(rows))
+    assert set(code) - set(rows) == set(), "missing in docs/errors.md"
+    assert set(rows) - set(code) == set(), "no longer in the code"
+
+
+def test_each_row_has_a_cure():
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    assert rows and all(len(line.rsplit("|", 2)[1].strip()) > 3 for line in rows)
