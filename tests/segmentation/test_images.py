@@ -45,7 +45,7 @@ def test_read_rgb_and_read_size_return_stored_pixels_and_size(tmp_path):
     assert images.read_size(file) == (5, 7)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "1"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "1"])
 def test_read_image_keeps_the_mode_and_read_rgb_converts_it(tmp_path, mode):
     file = tmp_path / "a.png"
     Image.fromarray(PIXELS).convert(mode).save(file)
