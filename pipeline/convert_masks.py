@@ -7,12 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short_repr
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
 from PIL import Image
-from yaml import YAMLError
 
 from common.cli import Parser
 from common.logs import log
@@ -126,7 +125,7 @@ def gray_codes(image: Image.Image, file: str, mapping: Mapping[Code, int]) -> np
     Raises:
         ValueError: the image has colors, or a value that is not a whole number in 0..65535.
     """
-    if image.mode in ("P", "L"):
+    if image.mode in ("P", "L") and image.format != "GIF":  # programs renumber the palette of a GIF
         return stored_values(image, file)
     if image.mode == "1":
         return np.asarray(image).astype(np.int32) * (1 if 1 in mapping else 255)
@@ -168,25 +167,31 @@ def mask_files(folder: str | Path) -> dict[str, str]:
 def read_colors(file: str) -> dict[Code, int]:
     """Return the mapping of a file of --colors, which has lines `value: [red, green, blue]`.
 
+    Several lines can have the same value: it has several colors.
+
     Raises:
         ValueError: the file cannot be read; a value or color is out of range; two values have one color.
     """
     try:
-        content = OmegaConf.to_container(OmegaConf.load(file))
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        loader = yaml.SafeLoader(Path(file).read_text(encoding="utf-8-sig"))
+        root = loader.get_single_node()
+        lines = root.value if isinstance(root, yaml.MappingNode) else []
+        # Not a dict, which would drop a line with a value that was there before.
+        content = [[loader.construct_object(node, deep=True) for node in line] for line in lines]
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"--colors: {file} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not content:
+    if not content:
         raise ValueError(f"--colors: {file} has no lines `value: [red, green, blue]`")
     mapping: dict[Code, int] = {}
-    for value, colors in content.items():
+    for value, colors in content:
         if not _is_in(value, 256):
-            raise ValueError(f"--colors: {file} has the mask value {value!r}: expected 0..255")
+            raise ValueError(f"--colors: {file} has the mask value {short_repr(value)}: expected 0..255")
         several = isinstance(colors, list) and colors and isinstance(colors[0], list)
         for color in colors if several else [colors]:
             if not (isinstance(color, list) and len(color) == 3 and all(_is_in(part, 256) for part in color)):
                 raise ValueError(
                     f"--colors: {file}, mask value {value}: expected [red, green, blue], 0..255 each, got "
-                    f"{color!r}"
+                    f"{short_repr(color)}"
                 )
             code = color[0] << 16 | color[1] << 8 | color[2]
             if mapping.setdefault(code, value) != value:
@@ -237,8 +242,8 @@ def main() -> int:
     choice = group.add_argument
     choice("--values", nargs="+", metavar="VALUE=NEW", help="new value of each gray value or palette index, "
            "such as 0=0 255=1; white of a 1-bit mask is 1 if 1 is listed, else 255")  # fmt: skip
-    choice("--colors", metavar="FILE.yaml", help="file with a line `value: [red, green, blue]` for each value "
-           "of the index masks, such as 1: [128, 0, 0]; for several colors, a list of them")  # fmt: skip
+    choice("--colors", metavar="FILE.yaml", help="lines `value: [red, green, blue]`, one for each value of "
+           "the index masks, such as 1: [128, 0, 0]; for several colors, a list of them")  # fmt: skip
     choice("--palette", choices=["voc"], help="the colors of PASCAL VOC; index 1 is (128, 0, 0)")
     flag("--unknown", choices=["error", "ignore"], default="error", help="masks with colors or values that "
          "are not listed: error fails them, ignore makes these pixels 255")  # fmt: skip

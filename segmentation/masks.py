@@ -32,15 +32,17 @@ def read_mask(file: str | Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file cannot be read, is a JPEG, or its pixels are not 8-bit indices (RGB, 16-bit,
-            1-bit gray).
+        ValueError: the file cannot be read, is a JPEG or GIF, or its pixels are not 8-bit indices (RGB,
+            16-bit, 1-bit gray).
     """
     image = decode_lossless(file)
-    if image.mode not in ("P", "L"):
-        flags = "--values 0=0 255=1" if image.mode.startswith(("1", "I", "F")) else "--colors or --palette"
+    if image.format == "GIF":  # programs renumber the palette of a GIF
         raise ValueError(
-            f"mask {file} has mode {image.mode}, expected 8-bit class indices: convert it with {CONVERTER} "
-            f"({flags})"
+            f"mask {file} is a GIF, which does not keep class indices: convert it with {CONVERTER}"
+        )
+    if image.mode not in ("P", "L"):
+        raise ValueError(
+            f"mask {file} has mode {image.mode}, expected 8-bit class indices: convert it with {CONVERTER}"
         )
     return stored_values(image, file)
 
@@ -113,9 +115,9 @@ def check_class_pixels(folder: str | Path, names: Sequence[str], benchmark: Benc
     if values:
         listed = ", ".join(map(str, sorted(values)))
         raise ValueError(
-            f"the masks in {folder} have no pixel of a class: their values are {listed}, but classes have the "
-            f"values {first}..{last}, and {IGNORE} is ignored: convert the masks with {CONVERTER} (--values "
-            "0=0 255=1)"
+            f"the masks in {folder} have no pixel of a class: their values are {listed}, but classes have "
+            f"the values {first}..{last}, and {IGNORE} is ignored: convert the masks with {CONVERTER} (see "
+            "its --help), or give the folder and the benchmark of other masks"
         )
     if error:
         raise error
