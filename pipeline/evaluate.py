@@ -310,13 +310,13 @@ def evaluate(
 
     Raises:
         FileNotFoundError: predictions or ground truth are missing.
-        ValueError: no ground-truth mask has a pixel of a class.
+        ValueError: no ground-truth mask has a pixel of a class, and not all are background.
     """
     what = "masks" if evaluation.cam_type == MASKS else "CAMs"
     names, missing = files_present(names, evaluation.cam_dir, allow_missing, what)
     names, without_truth = files_present(names, evaluation.gt_root, allow_missing, "ground-truth masks")
-    check_class_pixels(evaluation.gt_root, names, evaluation.benchmark)
-    run = Run(None)
+    run = Run(None)  # connects the ranks, so that they notice if one dies in the check
+    check_class_pixels(evaluation.gt_root, names, evaluation.benchmark, allow_background=True)
     parts = run.map(evaluation, names, num_workers)
     code = run.finish()
     if run.rank == 0:

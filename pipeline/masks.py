@@ -274,7 +274,7 @@ def make_masks(
     Raises:
         FileNotFoundError: CAMs or folders are missing.
         ValueError: `step.output` is the folder of the CAMs, or contains masks made with other settings; or no
-            ground-truth mask has a pixel of a class.
+            ground-truth mask has a pixel of a class, and not all are background.
     """
     if step.settings.crf_backend == "auto":  # resolved here, because the folder records it
         step = replace(step, settings=step.settings.on(device_of(step.device)))
@@ -291,7 +291,7 @@ def make_masks(
             f"ground-truth folder {step.gt_root} does not exist: give another --gt_root, or leave it out"
         )
     if step.gt_root is not None:
-        check_class_pixels(step.gt_root, names, step.benchmark)
+        check_class_pixels(step.gt_root, names, step.benchmark, allow_background=True)
     record = Record(
         step="masks",
         settings=step.settings.record(benchmark_name, step.cam_type),

@@ -133,7 +133,7 @@ def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
                 raise ValueError(f"its {stored} bytes declare {image.height} x {image.width} pixels")
             yield image
     except UnidentifiedImageError:  # Pillow's message can contain a memory address
-        reason = "it is not an image" if _has_content(file) else "it is empty"
+        reason = "it is not an image" if _has_content(file) else "it is not an image: it is empty"
         raise ValueError(f"image {_label(file)} cannot be read: {reason}") from None
     except UNREADABLE as error:
         raise ValueError(f"image {_label(file)} cannot be read: {error}") from None

@@ -69,10 +69,11 @@ def check_values(mask: np.ndarray, channels: int, file: str | Path) -> None:
     """Raise ValueError if an index mask has a value that is neither below `channels` nor 255.
 
     Args:
+        mask: (H, W) uint8.
         file: file of the mask, shown in the error.
     """
-    wrong = mask[(mask >= channels) & (mask != IGNORE)]
-    if wrong.size:
+    if (mask + np.uint8(1)).max() > channels:  # 255 becomes 0; ten times as fast as two comparisons
+        wrong = mask[(mask >= channels) & (mask != IGNORE)]
         raise ValueError(
             f"mask {file} has the value {wrong[0]}, expected one of the {channels} class indices (0 to "
             f"{channels - 1}) or {IGNORE}: give the benchmark of these masks, or convert them with "
@@ -80,7 +81,9 @@ def check_values(mask: np.ndarray, channels: int, file: str | Path) -> None:
         )
 
 
-def check_class_pixels(folder: str | Path, names: Sequence[str], benchmark: Benchmark) -> None:
+def check_class_pixels(
+    folder: str | Path, names: Sequence[str], benchmark: Benchmark, allow_background: bool = False
+) -> None:
     """Raise ValueError if the masks of a split have no pixel of a class, as masks of 0 and 255 have none.
 
     Masks at even steps of the split are read until one has a pixel of a class, which is usually the first.
@@ -89,6 +92,7 @@ def check_class_pixels(folder: str | Path, names: Sequence[str], benchmark: Benc
 
     Args:
         folder: folder of the masks `<name>.png`.
+        allow_background: accept masks of background alone, which are valid ground truth.
 
     Raises:
         ValueError: see above, or no mask can be read (the error of the first one).
@@ -112,7 +116,7 @@ def check_class_pixels(folder: str | Path, names: Sequence[str], benchmark: Benc
         looked_at += found != [0]
         if looked_at == LOOKED_AT:
             break
-    if values:
+    if values - {0} or (values and not allow_background):
         listed = ", ".join(map(str, sorted(values)))
         raise ValueError(
             f"the masks in {folder} have no pixel of a class: their values are {listed}, but classes have "

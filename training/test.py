@@ -222,7 +222,7 @@ def _check_inputs(step: Evaluation, names: Sequence[str]) -> None:
             "another --gt_root, or --no_scores if there is no ground truth"
         )
     if step.gt_root is not None:
-        check_class_pixels(step.gt_root, names, step.setup.benchmark)
+        check_class_pixels(step.gt_root, names, step.setup.benchmark, allow_background=True)
 
 
 def _records(step: Evaluation) -> dict[str, Record]:

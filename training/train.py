@@ -117,7 +117,7 @@ def prepare(
         if config.data.val_split and config.run.validate_every:
             val = validation_split(config, benchmark)
             check_files(*val)
-            check_class_pixels(val.label_dir, val.names, benchmark)
+            check_class_pixels(val.label_dir, val.names, benchmark, allow_background=True)
             validate = validation(val, network, benchmark, str(device), config.run.precision)
         torch.manual_seed(config.solver.seed)
         model = network.build(config, benchmark)

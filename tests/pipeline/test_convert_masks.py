@@ -160,7 +160,7 @@ def test_empty_and_cut_files_fail_and_the_others_are_converted(convert, tmp_path
     (tmp_path / "in" / "empty.png").touch()
     (tmp_path / "in" / ".hidden.png").touch()
     code, errors = convert("--values", "0=0", "255=1")
-    assert code == 1 and "3 images, 2 failed" in errors and "empty.png cannot be read: it is empty" in errors
+    assert code == 1 and "3 images, 2 failed" in errors and "empty.png cannot be read: it is not" in errors
     np.testing.assert_array_equal(converted(tmp_path), GRAY // 255)
 
 

@@ -138,7 +138,7 @@ def test_an_image_of_one_pixel_is_read(tmp_path):
 def test_an_empty_file_is_named_empty(tmp_path):
     (tmp_path / "a.png").touch()
     for file in (tmp_path / "a.png", io.BytesIO()):
-        with pytest.raises(ValueError, match="cannot be read: it is empty"):
+        with pytest.raises(ValueError, match="cannot be read: it is not an image: it is empty"):
             images.read_image(file)
 
 

@@ -180,6 +180,12 @@ def test_masks_without_a_class_raise_with_their_values(tmp_path, benchmark, mask
         check_class_pixels(tmp_path, names, benchmark)
 
 
+def test_masks_of_background_alone_are_valid_ground_truth(tmp_path):
+    check_class_pixels(tmp_path, write_masks(tmp_path, [0, 0], [0]), TWO, allow_background=True)
+    with pytest.raises(ValueError, match="their values are 0, 255"):
+        check_class_pixels(tmp_path, write_masks(tmp_path, [0, 0], [0, 255]), TWO, allow_background=True)
+
+
 def test_the_search_for_a_class_reads_at_most_100_masks_at_even_steps(tmp_path, monkeypatch):
     seen = []
 
