@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from segmentation.images import read_image
+from segmentation.images import read_image, without_alpha
 
 ImageLike = str | Path | Image.Image | np.ndarray
 
 
 def to_pillow(image: ImageLike) -> Image.Image:
-    """Return a Pillow image without changing its mode; an array is RGB or gray.
+    """Return a Pillow image without alpha channel, otherwise in its mode; an array is RGB or gray.
 
     Raises:
         FileNotFoundError, ValueError: the file does not exist or is not an image.
     """
     if isinstance(image, Image.Image):
-        return image
+        return without_alpha(image)
     return Image.fromarray(image) if isinstance(image, np.ndarray) else read_image(image)
 
 

@@ -14,7 +14,7 @@ from pipeline.step import Step
 from segmentation import benchmark as benchmarks
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
-from segmentation.masks import read_mask
+from segmentation.masks import check_class_pixels, check_values, read_mask
 from segmentation.metrics import joint_counts, scores
 
 ARITHMETIC = ("float16", "float32")
@@ -263,24 +263,29 @@ class Evaluation(ScoringStep):
         """Read and count an image. The outcome is complete: `compute` and `write` are not called."""
         if self.cam_type == MASKS:
             mask = read_mask(Path(self.cam_dir) / f"{name}.png")
-            self.count(*count_mask(read_truth(self.gt_root, name, mask.shape), mask, self.benchmark.channels))
+            truth = read_truth(self.gt_root, name, self.benchmark.channels, mask.shape)
+            self.count(*count_mask(truth, mask, self.benchmark.channels))
         else:
-            truth = read_truth(self.gt_root, name)
+            truth = read_truth(self.gt_root, name, self.benchmark.channels)
             class_ids, cams = camfile.read(self.cam_dir, name, self.cam_type, rounded=False, size=truth.shape)
             self.count(*count_cams(truth, class_ids, cams, self))
         return Outcome(name)
 
 
-def read_truth(gt_root: str, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_truth(gt_root: str, name: str, channels: int, size: tuple[int, int] | None = None) -> np.ndarray:
     """Return the ground-truth mask (H, W) uint8 of an image.
 
     Args:
+        channels: number of classes; values must be below it, or 255.
         size: (H, W) of the prediction, if it is known already.
 
     Raises:
-        ValueError: the mask cannot be read, or differs in size from the prediction.
+        ValueError: the mask cannot be read, has a value that is not a class, or differs in size from the
+            prediction.
     """
-    truth = read_mask(Path(gt_root) / f"{name}.png")
+    file = Path(gt_root) / f"{name}.png"
+    truth = read_mask(file)
+    check_values(truth, channels, file)
     if size not in (None, truth.shape):
         raise ValueError(f"the ground truth is {truth.shape} but the prediction {size} (H, W)")
     return truth
@@ -305,11 +310,13 @@ def evaluate(
 
     Raises:
         FileNotFoundError: predictions or ground truth are missing.
+        ValueError: no ground-truth mask has a pixel of a class, and not all are background.
     """
     what = "masks" if evaluation.cam_type == MASKS else "CAMs"
     names, missing = files_present(names, evaluation.cam_dir, allow_missing, what)
     names, without_truth = files_present(names, evaluation.gt_root, allow_missing, "ground-truth masks")
-    run = Run(None)
+    run = Run(None)  # connects the ranks, so that they notice if one dies in the check
+    check_class_pixels(evaluation.gt_root, names, evaluation.benchmark, allow_background=True)
     parts = run.map(evaluation, names, num_workers)
     code = run.finish()
     if run.rank == 0:

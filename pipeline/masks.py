@@ -16,7 +16,7 @@ from refinement.densecrf import BACKENDS, IMAGE_MODES, PRESETS, UNARY_TYPES, Pre
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.images import find_image, read_rgb, shrunk
-from segmentation.masks import is_complete, read_mask, write_mask
+from segmentation.masks import check_class_pixels, is_complete, read_mask, write_mask
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class MaskStep(ScoringStep):
         # With --eval_only all images have ground truth here, see `make_masks`.
         if not (Path(self.gt_root) / f"{decoded.name}.png").is_file():
             return [*decoded.notes, "images without ground truth"]
-        truth = read_truth(self.gt_root, decoded.name, mask.shape)
+        truth = read_truth(self.gt_root, decoded.name, self.benchmark.channels, mask.shape)
         self.count(*count_mask(truth, mask, self.benchmark.channels))
         return decoded.notes
 
@@ -273,7 +273,8 @@ def make_masks(
 
     Raises:
         FileNotFoundError: CAMs or folders are missing.
-        ValueError: `step.output` is the folder of the CAMs, or contains masks made with other settings.
+        ValueError: `step.output` is the folder of the CAMs, or contains masks made with other settings; or no
+            ground-truth mask has a pixel of a class, and not all are background.
     """
     if step.settings.crf_backend == "auto":  # resolved here, because the folder records it
         step = replace(step, settings=step.settings.on(device_of(step.device)))
@@ -289,6 +290,8 @@ def make_masks(
         raise FileNotFoundError(
             f"ground-truth folder {step.gt_root} does not exist: give another --gt_root, or leave it out"
         )
+    if step.gt_root is not None:
+        check_class_pixels(step.gt_root, names, step.benchmark, allow_background=True)
     record = Record(
         step="masks",
         settings=step.settings.record(benchmark_name, step.cam_type),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from segmentation.benchmark import IGNORE
 from segmentation.images import find_image, read_rgb
-from segmentation.masks import read_mask
+from segmentation.masks import check_values, read_mask
 
 # (image (H, W, 3) uint8 RGB, mask (H, W) uint8, generator) -> image (3, h, w) float32, mask (h, w) int64
 Transform = Callable[[np.ndarray, np.ndarray, random.Random], tuple[np.ndarray, np.ndarray]]
@@ -195,10 +195,5 @@ def read_labels(folder: str | Path, name: str, channels: int, size: tuple[int, i
     mask = read_mask(file)
     if mask.shape != size:
         raise ValueError(f"mask {file} is {mask.shape} but its image is {size} (height, width)")
-    wrong = mask[(mask >= channels) & (mask != IGNORE)]
-    if wrong.size:
-        raise ValueError(
-            f"mask {file} has the value {wrong[0]}, expected one of the {channels} class indices (0 to "
-            f"{channels - 1}) or {IGNORE}"
-        )
+    check_values(mask, channels, file)
     return mask

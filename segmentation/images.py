@@ -1,6 +1,7 @@
 """The image reader of all steps, so that all steps get the same pixels.
 
 Pillow decodes all images. EXIF orientation is ignored, because annotations refer to pixels in stored order.
+Transparency is dropped: transparent pixels have their stored colors.
 """
 import io
 import math
@@ -13,7 +14,7 @@ from typing import BinaryIO
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
@@ -22,12 +23,17 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000"
 # Pillow warns above 89 million pixels; this project shrinks such images, so the warning is not needed. Above
 # twice that size Pillow raises DecompressionBombError.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow refuses PNGs with a text or color profile above 1 MB; the profiles of some printers are larger.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**24
 
 # Decoded bytes that a file may declare: 256 MB, plus this many per stored byte. Photographs compress to a
 # tenth, plain masks to a thousandth.
 FREE_BYTES, RATIO = 2**28, 256
 # Exceptions of Pillow's decoders for files that are damaged, truncated, too large, or not images.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# Pillow modes with alpha -> the mode after the alpha channel is dropped.
+WITHOUT_ALPHA = {"LA": "L", "PA": "RGB", "RGBA": "RGB"}
+PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}  # colors are multiplied by alpha -> they are not
 
 
 def find_image(folder: str | Path, name: str) -> Path:
@@ -65,7 +71,7 @@ def image_files(path: str) -> list[str]:
 
 
 def read_image(file: str | Path | BinaryIO) -> Image.Image:
-    """Return a decoded image in its original mode: gray and palette images are not converted.
+    """Return a decoded image without alpha channel: gray and palette images are not converted to RGB.
 
     Args:
         file: a path, or an open file; errors show its `name`.
@@ -78,6 +84,22 @@ def read_image(file: str | Path | BinaryIO) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # conversion by Pillow clips values to 255 without a warning
         mode = f"more than 8 bits (mode {image.mode})"
         raise ValueError(f"image {_label(file)} has {mode}: convert it to 8 bits")
+    return without_alpha(image)
+
+
+def without_alpha(image: Image.Image) -> Image.Image:
+    """Return an image without alpha channel and transparent color; opaque images are returned unchanged.
+
+    Transparent pixels get their stored color. Pillow weights colors by alpha when it resizes an image, so
+    that with alpha the pixels would depend on the size that a step needs.
+    """
+    if image.mode in PREMULTIPLIED:
+        image = image.convert(PREMULTIPLIED[image.mode])
+    if image.mode in WITHOUT_ALPHA:
+        image = image.convert(WITHOUT_ALPHA[image.mode])
+    if "transparency" in image.info:
+        image = image.copy()  # the image of a caller is not changed
+        del image.info["transparency"]
     return image
 
 
@@ -111,9 +133,16 @@ def _opened(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
                 raise ValueError(f"its {stored} bytes declare {image.height} x {image.width} pixels")
             yield image
     except UnidentifiedImageError:  # Pillow's message can contain a memory address
-        raise ValueError(f"image {_label(file)} cannot be read: it is not an image") from None
+        reason = "it is not an image" if _has_content(file) else "it is not an image: it is empty"
+        raise ValueError(f"image {_label(file)} cannot be read: {reason}") from None
     except UNREADABLE as error:
         raise ValueError(f"image {_label(file)} cannot be read: {error}") from None
+
+
+def _has_content(file: str | Path | BinaryIO) -> bool:
+    if isinstance(file, str | Path):
+        return Path(file).stat().st_size > 0
+    return file.seek(0, io.SEEK_END) > 0
 
 
 def _label(file: str | Path | BinaryIO) -> str:

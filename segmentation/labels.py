@@ -14,7 +14,7 @@ from lxml import etree
 
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.images import image_files
-from segmentation.masks import read_mask
+from segmentation.masks import CONVERTER, check_class_pixels, read_mask
 
 # Image name -> distinct class indices, in order of first appearance. Raises ValueError or OSError, with a
 # message for the user, if the labels cannot be read.
@@ -33,7 +33,8 @@ def reader(benchmark: Benchmark, split: Split, labels_file: str | Path | None = 
 
     Raises:
         FileNotFoundError: the label file or annotation folder does not exist.
-        ValueError: the source contains no labels, or class indices that the benchmark does not have.
+        ValueError: the source contains no labels, or class indices that the benchmark does not have; or no
+            mask of the split has a pixel of a class.
     """
     num_classes = len(benchmark.classes)
     if labels_file:
@@ -42,8 +43,10 @@ def reader(benchmark: Benchmark, split: Split, labels_file: str | Path | None = 
         folder = _existing(benchmark.path(benchmark.annotation_dir), "annotation")
         return partial(_voc_xml_labels, folder, benchmark.classes)
     if benchmark.labels == "masks":
-        folder = _existing(benchmark.path(benchmark.mask_dir), "mask")
-        return partial(_painted_labels, folder, benchmark.has_background, num_classes)
+        folder = benchmark.path(benchmark.mask_dir)
+        read = from_masks(folder, benchmark.has_background, num_classes)
+        check_class_pixels(folder, list(split), benchmark)
+        return read
     if benchmark.labels == "coco_json":
         file = benchmark.path(benchmark.annotation_file)
         images = read_coco_json(file, num_classes, benchmark.category_ids)
@@ -139,6 +142,18 @@ def from_file(path: str | Path, num_classes: int) -> LabelReader:
         FileNotFoundError, ValueError: see `read_split`.
     """
     return partial(_look_up, read_split(path, num_classes), str(path))
+
+
+def from_masks(folder: str | Path, has_background: bool, num_classes: int) -> LabelReader:
+    """Return a reader of the index masks `<name>.png` in a folder.
+
+    The reader returns the class indices in a mask, ascending, see `mask_labels`. It raises FileNotFoundError
+    or ValueError if the mask does not exist or is not an index mask.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    return partial(_painted_labels, _existing(Path(folder), "mask"), has_background, num_classes)
 
 
 def _look_up(table: Split, source: str, name: str) -> list[int]:
@@ -241,7 +256,8 @@ def mask_labels(mask: np.ndarray, has_background: bool, num_classes: int, file: 
     if labels and labels[-1] >= num_classes:
         raise ValueError(
             f"mask {file} has the value {labels[-1] + has_background}, which is not a class: "
-            f"expected 0 to {num_classes - 1 + has_background}, or {IGNORE}"
+            f"expected 0 to {num_classes - 1 + has_background}, or {IGNORE}; {CONVERTER} converts masks "
+            "with other values"
         )
     return [label for label in labels if label >= 0]
 

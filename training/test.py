@@ -21,7 +21,7 @@ from refinement.densecrf import PRESETS
 from segmentation.dataset import read_labels
 from segmentation.distributed import rank_and_world, together
 from segmentation.images import UNREADABLE, find_image, read_rgb
-from segmentation.masks import read_mask, write_mask
+from segmentation.masks import check_class_pixels, read_mask, write_mask
 from segmentation.metrics import ABSENT, confusion
 from training.data import validation_split
 from training.recipe import Recipe
@@ -221,6 +221,8 @@ def _check_inputs(step: Evaluation, names: Sequence[str]) -> None:
             f"ground-truth folder {step.gt_root} contains the mask of none of the {len(names)} images: give "
             "another --gt_root, or --no_scores if there is no ground truth"
         )
+    if step.gt_root is not None:
+        check_class_pixels(step.gt_root, names, step.setup.benchmark, allow_background=True)
 
 
 def _records(step: Evaluation) -> dict[str, Record]:

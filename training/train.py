@@ -22,7 +22,7 @@ from segmentation.dataset import Batch, TrainingSet, check_files, read_labels
 from segmentation.distributed import gather, rank_and_world, together
 from segmentation.images import find_image, read_rgb
 from segmentation.inference import infer
-from segmentation.masks import overlay
+from segmentation.masks import check_class_pixels, overlay
 from segmentation.metrics import confusion
 from segmentation.trainer import LOGS, Figures, Trainer, Validation
 from training import config as configs
@@ -107,6 +107,8 @@ def prepare(
         if resume and (folder / FINAL).is_file():
             return None
         check_files(*split)
+        if split.label_dir is not None:
+            check_class_pixels(split.label_dir, split.names, benchmark)
         transform, extras = network.transform(config), recipe.extras(config, benchmark)
         dataset = TrainingSet(*split, benchmark.channels, transform, config.solver.seed, extras)
         device = torch.device(device_of(config.run.device, int(os.environ.get("LOCAL_RANK", 0))))
@@ -115,6 +117,7 @@ def prepare(
         if config.data.val_split and config.run.validate_every:
             val = validation_split(config, benchmark)
             check_files(*val)
+            check_class_pixels(val.label_dir, val.names, benchmark, allow_background=True)
             validate = validation(val, network, benchmark, str(device), config.run.precision)
         torch.manual_seed(config.solver.seed)
         model = network.build(config, benchmark)

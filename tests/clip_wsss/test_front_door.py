@@ -41,6 +41,13 @@ def result(clip_es, image):
     return clip_es(image, NAMES)
 
 
+def test_a_transparent_image_has_the_result_of_its_stored_colors(clip_es, result, image):
+    transparent = image.copy()
+    transparent.putalpha(Image.linear_gradient("L").resize(image.size))
+    found = clip_es(transparent, NAMES)
+    assert (found.mask == result.mask).all() and (found.image == result.image).all()
+
+
 def test_masks_and_cams_equal_those_of_the_script(result, model, image, tmp_path):
     (tmp_path / "images").mkdir()
     image.save(tmp_path / "images" / "a.png")

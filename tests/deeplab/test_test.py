@@ -326,6 +326,15 @@ def test_bad_files_are_skipped_and_listed(tiny, tree, capsys):
     assert not [*out.glob("*.tgz")] and "no submission was packed" in capsys.readouterr().err
 
 
+def test_ground_truth_of_0_and_255_is_an_error(tiny, tree):
+    for name, (height, width) in SIZES.items():
+        two_values = np.tile(np.uint8([0, 255]), (height, width // 2))
+        write_mask(tree / "truth" / f"{name}.png", two_values, voc_palette())
+    with pytest.raises(ValueError, match=r"truth have no pixel of a class: .* are 0, 255, but .*1\.\.4"):
+        tiny()
+    assert tiny("--no_scores") == 0
+
+
 def test_mask_of_another_size_is_reported_for_a_finished_prediction(tiny, tree):
     assert tiny() == 0
     write_mask(tree / "truth" / "im1.png", np.zeros((50, 75), np.uint8), voc_palette())

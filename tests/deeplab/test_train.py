@@ -280,6 +280,15 @@ def empty_split(root: Path):
     (root / "empty.txt").write_text("\n")
 
 
+def every_mask(pixels: np.ndarray):
+    def damage(root: Path):
+        for file in (root / "SegmentationClass").iterdir():
+            Image.fromarray(pixels).save(file)
+
+    return damage
+
+
+TWO_VALUES = np.where(np.arange(52) < 20, 255, np.zeros((40, 1))).astype(np.uint8)
 ERRORS = {  # damage to the files, more words, exit code, message
     "size": (mask(np.zeros((40, 51), np.uint8)), [], 1,
              r"image_2.png is \(40, 51\) but its image is .*\(40, 52\)"),
@@ -291,6 +300,9 @@ ERRORS = {  # damage to the files, more words, exit code, message
     "no image": (missing("JPEGImages"), [], 2, "no image image_2 "),
     "empty split": (empty_split, ["data.train_split={root}/empty.txt"], 2, "empty.txt lists no images"),
     "no split": (None, ["data.train_split=absent.txt"], 2, "absent.txt does not exist"),
+    "0 and 255": (every_mask(TWO_VALUES), [], 2, "no pixel of a class: .* are 0, 255, .*convert_masks"),
+    "0 and 254": (every_mask(TWO_VALUES // 255 * 254), [], 2, "no pixel of a class: .* are 0, 254"),
+    "all RGB": (every_mask(np.zeros((40, 52, 3), np.uint8)), [], 2, "mode RGB, .*convert_masks"),
     "no val mask": (None, ["data.val_label_dir={root}"], 2, "image_5.png .*does not exist"),
     "no benchmark": (None, ["data.benchmark=voc99"], 2, "no benchmark 'voc99'"),
     "unknown key": (None, ["solver.rate=1"], 2, "solver.rate=1: .*rate"),
@@ -327,6 +339,15 @@ def test_user_error_is_one_line(world, tmp_path, capsys, case):
     assert re.fullmatch(f"error: .*{sentence}.*\n", message), message
     assert content(root) == before
     assert (expected == 2) == (not output.exists())
+
+
+def test_validation_masks_without_a_class_are_an_error(world, tmp_path, capsys):
+    copied(world, tmp_path)
+    every_mask(TWO_VALUES)(tmp_path)
+    folder = tmp_path / "SegmentationClass"
+    code, message = error_of(capsys, words(world, tmp_path / "run", f"data.val_label_dir={folder}"))
+    assert code == 2 and f"the masks in {folder} have no pixel of a class" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_rank_0_prints_a_user_error(world, tmp_path):

@@ -302,6 +302,30 @@ def test_damaged_images_are_left_out_and_listed(arrays, folders, tmp_path, capsy
     assert "5 images, 2 failed" in capsys.readouterr().err
 
 
+def test_ground_truth_without_any_class_is_an_error(folders, arrays, tmp_path):
+    for index in range(5):
+        truth = np.where(arrays[f"gt{index}"] > 0, 255, 0).astype(np.uint8)
+        write_mask(tmp_path / f"{index}.png", truth, PALETTE)
+    evaluation = Evaluation(voc12.BENCHMARK, str(folders / "cams"), str(tmp_path))
+    with pytest.raises(ValueError, match=r"no pixel of a class: their values are 0, 255, .*convert_masks"):
+        evaluate(evaluation, list("01234"))
+    step = MaskStep(voc12.BENCHMARK, str(folders / "cams"), str(tmp_path), None, str(tmp_path))
+    with pytest.raises(ValueError, match="no pixel of a class"):
+        make_masks(step, list("01234"), "voc12")
+
+
+def test_ground_truth_with_a_value_that_is_no_class_fails(arrays, folders, tmp_path):
+    for index in range(5):
+        write_mask(tmp_path / f"{index}.png", arrays[f"gt{index}"], PALETTE)
+    truth = arrays["gt2"].copy()
+    truth[0, 0] = 254
+    write_mask(tmp_path / "2.png", truth, PALETTE)
+    evaluation = Evaluation(voc12.BENCHMARK, str(folders / "cams"), str(tmp_path))
+    failures = {outcome.name: outcome.failure for outcome in count(evaluation)[2]}
+    assert "2.png has the value 254, expected one of the 21 class indices (0 to 20) or 255" in failures["2"]
+    assert [name for name in failures if failures[name]] == ["2"]
+
+
 def test_missing_files_are_an_error_unless_allowed(folders, tmp_path, capsys):
     evaluation = Evaluation(voc12.BENCHMARK, str(folders / "cams"), str(folders / "truth"))
     names = [*"01234", *"abcdefg"]

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import clip
 from segmentation import images
 
 PIXELS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
@@ -45,12 +46,100 @@ def test_read_rgb_and_read_size_return_stored_pixels_and_size(tmp_path):
     assert images.read_size(file) == (5, 7)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "1"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "1"])
 def test_read_image_keeps_the_mode_and_read_rgb_converts_it(tmp_path, mode):
     file = tmp_path / "a.png"
     Image.fromarray(PIXELS).convert(mode).save(file)
     assert images.read_image(file).mode == mode
     assert images.read_rgb(file).shape == (5, 7, 3)
+
+
+HALF = Image.fromarray(np.linspace(0, 255, 35).astype(np.uint8).reshape(5, 7))
+
+
+def saved(image: Image.Image, file, kind: str = "PNG", **options):
+    image.save(file, kind, **options)
+    return file
+
+
+@pytest.mark.filterwarnings("error")  # Pillow warns when it converts a palette with transparency
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_an_alpha_channel_is_dropped_at_every_size(tmp_path, mode):
+    opaque = Image.fromarray(PIXELS).convert(mode.removesuffix("A"))
+    image = opaque.copy()
+    image.putalpha(HALF)
+    read = images.read_image(saved(image, tmp_path / "a.png"))
+    assert read.mode == opaque.mode
+    for size in ((7, 5), (16, 32), (3, 2)):
+        np.testing.assert_array_equal(clip.resize_rgb(read, size), clip.resize_rgb(opaque, size))
+    np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.png"), np.asarray(opaque.convert("RGB")))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("mode, color", [("P", b"\0\x80\xff"), ("P", 1), ("L", 3), ("RGB", (0, 1, 2))])
+def test_a_transparent_color_is_dropped(tmp_path, mode, color):
+    opaque = Image.fromarray(PIXELS).convert(mode)
+    read = images.read_image(saved(opaque, tmp_path / "a.png", transparency=color))
+    assert read.mode == mode and "transparency" not in read.info
+    for size in ((7, 5), (16, 32)):
+        np.testing.assert_array_equal(clip.resize_rgb(read, size), clip.resize_rgb(opaque, size))
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "LA", "RGBA"])
+def test_without_alpha_converts_every_mode_with_alpha(mode):
+    image = Image.fromarray(PIXELS).convert("P" if mode == "PA" else mode[:-1])
+    expected = np.asarray(image.convert("RGB"))
+    image.putalpha(255)
+    opaque = images.without_alpha(image.convert(mode))
+    assert opaque.mode in ("L", "RGB")
+    np.testing.assert_array_equal(np.asarray(opaque.convert("RGB")), expected)
+
+
+def test_without_alpha_does_not_change_the_given_image():
+    image = Image.fromarray(PIXELS)
+    assert images.without_alpha(image) is image
+    image.info["transparency"] = (0, 0, 0)
+    assert "transparency" not in images.without_alpha(image).info and "transparency" in image.info
+
+
+@pytest.mark.parametrize("mode, kind", [
+    ("RGB", "PNG"), ("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("P", "GIF"), ("1", "PNG")
+])  # fmt: skip
+def test_opaque_images_have_the_pixels_that_pillow_decodes(tmp_path, mode, kind):
+    file = saved(Image.fromarray(PIXELS).convert(mode), tmp_path / "a.png", kind)
+    with Image.open(file) as expected:
+        assert images.read_image(file).mode == expected.mode
+        np.testing.assert_array_equal(np.asarray(images.read_image(file)), np.asarray(expected))
+        np.testing.assert_array_equal(images.read_rgb(file), np.asarray(expected.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {}),
+])  # fmt: skip
+def test_the_first_frame_of_an_animation_is_read(tmp_path, kind, options):
+    first = Image.fromarray(PIXELS).convert("L")
+    second = Image.fromarray(255 - np.asarray(first))
+    file = saved(first, tmp_path / "a.png", kind, save_all=True, append_images=[second], **options)
+    np.testing.assert_array_equal(images.read_rgb(file), np.asarray(first.convert("RGB")))
+
+
+def test_profiles_above_1_mb_and_trailing_bytes_do_not_matter(tmp_path):
+    profile = np.random.default_rng(0).bytes(2_000_000)
+    (tmp_path / "a.png").write_bytes(encoded(icc_profile=profile) + b"trailing")
+    np.testing.assert_array_equal(images.read_rgb(tmp_path / "a.png"), PIXELS)
+
+
+def test_an_image_of_one_pixel_is_read(tmp_path):
+    np.testing.assert_array_equal(
+        images.read_rgb(saved(Image.new("RGB", (1, 1), (1, 2, 3)), tmp_path / "a.png")), [[[1, 2, 3]]]
+    )
+
+
+def test_an_empty_file_is_named_empty(tmp_path):
+    (tmp_path / "a.png").touch()
+    for file in (tmp_path / "a.png", io.BytesIO()):
+        with pytest.raises(ValueError, match="cannot be read: it is not an image: it is empty"):
+            images.read_image(file)
 
 
 @pytest.mark.parametrize("mode, suffix", [("I;16", "png"), ("I", "tif"), ("F", "tif")])

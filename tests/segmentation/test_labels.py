@@ -164,6 +164,27 @@ def test_reader_of_masks(tmp_path):
         reader("masks", tmp_path / "none")
 
 
+def test_from_masks_reads_the_labels_of_one_image(tmp_path):
+    Image.fromarray(np.array([[0, 3], [255, 1]], np.uint8)).save(tmp_path / "x.png")
+    Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / "y.png")
+    read = pickle.loads(pickle.dumps(labels.from_masks(tmp_path, True, 3)))
+    assert read("x") == [0, 2] and read("y") == []
+    assert labels.from_masks(tmp_path, False, 4)("x") == [0, 1, 3]
+    with pytest.raises(ValueError, match=r"value 3, which is not a class.*pipeline\.convert_masks converts"):
+        labels.from_masks(tmp_path, True, 2)("x")
+    with pytest.raises(FileNotFoundError, match=r"mask folder .*none does not exist"):
+        labels.from_masks(tmp_path / "none", True, 3)
+
+
+def test_masks_of_a_split_without_any_class_raise(tmp_path):
+    benchmark = Benchmark("b", ["cat"], labels="masks", root=str(tmp_path), mask_dir=".")
+    for name, values in {"x": [0, 255], "y": [0, 255], "z": [0, 1]}.items():
+        Image.fromarray(np.array([values], np.uint8)).save(tmp_path / f"{name}.png")
+    with pytest.raises(ValueError, match="no pixel of a class: their values are 0, 255"):
+        labels.reader(benchmark, {"x": [], "y": []})
+    assert labels.reader(benchmark, {"x": [], "y": [], "z": []})("x") == []  # one image has a class
+
+
 # --- COCO instances ---------------------------------------------------------------------------------
 
 
