@@ -1,6 +1,6 @@
 """Model names -> checkpoint files, downloaded once into ~/.cache/clip, which other CLIP projects share."""
 import hashlib
-import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from urllib.request import urlopen
 from tqdm import tqdm
 
 from common.files import replacing, sha256
+from common.jsonfile import read_json
 from common.logs import no_progress
 
 # OpenAI's files; the folder name in each address is the sha256 of the file.
@@ -79,9 +80,14 @@ def _with_sidecar(file: Path) -> Source:
     if not sidecar.is_file():
         return Source(file)
     try:
-        content = json.loads(sidecar.read_text())
+        content = read_json(sidecar)
+    except ValueError as error:
+        raise ValueError(
+            f"{sidecar} is not an open_clip configuration ({error}): correct or remove it"
+        ) from None
+    try:
         conventions = _conventions(content["model_cfg"], content.get("preprocess_cfg", {}), sidecar)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{sidecar} is not an open_clip configuration: correct or remove it") from None
     return Source(file, True, conventions)
 
@@ -115,7 +121,7 @@ def _conventions(config: dict, preprocessing: dict, name: str | Path) -> dict[st
     """Return the conventions of an open_clip configuration.
 
     Raises:
-        ValueError: the architecture differs from OpenAI's CLIP.
+        ValueError: the architecture differs from OpenAI's CLIP, or a value is invalid.
     """
     for tower, known in TOWER_KEYS.items():
         for key, value in config[tower].items():
@@ -124,10 +130,17 @@ def _conventions(config: dict, preprocessing: dict, name: str | Path) -> dict[st
                     f"{name} is not supported: its architecture differs from OpenAI's CLIP ({tower} sets "
                     f"{key} = {value}); use another model"
                 )
-    conventions = {"activation": "quick_gelu" if config.get("quick_gelu") else "gelu"}
-    for statistic in ("mean", "std"):
-        if preprocessing.get(statistic):
-            conventions[statistic] = tuple(preprocessing[statistic])
+    quick_gelu = config.get("quick_gelu") or False
+    if not isinstance(quick_gelu, bool):
+        raise ValueError(f"{name}: quick_gelu must be true or false, got {quick_gelu!r}")
+    conventions = {"activation": "quick_gelu" if quick_gelu else "gelu"}
+    for statistic, above in (("mean", -math.inf), ("std", 0)):
+        if values := preprocessing.get(statistic):
+            numbers = [value for value in values if isinstance(value, int | float) and value > above]
+            if len(values) != 3 or len(numbers) != 3:
+                expected = "three numbers" + (" above 0" if statistic == "std" else "")
+                raise ValueError(f"{name}: {statistic} must be {expected}, got {values!s:.60}")
+            conventions[statistic] = tuple(values)
     return conventions
 
 

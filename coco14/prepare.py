@@ -23,6 +23,7 @@ from typing import NamedTuple
 from coco14 import BENCHMARK, CATEGORY_IDS, CLASSES
 from coco14.masks import OVERLAPS, Overlap, paint
 from common.files import write_file
+from common.jsonfile import read_json
 from common.logs import log
 from segmentation import prepare as shared
 from segmentation.images import IMAGE_SUFFIXES
@@ -116,7 +117,10 @@ def may_paint(folder: Path, part: Part, overlap: Overlap, existing: bool) -> boo
     """
     record = folder / f"painted_{part.folder}.json"
     if record.is_file():
-        recorded = json.loads(record.read_text()).get("overlap")
+        try:
+            recorded = read_json(record).get("overlap")
+        except ValueError as error:
+            raise ValueError(f"{record} is damaged ({error}): delete it and the {part} masks") from None
         if recorded != overlap:
             raise ValueError(
                 f"the {part} masks in {folder} were painted with --overlap {recorded}: "

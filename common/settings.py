@@ -5,7 +5,7 @@
         affinity_layers: int = setting(8, "last blocks whose attention is averaged", least=1)
 
 Flags (`add_flags`, `from_args`), range checks (`Settings`) and the option tables of docs/ (`common.docs`) are
-derived from the field. The same dataclasses are the schema of YAML configurations (OmegaConf), and an output
+derived from the field. The same dataclasses are the schema of YAML files (`common.yamlfile`), and an output
 folder records their values.
 """
 
@@ -22,6 +22,7 @@ SPEC = "setting"  # key of a field's metadata
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 TYPES = {bool: bool, int: Integral, float: Real, str: str}
 WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+PLURALS = {int: "whole numbers", float: "numbers", str: "names"}  # of the items of a list
 T = TypeVar("T")
 
 
@@ -37,6 +38,7 @@ class Spec:
         aliases: other spellings of the flag, such as the flag of a reference implementation.
         none: word for None on the command line, such as "auto"; --help shows it as the default.
         metavar: placeholder for the value in --help.
+        items: what the items of a list are, in errors; None: names or numbers.
     """
 
     help: str
@@ -47,13 +49,14 @@ class Spec:
     aliases: Sequence[str] = ()
     none: str | None = None
     metavar: str | None = None
+    items: str | None = None
 
     def allows(self, value: Any, hint: Any) -> bool:
         """Return whether a value has the annotated type `hint` and is in the choices or the range.
 
         If the value is a list, each item is checked.
         """
-        kind, is_list = _type_of(hint)
+        kind, is_list = type_of(hint)
         if value is None:
             return isinstance(hint, types.UnionType)
         if is_list:
@@ -70,8 +73,8 @@ class Spec:
         """Return the allowed values in words, e.g. "a whole number, 1 or more"; `hint` is the annotation."""
         if self.choices is not None:
             return f"one of {', '.join(self.choices)}"
-        kind, is_list = _type_of(hint)
-        text = "numbers" if is_list else WORDS[kind]
+        kind, is_list = type_of(hint)
+        text = (self.items or PLURALS[kind]) if is_list else WORDS[kind]
         if math.isfinite(self.least) and math.isfinite(self.most):
             return f"{text} from {self.least:g} to {self.most:g}"
         if math.isfinite(self.above):
@@ -120,7 +123,7 @@ def add_flags(parser: Any, cls: type, show: Mapping[str, str] | None = None) -> 
         shown = (show or {}).get(name) or _as_text(default, spec)
         help = spec.help + (f" (default: {shown})" if shown else "")
         options: dict[str, Any] = {"help": help.replace("%", "%%")}
-        kind, is_list = _type_of(hint)
+        kind, is_list = type_of(hint)
         if kind is bool:
             options["action"] = _Switch
         elif spec.choices is not None:
@@ -174,7 +177,7 @@ class _Switch(argparse.Action):
 
 def _parser(hint: Any, spec: Spec) -> Callable[[str], Any]:
     """Return an argparse type that parses and checks a value; list items are separated by commas."""
-    kind, is_list = _type_of(hint)
+    kind, is_list = type_of(hint)
 
     def parse(text: str) -> Any:
         if spec.none is not None and text == spec.none:
@@ -214,7 +217,7 @@ def _as_text(value: Any, spec: Spec) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _type_of(hint: Any) -> tuple[type, bool]:
+def type_of(hint: Any) -> tuple[type, bool]:
     """Return the type of a value or list item (bool, int, float, str), and whether `hint` is a list.
 
     `X | None` counts as X.

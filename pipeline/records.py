@@ -1,10 +1,11 @@
 """Read the scores and settings that steps wrote to JSON files, for the report page."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from common.jsonfile import read_json
 
 TAG_SCORES = ("mAP", "F1", "Precision", "Recall")
 MAX_ITEMS, FIRST_ITEMS = 25, 3  # longer lists of settings are cut to the first few items
@@ -28,14 +29,24 @@ def read_stage(title: str, file: str | Path, classes: Sequence[str]) -> dict[str
             note = f"{100 * ignored:.1f} % ignored"
         elif (background := best.get("background")) is not None:  # see `pipeline.evaluate`
             note = f"background {'exponent' if background >= 1 else 'score'} {background:g}"
-        ious = {name: best["Class IoU"][name] for name in classes}
-        return {"title": title, "mean": best["Mean IoU"], "classes": ious, "note": note}
+        ious = {name: _score(f"the IoU of {name}", best["Class IoU"][name]) for name in classes}
+        mean = _score("Mean IoU", best["Mean IoU"])
+        return {"title": title, "mean": mean, "classes": ious, "note": note}
+
+
+def read_checkpoint(file: str | Path) -> str:
+    """Return the checkpoint whose test wrote a score file; empty if it records none."""
+    with _score_file(file, "the test of the network", "scores") as content:
+        checkpoint = content.get("checkpoint") or ""
+        if not isinstance(checkpoint, str):
+            raise TypeError
+        return checkpoint
 
 
 def read_tag_scores(file: str | Path) -> tuple[dict[str, float | None], int]:
     """Return the TAG_SCORES of `classify.py --json`, None where undefined, and the number of images."""
     with _score_file(file, "classify.py", "scores of tags") as content:
-        return {name: content[name] for name in TAG_SCORES}, int(content["images"])
+        return {name: _score(name, content[name]) for name in TAG_SCORES}, int(content["images"])
 
 
 @contextmanager
@@ -44,12 +55,26 @@ def _score_file(file: str | Path, writer: str, expected: str) -> Iterator[dict]:
     the caller reads."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"score file {file} does not exist: write it with --json of {writer}")
+    reason = "an entry has the wrong type"
     try:
-        yield json.loads(Path(file).read_text())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"{file} contains no {expected}: give the file that {writer} wrote with --json"
-        ) from None
+        yield read_json(file)
+        return
+    except ValueError as error:
+        reason = str(error)
+    except KeyError as error:
+        reason = f"it has no entry {error}"
+    except (TypeError, AttributeError):
+        pass
+    raise ValueError(
+        f"{file} contains no {expected} ({reason}): give the file that {writer} wrote with --json"
+    )
+
+
+def _score(name: str, value: Any) -> float | None:
+    """Return a score of a file, None if it is undefined."""
+    if value is not None and (isinstance(value, bool) or not 0 <= value <= 1):
+        raise ValueError(f"{name} is {value!r}, expected a number from 0 to 1")
+    return value
 
 
 def tables(steps: Mapping[str, Sequence[dict]], common: str) -> dict[str, dict[str, str]]:

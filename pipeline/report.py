@@ -2,7 +2,6 @@
 
 `python -m pipeline.report --help`. The page is one HTML file that contains its figures and loads nothing.
 """
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
@@ -17,7 +16,7 @@ from common.files import write_file
 from pipeline import figures, records
 from pipeline.evaluate import benchmark_scores, scored_names
 from pipeline.masks import MaskSettings, crf_labels, mask_values
-from pipeline.run import command, read_settings
+from pipeline.run import SETTINGS, command, read_settings
 from segmentation import benchmark as benchmarks
 from segmentation import camfile
 from segmentation.benchmark import IGNORE, Benchmark
@@ -109,10 +108,15 @@ def recorded_masks(results: Results) -> tuple[str, MaskSettings]:
     """Return the CAM type and settings that the mask folder records; missing ones have their defaults."""
     recorded = read_settings(results.mask_dir).get("settings", {})
     names = {"image_mode": "crf_image", "unary_type": "crf_unary"}
-    changes = {names[key]: value for key, value in recorded.get("crf", {}).items() if key in names}
+    cam_type, crf = recorded.get("cam_type", "attn_highres"), recorded.get("crf", {})
+    if not isinstance(cam_type, str) or not isinstance(crf, dict):
+        raise ValueError(
+            f"{results.mask_dir}: the settings cam_type and crf in {SETTINGS} are damaged: restore the file"
+        )
+    changes = {names[key]: value for key, value in crf.items() if key in names}
     if "confidence" in recorded:
         changes["confidence"] = recorded["confidence"]
-    return recorded.get("cam_type", "attn_highres"), MaskSettings(crf_backend="numba", **changes)
+    return cam_type, MaskSettings(crf_backend="numba", **changes)
 
 
 def compare_tags(
@@ -251,7 +255,8 @@ def _scored(results: Results) -> list[dict[str, Any]]:
         val += stages([network.title], [network.score_file], NEEDS_IMAGE)
         if network.crf_file:
             crf = stages([network.title], [network.crf_file], NEEDS_IMAGE)[0]
-            val[-1]["note"] = f"{100 * crf['mean']:.1f} % after a dense CRF"
+            mean = "–" if crf["mean"] is None else f"{100 * crf['mean']:.1f}"
+            val[-1]["note"] = f"{mean} % after a dense CRF"
     splits = [(results.names, "training", train), (results.val_names, "validation", val)]
     return [{"title": f"{len(names)} {split} images", "stages": shown} for names, split, shown in splits
             if shown]  # fmt: skip
@@ -267,7 +272,7 @@ def recorded(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
         masks["Step 2b, masks from tags"] = [mask_dir]
     trained = {}
     for network in results.networks:
-        checkpoint = json.loads(Path(network.score_file).read_text()).get("checkpoint")
+        checkpoint = records.read_checkpoint(network.score_file)
         training = [Path(checkpoint).parent] if checkpoint else []
         trained[f"Step 3, {network.title}"] = [*training, network.mask_dir]
     groups = {
@@ -337,7 +342,7 @@ def main() -> None:
     args.val_gt_root = args.val_gt_root or args.gt_root
     results = Results(**{field.name: getattr(args, field.name) for field in fields(Results)})
     page = render(results, args.images)
-    write_file(args.output, page)
+    write_file(args.output, page.encode(errors="replace"))  # a recorded path may not be UTF-8
     print(f"wrote {args.output}")
 
 

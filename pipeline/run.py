@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from common.files import DiskFull, sweep, write_file
+from common.jsonfile import read_json
 from common.logs import log, no_progress
 from pipeline import processes
 from pipeline.processes import Outcome
@@ -179,9 +180,9 @@ def read_settings(folder: str | Path) -> dict:
     if not file.is_file():
         return {}
     try:
-        record = json.loads(file.read_text())
-        if not isinstance(record, dict):
-            raise ValueError("it contains no JSON object")
+        record = read_json(file)
+        if not isinstance(record.get("step", ""), str):
+            raise ValueError("its step is not a name")
         for part in ("settings", "inputs", "versions"):
             if not isinstance(record.get(part, {}), dict):
                 raise ValueError(f"its {part} are not a JSON object")

@@ -4,7 +4,9 @@ Class indices are 0-based without background (`keys` in CAM files). The values o
 background, k + 1 for class k and 255 for ignored pixels. In a benchmark without background class, the value
 of class k is k.
 """
+
 import importlib
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,12 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+
+from common import yamlfile
+from common.settings import setting
+from common.yamlfile import label, shown
 
 IGNORE = 255  # index-mask value of ignored pixels, which losses and scores do not count
 LABEL_SOURCES = ("voc_xml", "file", "masks", "coco_json")
+NAMES = ("classes", "prompts", "backgrounds", "tag_backgrounds", "group_names")  # lists of distinct names
 
 
 @cache
@@ -50,14 +54,18 @@ class Benchmark:
     classes: list[str]
     prompts: list[str] = field(default_factory=list)
     backgrounds: list[str] = field(default_factory=list)
-    templates: list[str] = field(default_factory=lambda: ["a clean origami {}."])
+    templates: list[str] = setting(
+        ["a clean origami {}."], "texts with one {} for the class name", items="texts with one {}"
+    )
     tag_backgrounds: list[str] | None = None
-    tag_templates: list[str] = field(default_factory=list)
-    box_threshold: float = 0.4  # lambda of the class box mask, relative to the CAM's maximum
+    tag_templates: list[str] = setting([], "the same for tagging", items="texts with one {}")
+    box_threshold: float = setting(
+        0.4, "lambda of the class box mask, relative to the CAM's maximum", least=0, most=1
+    )
     has_background: bool = True
     groups: list[int] = field(default_factory=list)
     group_names: list[str] = field(default_factory=list)
-    labels: str = "file"
+    labels: str = setting("file", "source of image-level labels", choices=LABEL_SOURCES)
     root: str = "."
     image_dir: str = "JPEGImages"
     mask_dir: str = "SegmentationClass"
@@ -68,11 +76,13 @@ class Benchmark:
     model: str = ""  # default of --model; empty: no default
 
     def __post_init__(self):
+        for field_name, item, fault in _name_faults(self):
+            raise InvalidField(f"benchmark {label(str(self.name))}: {fault}", field_name, item)
         self.prompts = list(self.prompts) or list(self.classes)
         if self.tag_backgrounds is None:
             self.tag_backgrounds = list(self.backgrounds)
-        for fault in _faults(self):
-            raise ValueError(f"benchmark {self.name}: {fault}")
+        for field_name, fault in _faults(self):
+            raise InvalidField(f"benchmark {label(self.name)}: {fault}", field_name)
 
     @property
     def channels(self) -> int:
@@ -94,30 +104,73 @@ class Benchmark:
         return Path(self.root) / name
 
 
-def _faults(benchmark: Benchmark) -> Iterator[str]:
-    """Yield an error message for each invalid field of a benchmark."""
+class InvalidField(ValueError):
+    """A field of a benchmark is invalid; `item` is the index of the invalid item of a list, or None."""
+
+    def __init__(self, message: str, field_name: str, item: int | None = None):
+        super().__init__(message)
+        self.field_name, self.item = field_name, item
+
+
+def _name_faults(benchmark: Benchmark) -> Iterator[tuple[str, int | None, str]]:
+    """Yield field, index of the item (None: the whole field) and an error message for each invalid name."""
+    if not isinstance(benchmark.name, str) or not benchmark.name.strip():
+        yield "name", None, "the name is empty: give the data set a name"
+    elif _has_control(benchmark.name):
+        yield "name", None, "the name has a line break or control character: remove it"
+    for field_name in NAMES:
+        names, known = getattr(benchmark, field_name), set()
+        if names is None and field_name == "tag_backgrounds":
+            continue
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            yield field_name, None, f"{field_name} must be a list of names, got {names!r}"
+            continue
+        for index, name in enumerate(names):
+            words = " ".join(name.split())
+            if not words:
+                yield field_name, index, f"name {index + 1} of {field_name} is empty: write or remove it"
+            if _has_control(name):
+                fault = f"the name {shown(name)} has a line break or control character: remove it"
+                yield field_name, index, f"{field_name}: {fault}"
+            if words in known:
+                fault = f"{field_name} contains these names more than once: {label(words)}"
+                yield field_name, index, f"{fault} (blanks are not compared); remove one"
+            known.add(words)
+
+
+def _has_control(name: str) -> bool:
+    """Return whether a name has line breaks, control characters or halves of a surrogate pair."""
+    return any(unicodedata.category(character) in ("Cc", "Cs") for character in name)
+
+
+def _faults(benchmark: Benchmark) -> Iterator[tuple[str, str]]:
+    """Yield field and error message for each invalid field of a benchmark with valid names."""
     classes, prompts = benchmark.classes, benchmark.prompts
     groups, group_names = benchmark.groups, benchmark.group_names
     if len(prompts) != len(classes):
-        yield f"{len(classes)} classes but {len(prompts)} prompts: give one prompt for each class, or none"
+        fault = f"{len(classes)} classes but {len(prompts)} prompts: give one prompt for each class, or none"
+        yield "prompts", fault
     if not classes:
-        yield "classes is empty: give at least one class name"
-    if duplicates := sorted({name for name in classes if classes.count(name) > 1}):
-        yield f"classes contains these names more than once: {', '.join(duplicates)}"
+        yield "classes", "classes is empty: give at least one class name"
     if benchmark.channels > IGNORE:
-        yield f"an index mask can store {IGNORE} values, {benchmark.channels} are needed: give fewer classes"
-    if len(set(group_names)) < len(group_names) or bool(groups) != bool(group_names):
-        yield "groups and group_names must be given together, and group_names must not contain duplicates"
+        fault = f"an index mask can store {IGNORE} values, {benchmark.channels} are needed"
+        yield "classes", f"{fault}: give fewer classes"
+    if bool(groups) != bool(group_names):
+        yield "groups", "groups and group_names must be given together"
     indices_fit = len(groups) == len(classes) and all(0 <= group < len(group_names) for group in groups)
     if groups and (benchmark.has_background or not indices_fit):
-        yield "groups must contain an index into group_names for each class, and has_background must be false"
-    for template in [*(benchmark.templates or [""]), *benchmark.tag_templates]:
-        if not _takes_name(template):
-            yield f"template {template!r} must contain one {{}} for the class name, and no other braces"
+        fault = "groups must contain an index into group_names for each class"
+        yield "groups", f"{fault}, and has_background must be false"
+    for field_name in ("templates", "tag_templates"):
+        for template in getattr(benchmark, field_name) or ([""] if field_name == "templates" else []):
+            if not _takes_name(template):
+                fault = "must contain one {} for the class name, and no other braces"
+                yield field_name, f"template {shown(template)} {fault}"
     if benchmark.category_ids and len(set(benchmark.category_ids)) != len(classes):
-        yield f"category_ids must contain one distinct id for each of the {len(classes)} classes"
+        fault = f"category_ids must contain one distinct id for each of the {len(classes)} classes"
+        yield "category_ids", fault
     if benchmark.labels not in LABEL_SOURCES:
-        yield f"labels must be one of {', '.join(LABEL_SOURCES)}, got {benchmark.labels!r}"
+        yield "labels", f"labels must be one of {', '.join(LABEL_SOURCES)}, got {benchmark.labels!r}"
 
 
 def _takes_name(template: str) -> bool:
@@ -149,12 +202,19 @@ def load(name: str) -> Benchmark:
 
 def _read_yaml(file: Path) -> Benchmark:
     if not file.is_file():
-        raise ValueError(f"benchmark file {file} does not exist")
+        raise ValueError(f"benchmark file {file} does not exist: give an existing YAML file")
+    entries = yamlfile.read(Benchmark, file, "benchmark file")
+    for name in ("name", "classes"):
+        if name not in entries:
+            raise ValueError(f"benchmark file {file}: the field {name} is missing: add it")
     try:
-        config = OmegaConf.merge(OmegaConf.structured(Benchmark), OmegaConf.load(file))
-        benchmark = OmegaConf.to_object(config)
-    except (OmegaConfBaseException, YAMLError, TypeError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"benchmark file {file}: {str(error).splitlines()[0]}") from None
+        benchmark = Benchmark(**{name: entry.value for name, entry in entries.items()})
+    except InvalidField as error:
+        entry = entries.get(error.field_name)
+        where = f"benchmark file {file}"
+        if entry is not None:
+            where = entry.items[error.item] if entry.items and error.item is not None else entry.where
+        raise ValueError(f"{where}: {error}") from None
     benchmark.root = str(file.parent / benchmark.root)
     if benchmark.split_file:
         benchmark.split_file = str(file.parent / benchmark.split_file)

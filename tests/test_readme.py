@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IMPORT_NAMES = {
     "PIL": "pillow", "cv2": "opencv-python-headless", "open_clip": "open_clip_torch",
     "pydensecrf": "pydensecrf2",
-    "yaml": "omegaconf",  # omegaconf depends on it and raises its errors
+    "yaml": "pyyaml",
 }  # fmt: skip
 
 

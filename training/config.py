@@ -1,22 +1,22 @@
 """The configuration of a run: a YAML file and `key=value` arguments, with checked types and ranges."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
+from common import yamlfile
 from common.settings import Settings, setting
 from refinement.densecrf import PRESETS
 from segmentation.config import OptimConfig, RunConfig
 
-# Errors of OmegaConf for an invalid configuration; TypeError if the file contains a list.
-INVALID = (OmegaConfBaseException, YAMLError, TypeError)
 CONFIG = "config.yaml"  # in the run folder: the configuration of the training
 CRFS = ("none", "auto", *PRESETS)
+MAX_REFERENCES = 10  # in one value
+REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 
 
 @dataclass
@@ -81,43 +81,88 @@ C = TypeVar("C", bound=Config)
 def read(kind: type[C], file: str | Path | None, overrides: Sequence[str] = ()) -> C:
     """Return the configuration: the defaults of a class, replaced by a YAML file and then by overrides.
 
+    `${data.root}` in a value stands for the value of another key.
+
     Args:
         kind: class of the configuration.
         file: YAML file; None reads none.
         overrides: arguments such as `solver.learning_rate=2e-4`.
 
     Raises:
+        OSError: the file cannot be read.
         ValueError: the file does not exist, a key is unknown, or a value has the wrong type or is outside its
             range.
     """
-    config = OmegaConf.structured(kind)
+    entries: dict[str, yamlfile.Entry] = {}
     if file is not None:
         if not Path(file).is_file():
             raise ValueError(f"configuration {file} does not exist: give an existing YAML file")
-        try:
-            config = OmegaConf.merge(config, OmegaConf.load(file))
-        except (*INVALID, UnicodeDecodeError, OSError) as error:
-            raise ValueError(f"configuration {file}: {_message(error)}") from None
+        entries |= yamlfile.read(kind, file, "configuration", references=True)
     for word in overrides:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise ValueError(f"expected key=value, such as solver.learning_rate=2e-4, got {word!r}")
-        try:  # `key=` sets the empty string; YAML would read null
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([word if value else f"{word}''"]))
-        except INVALID as error:
-            raise ValueError(f"{word}: {_message(error)}") from None
-    try:
-        return OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:  # such as an interpolation of an unknown key
-        raise ValueError(f"invalid configuration: {_message(error)}") from None
+        entries |= yamlfile.read_word(kind, word, references=True)
+    config, values = kind(), {key: entry.value for key, entry in entries.items()}
+    known = {**_flat(asdict(config)), **values}
+    for key, entry in entries.items():
+        if isinstance(entry.value, str) and "${" in entry.value:
+            hint, spec = yamlfile.schema(kind)[key]
+            try:
+                values[key] = yamlfile.parse(_replaced(entry.value, key, known), key, hint, spec)
+            except ValueError as error:
+                raise ValueError(f"{entry.where}: {error}") from None
+    return _updated(config, values)
 
 
-def _message(error: Exception) -> str:
-    """Return the first line of an error and its key, which OmegaConf stores in an attribute."""
-    first, key = str(error).splitlines()[0], getattr(error, "full_key", None)
-    return f"{first} ({key})" if key and key not in first else first
+def _replaced(text: str, key: str, values: Mapping[str, Any]) -> str:
+    """Return a text with the values of the keys that it refers to, such as `${data.root}`.
+
+    A value is replaced once, so that no file can build long texts or endless loops.
+    """
+
+    def value(match: re.Match) -> str:
+        other = values.get(match[1].strip())
+        if not isinstance(other, str | int | float) or "${" in str(other):
+            name = yamlfile.shown(match[1])
+            raise ValueError(f"{key} refers to {name}, which is not a key with its own text or number")
+        return str(other)
+
+    if "${" in REFERENCE.sub("", text) or text.count("${") > MAX_REFERENCES:
+        form = f"the form ${{data.root}}, at most {MAX_REFERENCES} times"
+        raise ValueError(f"{key} must refer to keys in {form}, got {yamlfile.shown(text)}")
+    return REFERENCE.sub(value, text)
+
+
+def _flat(sections: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as one: key such as "solver.seed" -> value."""
+    result = {}
+    for name, value in sections.items():
+        result |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return result
+
+
+def _updated(config: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Return a copy of a dataclass with the values of keys such as "solver.seed"."""
+    changes = {}
+    for declared in fields(config):
+        value, key = getattr(config, declared.name), prefix + declared.name
+        if is_dataclass(value):
+            changes[declared.name] = _updated(value, values, f"{key}.")
+        elif key in values:
+            changes[declared.name] = values[key]
+    return replace(config, **changes)
 
 
 def to_yaml(config: Config) -> str:
-    """Return the whole configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """Return the whole configuration as YAML, which `read` reads as an equal configuration."""
+    options = {"default_flow_style": False, "allow_unicode": True, "sort_keys": False}
+    return yaml.dump(asdict(config), Dumper=_Dumper, **options)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Dumper that escapes special characters and line breaks; PyYAML's other styles change some of them."""
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _text)

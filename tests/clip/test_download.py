@@ -132,9 +132,18 @@ def test_resolve_returns_normalization_and_activation_of_open_clip_weights(tmp_p
     assert download.resolve("ViT-B-16:openai").conventions["activation"] == "quick_gelu"
 
 
-@pytest.mark.parametrize("content", ["[1]", '{"model_cfg": 3}', "{", "{}"])
+CFG = '"model_cfg": {"vision_cfg": {}, "text_cfg": {}'
+PREPROCESSING = f'{{{CFG}}}, "preprocess_cfg": '
+NESTED = '{"model_cfg": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize("content", [
+    "[1]", '{"model_cfg": 3}', "{", "{}", "\xff", NESTED, f'{{{CFG}, "quick_gelu": "no"}}}}',
+    *(f"{PREPROCESSING}{part}}}"
+      for part in ('{"mean": [NaN, 1, 1]}', '{"mean": "abc"}', '{"std": [1, 0, 1]}', '{"std": [1]}', "[1]")),
+])  # fmt: skip
 def test_invalid_open_clip_configuration_is_named_in_the_error(tmp_path, content):
     (tmp_path / "model.pt").write_bytes(b"")
-    (tmp_path / "open_clip_config.json").write_text(content)
+    (tmp_path / "open_clip_config.json").write_text(content, encoding="latin1")
     with pytest.raises(ValueError, match="open_clip_config"):
         download.resolve(str(tmp_path / "model.pt"))

@@ -242,6 +242,17 @@ def test_another_overlap_is_an_error(copy, capsys):
     assert "were painted with --overlap first" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, "\xff"])
+def test_damaged_record_of_the_overlap_is_an_error(copy, capsys, content):
+    run(copy, "--annotations", copy.train)
+    (record,) = copy.masks.glob("painted_*.json")
+    record.write_text(content, encoding="latin1")
+    with pytest.raises(SystemExit) as stop:
+        run(copy, "--annotations", copy.train)
+    assert stop.value.code == 2
+    assert f"{record.name} is damaged" in capsys.readouterr().err
+
+
 def test_masks_of_the_user_are_not_changed(copy, capsys):
     paint_all(copy)
     (copy.masks / f"{TRAIN[0]}.png").unlink()

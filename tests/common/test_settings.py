@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
+from common import yamlfile
 from common.docs import page
-from common.settings import Settings, add_flags, from_args, rows, setting
+from common.settings import Settings, Spec, add_flags, from_args, rows, setting
 
 DOCS = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
 
@@ -94,15 +94,22 @@ def test_help_shows_defaults_and_both_switch_flags():
     assert "--flip, --no_flip, --no-flip mirrored images too" in text
 
 
+def test_expected_names_the_items_of_a_list():
+    assert Spec("", least=1).expected(list[int]) == "whole numbers, 1 or more"
+    assert Spec("").expected(list[str]) == "names"
+    assert Spec("", items="texts").expected(list[str]) == "texts"
+
+
 def test_rows_return_name_default_and_help():
     assert rows(Example)[4] == ("--method", "a", "how: `a`, `b`")
     assert rows(Example)[5] == ("--flip", "off", "mirrored images too")
     assert rows(Example, prefix="")[0] == ("count", "3", "images")
 
 
-def test_settings_dataclass_is_a_yaml_schema():
-    merged = OmegaConf.merge(OmegaConf.structured(Example), OmegaConf.create("count: 5\nscales: [2.0]"))
-    assert OmegaConf.to_object(merged) == Example(count=5, scales=(2.0,))
+def test_settings_dataclass_is_a_yaml_schema(tmp_path):
+    (tmp_path / "a.yaml").write_text("count: 5\nscales: [2.0]")
+    entries = yamlfile.read(Example, tmp_path / "a.yaml", "file")
+    assert {name: entry.value for name, entry in entries.items()} == {"count": 5, "scales": [2.0]}
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)

@@ -323,18 +323,44 @@ def test_evenly_spaced_includes_both_ends():
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"best": {}}', '{"best": null}',
-    '{"best": {"Mean IoU": 1.0, "Class IoU": {"horse": 1.0}}}'])  # fmt: skip
+    '{"best": {"Mean IoU": 1.0, "Class IoU": {"horse": 1.0}}}', "<html>", "[" * 100_000,
+    '{"best": {"Mean IoU": NaN, "Class IoU": {"background": 1}}}',
+    '{"best": {"Mean IoU": 1e999, "Class IoU": {"background": 1}}}',
+    '{"best": {"Mean IoU": 57.5, "Class IoU": {"background": 1}}}',
+    '{"best": {"Mean IoU": "0.5", "Class IoU": {"background": 1}}}',
+    '{"best": {"Mean IoU": true, "Class IoU": {"background": 1}}}',
+    '{"best": {"Mean IoU": 1, "Class IoU": {"background": [1]}}}',
+    '{"ignored": "all", "best": {"Mean IoU": 1, "Class IoU": {"background": 1}}}'])  # fmt: skip
 def test_a_file_without_scores_raises(tmp_path, content):
     file = tmp_path / "scores.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=r"scores\.json contains no scores"):
         records.read_stage("CRF", file, ["background"])
+    with pytest.raises(ValueError, match=r"scores\.json contains no scores of tags \(.*\): give the file"):
+        records.read_tag_scores(file)
     with pytest.raises(FileNotFoundError, match="--json"):
         records.read_stage("CRF", tmp_path / "none.json", [])
-    with pytest.raises(ValueError, match=r"scores\.json contains no scores of tags"):
-        records.read_tag_scores(file)
     with pytest.raises(FileNotFoundError, match="classify"):
         records.read_tag_scores(tmp_path / "none.json")
+
+
+def test_checkpoint_of_a_score_file_is_text(tmp_path):
+    file = tmp_path / "scores.json"
+    for content, checkpoint in ("{}", ""), ('{"checkpoint": null}', ""), ('{"checkpoint": "a.pth"}', "a.pth"):
+        file.write_text(content)
+        assert records.read_checkpoint(file) == checkpoint
+    file.write_text('{"checkpoint": [1]}')
+    with pytest.raises(ValueError, match=r"scores\.json contains no scores .an entry has the wrong type"):
+        records.read_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"crf": [1]}, {"cam_type": [1]}, {"confidence": "x"}, {"crf": {"image_mode": 1}}]
+)
+def test_damaged_settings_of_masks_raise(tmp_path, settings):
+    (tmp_path / "settings.json").write_text(json.dumps({"settings": settings}))
+    with pytest.raises(ValueError, match=r"damaged|must be"):
+        report.recorded_masks(replace(page_of(tmp_path), mask_dir=str(tmp_path)))
 
 
 @pytest.fixture

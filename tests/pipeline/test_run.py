@@ -184,11 +184,14 @@ def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
     assert not left.exists() and (tmp_path / "a.npy").exists()
 
 
-@pytest.mark.parametrize("text", ['{"settings": {', "[1]", "3", '{"settings": 3}', '{"inputs": [1]}'])
+@pytest.mark.parametrize("text", ['{"settings": {', "[1]", "3", '{"settings": 3}', '{"inputs": [1]}', "\xff",
+    '{"step": []}', '{"settings": {"a": NaN}}', '{"settings": {"a": 1e999}}', "{\"info\": " + "[" * 100_000,
+    '{"settings": {"a": ' + "[" * 100 + "]" * 100 + "}}", '{"settings": {"a": 1, "a": 2}}'])  # fmt: skip
 def test_damaged_settings_raise(tmp_path, text):
-    (tmp_path / "settings.json").write_text(text)
-    with pytest.raises(ValueError, match=r"settings\.json is damaged"):
+    (tmp_path / "settings.json").write_text(text, encoding="latin1")
+    with pytest.raises(ValueError, match=r"settings\.json is damaged \(.*\): restore it") as error:
         Run(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
