@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,7 @@ def prepare(
         )
         resumed = resume and trainer.load_resume()
         run = Run(folder, record, overwrite)
+    trainer.after_save = partial(run.check_folders, AGAIN)
     if run.rank == 0:
         if report:
             log.info("%s", report)
