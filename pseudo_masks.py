@@ -80,9 +80,8 @@ def main() -> int:
                 raise WorkFailed(f"no image could be tagged: {tags / FAILED} lists the reasons")
         names = list(read_split(tags / LABELS))  # all images but those that failed
         cams = replace(cams, labels=from_file(tags / LABELS, len(cams.benchmark.classes)))
-    if cam_dir:
-        Run(cam_dir, cam_record, args.overwrite)  # writes the same record as step 1
-    run = Run(output, record, args.overwrite)
+    # The record of the CAM folder is the same as that of step 1.
+    run = Run(output, record, args.overwrite, {cam_dir: cam_record} if cam_dir else None)
     if args.shards:
         step = shards.ShardStep(FusedStep(cams, masks, None), args.output)
     else:

@@ -1,4 +1,4 @@
-"""Atomic file writes, sha256, and a check of output paths.
+"""Atomic file writes, sha256, and checks of output paths.
 
 A write is atomic: the content goes to a temporary file, which is renamed when it is complete.
 """
@@ -10,9 +10,10 @@ import platform
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
+LONG = 150  # bytes of a file name that leave room for the suffix of its temporary file
 FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk is full, or the disk quota is used up
 
 
@@ -29,9 +30,13 @@ def replacing(file: str | Path) -> Iterator[BinaryIO]:
 
     Raises:
         DiskFull: the disk is full, or the disk quota is used up.
+        OSError: the folder cannot be made or written to; or as the block raises it.
     """
     file = Path(file)
-    temporary = file.with_name(f"{file.name}.{_machine()}-{os.getpid()}.tmp")
+    stem = file.name
+    if len(os.fsencode(stem)) > LONG:  # file systems allow 255 bytes
+        stem = hashlib.sha256(os.fsencode(stem)).hexdigest()
+    temporary = file.with_name(f"{stem}.{_machine()}-{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as stream:
@@ -44,13 +49,33 @@ def replacing(file: str | Path) -> Iterator[BinaryIO]:
             raise DiskFull(
                 f"no space is left to write {file}: free some space, then run the command again to continue"
             ) from None
+        if isinstance(error, OSError) and error.filename in map(str, (temporary, *file.parents)):
+            raise type(error)(
+                f"{file} cannot be written ({error.strerror}): check its folder, or choose another one"
+            ) from error
         raise
 
 
 def write_file(file: str | Path, content: str | bytes) -> None:
-    """Write `file` atomically, see `replacing`; text is encoded as UTF-8."""
+    """Write `file` atomically, see `replacing`. Text is encoded as UTF-8; surrogates, which stand for other
+    bytes in file names, are written as escapes such as `\\udce9`."""
     with replacing(file) as stream:
-        stream.write(content.encode() if isinstance(content, str) else content)
+        stream.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+
+
+def below(folder: str | Path, name: str) -> Path:
+    """Return the path of output file `name`, which can contain folders, in an output folder.
+
+    Names are checked where they are read (`segmentation.names`); this is the last check before a file is
+    written or removed.
+
+    Raises:
+        ValueError: the path is outside the folder.
+    """
+    path = PurePath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name!r} is outside the output folder {folder}: rename the image")
+    return Path(folder, path)
 
 
 def sweep(folder: str | Path) -> None:
@@ -59,7 +84,8 @@ def sweep(folder: str | Path) -> None:
     for file in Path(folder).rglob("*.tmp"):
         match = name.fullmatch(file.name)
         if match and not _is_alive(int(match[1])):
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder, or a file of another user: it does no harm
+                file.unlink()
 
 
 def sha256(file: Path | str) -> str:

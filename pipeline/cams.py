@@ -1,7 +1,6 @@
 """Step 1: class activation maps from images and their labels, one file per image."""
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 import clip
 from clip.model import CLIP, VisionTransformer
 from clip.positions import POSITION_ROUNDINGS
-from common.files import write_file
+from common.files import below, write_file
 from common.settings import Settings, setting
 from pipeline.compute import ComputeSettings, images_that_fit
 from pipeline.decode import Decoder, Grid, LabeledImage, resized_views
@@ -220,7 +219,7 @@ def _average(views: list[np.ndarray]) -> np.ndarray:
 def store_files(folder: str, name: str, files: dict[str, bytes]) -> None:
     """Write the files of one image, given as suffix -> content. Each file is replaced atomically."""
     for suffix, content in files.items():
-        write_file(Path(folder) / f"{name}{suffix}", content)
+        write_file(below(folder, f"{name}{suffix}"), content)
 
 
 @dataclass

@@ -1,10 +1,10 @@
 """Decoding: read an image file, or its bytes, with its labels, and resize it for the network."""
 
 import math
+import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +12,14 @@ from PIL import Image
 
 import clip
 from clip.model import CLIP, VisionTransformer
+from common.files import below
 from pipeline.processes import Outcome
 from pipeline.step import Decoded
 from segmentation.images import find_image, read_image, shrunk
 from segmentation.labels import LabelReader
+from segmentation.names import shortened
 
+INDEX = re.compile("[0-9]{1,9}")  # a class index in text
 RESNET_MIN_CELLS = 2  # minimum number of stride-32 cells per side for the attention pooling of a ResNet tower
 
 
@@ -52,11 +55,13 @@ def shrunk_notes(image: Image.Image, grid: Grid, factor: float, max_patches: int
 
 class Sample(NamedTuple):
     """A sample of a tar shard: the content of an image file and its labels as text, such as "3 17". Each
-    is None if the shard lacks it."""
+    is None if the shard lacks it. `fault` says why the sample cannot be used; for `notes` see `Decoded`."""
 
     name: str
-    content: bytes | None
-    labels: str | None
+    content: bytes | None = None
+    labels: str | None = None
+    fault: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -114,12 +119,14 @@ class Decoder:
 
     def __call__(self, sample: str | Sample) -> LabeledImage | Outcome:
         name = sample if isinstance(sample, str) else sample.name
+        if isinstance(sample, Sample) and sample.fault:
+            raise ValueError(sample.fault)
         if isinstance(sample, Sample) and sample.content is None:
             return Outcome(name, notes=("samples without an image",))
         class_ids = self.labels(name) if self.labels else self._own_labels(sample)
         if not class_ids:
             for folder, suffix in self.stale:  # an earlier run made them, from other labels
-                (Path(folder) / f"{name}{suffix}").unlink(missing_ok=True)
+                below(folder, f"{name}{suffix}").unlink(missing_ok=True)
             return Outcome(name, notes=("images without labels",))
         if isinstance(sample, str):
             file = find_image(self.image_root, sample)
@@ -128,6 +135,8 @@ class Decoder:
             file.name = name
         image = read_image(file)
         notes = shrunk_notes(image, self.grid, max(self.scales), self.max_patches)
+        if isinstance(sample, Sample):
+            notes += sample.notes
         views = resized_views(image, self.grid, self.scales, self.max_patches)
         pixels = None
         if self.kept_pixels is not None:
@@ -142,9 +151,9 @@ class Decoder:
                 f"{name} has no labels: add {name}.cls to its shard, or give --labels FILE"
             )
         words = text.split()
-        if not all(word.isdecimal() and int(word) < self.num_classes for word in words):
+        if not all(INDEX.fullmatch(word) and int(word) < self.num_classes for word in words):
             raise ValueError(
-                f"{name}.cls contains {text.strip()!r}: expected class indices 0..{self.num_classes - 1}, "
-                "separated by spaces"
+                f"{name}.cls contains {shortened(text.strip())}: expected class indices "
+                f"0..{self.num_classes - 1}, separated by spaces"
             )
         return list(dict.fromkeys(map(int, words)))

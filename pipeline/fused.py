@@ -1,13 +1,13 @@
 """Steps 1 and 2b in one step: the same masks as the separate steps, without large files in between."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.files import below
 from pipeline.cams import CamStep, store_files
 from pipeline.decode import Decoder, LabeledImage
 from pipeline.masks import MaskSettings, crf_labels, mask_values, resize_mask, shrunk_note
@@ -39,7 +39,7 @@ class FusedStep(Step):
 
     def is_done(self, name: str) -> bool:
         """Return whether a mask of the image's current labels exists, and the CAM file if CAMs are kept."""
-        file = Path(self.output) / f"{name}.png"
+        file = below(self.output, f"{name}.png")
         if not is_complete(file):
             return False
         try:

@@ -25,7 +25,7 @@ def write_scores(folder: str | Path, scores: Mapping[str, np.ndarray]) -> Path:
     """Write scores, image name -> (K,) float32, to a file and return its path. The file name contains a hash
     of the image names, so that processes write different files."""
     names = sorted(scores)
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\n".join(names).encode(errors="backslashreplace")).hexdigest()[:16]
     file = Path(folder) / f"scores-{digest}{SUFFIX}"
     with replacing(file) as stream:
         np.savez(stream, names=np.array(names), scores=np.stack([scores[name] for name in names]))

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from common.files import below
 from common.settings import Settings, setting
 from pipeline.evaluate import ScoringStep, background, count_mask, files_present, read_truth
 from pipeline.processes import device_of
@@ -243,7 +244,7 @@ class MaskStep(ScoringStep):
         return decoded.notes
 
     def _file(self, name: str) -> Path:
-        return Path(self.output) / f"{name}.png"
+        return below(self.output, f"{name}.png")
 
 
 def make_masks(

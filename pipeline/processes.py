@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from common import logs
 from common.files import FULL, DiskFull
 from common.logs import log
+from segmentation.distributed import local_rank_and_world
 
 
 @dataclass
@@ -75,7 +76,7 @@ def part_of(items: Sequence, index: int, count: int, block: int = 1) -> list:
 def cores() -> int:
     """Return the number of CPU cores for this process: torchrun's ranks on one machine share its cores."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, usable // local_rank_and_world()[1])
 
 
 def device_of(device: str, worker_index: int = 0) -> str:
@@ -134,7 +135,7 @@ def run(
         ChildProcessError: a process died.
     """
     processes = max(1, min(processes, math.ceil(len(names) / block)))
-    first = int(os.environ.get("LOCAL_RANK", 0)) * processes
+    first = local_rank_and_world()[0] * processes
     if processes == 1:
         return [drain(work(names, first, *args), take)]
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA

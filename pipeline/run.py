@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import platform
 import re
 import sys
@@ -22,7 +23,7 @@ from common.logs import log, no_progress
 from pipeline import processes
 from pipeline.processes import Outcome
 from pipeline.step import Step, run_step
-from segmentation.distributed import WorkFailed, gather, rank_and_world
+from segmentation.distributed import WorkFailed, gather, rank_and_world, together
 
 PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "pillow", "pydensecrf2", "numba")
 SETTINGS = "settings.json"
@@ -86,22 +87,31 @@ class Run:
     Args:
         folder: output folder, made if missing; None if the step writes no files.
         overwrite: remove the outputs of the last run and start from scratch.
+        further: further output folders of the run, and their records.
 
     Raises:
         ValueError: see `check_folder`.
     """
 
     def __init__(
-        self, folder: str | Path | None, record: Record | None = None, overwrite: bool = False
+        self,
+        folder: str | Path | None,
+        record: Record | None = None,
+        overwrite: bool = False,
+        further: Mapping[str | Path, Record] | None = None,
     ):
         self.folder = None if folder is None else Path(folder)
+        self.records: dict[Path, dict] = {}  # on rank 0: output folder -> content of its record
+        self.removed: list[Path] = []  # on rank 0: output folders that were removed during the run
         self.retry = Step.retry
         self.done = 0
         self.failures: list[tuple[str, str]] = []
         self.notes: dict[str, tuple[int, list[str]]] = {}  # number of images, and the first few names
         self.rank, self.world = rank_and_world()
-        if self.folder is not None and self.rank == 0:
-            _fill(self.folder, record or Record(), overwrite)
+        if self.rank == 0:
+            folders = {} if folder is None else {**(further or {}), folder: record or Record()}
+            for path, its_record in folders.items():
+                self.records[Path(path)] = _fill(Path(path), its_record, overwrite)
         gather(None)  # no rank may write outputs before the record exists
 
     def map(self, step: Step, names: Sequence[str], num_workers: int = 1) -> list:
@@ -128,10 +138,42 @@ class Run:
     def take(self, outcome: Outcome) -> None:
         """Count one image."""
         self.done += 1
+        self._restore_records()
         if outcome.failure:
             self.failures.append((outcome.name, outcome.failure))
         for note in outcome.notes:
             self._add_note(note, 1, [outcome.name])
+
+    def _restore_records(self) -> None:
+        """Write the records of output folders that were removed or emptied during the run.
+
+        Without them, the same command would refuse the folders. The check takes 2 us per folder.
+        """
+        for folder, content in self.records.items():
+            if not os.path.isfile(folder / SETTINGS):
+                write_json(folder / SETTINGS, content)
+                if folder not in self.removed:
+                    self.removed.append(folder)
+
+    def check_folders(self, again: str = "run the same command again to make them") -> None:
+        """Raise WorkFailed on rank 0 if an output folder was removed, emptied or filled by another run.
+
+        Args:
+            again: how to continue, shown in the error.
+        """
+        self._restore_records()
+        for folder, content in self.records.items():
+            if folder in self.removed:
+                raise WorkFailed(
+                    f"{folder} was removed or emptied during the run, and files are missing: {again}"
+                )
+            same = ("step", "settings", "inputs")
+            now, before = read_settings(folder), _as_read(content)
+            if any(now.get(part) != before.get(part) for part in same):
+                raise WorkFailed(
+                    f"another run with other settings filled {folder} during this run: its files are mixed; "
+                    "remove the folder, and run one command after the other"
+                )
 
     def _add_note(self, note: str, count: int, names: list[str]) -> None:
         """Count a note, and keep only a few image names, so that memory does not grow with their number."""
@@ -145,6 +187,9 @@ class Run:
 
         Returns:
             The exit code: 1 if an image failed, else 0.
+
+        Raises:
+            WorkFailed: see `check_folders`.
         """
         parts = gather((self.done, self.failures, self.notes))
         self.failures = failures = sorted(failure for _, failed, _ in parts for failure in failed)
@@ -164,6 +209,8 @@ class Run:
                 write_failures(self.folder / FAILED, failures)
                 if failures:
                     log.warning("all failures: %s; %s", self.folder / FAILED, self.retry)
+        with together():
+            self.check_folders()
         return 1 if failures else 0
 
 
@@ -186,11 +233,20 @@ def read_settings(folder: str | Path) -> dict:
         for part in ("settings", "inputs", "versions"):
             if not isinstance(record.get(part, {}), dict):
                 raise ValueError(f"its {part} are not a JSON object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error}): restore it, or remove {folder}") from None
+    return _with_present_settings(record)
+
+
+def _with_present_settings(record: dict) -> dict:
     if "settings" in record:
         record["settings"] = _with_present_names(record["settings"])
     return record
+
+
+def _as_read(content: Mapping[str, Any]) -> dict:
+    """Return the content of a record as `read_settings` returns it: JSON has no tuples and no NaN."""
+    return _with_present_settings(json.loads(json.dumps(_without_nan(content))))
 
 
 def _with_present_names(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,6 +299,8 @@ def check_folder(folder: str | Path, record: Record, overwrite: bool = False) ->
             or of unknown origin.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is a file: give a folder")
     last = read_settings(folder)
     existing = [file for pattern in record.outputs for file in folder.rglob(pattern)]
     if not last:
@@ -287,8 +345,8 @@ def _short(values: Mapping[str, Any], key: str) -> str:
     return f"sha256 {text[1:9]}..." if re.fullmatch("'[0-9a-f]{64}'", text) else text
 
 
-def _fill(folder: Path, record: Record, overwrite: bool) -> None:
-    """Remove the outputs that an overwriting run replaces, and write the record."""
+def _fill(folder: Path, record: Record, overwrite: bool) -> dict:
+    """Remove the outputs that an overwriting run replaces; write the record and return its content."""
     sweep(folder)
     for file in check_folder(folder, record, overwrite):
         file.unlink()
@@ -297,7 +355,9 @@ def _fill(folder: Path, record: Record, overwrite: bool) -> None:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     content = {part: getattr(record, part) for part in ("step", "settings", "inputs", "info")}
-    write_json(folder / SETTINGS, {**content, "versions": versions})
+    content["versions"] = versions
+    write_json(folder / SETTINGS, content)
+    return content
 
 
 def write_failures(file: Path, failures: Sequence[tuple[str, str]]) -> None:

@@ -5,13 +5,20 @@ Shards are for image sets that are too large for one folder. A shard contains `<
 all images of its shard are done.
 """
 
+import bz2
+import gzip
+import io
+import lzma
+import os
 import re
 import tarfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from glob import glob
+from itertools import groupby
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 from common.files import replacing
 from pipeline.cams import CamStep
@@ -21,10 +28,25 @@ from pipeline.fused import FusedStep
 from pipeline.processes import Outcome, failed
 from pipeline.run import write_failures
 from pipeline.step import Step
+from segmentation.masks import is_whole
+from segmentation.names import image_name
 
 IMAGES = ("jpg", "jpeg", "png")
 LABELS = "cls"
 FAILED = ".failed.txt"  # suffix of the list of failed images of one shard
+MAX_BYTES = {**dict.fromkeys(IMAGES, 2**28), LABELS: 2**16}  # of one file: 256 MB, and 64 kB for labels
+MAX_HEADER_BYTES = 2**20  # of a long name or other additional header
+# Bytes that a compressed shard may unpack to: 64 MB, and this many per stored byte. JPEGs hardly compress,
+# raw masks to a hundredth.
+FREE_BYTES, RATIO = 2**26, 256
+UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by the first bytes
+HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)  # types of additional headers, which tarfile reads into memory
 
 
 class DamagedShard(ValueError):
@@ -88,15 +110,16 @@ class ShardStep(Step):
         self.flow = replace(self.images.flow, prefetch=1)  # a block is one shard
 
     def is_done(self, name: str) -> bool:
-        return self._file(name).is_file()
+        return _is_complete(self._file(name))
 
     def done_outcomes(self, name: str) -> Iterator[Outcome]:
         """Yield the failures that are listed next to a finished shard."""
         failures = self._file(name).with_suffix(FAILED)
         if failures.is_file():
-            for line in failures.read_text().splitlines():
+            for line in failures.read_text(errors="backslashreplace").split("\n"):
                 image, _, message = line.partition("\t")
-                yield Outcome(image, failure=message)
+                if line:
+                    yield Outcome(image, failure=message or f"it is listed in {failures}")
 
     def start(self, worker_index: int) -> None:
         self.results: dict[str, dict[str, bytes]] = {}
@@ -113,32 +136,140 @@ class ShardStep(Step):
                         if outcome.failure:
                             failures.append((outcome.name, outcome.failure))
                         yield outcome
-                except DamagedShard as error:
+                    write_failures(self._file(shard).with_suffix(FAILED), sorted(failures))
+                    _write(self._file(shard), self.results)
+                except (DamagedShard, OSError) as error:  # OSError: its results cannot be written
                     yield failed(shard, error)
-                    continue
-                write_failures(self._file(shard).with_suffix(FAILED), sorted(failures))
-                _write(self._file(shard), self.results)
 
     def _file(self, shard: str) -> Path:
         return Path(self.output) / result_name(shard)
 
 
-def _samples(shard: str) -> Iterator[Sample]:
-    from webdataset.tariterators import group_by_keys
+class _File(NamedTuple):
+    """A file of a shard. `fault` says why it cannot be read; only images and labels are read."""
 
+    name: str
+    key: str
+    suffix: str
+    content: bytes | None
+    fault: str
+
+
+def _samples(shard: str) -> Iterator[Sample]:
+    """Yield the samples of a shard: consecutive files with the same key."""
     names = set()
     try:
-        for sample in group_by_keys(_members(shard)):
-            name = sample["__key__"]
-            if name in names:  # webdataset checks only consecutive samples
-                raise ValueError(f"it contains {name} twice")
-            names.add(name)
-            content = next((sample[suffix] for suffix in IMAGES if suffix in sample), None)
-            labels = sample[LABELS].decode("utf-8", "replace") if LABELS in sample else None
-            yield Sample(name, content, labels)
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        reason = error.args[0] if error.args else error  # webdataset adds the whole stream to the arguments
-        raise DamagedShard(f"shard {shard} cannot be read: {reason}") from None
+        for key, files in groupby(_files(shard), key=lambda file: file.key):
+            sample = _sample(key, list(files))
+            if sample.name in names:
+                raise ValueError(
+                    f"it contains {sample.name} twice, or the files of this key are not next to each other: "
+                    "sort the files by name"
+                )
+            names.add(sample.name)
+            yield sample
+    except Exception as error:  # tarfile and the decompressors raise many types on damaged files
+        raise DamagedShard(f"shard {shard} cannot be read: {str(error) or type(error).__name__}") from None
+
+
+def _sample(key: str, files: Sequence[_File]) -> Sample:
+    """Return the sample of all files with one key."""
+    try:
+        name = image_name(key)
+    except ValueError as error:
+        return Sample(ascii(key)[1:-1], fault=str(error))
+    if fault := next((file.fault for file in files if file.fault), ""):
+        return Sample(name, fault=fault)
+    contents = {file.suffix: file.content for file in files}
+    if len(contents) < len(files):
+        raise ValueError(f"it contains a file of {name} twice")
+    content = next((contents[suffix] for suffix in IMAGES if suffix in contents), None)
+    labels = contents.get(LABELS)
+    # Files such as `x.2.jpg` and `x.2.cls`. Others, such as `x.depth.png`, may be a further file of sample x.
+    dotted = {file.suffix.rpartition(".")[::2]: file.name for file in files if "." in file.suffix}
+    images = [stem for stem, kind in dotted if kind in IMAGES]
+    labeled = [stem for stem, kind in dotted if kind == LABELS]
+    if (content is None and images) or (labels is None and labeled) or set(images) & set(labeled):
+        return Sample(
+            name,
+            fault=f"{next(iter(dotted.values()))}: a key ends at its first dot, so the key of this file is "
+            f"{key}: remove the other dots from the names of the files",
+        )
+    notes = ("samples with further images, not used, because a key ends at its first dot",) if images else ()
+    return Sample(name, content, None if labels is None else labels.decode("utf-8", "replace"), notes=notes)
+
+
+def _files(shard: str) -> Iterator[_File]:
+    """Yield the files of a shard that belong to a sample. Only the content of one file is in memory."""
+    from webdataset.gopen import gopen
+
+    with gopen(shard) as stream:
+        content = _Unpacked(stream)
+        with tarfile.open(fileobj=content, mode="r|", tarinfo=_Member, encoding="utf-8") as archive:
+            for member in archive:
+                archive.members = []  # otherwise it keeps all members in memory
+                folder, slash, name = member.name.rpartition("/")
+                stem, dot, suffix = name.partition(".")
+                # Names without key or suffix are no part of a sample; __ marks metadata of the archive.
+                if stem and dot and not member.isdir() and not member.name.startswith("__"):
+                    yield _read(archive, member, folder + slash + stem, suffix.lower())
+        while stream.read(2**20):  # read the padding: some `pipe:` commands fail if the pipe closes early
+            pass
+
+
+def _read(archive: tarfile.TarFile, member: tarfile.TarInfo, key: str, suffix: str) -> _File:
+    """Return a file of a shard, with its content if it is the image or the labels of a sample."""
+    kind, shown = suffix.rpartition(".")[2], ascii(member.name)[1:-1]
+    content, fault = None, ""
+    if kind in MAX_BYTES and (not member.isreg() or member.issparse()):
+        fault = (
+            f"{shown} is a link, a device or a sparse file: store plain files, for example by tar "
+            "--dereference --hard-dereference"
+        )
+    elif suffix in MAX_BYTES and member.size > MAX_BYTES[suffix]:
+        fault = f"{shown} has {member.size} bytes, more than the {MAX_BYTES[suffix]} that are read: shrink it"
+    elif suffix in MAX_BYTES:
+        content = archive.extractfile(member).read()
+    return _File(shown, key, suffix, content, fault)
+
+
+class _Unpacked:
+    """The content of a stream, which is unpacked if it is compressed. A reader for tarfile.
+
+    Raises:
+        ValueError: while reading, if it unpacks to far more bytes than are stored.
+    """
+
+    def __init__(self, stream: Any):
+        self.stored, self.size = _Counted(stream), 0
+        self.stream: BinaryIO = io.BufferedReader(self.stored, 2**16)
+        start = self.stream.peek(8)
+        for magic, unpack in UNPACK.items():
+            if start.startswith(magic):
+                self.stream = unpack(self.stream, "rb")
+
+    def read(self, size: int) -> bytes:
+        content = self.stream.read(size)
+        self.size += len(content)
+        if self.size > FREE_BYTES + RATIO * self.stored.size:
+            raise ValueError(f"it unpacks to more than {RATIO} times its size: store it without compression")
+        return content
+
+
+class _Counted(io.RawIOBase):
+    """Counts the bytes that are read from a stream."""
+
+    def __init__(self, stream: Any):
+        self.stream, self.size = stream, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        content = self.stream.read(len(buffer))
+        buffer[: len(content)] = content
+        self.size += len(content)
+        return len(content)
 
 
 class _Member(tarfile.TarInfo):
@@ -147,26 +278,47 @@ class _Member(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
         try:
-            return super().fromtarfile(archive)
+            member = super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # the regular end of an archive
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"it is cut short or damaged ({error})") from None
+        if member.size < 0:
+            raise tarfile.ReadError(f"it is damaged: {member.name!a} has the size {member.size}")
+        return member
+
+    @classmethod
+    def frombuf(cls, buffer: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        header = super().frombuf(buffer, encoding, errors)
+        if header.type in HEADERS and not 0 <= header.size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"it is damaged: a header declares {header.size} bytes")
+        return header
 
 
-def _members(shard: str) -> Iterator[dict]:
-    """Yield the files of a shard in the form that webdataset's `group_by_keys` expects."""
-    from webdataset.gopen import gopen
-
-    with gopen(shard) as stream:
-        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as archive:
-            for member in archive:
-                archive.members = []  # otherwise it keeps all members in memory
-                if member.isreg() and not member.name.startswith("__"):  # __ marks metadata of the archive
-                    content = archive.extractfile(member).read()
-                    yield {"fname": member.name, "data": content, "__url__": shard}
-        while stream.read(2**20):  # read the padding: some `pipe:` commands fail if the pipe closes early
-            pass
+def _is_complete(file: Path) -> bool:
+    """Return whether a result shard exists and is undamaged, by its headers, its end and the checksums of its
+    masks and compact CAM files. This takes 60 us per mask."""
+    try:
+        with open(file, "rb") as stream:
+            stream.seek(-2 * tarfile.BLOCKSIZE, os.SEEK_END)
+            if any(stream.read()):  # an archive ends with two empty blocks
+                return False
+            stream.seek(0)
+            with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Member) as archive:
+                for member in archive:
+                    archive.members = []
+                    suffix = Path(member.name).suffix
+                    if member.issparse() or not member.isreg():
+                        return False
+                    if suffix == ".png" and not is_whole(archive.extractfile(member).read()):
+                        return False
+                    if suffix == ".npz":
+                        with zipfile.ZipFile(io.BytesIO(archive.extractfile(member).read())) as content:
+                            if content.testzip():
+                                return False
+    except Exception:  # damaged files raise exceptions of many types
+        return False
+    return True
 
 
 def _write(file: Path, results: dict[str, dict[str, bytes]]) -> None:

@@ -5,6 +5,7 @@ The default process group, gloo, handles values on the CPU; NCCL handles tensors
 
 import atexit
 import os
+import re
 import signal
 import sys
 import threading
@@ -25,16 +26,54 @@ class WorkFailed(OSError):
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Return the rank of this process and the number of ranks; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Return the rank of this process and the number of ranks; (0, 1) without torchrun.
+
+    torchrun sets RANK and WORLD_SIZE. If only one is set, it comes from another program and is ignored.
+
+    Raises:
+        ValueError: not a rank below the number of ranks.
+    """
+    if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):
+        return 0, 1
+    return _rank_of("RANK", "WORLD_SIZE")
+
+
+def local_rank_and_world() -> tuple[int, int]:
+    """Return the rank of this process on this machine and the number of its ranks, as `rank_and_world`."""
+    return (0, 1) if rank_and_world()[1] == 1 else _rank_of("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def _rank_of(rank: str, world: str) -> tuple[int, int]:
+    """Return two environment variables as numbers, by default 0 and 1. The rank must be below `world`, unless
+    that is not set, as by some launchers."""
+    values = [os.environ.get(rank, "0"), os.environ.get(world, "1")]
+    numbers = [int(value) if re.fullmatch("[0-9]{1,9}", value) else -1 for value in values]
+    if numbers[0] < 0 or numbers[1] < 1 or (numbers[0] >= numbers[1] and world in os.environ):
+        raise ValueError(
+            f"{rank}={values[0]!r} and {world}={values[1]!r} in the environment: a rank is a number from 0 "
+            f"to {world} - 1: unset both, or start the command with torchrun"
+        )
+    return numbers[0], numbers[1]
 
 
 def _start() -> None:
     from torch import distributed
 
-    if not distributed.is_initialized():
+    if distributed.is_initialized():
+        return
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not address or not port.isdigit():
+        raise ValueError(
+            f"RANK and WORLD_SIZE in the environment need an address and a port, but MASTER_ADDR={address!r} "
+            f"and MASTER_PORT={port!r}: unset RANK and WORLD_SIZE, or start the command with torchrun"
+        )
+    try:
         distributed.init_process_group("gloo", timeout=timedelta(days=7))  # ranks may finish hours apart
-        atexit.register(distributed.destroy_process_group)  # otherwise its threads may crash at exit
+    except (RuntimeError, ValueError) as error:
+        raise ChildProcessError(
+            f"the processes of torchrun cannot connect to {address}:{port}: {str(error).splitlines()[0]}"
+        ) from None
+    atexit.register(distributed.destroy_process_group)  # otherwise its threads may crash at exit
 
 
 def gather(value: Any) -> list:

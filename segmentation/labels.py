@@ -4,6 +4,7 @@ A `LabelReader` reads the labels of an image from any source: image name -> clas
 background). Readers can be pickled for worker processes.
 """
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,13 @@ from lxml import etree
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.images import image_files
 from segmentation.masks import CONVERTER, check_class_pixels, read_mask
+from segmentation.names import NAMES, image_name, shortened
 
 # Image name -> distinct class indices, in order of first appearance. Raises ValueError or OSError, with a
 # message for the user, if the labels cannot be read.
 LabelReader = Callable[[str], list[int]]
 
+INTEGER = re.compile("-?[0-9]{1,9}")
 Split = dict[str, list[int]]  # image name -> labels on its line (often empty), in the order of the file
 
 
@@ -68,29 +71,31 @@ def read_split(path: str | Path, num_classes: int | None = None) -> Split:
     on a line counts once.
 
     Args:
-        path: the text file, UTF-8; image names contain no blanks and no file suffix.
+        path: the text file, UTF-8; for image names see `segmentation.names.image_name`.
         num_classes: indices must be in [0, num_classes); None: they must not be negative.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: an image is listed twice, or a label is not a class index; the message names the line.
+        ValueError: an image name is not valid or is listed twice, or a label is not a class index; the
+            message names the line.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"split or label file {path} does not exist")
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file") from None
     split: Split = {}
-    for number, line in enumerate(lines, start=1):
-        name, *fields = line.split() or [""]
-        if not name:
+    for number, line in enumerate(_lines(path), start=1):
+        text, *fields = line.split() or [""]
+        if not text:
             continue
         where = f"{path} line {number}"
+        if not all(INTEGER.fullmatch(field) for field in fields):
+            found = shortened(line.strip())
+            raise ValueError(f"{where}: expected `name index index ...`, got {found}; {NAMES}")
+        try:
+            name = image_name(text)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         if name in split:
             raise ValueError(f"{where}: image {name} was listed before")
-        if not all(field.isascii() and field.removeprefix("-").isdigit() for field in fields):
-            raise ValueError(f"{where}: expected `name index index ...`, got {line.strip()[:80]!r}")
         split[name] = list(dict.fromkeys(int(field) for field in fields))
         _check_range(split[name], num_classes, where)
     if not split:
@@ -110,7 +115,7 @@ def split_of(
 
     Raises:
         FileNotFoundError, ValueError: see `read_split`. Without a split file: `image_root` contains no
-            image, or an image whose name contains a blank.
+            image, or an image whose name is not valid or contains a blank.
     """
     if image_root is not None and not Path(image_root).is_dir():
         raise FileNotFoundError(f"image folder {image_root} does not exist: give --image_root")
@@ -127,8 +132,13 @@ def split_of(
         raise ValueError(f"benchmark {benchmark.name} has no split file: give --split_file")
     names = [Path(file).stem for file in image_files(str(image_root))]
     for name in names:
-        if len(name.split()) != 1:
-            raise ValueError(f"image {name!r} in {image_root} has a blank in its name: rename it")
+        try:
+            listed = image_name(name)
+        except ValueError as error:
+            raise ValueError(f"image folder {image_root}: {error}") from None
+        if listed != name or len(name.split()) != 1:  # a list cannot contain it
+            what = "backslash" if listed != name else "blank"
+            raise ValueError(f"image {name!r} in {image_root} has a {what} in its name: rename it")
     return {name: [] for name in names}
 
 
@@ -154,6 +164,18 @@ def from_masks(folder: str | Path, has_background: bool, num_classes: int) -> La
         FileNotFoundError: the folder does not exist.
     """
     return partial(_painted_labels, _existing(Path(folder), "mask"), has_background, num_classes)
+
+
+def _lines(path: str | Path) -> list[str]:
+    """Return the lines of a text file in UTF-8; ValueError names the line of the first other byte."""
+    content = Path(path).read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    try:
+        return content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} line {line}: it is not a text file in UTF-8: convert it, or give another file"
+        ) from None
 
 
 def _look_up(table: Split, source: str, name: str) -> list[int]:

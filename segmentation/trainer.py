@@ -114,6 +114,7 @@ class Trainer:
         self.recent: deque[float] = deque(maxlen=AVERAGED)  # losses of the last iterations
         self.validated = 0  # iteration of the last validation
         self.last_good = "none yet"
+        self.after_save: Callable[[], None] | None = None  # called on rank 0; it may raise
 
     def run(self) -> bool:
         """Train to the end. After SIGTERM or SIGINT, finish the iteration, write the resume file and return.
@@ -150,6 +151,8 @@ class Trainer:
                 bar.update()
                 bar.set_postfix(loss=f"{self.recent[-1]:.4f}", refresh=False)
                 if writer:
+                    # TensorBoard's thread would die if the run folder was removed; `after_save` reports it.
+                    (self.folder / LOGS).mkdir(parents=True, exist_ok=True)
                     if self._is_due(self.config.log_every):
                         self._log(writer, losses, images / (time.monotonic() - clock))
                         clock, images = time.monotonic(), 0
@@ -299,6 +302,8 @@ class Trainer:
             (self.folder / RESUME).unlink(missing_ok=True)
         elif not complete and (save or self._is_due(self.config.resume_every)):
             self.save_resume()
+        if complete and self.world.rank == 0 and self.after_save:
+            self.after_save()
 
     def check_finite(self) -> None:
         """Raise WorkFailed if a parameter or statistic is not finite, on any rank."""
@@ -331,6 +336,8 @@ class Trainer:
         if hasattr(self.objective, "state_dict"):
             state["objective"] = self.objective.state_dict()
         checkpoints.write_tensors(state, self.folder / RESUME)
+        if self.after_save:
+            self.after_save()
 
     def load_resume(self) -> bool:
         """Continue from the resume file and return True; return False if there is none.

@@ -8,6 +8,8 @@ from functools import partial
 
 import numpy as np
 
+from common.files import DiskFull
+from common.logs import log
 from pipeline.compute import ComputeSettings, images_that_fit
 from pipeline.decode import Grid, shrunk_notes
 from pipeline.label_scores import read_scores, write_scores
@@ -106,15 +108,24 @@ class TagStep(Step):
     def outcomes(self, names: Sequence[str]) -> Iterator[Outcome]:
         for outcome in super().outcomes(names):
             if time.monotonic() - self.saved > PERIOD:
-                self.finish()
                 self.saved = time.monotonic()
+                try:
+                    self.finish()
+                except DiskFull:
+                    raise
+                except OSError as error:  # it may be temporary, on a network drive for example
+                    log.warning("%s; the scores are kept in memory and written later", error)
             yield outcome
 
     def finish(self) -> None:
-        """Write the scores that are not yet written."""
+        """Write the scores that are not yet written. If that fails, they remain to be written."""
         scores = {}
         while self.unsaved:  # not a loop over items: other threads may add items during it
             name, values = self.unsaved.popitem()
             scores[name] = values
         if scores:
-            write_scores(self.output, scores)
+            try:
+                write_scores(self.output, scores)
+            except BaseException:
+                self.unsaved.update(scores)
+                raise

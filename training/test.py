@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import Parser
-from common.files import replacing
+from common.files import below, replacing
 from common.logs import log
 from common.settings import add_flags, count, given, setting
 from pipeline.evaluate import benchmark_scores, report_scores
@@ -75,7 +75,7 @@ class Evaluation(Step):
 
     def file(self, folder: str, name: str) -> Path:
         """Return the output file of an image in one of the subfolders."""
-        return Path(self.output) / folder / f"{name}{SUFFIXES[folder]}"
+        return below(Path(self.output) / folder, f"{name}{SUFFIXES[folder]}")
 
     def archive(self, submission: str) -> Path:
         """Return the archive of a submission, which is a key of `SUBMISSIONS`."""
@@ -261,9 +261,7 @@ def _start(step: Evaluation, overwrite: bool) -> Run:
         for folder in {file.parent for file in stale} - {root}:
             with suppress(OSError):  # not empty: other files remain
                 folder.rmdir()
-    for folder in step.folders:
-        Run(root / folder, records[folder], overwrite)
-    return Run(root, records[""], overwrite)
+    return Run(root, records[""], overwrite, {root / folder: records[folder] for folder in step.folders})
 
 
 def _report(step: Evaluation, folder: str, hist: np.ndarray, num_images: int, failed: list[str]) -> None:

@@ -1,8 +1,8 @@
 """Command `train` of a method: trains a network in a run folder, and resumes a stopped run."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from pipeline.run import Record, Run, check_folder, fingerprint, first_few, read
 from segmentation.benchmark import Benchmark
 from segmentation.checkpoints import FINAL, RESUME, numbered_checkpoints
 from segmentation.dataset import Batch, TrainingSet, check_files, read_labels
-from segmentation.distributed import gather, rank_and_world, together
+from segmentation.distributed import gather, local_rank_and_world, rank_and_world, together
 from segmentation.images import find_image, read_rgb
 from segmentation.inference import infer
 from segmentation.masks import check_class_pixels, overlay
@@ -111,7 +111,7 @@ def prepare(
             check_class_pixels(split.label_dir, split.names, benchmark)
         transform, extras = network.transform(config), recipe.extras(config, benchmark)
         dataset = TrainingSet(*split, benchmark.channels, transform, config.solver.seed, extras)
-        device = torch.device(device_of(config.run.device, int(os.environ.get("LOCAL_RANK", 0))))
+        device = torch.device(device_of(config.run.device, local_rank_and_world()[0]))
         warn_of_slow_precision(device.type, config.run.precision)
         validate = None
         if config.data.val_split and config.run.validate_every:
@@ -136,6 +136,7 @@ def prepare(
         )
         resumed = resume and trainer.load_resume()
         run = Run(folder, record, overwrite)
+    trainer.after_save = partial(run.check_folders, AGAIN)
     if run.rank == 0:
         if report:
             log.info("%s", report)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from segmentation.dataset import Order
-from segmentation.distributed import World, together
+from segmentation.distributed import World, gather, local_rank_and_world, rank_and_world, together
 from segmentation.losses import LOSSES
 from segmentation.masks import read_mask
 from tests import processes, training_world
@@ -118,3 +118,51 @@ def test_killed_rank_ends_the_other_rank_with_an_error():
     (code, errors, _), (killed_code, *_) = ended
     assert (code, killed_code) == (1, 9)
     assert errors == "error: another process of torchrun died: run the command again to continue\n"
+
+
+def environment(monkeypatch, text: str) -> None:
+    """Set only these of torchrun's variables; `text` is such as "RANK=1 WORLD_SIZE=2"."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for part in text.split():
+        monkeypatch.setenv(*part.split("="))
+
+
+@pytest.mark.parametrize(
+    "text, ranks",
+    [
+        ("", [(0, 1), (0, 1)]),
+        ("RANK=1", [(0, 1), (0, 1)]),
+        ("RANK=x LOCAL_RANK=7", [(0, 1), (0, 1)]),
+        ("WORLD_SIZE=4 LOCAL_WORLD_SIZE=x", [(0, 1), (0, 1)]),
+        ("RANK= WORLD_SIZE=", [(0, 1), (0, 1)]),
+        ("RANK=0 WORLD_SIZE=1 LOCAL_RANK=3", [(0, 1), (0, 1)]),
+        ("RANK=5 WORLD_SIZE=8 LOCAL_RANK=1 LOCAL_WORLD_SIZE=4", [(5, 8), (1, 4)]),
+        ("RANK=5 WORLD_SIZE=8 LOCAL_RANK=1", [(5, 8), (1, 1)]),  # launchers other than torchrun
+        ("RANK=5 WORLD_SIZE=8", [(5, 8), (0, 1)]),
+    ],
+)
+def test_ranks_are_those_of_torchrun(monkeypatch, text, ranks):
+    environment(monkeypatch, text)
+    assert [rank_and_world(), local_rank_and_world()] == ranks
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("RANK=1 WORLD_SIZE=1", "RANK='1' and WORLD_SIZE='1' in the environment: a rank is a number from 0"),
+        ("RANK=0 WORLD_SIZE=0", "WORLD_SIZE='0'"),
+        ("RANK=-1 WORLD_SIZE=2", "RANK='-1'"),
+        ("RANK=x WORLD_SIZE=2", "RANK='x'"),
+        ("RANK=0 WORLD_SIZE=2.0", "WORLD_SIZE='2.0'"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=x", "LOCAL_RANK='x'"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=2 LOCAL_WORLD_SIZE=2", "LOCAL_RANK='2' and LOCAL_WORLD_SIZE='2'"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=0", "LOCAL_WORLD_SIZE='0'"),
+        ("RANK=0 WORLD_SIZE=2", "MASTER_ADDR='' and MASTER_PORT=''"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=x", "MASTER_PORT='x'"),
+    ],
+)
+def test_invalid_ranks_are_refused(monkeypatch, text, message):
+    environment(monkeypatch, text)
+    with pytest.raises(ValueError, match=message):
+        gather(local_rank_and_world())

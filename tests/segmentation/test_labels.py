@@ -1,5 +1,6 @@
 """Image-level labels from each source, and errors for invalid sources."""
 import json
+import os
 import pickle
 
 import numpy as np
@@ -36,7 +37,10 @@ def test_read_split_ignores_blanks_empty_lines_and_byte_order_mark(tmp_path):
     assert list(labels.read_split(file)) == ["x", "y", "z"]
 
 
-@given(st.dictionaries(st.text("ab_019.", min_size=1), st.lists(st.integers(0, 9), unique=True), min_size=1))
+NAMES = st.text("ab_019.", min_size=1).filter(lambda name: name not in (".", ".."))
+
+
+@given(st.dictionaries(NAMES, st.lists(st.integers(0, 9), unique=True), min_size=1))
 def test_read_split_returns_written_labels(tmp_path_factory, split):
     file = tmp_path_factory.getbasetemp() / "round.txt"
     file.write_text("".join(" ".join([name, *map(str, found)]) + "\n" for name, found in split.items()))
@@ -50,7 +54,17 @@ def test_read_split_returns_written_labels(tmp_path_factory, split):
         ("x 1\ny 3\n", r"a\.txt line 2: class index 3 is out of range, expected 0 to 2"),
         ("x -1\n", "line 1: class index -1 is out of range"),
         ("x cat\n", "line 1: expected `name index index ...`, got 'x cat'"),
-        ("/JPEGImages/x.jpg /SegmentationClass/x.png\n", "line 1: expected `name index"),
+        ("/JPEGImages/x.jpg /SegmentationClass/x.png\n", "line 1: expected `name index.*go without suffix"),
+        ("JPEGImages/x.jpg SegmentationClass/x.png\n", "line 1: expected `name index.*go without suffix"),
+        ("x 0,3\n", "line 1: expected `name index index ...`, got 'x 0,3'"),
+        (f"x {'9' * 5000}\n", "line 1: expected"),
+        ("x\n\ny.jpg 1\n", r"a\.txt line 3: image name 'y\.jpg' has the suffix \.jpg: image names go"),
+        ("x\r\n/tmp/y 1\r\n", "line 2: image name '/tmp/y' is an absolute path: image names go without"),
+        ("x\ry/../../z 1\r", r"line 2: image name 'y/\.\./\.\./z' contains `\.\.`"),
+        ("x,0\n", "line 1: image name 'x,0' ends in a comma or in numbers after one"),
+        ("a/x 0\na\\x 1\n", "line 2: image a/x was listed before"),
+        ("x 0\n./x 1\n", "line 2: image x was listed before"),
+        ("x 0\n\ufeffy 1\n", "line 2: image name .* contains a control character"),
         ("x 1.0\n", "line 1: expected"),
         ("x --1\n", "line 1: expected"),
         ("x ²\n", "line 1: expected"),
@@ -65,9 +79,36 @@ def test_invalid_split_line_raises(tmp_path, text, message):
 def test_missing_or_binary_split_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.txt does not exist"):
         labels.read_split(tmp_path / "none.txt")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xd8\xff\xe0")
-    with pytest.raises(ValueError, match="is not a text file"):
-        labels.read_split(tmp_path / "binary.txt")
+    for content, line in ((b"\xff\xd8\xff\xe0", 1), (b"x 0\r\n\ncaf\xe9 1\n", 3), (b"\xff\xfex\0\n\0", 1)):
+        (tmp_path / "binary.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"binary\.txt line {line}: it is not a text file in UTF-8"):
+            labels.read_split(tmp_path / "binary.txt")
+
+
+def test_read_split_returns_names_with_slashes(tmp_path):
+    file = write(tmp_path / "a.txt", "./x 0\na\\y 1\nb//z\nimg.2.rf 2\n")
+    assert labels.read_split(file) == {"x": [0], "a/y": [1], "b/z": [], "img.2.rf": [2]}
+
+
+@pytest.mark.parametrize(
+    "file, message",
+    [
+        (b"caf\xe9.png", r"image name 'caf\\udce9' contains a control character, or bytes that are not"),
+        (b"new\nline.png", "contains a control character"),
+        (b"a b.png", "has a blank in its name"),
+        (b"a\\b.png", "has a backslash in its name: rename it"),
+        (b"x.jpg.png", r"image name 'x\.jpg' has the suffix \.jpg"),
+        (b"a,1.png", "ends in a comma or in numbers after one"),
+        (b"NUL.png", "is reserved by Windows"),
+        (b"x" * 245 + b".png", "is too long"),
+    ],
+)
+def test_image_in_a_folder_whose_name_a_list_cannot_contain_raises(tmp_path, file, message):
+    (tmp_path / "x.png").touch()
+    (tmp_path / os.fsdecode(file)).touch()
+    with pytest.raises(ValueError, match=message) as error:
+        labels.split_of(Benchmark("b", classes=CLASSES), None, tmp_path)
+    assert str(tmp_path) in str(error.value)
 
 
 def test_without_num_classes_only_negative_labels_are_out_of_range(tmp_path):
