@@ -6,8 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "errors.md"
-ERRORS = {"ValueError", "TypeError", "OSError", "FileNotFoundError", "ChildProcessError", "DiskFull", "WorkFailed",
-          "ImportError", "DamagedShard"}  # fmt: skip
+ERRORS = {"ValueError", "TypeError", "OSError", "FileNotFoundError", "ChildProcessError", "ImportError",
+          "DiskFull", "WorkFailed", "DamagedShard"}  # fmt: skip
 ELSEWHERE = ("tests", "bench", "output", ".venv")
 
 
@@ -34,12 +34,10 @@ def templates() -> dict[str, str]:
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-                call, kind = node.exc, getattr(node.exc.func, "id", "")
-                message = template(call.args[0]) if kind in ERRORS and call.args else None
-            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "error":
-                message = template(node.args[0]) if node.args else None
-            else:
-                continue
+                call, is_error = node.exc, getattr(node.exc.func, "id", "") in ERRORS
+            else:  # parser.error(...), log.error(...)
+                call, is_error = node, isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "error"
+            message = template(call.args[0]) if is_error and call.args else None
             if message:
                 found.setdefault(message, relative.as_posix())
     return found

@@ -44,9 +44,9 @@ MAX_SECONDS = 5  # for one file
 MAX_BYTES = 2**30  # growth of the resident memory during all examples of a reader
 # Bytes and words that often matter to parsers.
 TOKENS = [
-    b"\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\n", b"\r\n", b"\t", b" ", b"..", b"/", b"\\", b"-1", b"0",
-    b"1e999", b"NaN", b"Infinity", b"null", b"99999999999999999999", b"2147483648", b"[", b"]", b"{", b"}", b'"',
-    b"'", b"&a ", b"*a", b"!!python/object:os.system", b"<", b">", b"&lol;", b"\xc3", b"\xed\xa0\x80",
+    b"\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\n", b"\r\n", b"\t", b" ", b"..", b"/", b"\\", b"-1",
+    b"0", b"1e999", b"NaN", b"Infinity", b"null", b"99999999999999999999", b"2147483648", b"[", b"]", b"{",
+    b"}", b'"', b"'", b"&a ", b"*a", b"!!python/object:os.system", b"<", b">", b"&lol;", b"\xc3", b"\xed\xa0\x80",
     b"\xef\xbb\xbf", b"x.jpg", b"%s", b"${a}", b"#", b":", b",",
 ]  # fmt: skip
 
@@ -85,7 +85,8 @@ def saved(save: Callable, *arguments, **options) -> bytes:
 def images() -> list[bytes]:
     pixels = np.random.default_rng(0).integers(0, 255, (9, 12, 3)).astype(np.uint8)
     contents = []
-    for mode, kind in [("RGB", "JPEG"), ("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("RGB", "GIF")]:
+    kinds = [("RGB", "JPEG"), ("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("RGB", "GIF")]
+    for mode, kind in kinds:
         image = Image.fromarray(pixels).convert(mode)
         contents.append(saved(lambda stream, image=image, kind=kind: image.save(stream, kind)))
     return contents
@@ -108,7 +109,8 @@ def cam_files() -> dict[str, list[bytes]]:
     start = header.index(b"\n") + 1
     full = [camfile.encode([0, 2], grid, (9, 12), "full")]
     full += [header[:start] + pickle.dumps(np.array(pickled, object), number) for number in range(5)]
-    compressed = saved(np.savez_compressed, keys=np.array([1]), size=np.array([9, 12]), attn_highres=np.zeros((1, 2, 2)))
+    arrays = {"keys": np.array([1]), "size": np.array([9, 12]), "attn_highres": np.zeros((1, 2, 2))}
+    compressed = saved(np.savez_compressed, **arrays)
     return {".npy": full, ".npz": [camfile.encode([0, 2], grid, (9, 12), "compact"), compressed]}
 
 
@@ -118,7 +120,7 @@ def instances() -> bytes:
         "images": [{"id": 1, "file_name": "a.jpg", "height": 8, "width": 10},
                    {"id": 2, "file_name": "d/b.jpg", "height": 8, "width": 10}],
         "annotations": [
-            {"id": 1, "image_id": 1, "category_id": 2, "segmentation": square, "iscrowd": 0, "bbox": [0, 0, 4, 4]},
+            {"id": 1, "image_id": 1, "category_id": 2, "segmentation": square, "bbox": [0, 0, 4, 4]},
             {"id": 2, "image_id": 2, "category_id": 1, "iscrowd": 1,
              "segmentation": {"size": [8, 10], "counts": [0, 16, 64]}},
             {"id": 3, "image_id": 2, "category_id": 3, "segmentation": {"size": [8, 10], "counts": "0@@0"}},
@@ -140,6 +142,7 @@ has_background: true
 labels: file
 category_ids: [1, 2, 3]
 """
+RECORD = b'{"step": "cams", "settings": {"a": 1}, "inputs": {}}'
 CONFIG = b"""data: {benchmark: voc12, root: a}
 solver:
   learning_rate: 2e-4
@@ -152,7 +155,8 @@ model: {blocks: [1, 1, 1, 1], width: 16}
 def shard() -> list[bytes]:
     def tar(stream, mode):
         with tarfile.open(fileobj=stream, mode=mode) as archive:
-            for name, content in (("a.jpg", images()[0]), ("a.cls", b"0 2"), ("b.png", images()[1]), ("b.cls", b"1")):
+            jpeg, png, *_ = images()
+            for name, content in (("a.jpg", jpeg), ("a.cls", b"0 2"), ("b.png", png), ("b.cls", b"1")):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
@@ -278,7 +282,7 @@ READERS: dict[str, tuple[str, Callable[[], list[bytes]], Callable[[Path], None]]
     "compact CAMs": ("a.npz", lambda: cam_files()[".npz"], check_cams),
     "shard": ("a.tar", shard, check_shard),
     "checkpoint": ("a.pt", checkpoints, check_checkpoint),
-    "settings.json": ("settings.json", lambda: [b'{"step": "cams", "settings": {"a": 1}, "inputs": {}}'], check_record),
+    "settings.json": ("settings.json", lambda: [RECORD], check_record),
 }
 
 
@@ -316,7 +320,8 @@ def test_damaged_caches_and_score_files_never_change_a_result(tmp_path, monkeypa
     monkeypatch.setenv("CLIP_WSSS_CACHE", str(tmp_path / "cache"))
     (content,) = text_cache()
     (cache_file,) = (tmp_path / "cache").glob("text-*.npy")
-    scores = write_scores(tmp_path / "scores", {"a": np.arange(3, dtype=np.float32), "b": np.ones(3, np.float32)})
+    values = {"a": np.arange(3, dtype=np.float32), "b": np.ones(3, np.float32)}
+    scores = write_scores(tmp_path / "scores", values)
     log.setLevel(100)
 
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
