@@ -150,18 +150,20 @@ def _read_images(where: str, items: list) -> tuple[dict[str, CocoImage], dict[Id
             raise ValueError(f"{where}: images[{number}] has no valid id: {shown(item)}")
         file = _file(item.get("file_name"))
         if file is None:
-            fault = f"has no valid file_name: {shown(item.get('file_name'))}"
-            raise ValueError(f"{where}: image {image_id} {fault}; it is usually the last part of coco_url")
+            fault = f"image {shown(image_id)} has no valid file_name: {shown(item.get('file_name'))}"
+            raise ValueError(f"{where}: {fault}; it is usually the last part of coco_url")
         name, size = SUFFIX.sub("", file), _size(item)
         if name not in images:
             images[name], files[name] = CocoImage(size, [], [], []), file
         if files[name] != file:
-            raise ValueError(f"{where}: {files[name]} and {file} have the same name: rename one")
+            both = f"{one_line(files[name])} and {one_line(file)}"
+            raise ValueError(f"{where}: {both} have the same name: rename one")
         if images[name].size != size:
-            raise ValueError(f"{where}: {file} is listed with the sizes {images[name].size} and {size}")
+            fault = f"is listed with the sizes {images[name].size} and {size}"
+            raise ValueError(f"{where}: {one_line(file)} {fault}")
         if names.setdefault(image_id, name) != name:
-            both = f"{files[names[image_id]]} and {file}"
-            raise ValueError(f"{where}: the image id {image_id} is used for {both}: give each its own id")
+            both = f"{one_line(files[names[image_id]])} and {one_line(file)}"
+            raise ValueError(f"{where}: image id {shown(image_id)} is used for {both}: give each its own id")
         by_id[image_id] = images[name]
     return images, by_id
 
@@ -193,7 +195,8 @@ def _read_categories(where: str, items: list) -> dict[Id, _Category]:
         name = str(name).strip() if isinstance(name, str | int) else ""
         known = categories.setdefault(category_id, _Category(name, item.get("supercategory")))
         if known.name != name:
-            raise ValueError(f"{where}: the category id {category_id} is used for {known.name} and {name}")
+            both = f"{one_line(known.name)} and {one_line(name)}"
+            raise ValueError(f"{where}: category id {shown(category_id)} is used for {both}")
     return categories
 
 
@@ -248,9 +251,16 @@ def _is_root(category: Id, categories: dict[Id, _Category]) -> bool:
 
 
 def _list(categories: dict[Id, _Category], ids: Sequence[Id]) -> str:
-    return _cut([f"{categories[category].name or '(no name)'} (id {category})" for category in ids])
+    names = [one_line(categories[category].name) or "(no name)" for category in ids]
+    return _cut([f"{name} (id {shown(category)})" for name, category in zip(names, ids, strict=True)])
 
 
 def _cut(names: Sequence[str]) -> str:
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return (", ".join(names[:LISTED]) or "none") + more
+
+
+def one_line(text: str) -> str:
+    """Return text of a file as it can be shown in a message."""
+    line = " ".join(text.split())
+    return line if len(line) <= 100 else f"{line[:50]}...{line[-50:]}"

@@ -14,7 +14,7 @@ from lxml import etree
 from common.logs import log
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.class_names import find_class
-from segmentation.coco import read_coco_json
+from segmentation.coco import one_line, read_coco_json
 from segmentation.images import image_files
 from segmentation.masks import read_mask
 
@@ -217,7 +217,7 @@ def _object_name(item: etree._Element, file: str | Path) -> str:
     if not any(names):
         raise ValueError(f"annotation {file} has an object without a name")
     if len(names) > 1:
-        raise ValueError(f"annotation {file} has an object with several names: {', '.join(names)}")
+        raise ValueError(f"annotation {file} has an object with several names: {one_line(', '.join(names))}")
     return names[0]
 
 
@@ -309,8 +309,8 @@ def _coco_labels(table: dict[str, dict[str, list[int] | str]], source: str, name
         raise ValueError(f"image {name} is not listed in {source}")
     if len(matches) > 1:
         raise ValueError(
-            f"image {name} can be {matches[0]} or {matches[1]} in {source}: put the folder before the name, "
-            "or rename one"
+            f"image {name} can be {one_line(matches[0])} or {one_line(matches[1])} in {source}: put the "
+            "folder before the name, or rename one"
         )
     labels = files[matches[0]]
     if isinstance(labels, str):

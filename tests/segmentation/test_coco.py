@@ -119,8 +119,8 @@ def test_repeated_image_is_merged(read, second):
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        (image(7, "z.jpg"), "the image id 7 is used for x.jpg and z.jpg: give each its own id"),
-        (image(7, "val/x.jpg"), "the image id 7 is used for x.jpg and val/x.jpg"),
+        (image(7, "z.jpg"), "image id 7 is used for x.jpg and z.jpg: give each its own id"),
+        (image(7, "val/x.jpg"), "image id 7 is used for x.jpg and val/x.jpg"),
         (image(70, "x.png"), "x.jpg and x.png have the same name: rename one"),
         (image(70, "x.jpg", width=8), r"x.jpg is listed with the sizes \(5, 7\) and \(5, 8\)"),
     ],
@@ -238,6 +238,6 @@ def test_unused_real_category_is_not_left_out_by_number(read):
 
 
 def test_category_id_of_two_names_is_an_error(read):
-    with pytest.raises(ValueError, match="the category id 1 is used for oak and pine"):
+    with pytest.raises(ValueError, match="category id 1 is used for oak and pine"):
         read(categories=[*instances()["categories"], {"id": 1, "name": "pine"}])
     assert labels(read(categories=[*instances()["categories"], {"id": 1, "name": "oak "}]))["x"] == [0, 2]
