@@ -189,14 +189,14 @@ def read_voc_xml(file: str | Path) -> VocAnnotation:
         raise FileNotFoundError(f"annotation {file} does not exist")
     if Path(file).stat().st_size > MAX_XML_BYTES:
         raise ValueError(f"annotation {file} has more than {MAX_XML_BYTES} bytes: it is not a VOC annotation")
-    options = {"resolve_entities": False, "no_network": True, "load_dtd": False}
-    parser = etree.XMLParser(remove_comments=True, remove_pis=True, **options)
     try:
-        root = etree.fromstring(Path(file).read_bytes().lstrip(), parser)
+        root = _parse_xml(Path(file).read_bytes())
     except (etree.XMLSyntaxError, ValueError, OSError) as error:
-        raise ValueError(f"annotation {file} cannot be read: {error}") from None
-    for element in root.iter("{*}*"):
-        element.tag = etree.QName(element).localname.lower()
+        reason = getattr(error, "msg", None) or error
+        raise ValueError(f"annotation {file} cannot be read: {reason}") from None
+    for element in root.iter("*"):
+        if "}" in element.tag or not element.tag.islower():
+            element.tag = etree.QName(element).localname.lower()
     if root.tag == "annotations" and len(root.findall("annotation")) == 1:
         root = root.find("annotation")
     if root.tag != "annotation":
@@ -209,6 +209,26 @@ def read_voc_xml(file: str | Path) -> VocAnnotation:
     except (TypeError, ValueError):
         size = None
     return VocAnnotation(list(dict.fromkeys(names)), size)
+
+
+def _parse_xml(content: bytes) -> etree._Element:
+    """Return the root of an XML document without comments and processing instructions.
+
+    A document of UTF-8 is also read if it declares another encoding, which programs on Windows write.
+    """
+    content = content.lstrip(b"\xef\xbb\xbf \t\r\n")  # byte order mark, blanks
+    options = {
+        "resolve_entities": False, "no_network": True, "load_dtd": False,
+        "remove_comments": True, "remove_pis": True,
+    }  # fmt: skip
+    try:
+        return etree.fromstring(content, etree.XMLParser(**options))
+    except etree.XMLSyntaxError as error:
+        try:
+            content.decode("utf-8")
+        except UnicodeDecodeError:
+            raise error from None
+        return etree.fromstring(content, etree.XMLParser(encoding="utf-8", **options))
 
 
 def _object_name(item: etree._Element, file: str | Path) -> str:

@@ -121,10 +121,11 @@ def test_voc_xml_without_objects_or_size(tmp_path):
         ("<html/>", "is not a VOC annotation: its root is <html>"),
         (PERSON_AND_DOG[:100], r"annotation .*x\.xml cannot be read"),
         ("", "cannot be read"),
+        ("<annotation><folder>B\udce4ume</folder></annotation>", "cannot be read: .*, line 1, column \\d+$"),
     ],
 )
 def test_invalid_voc_xml_raises(tmp_path, text, message):
-    write(tmp_path / "x.xml", text)
+    (tmp_path / "x.xml").write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=message):
         reader("voc_xml", tmp_path)("x")
 
@@ -170,6 +171,13 @@ def test_voc_xml_is_read_in_its_encoding(tmp_path, encoding):
         "<size>", f"<folder>{folder}</folder><size>"
     )
     (tmp_path / "x.xml").write_bytes(text.encode(encoding))
+    assert reader("voc_xml", tmp_path)("x") == [2, 1]
+
+
+@pytest.mark.parametrize("declared", ["utf-16", "unicode", "none"])
+def test_utf8_voc_xml_that_declares_another_encoding_is_read(tmp_path, declared):
+    text = f'\ufeff\n<?xml version="1.0" encoding="{declared}"?>{PERSON_AND_DOG}'
+    (tmp_path / "x.xml").write_text(text.replace("<size>", "<folder>Bäume</folder><size>"), encoding="utf-8")
     assert reader("voc_xml", tmp_path)("x") == [2, 1]
 
 
