@@ -15,6 +15,7 @@ from it by default, as in the published lists.
 """
 import argparse
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,9 @@ from common.files import write_file
 from common.jsonfile import read_json
 from common.logs import log
 from segmentation import prepare as shared
+from segmentation.coco import CocoImage, read_coco_json
 from segmentation.images import IMAGE_SUFFIXES
-from segmentation.labels import CocoImage, mask_labels, read_coco_json
+from segmentation.labels import mask_labels
 from segmentation.masks import read_mask, write_mask
 
 SPLITS = ("train", "val")
@@ -62,7 +64,8 @@ class Part(NamedTuple):
 
     def accepts_name(self, name: str) -> bool:
         """Return whether an image of the split can have this name; names of 2017 do not contain the split."""
-        return name.startswith(f"COCO_{self.folder}_") if self.year == "2014" else name.isdigit()
+        pattern = rf"COCO_{self.folder}_[\w.-]+" if self.year == "2014" else "[0-9]+"
+        return re.fullmatch(pattern, name, re.ASCII) is not None
 
 
 class Task(NamedTuple):
@@ -70,7 +73,7 @@ class Task(NamedTuple):
 
     name: str
     size: tuple[int, int] | None = None  # (height, width) in the JSON; None if no JSON is given
-    annotated: bool = False  # the JSON annotates objects, so a mask must exist
+    annotated: bool = False  # the JSON annotates objects correctly, so a mask must exist
     to_paint: CocoImage | None = None  # annotations to make the mask from; None makes no mask
 
 
@@ -85,13 +88,27 @@ def images_of(root: Path, part: Part) -> set[str]:
     return names_in(root / "JPEGImages" / part.folder, part, IMAGE_SUFFIXES)
 
 
-def read_instances(file: Path, year: str) -> tuple[Part, dict[str, CocoImage]]:
-    """Return the split of an instances JSON, and its images by name.
+def read_instances(
+    file: Path, year: str, problems: list[shared.Problem]
+) -> tuple[Part, dict[str, CocoImage]]:
+    """Return the split of an instances JSON, and its images by name; extend `problems`.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_coco_json`; or the file is not of a split of this year.
+        FileNotFoundError, ValueError: see `read_coco_json`; or two images have the same name, or the file is
+            not of a split of this year.
     """
-    instances = read_coco_json(file, len(CLASSES), CATEGORY_IDS)
+    images, faults = read_coco_json(file, CLASSES, CATEGORY_IDS)
+    paths: dict[str, str] = {}
+    for path, image in images.items():
+        name = path.split("/")[-1]
+        if paths.setdefault(name, path) != path:
+            both = f"{paths[name]} and {path}"
+            raise ValueError(f"annotation file {file}: {both} have the same name: rename one")
+        if image.size is None:
+            image.problems.append("its height and width are missing or not valid")
+        faults += [f"image {name}: {fault}" for fault in image.problems]
+    problems += [shared.Problem("bad annotation", f"{file}: {fault}") for fault in faults]
+    instances = {name: images[path] for name, path in paths.items()}
     for part in (Part(split, year) for split in SPLITS):
         matches = year == "2014" or file.stem.endswith(part.folder)
         if matches and instances and all(map(part.accepts_name, instances)):
@@ -134,17 +151,18 @@ def may_paint(folder: Path, part: Part, overlap: Overlap, existing: bool) -> boo
 def inspect(root: Path, part: Part, overlap: Overlap, decode: bool, task: Task) -> shared.Inspection:
     """Make the mask of an image if `task.to_paint` is given; return its sizes, problems and mask labels."""
     inspection = shared.inspect_image(root / "JPEGImages" / part.folder, task.name, decode)
+    same_size = inspection.sizes.get("image", task.size) == task.size
     if task.size:
         inspection.sizes = {"annotation": task.size, **inspection.sizes}
     file = part.masks(root) / f"{task.name}.png"
-    if task.to_paint:
+    if task.to_paint and same_size:  # a mask of another size is of no use; `inspect_all` reports the sizes
         with shared.collecting(inspection.problems, "annotation"):
             try:
                 mask = paint(task.to_paint, overlap)
             except ValueError as error:
                 raise ValueError(f"image {task.name}: {error}") from None
             write_mask(file, mask, BENCHMARK.palette)
-    if task.annotated or file.is_file():
+    if file.is_file() or (task.annotated and not task.to_paint):
         with shared.collecting(inspection.problems, "mask"):
             mask = read_mask(file)
             inspection.sizes["mask"] = mask.shape
@@ -169,9 +187,15 @@ def prepare_split(
 
     if instances:
         painting = may_paint(folder, part, args.overlap, bool(existing))
-        missing = instances.keys() - existing if painting else set()
+        usable = {name for name, image in instances.items() if not image.problems}
+        missing = usable - existing if painting else set()
         tasks = [
-            Task(name, image.size, bool(image.annotations), image if name in missing else None)
+            Task(
+                name,
+                image.size,
+                annotated=name in usable and bool(image.annotations),
+                to_paint=image if name in missing else None,
+            )
             for name, image in instances.items()
         ]
     else:
@@ -181,7 +205,8 @@ def prepare_split(
     inspect_task = partial(inspect, args.root, part, args.overlap, args.check_images)
     labels = shared.inspect_all(inspect_task, tasks, args.num_workers, f"checking {part}", problems)
     if instances and painting:
-        print(f"{part}: {len(missing)} masks made in {folder}, {len(existing)} existed before")
+        made = sum(labels[name] is not None for name in missing)
+        print(f"{part}: {made} masks made in {folder}, {len(existing)} existed before")
     elif instances:
         log.warning("%s: %s has %d masks of another origin: no mask is changed", part, folder, len(existing))
     if not from_masks:
@@ -199,7 +224,7 @@ def prepare(args: argparse.Namespace) -> int:
     problems: list[shared.Problem] = []
     done = set()
     for file in args.annotations:  # one at a time: each needs gigabytes of memory
-        part, instances = read_instances(file, args.year)
+        part, instances = read_instances(file, args.year, problems)
         if part in done:
             raise ValueError(f"--annotations {file}: the {part} split was given before; give it once")
         images = images_of(args.root, part)

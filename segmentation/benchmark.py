@@ -71,7 +71,7 @@ class Benchmark:
     mask_dir: str = "SegmentationClass"
     annotation_dir: str = "Annotations"
     annotation_file: str = ""
-    category_ids: list[int] = field(default_factory=list)  # one per class; empty: the JSON's ids, ascending
+    category_ids: list[int] = field(default_factory=list)  # one per class; empty: matched by name
     split_file: str = ""  # default of --split_file
     model: str = ""  # default of --model; empty: no default
 

@@ -3,17 +3,19 @@
 A `LabelReader` reads the labels of an image from any source: image name -> class indices (0-based, without
 background). Readers can be pickled for worker processes.
 """
-import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from lxml import etree
 
+from common.logs import log
 from segmentation.benchmark import IGNORE, Benchmark
+from segmentation.class_names import find_class
+from segmentation.coco import one_line, read_coco_json
 from segmentation.images import image_files
 from segmentation.masks import CONVERTER, check_class_pixels, read_mask
 from segmentation.names import NAMES, image_name, shortened
@@ -52,8 +54,7 @@ def reader(benchmark: Benchmark, split: Split, labels_file: str | Path | None = 
         return read
     if benchmark.labels == "coco_json":
         file = benchmark.path(benchmark.annotation_file)
-        images = read_coco_json(file, num_classes, benchmark.category_ids)
-        return partial(_look_up, {name: image.labels for name, image in images.items()}, str(file))
+        return from_coco_json(file, benchmark.classes, benchmark.category_ids)
     if not any(split.values()):
         raise ValueError(
             f"the split file contains no labels, and benchmark {benchmark.name} has no other label source: "
@@ -213,28 +214,33 @@ class VocAnnotation(NamedTuple):
 def read_voc_xml(file: str | Path) -> VocAnnotation:
     """Return the objects of a VOC annotation, including difficult and truncated ones.
 
-    Entities are not resolved, no other file is read, and gzip is not unpacked (as libxml2 does for files),
-    because annotations can come from untrusted sources.
+    Namespaces, the case of tags, elements around objects, and a root <annotations> around one annotation are
+    ignored, because tools differ in them. Entities are not resolved, no other file is read, and gzip is not
+    unpacked (as libxml2 does for files), because annotations can come from untrusted sources.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not a VOC annotation, or an object has no name.
+        ValueError: the file is not a VOC annotation, or an object does not have one name.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"annotation {file} does not exist")
     if Path(file).stat().st_size > MAX_XML_BYTES:
         raise ValueError(f"annotation {file} has more than {MAX_XML_BYTES} bytes: it is not a VOC annotation")
-    parser = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False)
     try:
-        root = etree.fromstring(Path(file).read_bytes(), parser)
+        root = _parse_xml(Path(file).read_bytes())
     except (etree.XMLSyntaxError, ValueError, OSError) as error:
-        raise ValueError(f"annotation {file} cannot be read: {error}") from None
+        reason = getattr(error, "msg", None) or error
+        raise ValueError(f"annotation {file} cannot be read: {reason}") from None
+    for element in root.iter("*"):
+        if "}" in element.tag or not element.tag.islower():
+            element.tag = etree.QName(element).localname.lower()
+    if root.tag == "annotations" and len(root.findall("annotation")) == 1:
+        root = root.find("annotation")
     if root.tag != "annotation":
-        raise ValueError(f"annotation {file} is not a VOC annotation: its root is <{root.tag}>")
-    # Only direct children: the <part> elements of a person also have names ("head", "hand").
-    names = [(item.findtext("name") or "").strip() for item in root.findall("object")]
-    if "" in names:
-        raise ValueError(f"annotation {file} has an object without a name")
+        raise ValueError(
+            f"annotation {file} is not a VOC annotation: its root is <{root.tag}>, expected <annotation>"
+        )
+    names = [_object_name(item, file) for item in root.iter("object")]
     try:
         size = int(root.findtext("size/height")), int(root.findtext("size/width"))
     except (TypeError, ValueError):
@@ -242,16 +248,48 @@ def read_voc_xml(file: str | Path) -> VocAnnotation:
     return VocAnnotation(list(dict.fromkeys(names)), size)
 
 
+def _parse_xml(content: bytes) -> etree._Element:
+    """Return the root of an XML document without comments and processing instructions.
+
+    A document of UTF-8 is also read if it declares another encoding, which programs on Windows write.
+    """
+    content = content.lstrip(b"\xef\xbb\xbf \t\r\n")  # byte order mark, blanks
+    options = {
+        "resolve_entities": False, "no_network": True, "load_dtd": False,
+        "remove_comments": True, "remove_pis": True,
+    }  # fmt: skip
+    try:
+        return etree.fromstring(content, etree.XMLParser(**options))
+    except etree.XMLSyntaxError as error:
+        try:
+            content.decode("utf-8")
+        except UnicodeDecodeError:
+            raise error from None
+        return etree.fromstring(content, etree.XMLParser(encoding="utf-8", **options))
+
+
+def _object_name(item: etree._Element, file: str | Path) -> str:
+    # Only direct children: the <part> elements of a person also have names ("head", "hand").
+    names = [(name.text or "").strip() for name in item.findall("name") if not len(name)]
+    if not any(names):
+        raise ValueError(f"annotation {file} has an object without a name")
+    if len(names) > 1:
+        raise ValueError(f"annotation {file} has an object with several names: {one_line(', '.join(names))}")
+    return names[0]
+
+
 def class_indices(names: Sequence[str], classes: Sequence[str], file: str | Path) -> list[int]:
-    """Return the indices of `names` in `classes`.
+    """Return the distinct indices of `names` in `classes`; see `find_class`.
 
     Raises:
         ValueError: a name is not in `classes`; the message names the annotation `file`.
     """
+    indices = {}
     for name in names:
-        if name not in classes:
+        if (index := find_class(name, classes)) is None:
             raise ValueError(f"annotation {file} contains the class {name!r}, which is not in the benchmark")
-    return [classes.index(name) for name in names]
+        indices[index] = None
+    return list(indices)
 
 
 def _voc_xml_labels(folder: Path, classes: list[str], name: str) -> list[int]:
@@ -292,53 +330,47 @@ def _painted_labels(folder: Path, has_background: bool, num_classes: int, name: 
 # --- COCO instances ---------------------------------------------------------------------------------
 
 
-class CocoImage(NamedTuple):
-    """An image of an instances file."""
+def from_coco_json(
+    path: str | Path, classes: Sequence[str] | int, category_ids: Sequence[int] = ()
+) -> LabelReader:
+    """Return a reader of a COCO instances file; see `read_coco_json`, which reads the file immediately.
 
-    size: tuple[int, int]  # (height, width)
-    annotations: list[dict[str, Any]]  # unchanged, in the order of the file
-    labels: list[int]  # classes of the annotations, including crowds, ascending
+    The reader finds an image by the name of its file, with or without (some of) the folders in `file_name`.
+    It returns an empty list for an image without annotations. It raises ValueError for an image that is not
+    listed, that has an annotation without a known category, or whose name fits several files.
 
-
-def read_coco_json(
-    path: str | Path, num_classes: int, category_ids: Sequence[int] = ()
-) -> dict[str, CocoImage]:
-    """Return the images of a COCO instances file: name (file name without folder and suffix) -> image.
-
-    Args:
-        path: the JSON file.
-        num_classes: number of classes of the benchmark.
-        category_ids: the category id of each class; empty: the classes are the categories of the file, in
-            ascending order of ids.
+    Annotations that belong to no image of the file are logged as a warning.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is not an instances file or is truncated, or its categories do not match the
-            classes.
+        FileNotFoundError, ValueError: see `read_coco_json`; or no annotation belongs to an image of the file.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"annotation file {path} does not exist")
-    try:
-        content = json.loads(Path(path).read_bytes())
-        images = {}
-        for item in content["images"]:
-            size = int(item["height"]), int(item["width"])
-            images[item["id"]] = (Path(item["file_name"]).stem, CocoImage(size, [], []))
-        declared = sorted(int(item["id"]) for item in content["categories"])
-        for item in content["annotations"]:
-            if item["category_id"] not in declared:
-                raise ValueError(f"annotation {item['id']} has the unknown category {item['category_id']}")
-            images[item["image_id"]][1].annotations.append(item)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    images, unused = read_coco_json(path, classes, category_ids)
+    if unused and not any(image.annotations for image in images.values()):
+        raise ValueError(f"annotation file {path}: no annotation belongs to an image; {unused[0]}")
+    if unused:
+        log.warning(
+            "annotation file %s: %d annotations are ignored; %s%s",
+            path, len(unused), "; ".join(unused[:3]), "; ..." if len(unused) > 3 else "",
+        )  # fmt: skip
+    table: dict[str, dict[str, list[int] | str]] = {}
+    for file, image in images.items():
+        labels = image.problems[0] if image.problems else image.labels
+        table.setdefault(file.split("/")[-1], {})[file] = labels
+    return partial(_coco_labels, table, str(path))
+
+
+def _coco_labels(table: dict[str, dict[str, list[int] | str]], source: str, name: str) -> list[int]:
+    """Return the labels of an image; `table`: name without folders -> path -> labels, or their fault."""
+    files = table.get(name.split("/")[-1], {})
+    matches = [name] if name in files else [file for file in files if file.endswith(f"/{name}")]
+    if not matches:
+        raise ValueError(f"image {name} is not listed in {source}")
+    if len(matches) > 1:
         raise ValueError(
-            f"annotation file {path} is not a COCO instances file ({type(error).__name__}: {error})"
-        ) from None
-    ids = list(category_ids) or declared
-    if len(ids) != num_classes or not set(declared) <= set(ids):
-        raise ValueError(
-            f"annotation file {path} declares {len(declared)} categories that do not match the {num_classes} "
-            "classes of the benchmark"
+            f"image {name} can be {one_line(matches[0])} or {one_line(matches[1])} in {source}: put the "
+            "folder before the name, or rename one"
         )
-    for _, image in images.values():
-        image.labels.extend(sorted({ids.index(item["category_id"]) for item in image.annotations}))
-    return dict(images.values())
+    labels = files[matches[0]]
+    if isinstance(labels, str):
+        raise ValueError(f"image {name} in {source}: {labels}")
+    return labels

@@ -5,7 +5,6 @@ split files, annotations, file names and tar shards, which can be damaged or mad
 """
 
 import re
-from pathlib import PurePosixPath
 
 NAMES = "image names go without suffix and are relative to the image folder, such as `x` or `folder/x`"
 MAX_BYTES = 240  # of one part of a name; file systems allow 255, of which outputs need some for their suffix
@@ -31,14 +30,6 @@ def image_name(text: str) -> str:
     if fault := _fault(path, parts):
         raise ValueError(f"image name {shortened(text)} {fault}")
     return "/".join(parts)
-
-
-def name_of_file(text: str) -> str:
-    r"""Return the image name of a file in an annotation, such as `x` for `images\x.jpg`: without folder and
-    suffix; raises the errors of `image_name`."""
-    if not isinstance(text, str):
-        raise ValueError(f"image file name {shortened(text)} is not text")
-    return image_name(PurePosixPath(text.replace("\\", "/")).stem)
 
 
 def shortened(text: object) -> str:

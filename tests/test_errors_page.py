@@ -36,7 +36,8 @@ def templates() -> dict[str, str]:
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 call, is_error = node.exc, getattr(node.exc.func, "id", "") in ERRORS
             else:  # parser.error(...), log.error(...)
-                call, is_error = node, isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "error"
+                is_call = isinstance(node, ast.Call)
+                call, is_error = node, is_call and getattr(node.func, "attr", "") == "error"
             message = template(call.args[0]) if is_error and call.args else None
             if message:
                 found.setdefault(message, relative.as_posix())

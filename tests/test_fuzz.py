@@ -46,7 +46,8 @@ MAX_BYTES = 2**30  # growth of the resident memory during all examples of a read
 TOKENS = [
     b"\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\n", b"\r\n", b"\t", b" ", b"..", b"/", b"\\", b"-1",
     b"0", b"1e999", b"NaN", b"Infinity", b"null", b"99999999999999999999", b"2147483648", b"[", b"]", b"{",
-    b"}", b'"', b"'", b"&a ", b"*a", b"!!python/object:os.system", b"<", b">", b"&lol;", b"\xc3", b"\xed\xa0\x80",
+    b"}", b'"', b"'", b"&a ", b"*a", b"!!python/object:os.system", b"<", b">", b"&lol;",
+    b"\xc3", b"\xed\xa0\x80",
     b"\xef\xbb\xbf", b"x.jpg", b"%s", b"${a}", b"#", b":", b",",
 ]  # fmt: skip
 

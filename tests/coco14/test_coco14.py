@@ -16,7 +16,7 @@ from coco14 import CATEGORY_IDS, CLASS_INDEX, prepare
 from coco14.masks import OVERLAPS, paint, rasterize
 from segmentation import labels
 from segmentation.benchmark import load
-from segmentation.labels import CocoImage
+from segmentation.coco import CocoImage
 
 # pycocotools' arrays raise this warning under NumPy 2; callers cannot avoid it.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -71,8 +71,8 @@ def test_run_lengths_are_painted_exactly(seed, height, width):
     compressed = rle_codec.encode(np.asfortranarray(mask))
     compressed["counts"] = compressed["counts"].decode()  # as in JSON
     for shape in (run_lengths(mask), compressed):
-        image = CocoImage((height, width), [{"id": 1, "category_id": 90, "segmentation": shape}], [])
-        np.testing.assert_array_equal(paint(image), mask * 80)
+        annotation = {"id": 1, "category_id": 90, "segmentation": shape, "area": int(mask.sum())}
+        np.testing.assert_array_equal(paint(CocoImage((height, width), [annotation], [])), mask * 80)
 
 
 def test_polygons_cover_their_pixels():
@@ -82,9 +82,52 @@ def test_polygons_cover_their_pixels():
     np.testing.assert_array_equal(paint(image), expected)
 
 
-def test_points_and_lines_cover_nothing():
-    assert not paint(objects((1, [[1, 1, 5, 5]]), (2, []))).any()
+SQUARE = [0, 0, 4, 0, 4, 4, 0, 4]
+PAIRS = [[0, 0], [4, 0], [4, 4], [0, 4]]
+SQUARE_MASK = np.zeros((HEIGHT, WIDTH), np.uint8)
+SQUARE_MASK[:4, :4] = 1
+RLE = run_lengths(SQUARE_MASK)
+COMPRESSED = rle_codec.encode(np.asfortranarray(SQUARE_MASK))
+LEFT, RIGHT = SQUARE_MASK.copy(), SQUARE_MASK.copy()
+LEFT[:, 2:] = RIGHT[:, :2] = 0
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        [SQUARE],
+        SQUARE,
+        [float(value) for value in SQUARE],
+        PAIRS,
+        [PAIRS],
+        [[PAIRS]],
+        [[SQUARE]],
+        [PAIRS, SQUARE],
+        [SQUARE, [1, 1], [0, 0, 3, 3]],  # a point and a line add nothing
+        [[0, 0, 2, 0, 2, 4, 0, 4], [[2, 0], [4, 0], [4, 4], [2, 4]]],
+        RLE,
+        [RLE],
+        [run_lengths(LEFT), run_lengths(RIGHT)],
+        [run_lengths(LEFT), [2, 0, 4, 0, 4, 4, 2, 4]],
+        {"size": [8.0, 10.0], "counts": [float(count) for count in RLE["counts"]]},
+        COMPRESSED,
+        [{"size": [HEIGHT, WIDTH], "counts": COMPRESSED["counts"].decode()}],
+    ],
+)
+def test_segmentations_of_other_tools_are_painted(shape):
+    np.testing.assert_array_equal(paint(objects((1, shape))), SQUARE_MASK)
+
+
+def test_objects_without_pixels_are_errors_unless_their_area_is_tiny():
+    sliver = {"id": 1, "category_id": 1, "segmentation": [[6.65, 3.33, 6.65, 3.33, 7.68, 3.33]], "area": 0.0}
+    assert not paint(CocoImage((HEIGHT, WIDTH), [sliver], [])).any()  # as in the official files
     assert paint(objects()).shape == (HEIGHT, WIDTH)
+    for change in ({"area": 80}, {"area": None}, {"segmentation": [[1, 1, 5, 5]]}, {"segmentation": []}):
+        with pytest.raises(ValueError, match=r"annotation 1 cannot be rasterized: it (covers|has) no "):
+            paint(CocoImage((HEIGHT, WIDTH), [sliver | change], []))
+    outside = [[20, 20, 30, 20, 30, 30]]
+    with pytest.raises(ValueError, match="it covers no pixel of the image"):
+        paint(CocoImage((HEIGHT, WIDTH), [sliver | {"segmentation": outside}], []))
 
 
 def test_overlap_selects_the_object_of_a_pixel():
@@ -106,17 +149,90 @@ def test_smallest_object_stays_visible_in_any_order(order):
 @pytest.mark.parametrize(
     ("shape", "sentence"),
     [
-        (None, "annotation 5 cannot be rasterized"),
+        (None, "it has no segmentation$"),
+        ([], "it has no segmentation"),
+        ("polygon", "its segmentation contains 'polygon', expected polygons or run lengths"),
+        ([SQUARE, None], "its segmentation contains None, expected polygons"),
+        ([[[[[SQUARE]]]]], "expected polygons or run lengths"),
+        ([[0, 0, 4, 4]], "it covers no pixel of the image"),
+        ([0, 0, 4, 4], "it covers no pixel of the image"),
+        ([[[0, 0], [4, 4]]], "it covers no pixel of the image"),
+        ([[-9, -9, -5, -9, -5, -5]], "it covers no pixel of the image"),
+        ([[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]], "its coordinates are all between 0 and 1, expected pixels"),
+        ([[*SQUARE, 2]], "a polygon has 9 numbers, expected pairs x, y"),
+        ([[[0, 0, 2], [4, 0, 2], [4, 4, 2]]], "a polygon has 3 numbers, expected pairs"),
+        ([[float("nan"), *SQUARE[1:]]], "its coordinate nan is not a number"),
+        ([[None, *SQUARE[1:]]], "its coordinate None is not a number"),
+        ([["0", *SQUARE[1:]]], "its coordinate '0' is not a number"),
+        ([[True, *SQUARE[1:]]], "its coordinate True is not a number"),
+        ([{"x": 0, "y": 0}], "its segmentation has no size and counts"),
+        ([[float("inf"), *SQUARE[1:]]], "its coordinate inf is far outside the image, 8 x 10"),
+        ([[0, 0, 10**9, 0, 10**9, 10**9]], "its coordinate 1000000000 is far outside"),
+        ([[0, 0, -(10**400), 0, 4, 4]], "its coordinate -10+\\.\\.\\.0+ is far outside"),
+        ([[-90, -90, 100, 100] * 10_000], "pixels long, expected at most 1000000"),
+        ({"size": [HEIGHT, WIDTH]}, "its segmentation has no size and counts"),
+        ({"size": None, "counts": [80]}, "its size is None, but the image is"),
+        ({"size": HEIGHT, "counts": [80]}, "its size is 8, but the image is"),
+        ({"size": [[HEIGHT, WIDTH]], "counts": [80]}, "but the image is"),
+        ({"size": [WIDTH, HEIGHT], "counts": [80]}, r"its size is \[10, 8\], but the image is \[8, 10\]"),
+        ({"size": [HEIGHT, WIDTH], "counts": None}, "its counts are None, expected run lengths"),
+        ({"size": [HEIGHT, WIDTH], "counts": [-16, 16, 80]}, "its run length -16 is negative"),
+        ({"size": [HEIGHT, WIDTH], "counts": [2**33, 80]}, "its run lengths cover 8589934672 pixels"),
+        ({"size": [HEIGHT, WIDTH], "counts": [0, 1.5, 78.5]}, "its run length 1.5 is not an integer"),
+        ({"size": [HEIGHT, WIDTH], "counts": [float("inf")]}, "its run length inf is not an integer"),
+        ({"size": [HEIGHT, WIDTH], "counts": [0, "80"]}, "its run length '80' is not an integer"),
+        ({"size": [HEIGHT, WIDTH], "counts": []}, "its run lengths cover 0 pixels"),
+        ({"size": [HEIGHT, WIDTH], "counts": [80]}, "it covers no pixel of the image"),
+        ({"size": [HEIGHT, WIDTH], "counts": ""}, "its run lengths cover 0 pixels"),
+        ({"size": [HEIGHT, WIDTH], "counts": "garbage!"}, "its compressed run lengths are damaged"),
+        ({"size": [HEIGHT, WIDTH], "counts": "\u20ac"}, "its compressed run lengths are damaged"),
+        ({"size": [HEIGHT, WIDTH], "counts": b"\xff\0"}, "its compressed run lengths are damaged"),
+        ({"size": [HEIGHT, WIDTH], "counts": "o" * 99}, "its compressed run lengths are damaged"),
+        ({"size": [HEIGHT, WIDTH], "counts": "0o"}, "its compressed run lengths are cut short"),
+        ({"size": [HEIGHT, WIDTH], "counts": "0ooooo3"}, "its run lengths cover"),
         ({"size": [3, 3], "counts": [9]}, r"its size is \[3, 3\], but the image is \[8, 10\]"),
         ({"size": [HEIGHT, WIDTH], "counts": [3]}, "its run lengths cover 3 pixels, the image has 80"),
-        ({"counts": [3]}, "cannot be rasterized"),
-        ([["a"] * 6], "cannot be rasterized"),
-        ([3], "cannot be rasterized"),
+        ({"counts": [3]}, "its segmentation has no size and counts"),
+        ([["a"] * 6], "its coordinate 'a' is not a number"),
+        ([3], "a polygon has 1 numbers, expected pairs x, y"),
     ],
 )
 def test_bad_segmentation_is_an_error(shape, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=f"^annotation 5 cannot be rasterized: .*{sentence}"):
         rasterize({"id": 5, "segmentation": shape}, (HEIGHT, WIDTH))
+
+
+def test_missing_segmentation_is_an_error():
+    with pytest.raises(ValueError, match="it has no segmentation, only a bounding box"):
+        rasterize({"id": 5, "bbox": [0, 0, 4, 4], "iscrowd": 0}, (HEIGHT, WIDTH))
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=9)
+    | st.fixed_dictionaries({"size": st.just([HEIGHT, WIDTH]) | inner, "counts": inner}),
+    max_leaves=20,
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(JSON_VALUES)
+def test_any_segmentation_is_rasterized_or_an_error(shape):
+    try:
+        mask = rle_codec.decode(rasterize({"id": 5, "segmentation": shape}, (HEIGHT, WIDTH)))
+    except ValueError as error:
+        assert str(error).startswith("annotation 5 cannot be rasterized: ")
+    else:
+        assert mask.shape == (HEIGHT, WIDTH) and mask.any()
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text("0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[]^_`abcdefghijklmno", max_size=12))
+def test_any_compressed_run_lengths_are_read_or_an_error(counts):
+    try:
+        rasterize({"id": 5, "segmentation": {"size": [HEIGHT, WIDTH], "counts": counts}}, (HEIGHT, WIDTH))
+    except ValueError as error:
+        assert str(error).startswith("annotation 5 cannot be rasterized: ")
 
 
 # --- prepare ----------------------------------------------------------------------------------------
@@ -300,6 +416,71 @@ def test_single_fault_is_reported(copy, capsys, damage, message):
     assert labels.read_split(copy.out / "train.txt")[TRAIN[1]] == [79]
 
 
+def edit(copy, key, change):
+    """Change the list `key` of the train annotations."""
+    content = json.loads(copy.train.read_text())
+    change(content[key])
+    copy.train.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"category_id": 99}, f"image {TRAIN[0]}: annotation 0 has the unknown category 99"),
+        ({"category_id": None}, f"image {TRAIN[0]}: annotation 0 has no valid category_id: None"),
+        ({"segmentation": []}, f"image {TRAIN[0]}: annotation 0 cannot be rasterized: it has no"),
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "zz"}}, "compressed run lengths are damaged"),
+    ],
+)
+@pytest.mark.parametrize("labels_from", ("masks", "json"))
+def test_fault_of_an_annotation_is_reported_and_other_images_are_done(
+    copy, capsys, change, message, labels_from
+):
+    edit(copy, "annotations", lambda annotations: annotations[0].update(change))
+    for _ in range(2):  # the second run reports it, too
+        assert run(copy, "--annotations", copy.train, "--labels", labels_from) == 1
+        assert message in (copy.out / "problems.txt").read_text()
+        assert "1 problems" in capsys.readouterr().out
+    assert not (copy.masks / f"{TRAIN[0]}.png").exists()
+    assert sorted(file.stem for file in copy.masks.glob("*.png")) == TRAIN[1:]
+    listed = labels.read_split(copy.out / "train.txt")
+    assert listed.items() >= {TRAIN[1]: [79], TRAIN[3]: [0]}.items()
+    assert "segmentation" in change or TRAIN[0] not in listed  # its labels are incomplete
+
+
+def test_annotation_of_an_unknown_image_is_reported(copy, capsys):
+    unknown = {"id": 77, "image_id": 12345, "category_id": 1, "segmentation": box(0, 0, 4, 4)}
+    edit(copy, "annotations", lambda annotations: annotations.append(unknown))
+    assert run(copy, "--annotations", copy.train) == 1
+    assert "annotation 77 belongs to image 12345, which is not in the file" in capsys.readouterr().out
+    assert (copy.out / "train.txt").read_text() == lines(LABELS)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"height": None}, f"image {TRAIN[0]}: its height and width are missing or not valid"),
+        ({"height": 10**9}, f"image {TRAIN[0]}: its height and width are missing or not valid"),
+        ({"height": WIDTH, "width": HEIGHT}, "differ: annotation 10 x 8, image 8 x 10"),
+    ],
+)
+def test_wrong_image_size_is_reported_and_no_mask_is_made(copy, capsys, size, message):
+    edit(copy, "images", lambda images: images[-1].update(size))  # the images are in reverse order
+    assert run(copy, "--annotations", copy.train) == 1
+    assert message in capsys.readouterr().out
+    assert sorted(file.stem for file in copy.masks.glob("*.png")) == TRAIN[1:]
+
+
+def test_image_names_of_other_systems_are_read(copy):
+    def change(images):
+        for image, prefix in zip(images, ("C:\\coco\\", "train2014/", "http://host/", ""), strict=True):
+            image["file_name"] = prefix + image["file_name"]
+
+    edit(copy, "images", change)
+    assert run(copy, "--annotations", copy.train) == 0
+    assert (copy.out / "train.txt").read_text() == lines(LABELS)
+
+
 def test_mask_without_image_is_reported(copy, capsys):
     paint_all(copy)
     (copy.root / f"JPEGImages/train2014/{TRAIN[1]}.jpg").unlink()
@@ -318,12 +499,20 @@ def test_mask_without_image_is_reported(copy, capsys):
         (["--annotations", "{root}/2017.json"], "is not of COCO 2014"),
         (["--annotations", "{root}/few.json"], "1 categories that do not match the 80 classes"),
         (["--overlap", "none"], "invalid choice"),
+        (["--annotations", "{root}/twice.json"], r"a/COCO_\S+ and b/COCO_\S+ have the same name: rename one"),
+        (["--annotations", "{root}/blank.json"], "is not of COCO 2014"),
     ],
 )
 def test_wrong_usage_exits_with_code_2(copy, capsys, flags, sentence):
     (copy.root / "2017.json").write_text(json.dumps(instances(["000000000009"], [])))
     few = instances(TRAIN, []) | {"categories": [{"id": 12}]}
     (copy.root / "few.json").write_text(json.dumps(few))
+    twice = instances([TRAIN[0]], [])
+    twice["images"] = [twice["images"][0] | {"id": i, "file_name": f"{i}/{TRAIN[0]}.jpg"} for i in "ab"]
+    (copy.root / "twice.json").write_text(json.dumps(twice))
+    blank = instances([TRAIN[0]], [])
+    blank["images"][0]["file_name"] = f"{TRAIN[0]} 1.jpg"
+    (copy.root / "blank.json").write_text(json.dumps(blank))
     with pytest.raises(SystemExit) as stop:
         run(copy, *(flag.format(root=copy.root, train=copy.train) for flag in flags))
     assert stop.value.code == 2

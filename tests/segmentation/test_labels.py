@@ -152,13 +152,21 @@ def test_voc_xml_without_objects_or_size(tmp_path):
     [
         (PERSON_AND_DOG.replace("person", "unicorn"), r"x\.xml contains the class 'unicorn', which"),
         ("<annotation><object/></annotation>", "an object without a name"),
+        ("<annotation><object><name>dog<b/></name></object></annotation>", "an object without a name"),
+        (
+            "<annotation><object><name>dog</name><name>cat</name></object></annotation>",
+            "an object with several names: dog, cat",
+        ),
+        ("<annotations><annotation/><annotation/></annotations>", "its root is <annotations>, expected"),
+        ("<annotations><image id='0'/></annotations>", "its root is <annotations>, expected <annotation>"),
         ("<html/>", "is not a VOC annotation: its root is <html>"),
         (PERSON_AND_DOG[:100], r"annotation .*x\.xml cannot be read"),
         ("", "cannot be read"),
+        ("<annotation><folder>B\udce4ume</folder></annotation>", "cannot be read: .*, line 1, column \\d+$"),
     ],
 )
 def test_invalid_voc_xml_raises(tmp_path, text, message):
-    write(tmp_path / "x.xml", text)
+    (tmp_path / "x.xml").write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=message):
         reader("voc_xml", tmp_path)("x")
 
@@ -176,6 +184,42 @@ def test_missing_voc_xml_raises(tmp_path):
         reader("voc_xml", tmp_path)("x")
     with pytest.raises(FileNotFoundError, match=r"annotation folder .*none does not exist"):
         reader("voc_xml", tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<annotation xmlns="urn:voc"><object><name>dog</name></object></annotation>',
+        "<v:annotation xmlns:v='urn:voc'><v:object><v:name>dog</v:name></v:object></v:annotation>",
+        "<Annotation><Object><Name>Dog</Name></Object></Annotation>",
+        "<annotations><version>1</version><annotation><object><name>dog</name></object></annotation></annotations>",
+        "<annotation><objects><object><name>dog</name></object></objects></annotation>",
+        '\n <?xml version="1.0"?><annotation><object><name> DOG\n</name></object></annotation>',
+        "<annotation><object><name><![CDATA[dog]]></name></object><object><name>Dog</name></object></annotation>",
+        "<annotation><object><name>do<!-- dog -->g</name></object><?x y?></annotation>",
+    ],
+)
+def test_voc_xml_of_other_tools_is_read(tmp_path, text):
+    write(tmp_path / "x.xml", text)
+    assert reader("voc_xml", tmp_path)("x") == [1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "iso-8859-1", "gbk", "euc-kr"])
+def test_voc_xml_is_read_in_its_encoding(tmp_path, encoding):
+    folder = {"gbk": "图片", "euc-kr": "사진"}.get(encoding, "Bäume")
+    declared = encoding.removesuffix("-sig")
+    text = f'<?xml version="1.0" encoding="{declared}"?>\n{PERSON_AND_DOG}'.replace(
+        "<size>", f"<folder>{folder}</folder><size>"
+    )
+    (tmp_path / "x.xml").write_bytes(text.encode(encoding))
+    assert reader("voc_xml", tmp_path)("x") == [2, 1]
+
+
+@pytest.mark.parametrize("declared", ["utf-16", "unicode", "none"])
+def test_utf8_voc_xml_that_declares_another_encoding_is_read(tmp_path, declared):
+    text = f'\ufeff\n<?xml version="1.0" encoding="{declared}"?>{PERSON_AND_DOG}'
+    (tmp_path / "x.xml").write_text(text.replace("<size>", "<folder>Bäume</folder><size>"), encoding="utf-8")
+    assert reader("voc_xml", tmp_path)("x") == [2, 1]
 
 
 # --- masks ------------------------------------------------------------------------------------------
@@ -240,14 +284,21 @@ def instances(**changes):
             {"id": 2, "image_id": 7, "category_id": 13},
             {"id": 3, "image_id": 7, "category_id": 13},
         ],
-        "categories": [{"id": 90}, {"id": 13}, {"id": 11}],
-    } | changes
+        "categories": [
+            {"id": 90, "name": "person"}, {"id": 13, "name": "dog"}, {"id": 11, "name": "cat"}
+        ],
+    } | changes  # fmt: skip
+
+
+def from_coco_json(folder, classes=CLASSES, category_ids=(), **changes):
+    file = write(folder / "a.json", json.dumps(instances(**changes)))
+    return labels.from_coco_json(file, classes, category_ids)
 
 
 def test_reader_of_coco_json(tmp_path):
     write(tmp_path / "a.json", json.dumps(instances()))
     read = reader("coco_json", tmp_path)
-    assert read("x") == [1, 2]  # 11, 13, 90 -> 0, 1, 2
+    assert read("x") == [1, 2]
     assert read("y") == []
     assert reader("coco_json", tmp_path, category_ids=[13, 90, 11])("x") == [0, 1]
     four = {"classes": list("abcd"), "category_ids": [13, 90, 11, 5]}
@@ -256,25 +307,66 @@ def test_reader_of_coco_json(tmp_path):
         read("z")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (json.dumps(instances())[:50], r"a\.json is not a COCO instances file"),
-        ("[]", "is not a COCO instances file"),
-        (json.dumps({"images": []}), "is not a COCO instances file .KeyError: 'annotations'|'categories'"),
-        (json.dumps(instances(images=[])), "is not a COCO instances file"),
-        (json.dumps(instances(categories=[{"id": 13}])), "annotation 1 has the unknown category 90"),
-        (json.dumps(instances(categories=[{"id": 13}, {"id": 90}])), "2 categories that do not match the 3"),
-    ],
-)
-def test_invalid_coco_json_raises(tmp_path, content, message):
-    with pytest.raises(ValueError, match=message):
-        labels.read_coco_json(write(tmp_path / "a.json", content), 3)
-
-
 def test_missing_coco_json_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
         reader("coco_json", tmp_path, annotation_file="none.json")
+
+
+@pytest.mark.parametrize(
+    "file_name",
+    [
+        "a.jpg", "a.PNG", "images\\a.jpg", "C:\\data\\images\\a.jpg", "/data/images/a.jpg", "./a.jpg",
+        " a.jpg ", "../images/a.tiff", "a", "https://host.org/images/a.jpg?size=1.5#x/y", "gs://bucket/images/a.jpeg",
+    ],
+)  # fmt: skip
+def test_from_coco_json_finds_images_by_file_name(tmp_path, file_name):
+    read = from_coco_json(tmp_path, images=[{"id": 7, "file_name": file_name}])
+    assert read("a") == [1, 2]
+
+
+def test_from_coco_json_keeps_dots_of_names_without_suffix(tmp_path):
+    read = from_coco_json(tmp_path, images=[{"id": 7, "file_name": "v1.frame.0001"}])
+    assert read("v1.frame.0001") == [1, 2]
+
+
+def test_from_coco_json_distinguishes_equal_names_by_folder(tmp_path):
+    files = {7: "data/train/x.jpg", 8: "data/val/x.jpg", 9: "y.jpg", 10: "data/y.jpg"}
+    images = [{"id": image, "file_name": file} for image, file in files.items()]
+    read = from_coco_json(tmp_path, images=images)
+    read = pickle.loads(pickle.dumps(read))
+    assert read("train/x") == read("data/train/x") == [1, 2]
+    assert read("val/x") == read("y") == []
+    with pytest.raises(ValueError, match=r"image x can be data/train/x or data/val/x in .*: put the folder"):
+        read("x")
+    with pytest.raises(ValueError, match="image rain/x is not listed"):
+        read("rain/x")
+
+
+@pytest.mark.parametrize(
+    ("category", "message"),
+    [
+        ({"category_id": 99}, "image x in .*: annotation 2 has the unknown category 99"),
+        ({"category_id": None}, "image x in .*: annotation 2 has no valid category_id: None"),
+        ({}, "image x in .*: annotation 2 has no valid category_id: None"),
+        ({"category_id": [13]}, r"annotation 2 has no valid category_id: \[13\]"),
+        ({"category_id": float("nan")}, "annotation 2 has no valid category_id: nan"),
+    ],
+)
+def test_from_coco_json_fails_only_the_image_of_an_unknown_category(tmp_path, category, message):
+    good, other = {"id": 1, "image_id": 7, "category_id": 90}, {"id": 3, "image_id": 8, "category_id": 13}
+    read = from_coco_json(tmp_path, annotations=[good, {"id": 2, "image_id": 7} | category, other])
+    assert read("y") == [1]
+    with pytest.raises(ValueError, match=message):
+        read("x")
+
+
+def test_from_coco_json_reports_annotations_of_unknown_images(tmp_path, caplog):
+    unknown = [{"id": i, "image_id": 70 + i, "category_id": 13} for i in range(4)]
+    read = from_coco_json(tmp_path, annotations=[*instances()["annotations"], *unknown])
+    assert read("x") == [1, 2]
+    assert "4 annotations are ignored; annotation 0 belongs to image 70, which is not in" in caplog.text
+    with pytest.raises(ValueError, match="no annotation belongs to an image; annotation 0 belongs to"):
+        from_coco_json(tmp_path, annotations=unknown)
 
 
 # --- source selected by the benchmark ---------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segmentation.names import NAMES, image_name, name_of_file
+from segmentation.names import NAMES, image_name
 
 
 @pytest.mark.parametrize(
@@ -78,26 +78,3 @@ def test_an_accepted_name_stays_below_any_folder(text):
     path = os.path.normpath(f"/folder/{name}.png")
     assert path == f"/folder/{name}.png" and image_name(name) == name
     assert len(os.fsencode(path.rsplit("/", 1)[1])) <= 255
-
-
-@pytest.mark.parametrize(
-    "text", ["x.jpg", "train2017/x.jpg", "images\\x.jpg", "C:\\data\\x.png", "/data/x", "x"]
-)
-def test_name_of_file_has_no_folder_and_no_suffix(text):
-    assert name_of_file(text) == "x"
-
-
-@pytest.mark.parametrize(
-    "text, fault",
-    [
-        (3, "file name 3 is not text"),
-        (None, "file name None is not text"),
-        ("", "is empty"),
-        ("..", "contains"),
-        ("x.jpg.png", "has the suffix .jpg"),
-        ("\ud800.jpg", "contains a control character"),
-    ],
-)
-def test_name_of_another_file_is_refused(text, fault):
-    with pytest.raises(ValueError, match=fault):
-        name_of_file(text)
