@@ -126,7 +126,8 @@ def parse(text: str, key: str, hint: Any, spec: Spec) -> Any:
     except ValueError:
         value = None
     if value is None or not spec.allows(value, hint):
-        raise ValueError(f"{key} must be {_expected(hint, spec)}, got {shown(text)}")
+        got = str(value)[:SHOWN] if isinstance(value, int | float) else shown(text)
+        raise ValueError(f"{key} must be {_expected(hint, spec)}, got {got}")
     return value
 
 
@@ -248,8 +249,8 @@ def _expected(hint: Any, spec: Spec) -> str:
     kind, is_list = type_of(hint)
     text = spec.expected(hint)
     if is_list:
-        text = f"a list of {text}, such as {'[dog, cat]' if kind is str else '[1, 2]'}"
-    return f"{text} (or null)" if spec.allows(None, hint) else text
+        return f"a list of {text}, such as {'[dog, cat]' if kind is str else '[1, 2]'}"
+    return text
 
 
 def _described(node: yaml.Node) -> str:

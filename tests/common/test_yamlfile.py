@@ -15,6 +15,7 @@ from common.yamlfile import MAX_BYTES, read, read_word
 class Part:
     scales: list[float] = setting([1.0], "sizes", above=0)
     flip: bool | None = None
+    ratio: float = setting(0.5, "part", least=0, most=1)
 
 
 @dataclass
@@ -76,13 +77,19 @@ def test_values_have_the_types_of_the_fields(tmp_path):
         ("part: 3", 1, "part is a section and must contain fields, name: value; got '3'"),
         ("part.flip: no", 1, "part.flip must be written as a section: part: and in the next line, .* flip:"),
         ("flips: no", 1, r"unknown field 'flips': did you mean part.flip\?"),
-        ("part: {zoom: 1}", 1, "unknown field 'part.zoom': the fields are part.scales, part.flip"),
+        (
+            "part: {zoom: 1}",
+            1,
+            "unknown field 'part.zoom': the fields are part.scales, part.flip, part.ratio",
+        ),
         ("<<: {count: 1}", 1, "unknown field '<<': the fields are names, count, part"),
         ("count: '" + "9" * 5000 + "'", 1, "count must be a whole number, got '9{57}[.]{3}'"),
+        ("part: {ratio: 1e999}", 1, "part.ratio must be a number from 0 to 1, got inf"),
+        ("part: {ratio: -2}", 1, "part.ratio must be a number from 0 to 1, got -2.0"),
         ("count: 12:30", 1, "count must be a whole number, got '12:30'"),
         ("part: {scales: [1, 0]}", 1, "part.scales must be a list of numbers above 0, .*; item 2 is '0'"),
         ("part: {scales: [1e999]}", 1, "part.scales .* item 1 is '1e999'"),
-        ("part: {flip: 2}", 1, "part.flip must be True or False .or null., got '2'"),
+        ("part: {flip: 2}", 1, "part.flip must be True or False, got '2'"),
     ],
 )
 def test_error_names_file_line_and_reason(tmp_path, content, line, message):

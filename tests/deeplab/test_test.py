@@ -451,7 +451,7 @@ def test_only_rank_0_prints_a_user_error(command, before, tiny, tree):
     flags += ["--out", str(tree / "run")]
     (tree / "run" / "settings.json").write_text('{"step": "deeplab.train"}')
     other_step = "contains the outputs of step deeplab.train"
-    for more, message in [(["test.crf=fancy"], "error: test.crf must be"), ([], other_step)]:
+    for more, message in [(["test.crf=fancy"], "error: test.crf=fancy: test.crf must be"), ([], other_step)]:
         started = processes.ranks(runs.command, partial(command, [*flags, *more]))
         (code, printed, _), (other, silent, _) = [process.end() for process in started]
         assert (code, other, silent) == (2, 1, "")
