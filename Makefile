@@ -47,7 +47,7 @@ test: setup lint
 	python -m pytest -n 2 --dist loadfile
 
 docs: setup
-	python -m common.docs
+	python -m foundation.docs
 
 lint: setup
 	ruff check .

@@ -1,8 +1,8 @@
 """Step 2a: score CAMs or index masks against ground truth. See python eval_cam.py --help"""
 
 
-from common.cli import Parser
-from common.settings import count
+from foundation.cli import Parser
+from foundation.settings import count
 from pipeline.evaluate import ARITHMETIC, MASKS, Evaluation, backgrounds, benchmark_of, evaluate
 from pipeline.flags import add_benchmark_flag
 from pipeline.processes import cores

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from common.cli import Parser
-from common.settings import add_flags, count, from_args
+from foundation.cli import Parser
+from foundation.settings import add_flags, count, from_args
 from pipeline.evaluate import benchmark_of
 from pipeline.flags import add_benchmark_flag, add_image_flags
 from pipeline.masks import MaskSettings, MaskStep, add_preset_flag, make_masks, mask_defaults

@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from common.cli import Parser
-from common.files import check_outputs
-from common.settings import add_flags, from_args
+from foundation.cli import Parser
+from foundation.files import check_outputs
+from foundation.settings import add_flags, from_args
 from pipeline import shards
 from pipeline.cams_cli import add_cam_flags, add_input_flags, cam_step
 from pipeline.flags import LABELS_HELP

@@ -6,9 +6,9 @@ from pathlib import Path
 import clip
 from bench import cams, crf, evaluation, fused, tags, train
 from bench.measure import Setting, table
-from common.cli import Parser
-from common.settings import count
 from deeplab.recipe import NETWORKS
+from foundation.cli import Parser
+from foundation.settings import count
 from pipeline.run import command
 from segmentation.inference import PRECISIONS
 

@@ -10,9 +10,9 @@ from urllib.request import urlopen
 
 from tqdm import tqdm
 
-from common.files import replacing, sha256
-from common.jsonfile import read_json
-from common.logs import no_progress
+from foundation.files import replacing, sha256
+from foundation.jsonfile import read_json
+from foundation.logs import no_progress
 
 # OpenAI's files; the folder name in each address is the sha256 of the file.
 OPENAI = "https://openaipublic.azureedge.net/clip/models"

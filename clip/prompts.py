@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clip.model import CLIP
 from clip.tokenizer import tokenize
-from common.files import replacing
+from foundation.files import replacing
 
 PROMPTS_PER_BATCH = 256
 

@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 from coco14 import BENCHMARK, CATEGORY_IDS, CLASSES
 from coco14.masks import OVERLAPS, Overlap, paint
-from common.files import write_file
-from common.jsonfile import read_json
-from common.logs import log
+from foundation.files import write_file
+from foundation.jsonfile import read_json
+from foundation.logs import log
 from segmentation import prepare as shared
 from segmentation.coco import CocoImage, read_coco_json
 from segmentation.images import IMAGE_SUFFIXES

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cocostuff import BENCHMARK, CATEGORY_IDS, CLASS_INDEX, CLASSES
-from common.logs import log
+from foundation.logs import log
 from segmentation import prepare as shared
 from segmentation.benchmark import IGNORE
 from segmentation.labels import Split, mask_labels, read_split

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from common.settings import Settings, setting
+from foundation.settings import Settings, setting
 from segmentation.config import OptimConfig as BaseOptimConfig
 from segmentation.config import RunConfig
 from segmentation.losses import LOSSES

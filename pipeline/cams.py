@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 import clip
 from clip.model import CLIP, VisionTransformer
 from clip.positions import POSITION_ROUNDINGS
-from common.files import below, write_file
-from common.settings import Settings, setting
+from foundation.files import below, write_file
+from foundation.settings import Settings, setting
 from pipeline.compute import ComputeSettings, images_that_fit
 from pipeline.decode import Decoder, Grid, LabeledImage, resized_views
 from pipeline.step import Step

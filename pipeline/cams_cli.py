@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clip.download import resolve
-from common.cli import Parser
-from common.files import sha256
-from common.settings import add_flags, from_args
+from foundation.cli import Parser
+from foundation.files import sha256
+from foundation.settings import add_flags, from_args
 from pipeline import flags, shards
 from pipeline.cams import ROUND_WEIGHTS, CamSettings, CamStep
 from pipeline.compute import ComputeSettings

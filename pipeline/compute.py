@@ -7,8 +7,8 @@ import torch
 
 import clip
 from clip.model import CLIP, HEAD_WIDTH, VisionTransformer
-from common.logs import log
-from common.settings import Settings, setting
+from foundation.logs import log
+from foundation.settings import Settings, setting
 from pipeline.flow import FlowSettings
 from pipeline.processes import cores, device_of
 from pytorch_grad_cam.last_block import LABELS_AT_ONCE

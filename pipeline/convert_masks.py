@@ -13,9 +13,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from common.cli import Parser
-from common.logs import log
-from common.settings import count
+from foundation.cli import Parser
+from foundation.logs import log
+from foundation.settings import count
 from pipeline.processes import Outcome, cores
 from pipeline.run import SHOWN, Record, Run, command
 from pipeline.step import Step

@@ -12,7 +12,7 @@ from PIL import Image
 
 import clip
 from clip.model import CLIP, VisionTransformer
-from common.files import below
+from foundation.files import below
 from pipeline.processes import Outcome
 from pipeline.step import Decoded
 from segmentation.images import find_image, read_image, shrunk

@@ -26,7 +26,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from common import logs
+from foundation import logs
 from pipeline.processes import Decoded, Outcome, attempt, failed
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def flow(
 
     Raises:
         ChildProcessError: a decoding process died.
-        DiskFull: see `common.files`.
+        DiskFull: see `foundation.files`.
     """
     settings = step.flow
     limits: dict[Hashable, int] = {}  # shape that ran out of memory -> largest batch to try

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.files import below
+from foundation.files import below
 from pipeline.cams import CamStep, store_files
 from pipeline.decode import Decoder, LabeledImage
 from pipeline.masks import MaskSettings, crf_labels, mask_values, resize_mask, shrunk_note

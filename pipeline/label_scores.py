@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.files import replacing, write_file
-from common.logs import log
+from foundation.files import replacing, write_file
+from foundation.logs import log
 from pipeline.flags import beside_images
 from pipeline.run import first_few, write_json
 from segmentation import labels

@@ -7,8 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from common.files import below
-from common.settings import Settings, setting
+from foundation.files import below
+from foundation.settings import Settings, setting
 from pipeline.evaluate import ScoringStep, background, count_mask, files_present, read_truth
 from pipeline.processes import device_of
 from pipeline.run import Record, Run, fingerprint, read_settings

@@ -11,9 +11,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, ClassVar, NamedTuple
 
-from common import logs
-from common.files import FULL, DiskFull
-from common.logs import log
+from foundation import logs
+from foundation.files import FULL, DiskFull
+from foundation.logs import log
 from segmentation.distributed import local_rank_and_world
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.jsonfile import read_json
+from foundation.jsonfile import read_json
 
 TAG_SCORES = ("mAP", "F1", "Precision", "Recall")
 MAX_ITEMS, FIRST_ITEMS = 25, 3  # longer lists of settings are cut to the first few items

@@ -11,8 +11,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from common.cli import Parser
-from common.files import write_file
+from foundation.cli import Parser
+from foundation.files import write_file
 from pipeline import figures, records
 from pipeline.evaluate import benchmark_scores, scored_names
 from pipeline.masks import MaskSettings, crf_labels, mask_values

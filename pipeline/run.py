@@ -17,9 +17,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.files import DiskFull, sweep, write_file
-from common.jsonfile import read_json
-from common.logs import log, no_progress
+from foundation.files import DiskFull, sweep, write_file
+from foundation.jsonfile import read_json
+from foundation.logs import log, no_progress
 from pipeline import processes
 from pipeline.processes import Outcome
 from pipeline.step import Step, run_step

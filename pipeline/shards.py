@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
-from common.files import replacing
+from foundation.files import replacing
 from pipeline.cams import CamStep
 from pipeline.decode import Sample
 from pipeline.flow import decoding, flow

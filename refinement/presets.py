@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.settings import Settings, setting
+from foundation.settings import Settings, setting
 from refinement.lattice import Kernel
 
 IMAGE_MODES = ("raw", "bgr", "wrapped")

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import yamlfile
-from common.settings import setting
-from common.yamlfile import label, shown
+from foundation import yamlfile
+from foundation.settings import setting
+from foundation.yamlfile import label, shown
 
 IGNORE = 255  # index-mask value of ignored pixels, which losses and scores do not count
 LABEL_SOURCES = ("voc_xml", "file", "masks", "coco_json")

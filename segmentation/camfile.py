@@ -15,7 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from common.untrusted import read_npy_dict, read_npz
+from foundation.untrusted import read_npy_dict, read_npz
 from segmentation.images import size_within
 
 FORMATS = {"full": ".npy", "compact": ".npz"}

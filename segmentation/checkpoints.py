@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.files import replacing
+from foundation.files import replacing
 
 RESUME = "resume.pt"
 FINAL = "checkpoint_final.pth"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from common.settings import Settings, setting
+from foundation.settings import Settings, setting
 from segmentation.inference import PRECISIONS
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from lxml import etree
 
-from common.logs import log
+from foundation.logs import log
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.class_names import find_class
 from segmentation.coco import one_line, read_coco_json

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from common.files import write_file
+from foundation.files import write_file
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.images import UNREADABLE, decode
 

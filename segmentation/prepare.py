@@ -12,10 +12,10 @@ from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from common.cli import Parser
-from common.files import DiskFull, write_file
-from common.logs import no_progress
-from common.settings import count
+from foundation.cli import Parser
+from foundation.files import DiskFull, write_file
+from foundation.logs import no_progress
+from foundation.settings import count
 from segmentation.images import find_image, read_image, read_size
 
 PRINTED = 3  # number of problems of each kind that are printed; the file lists all

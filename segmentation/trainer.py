@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from common.logs import log, no_progress
+from foundation.logs import log, no_progress
 from segmentation import checkpoints
 from segmentation.checkpoints import FINAL, RESUME, trained_state
 from segmentation.config import OptimConfig, RunConfig

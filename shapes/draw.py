@@ -16,9 +16,9 @@ from lxml.builder import E
 from PIL import Image
 from tqdm import tqdm
 
-from common.cli import Parser
-from common.files import write_file
-from common.logs import no_progress
+from foundation.cli import Parser
+from foundation.files import write_file
+from foundation.logs import no_progress
 from segmentation.benchmark import voc_palette
 from segmentation.masks import write_mask
 from shapes.world import CLASSES, DIFFICULT_BELOW, Drawn, Scene, draw, generator

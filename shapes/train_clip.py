@@ -34,9 +34,9 @@ from clip.images import normalize
 from clip.model import CLIP, Config
 from clip.prompts import encode_prompts
 from clip.tokenizer import tokenize
-from common import logs
-from common.cli import Parser
-from common.settings import Settings, add_flags, from_args, setting
+from foundation import logs
+from foundation.cli import Parser
+from foundation.settings import Settings, add_flags, from_args, setting
 from segmentation.checkpoints import write_tensors
 from segmentation.metrics import confusion, scores
 from shapes.world import BACKGROUNDS, CAPTION_TEMPLATES, CLASSES, draw

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from clip.download import resolve
-from common.cli import Parser
-from common.files import check_outputs, sha256
-from common.settings import add_flags, from_args
+from foundation.cli import Parser
+from foundation.files import check_outputs, sha256
+from foundation.settings import add_flags, from_args
 from pipeline.cams import CamStep
 from pipeline.compute import ComputeSettings
 from pipeline.flags import add_image_flags, recorded_path

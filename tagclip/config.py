@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from clip.positions import POSITION_ROUNDINGS
-from common.settings import Settings, setting
+from foundation.settings import Settings, setting
 
 
 @dataclass(frozen=True)

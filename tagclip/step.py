@@ -8,8 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from common.files import DiskFull
-from common.logs import log
+from foundation.files import DiskFull
+from foundation.logs import log
 from pipeline.compute import ComputeSettings, images_that_fit
 from pipeline.decode import Grid, shrunk_notes
 from pipeline.label_scores import read_scores, write_scores

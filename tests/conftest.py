@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import clip
-from common import logs
+from foundation import logs
 from tests import weights
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = {
-    "common": 0,
+    "foundation": 0,
     "clip": 1,
     "segmentation": 1,
     "refinement": 1,

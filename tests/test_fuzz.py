@@ -27,8 +27,8 @@ from PIL import Image
 
 import clip
 from coco14.masks import paint
-from common.logs import log
 from deeplab import checkpoint
+from foundation.logs import log
 from pipeline import shards
 from pipeline.label_scores import read_scores, write_scores
 from pipeline.run import read_settings

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from common import yamlfile
-from common.settings import Settings, setting
+from foundation import yamlfile
+from foundation.settings import Settings, setting
 from refinement.densecrf import PRESETS
 from segmentation.config import OptimConfig, RunConfig
 

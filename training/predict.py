@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.cli import Parser
-from common.files import replacing
-from common.settings import add_flags, count, given, setting
+from foundation.cli import Parser
+from foundation.files import replacing
+from foundation.settings import add_flags, count, given, setting
 from pipeline.masks import resize_mask
 from pipeline.run import Record, Run, check_folder, read_settings
 from pipeline.step import Decoded, Step

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.files import sha256
-from common.settings import add_flags, given
+from foundation.files import sha256
+from foundation.settings import add_flags, given
 from pipeline.compute import warn_of_slow_precision
 from pipeline.flags import recorded_path
 from pipeline.processes import device_of

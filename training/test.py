@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import Parser
-from common.files import below, replacing
-from common.logs import log
-from common.settings import add_flags, count, given, setting
+from foundation.cli import Parser
+from foundation.files import below, replacing
+from foundation.logs import log
+from foundation.settings import add_flags, count, given, setting
 from pipeline.evaluate import benchmark_scores, report_scores
 from pipeline.processes import Outcome, attempt
 from pipeline.run import SETTINGS, Record, Run, check_folder, read_settings

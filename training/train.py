@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.cli import Parser
-from common.files import sha256, write_file
-from common.logs import log
+from foundation.cli import Parser
+from foundation.files import sha256, write_file
+from foundation.logs import log
 from pipeline.compute import warn_of_slow_precision
 from pipeline.evaluate import benchmark_scores
 from pipeline.processes import device_of

@@ -14,7 +14,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from common.logs import log
+from foundation.logs import log
 from segmentation import prepare as shared
 from segmentation.labels import class_indices, mask_labels, read_split, read_voc_xml
 from segmentation.masks import read_mask

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common.files import sha256
 from deeplab.config import Config
 from deeplab.predict import main
 from deeplab.recipe import RECIPE
+from foundation.files import sha256
 from segmentation import benchmark as benchmarks
 from segmentation.benchmark import Benchmark, voc_palette
 from segmentation.figures import labeled_overlay, with_legend

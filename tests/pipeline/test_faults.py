@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 import shapes
-from common import files
+from foundation import files
 from pipeline.run import Run, command
 from pipeline.step import Decoded, Step
 from segmentation import camfile

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.files import DiskFull
+from foundation.files import DiskFull
 from pipeline.flow import FlowSettings, _is_out_of_memory, decoding, flow
 from pipeline.processes import Outcome, failed
 from pipeline.step import Step

@@ -4,9 +4,9 @@ import logging
 
 import pytest
 
-from common import logs
-from common.cli import Parser
-from common.logs import log, no_progress
+from foundation import logs
+from foundation.cli import Parser
+from foundation.logs import log, no_progress
 from pipeline.run import Run
 from pipeline.step import Decoded, Step
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.files import replacing
+from foundation.files import replacing
 from pipeline import figures, records, report
 from segmentation.benchmark import IGNORE, Benchmark, voc_palette
 from segmentation.masks import read_mask, write_mask

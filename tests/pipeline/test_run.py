@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import logs
-from common.files import replacing
+from foundation import logs
+from foundation.files import replacing
 from pipeline.processes import Outcome, device_of, part_of
 from pipeline.run import Record, Run, command, read_settings
 from pipeline.step import Decoded, Step

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.files import sha256
+from foundation.files import sha256
 from segmentation.checkpoints import FINAL, RESUME
 from segmentation.masks import read_mask
 from segmentation.trainer import Trainer

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.settings import Settings, setting
+from foundation.settings import Settings, setting
 from segmentation.benchmark import IGNORE
 from segmentation.config import OptimConfig
 from segmentation.inference import Protocol

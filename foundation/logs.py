@@ -19,7 +19,7 @@ class _Handler(logging.Handler):
 
 
 def show(level: int) -> None:
-    """Write messages of this level and above to stderr; `common.cli.Parser` calls this in commands.
+    """Write messages of this level and above to stderr; `foundation.cli.Parser` calls this in commands.
 
     Other Python programs do not call it, so that their own logging configuration applies.
     """

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.settings import setting
-from common.yamlfile import MAX_BYTES, read, read_word
+from foundation.settings import setting
+from foundation.yamlfile import MAX_BYTES, read, read_word
 
 
 @dataclass

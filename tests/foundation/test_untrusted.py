@@ -8,8 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from common import untrusted
-from common.untrusted import open_zip, parse_npy, read_npy_dict, read_npz
+from foundation import untrusted
+from foundation.untrusted import open_zip, parse_npy, read_npy_dict, read_npz
 
 
 def npy(header: str, data: bytes = b"", version: int = 1) -> bytes:

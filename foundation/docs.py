@@ -1,4 +1,4 @@
-"""Write the option tables of docs/: python -m common.docs
+"""Write the option tables of docs/: python -m foundation.docs
 
 Each table is between the comments `<!-- settings MODULE:CLASS PREFIX -->` and `<!-- end settings -->`. It is
 derived from the dataclass CLASS in MODULE. PREFIX is `--` for flags and empty for the keys of a YAML file.
@@ -8,8 +8,8 @@ import re
 from importlib import import_module
 from pathlib import Path
 
-from common.files import write_file
-from common.settings import rows
+from foundation.files import write_file
+from foundation.settings import rows
 
 BLOCK = re.compile(r"(<!-- settings (\S+):(\S+) ?(\S*) -->\n).*?(<!-- end settings -->)", re.DOTALL)
 

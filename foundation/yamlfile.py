@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from common.settings import SPEC, Spec, type_of
+from foundation.settings import SPEC, Spec, type_of
 
 MAX_BYTES = 2**20
 MAX_VALUES = 10_000  # a benchmark has at most 255 classes

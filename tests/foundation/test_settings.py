@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from common import yamlfile
-from common.docs import page
-from common.settings import Settings, Spec, add_flags, from_args, rows, setting
+from foundation import yamlfile
+from foundation.docs import page
+from foundation.settings import Settings, Spec, add_flags, from_args, rows, setting
 
 DOCS = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
 

@@ -4,7 +4,7 @@ import argparse
 import logging
 from typing import Any
 
-from common import logs
+from foundation import logs
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from common.files import replacing, sweep
+from foundation.files import replacing, sweep
 
 ROOT = Path(__file__).parents[2]
 WRITER = """
 import sys, time
-from common.files import replacing
+from foundation.files import replacing
 with replacing(sys.argv[1]) as stream:
     stream.write(b"theirs")
     stream.flush()

@@ -4,9 +4,9 @@
     class CamSettings(Settings):
         affinity_layers: int = setting(8, "last blocks whose attention is averaged", least=1)
 
-Flags (`add_flags`, `from_args`), range checks (`Settings`) and the option tables of docs/ (`common.docs`) are
-derived from the field. The same dataclasses are the schema of YAML files (`common.yamlfile`), and an output
-folder records their values.
+Flags (`add_flags`, `from_args`), range checks (`Settings`) and the option tables of docs/
+(`foundation.docs`) are derived from the field. The same dataclasses are the schema of YAML files
+(`foundation.yamlfile`), and an output folder records their values.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.jsonfile import read_json
+from foundation.jsonfile import read_json
 
 
 def test_objects_are_read(tmp_path):
