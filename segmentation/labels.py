@@ -229,7 +229,7 @@ def read_voc_xml(file: str | Path) -> VocAnnotation:
     try:
         root = _parse_xml(Path(file).read_bytes())
     except (etree.XMLSyntaxError, ValueError, OSError) as error:
-        reason = getattr(error, "msg", None) or error
+        reason = " ".join(str(getattr(error, "msg", None) or error).split())  # libxml2 adds line breaks
         raise ValueError(f"annotation {file} cannot be read: {reason}") from None
     for element in root.iter("*"):
         if "}" in element.tag or not element.tag.islower():

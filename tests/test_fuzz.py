@@ -28,6 +28,7 @@ from PIL import Image
 import clip
 from coco14.masks import paint
 from deeplab import checkpoint
+from deeplab.config import Config
 from foundation.logs import log
 from pipeline import shards
 from pipeline.label_scores import read_scores, write_scores
@@ -195,12 +196,13 @@ def check_xml(file: Path) -> None:
 
 
 def check_instances(file: Path) -> None:
-    read = from_coco_json(file, ["oak", "maple", "birch"])
-    for name, image in read_coco_json(file, ["oak", "maple", "birch"], ()).items():
-        assert all(0 <= label < 3 for label in read(name))
+    classes = ["oak", "maple", "birch"]
+    read = from_coco_json(file, classes)
+    for name, image in read_coco_json(file, classes).images.items():
         try:
+            assert all(0 <= label < 3 for label in read(name))
             mask = paint(image)
-        except ValueError:
+        except ValueError:  # a fault of this image
             continue
         assert mask.shape == image.size and mask.max(initial=0) <= 80
 
@@ -230,9 +232,7 @@ def check_yaml(file: Path) -> None:
 
 
 def check_config(file: Path) -> None:
-    from deeplab.config import DeepLabConfig
-
-    configs.to_yaml(configs.read(DeepLabConfig, file))
+    configs.to_yaml(configs.read(Config, file))
 
 
 def check_shard(file: Path) -> None:
