@@ -60,7 +60,7 @@ def label_rule(rule: str, threshold: float | None, ratio: float) -> LabelRule:
         threshold = ratio if threshold is None else threshold
         expected, fits = "a number from 0 to 1", 0 <= threshold <= 1
     elif threshold is None:
-        raise ValueError(f"--label_rule {rule} requires --label_threshold X: give it")
+        raise ValueError(f"--label_rule {rule} requires --label_threshold X")
     elif rule == "top":
         expected, fits = "a whole number, 1 or more", threshold >= 1 and threshold.is_integer()
     else:

@@ -117,7 +117,10 @@ def read(
     """
     file = find(folder, name)
     if file is None:
-        raise FileNotFoundError(f"no CAM file of {name} ({' or '.join(FORMATS.values())}) in {folder}")
+        raise FileNotFoundError(
+            f"no CAM file of {name} ({' or '.join(FORMATS.values())}) in {folder}: run step 1 for this "
+            "image, or give another --cam_dir"
+        )
     content = _content(file)
     class_ids = _class_ids(content, file)
     if cam_type not in content:
@@ -183,4 +186,6 @@ def _content(file: Path) -> dict:
     try:
         return read_npz(file) if file.suffix == FORMATS["compact"] else read_npy_dict(file)
     except Exception as error:  # damaged pickles and archives raise exceptions of any type
-        raise ValueError(f"{file} cannot be read as a CAM file: {error}") from None
+        raise ValueError(
+            f"{file} cannot be read as a CAM file: {error}; delete it and run step 1 again"
+        ) from None

@@ -45,7 +45,10 @@ def find_image(folder: str | Path, name: str) -> Path:
     for suffix in IMAGE_SUFFIXES:
         if (file := Path(folder) / f"{name}{suffix}").is_file():
             return file
-    raise FileNotFoundError(f"no image {name} ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
+    raise FileNotFoundError(
+        f"no image {name} ({', '.join(IMAGE_SUFFIXES)}) in {folder}: check the image folder and the list of "
+        "images"
+    )
 
 
 def image_files(path: str) -> list[str]:

@@ -287,7 +287,10 @@ def class_indices(names: Sequence[str], classes: Sequence[str], file: str | Path
     indices = {}
     for name in names:
         if (index := find_class(name, classes)) is None:
-            raise ValueError(f"annotation {file} contains the class {name!r}, which is not in the benchmark")
+            raise ValueError(
+                f"annotation {file} contains the class {name!r}, which is not in the benchmark: correct the "
+                "name, or add it to classes"
+            )
         indices[index] = None
     return list(indices)
 

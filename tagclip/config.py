@@ -98,7 +98,10 @@ class TagSettings(Settings):
             if value is not None and value > most:
                 raise ValueError(f"{name} is {value}, but {most} blocks can vote: give at most {most}")
         if self.crop_size is not None and self.crop_size % patch_size:
-            raise ValueError(f"crop_size {self.crop_size} is not a multiple of the patch size {patch_size}")
+            raise ValueError(
+                f"crop_size {self.crop_size} is not a multiple of the patch size {patch_size}: give a "
+                "multiple"
+            )
 
     def voters(self, layers: int) -> range:
         """Return the blocks that vote."""

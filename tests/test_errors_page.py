@@ -35,9 +35,9 @@ def templates() -> dict[str, str]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 call, is_error = node.exc, getattr(node.exc.func, "id", "") in ERRORS
-            else:  # parser.error(...), log.error(...)
-                is_call = isinstance(node, ast.Call)
-                call, is_error = node, is_call and getattr(node.func, "attr", "") == "error"
+            else:  # parser.error(message)
+                call, name = node, getattr(getattr(node, "func", None), "attr", "")
+                is_error = name == "error" and len(node.args) == 1
             message = template(call.args[0]) if is_error and call.args else None
             if message:
                 found.setdefault(message, relative.as_posix())
