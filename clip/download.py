@@ -1,8 +1,10 @@
 """Model names -> checkpoint files, downloaded once into ~/.cache/clip, which other CLIP projects share."""
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -33,6 +35,8 @@ TOWER_KEYS = {
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
 }
 TOWER_VALUES = {"head_width": 64, "mlp_ratio": 4.0, "vocab_size": 49408}
+
+TIMEOUT = 60  # seconds that a download waits for data
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,15 @@ def _with_sidecar(file: Path) -> Source:
     sidecar = file.with_name("open_clip_config.json")
     if not sidecar.is_file():
         return Source(file)
+    fault = f"{sidecar} is not an open_clip configuration: correct or remove it"
     try:
         content = json.loads(sidecar.read_text())
+    except (ValueError, RecursionError):  # ValueError: not JSON, or not text
+        raise ValueError(fault) from None
+    try:
         conventions = _conventions(content["model_cfg"], content.get("preprocess_cfg", {}), sidecar)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{sidecar} is not an open_clip configuration: correct or remove it") from None
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(fault) from None
     return Source(file, True, conventions)
 
 
@@ -127,12 +135,21 @@ def _conventions(config: dict, preprocessing: dict, name: str | Path) -> dict[st
     conventions = {"activation": "quick_gelu" if config.get("quick_gelu") else "gelu"}
     for statistic in ("mean", "std"):
         if preprocessing.get(statistic):
-            conventions[statistic] = tuple(preprocessing[statistic])
+            values = tuple(preprocessing[statistic])
+            least = 0 if statistic == "std" else -math.inf
+            if len(values) != 3 or not all(least < value < math.inf for value in values):
+                raise ValueError(
+                    f"{name}: {statistic} must be three finite numbers, and std above 0, got {values}"
+                )
+            conventions[statistic] = values
     return conventions
 
 
 def _cache() -> Path:
-    return Path.home() / ".cache" / "clip"
+    try:
+        return Path.home() / ".cache" / "clip"
+    except RuntimeError:
+        raise OSError("there is no home folder for the cache: set HOME, or give a checkpoint file") from None
 
 
 def fetch(url: str, folder: Path) -> Path:
@@ -153,7 +170,7 @@ def fetch(url: str, folder: Path) -> Path:
         return target
     digest = hashlib.sha256()
     try:
-        with urlopen(url) as response, replacing(target) as file:
+        with urlopen(url, timeout=TIMEOUT) as response, replacing(target) as file:
             total = int(response.headers.get("Content-Length") or 0) or None
             with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=no_progress()) as bar:
                 while chunk := response.read(1 << 20):
@@ -166,8 +183,9 @@ def fetch(url: str, folder: Path) -> Path:
                     f"the download of {url} has the sha256 {digest.hexdigest()}, expected {checksum}: "
                     "try again"
                 )
-    except URLError as error:
+    except (URLError, HTTPException) as error:
+        reason = getattr(error, "reason", type(error).__name__)
         raise OSError(
-            f"cannot download {url} ({error.reason}): check the connection, or give a checkpoint file"
+            f"cannot download {url} ({reason}): check the connection, or give a checkpoint file"
         ) from None
     return target

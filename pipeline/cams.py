@@ -143,6 +143,9 @@ def batch_cams(
 
     Returns:
         For each image, CAM type -> (K, h, w) float32 in [0, 1] on the patch grid of the largest scale.
+
+    Raises:
+        ValueError: a CAM is not finite.
     """
     counts = [len(features) for features in text_features]
     padded = pad_sequence(list(text_features), batch_first=True)  # (B, K, E)
@@ -156,7 +159,10 @@ def batch_cams(
             of_images = grids.transpose(0, 1).cpu().numpy()  # (B, views, K, h, w)
             for image_cams, count, grid in zip(cams, counts, of_images, strict=True):
                 image_cams.setdefault(cam_type, []).extend(grid[:, :count])
-    return [{cam_type: _average(grids) for cam_type, grids in by_type.items()} for by_type in cams]
+    averaged = [{cam_type: _average(grids) for cam_type, grids in by_type.items()} for by_type in cams]
+    if not all(camfile.is_finite(grids) for by_type in averaged for grids in by_type.values()):
+        raise ValueError("the CAM is not finite: give undamaged weights, or --precision fp32")
+    return averaged
 
 
 def _view_cams(
