@@ -160,9 +160,15 @@ def batch_cams(
             for image_cams, count, grid in zip(cams, counts, of_images, strict=True):
                 image_cams.setdefault(cam_type, []).extend(grid[:, :count])
     averaged = [{cam_type: _average(grids) for cam_type, grids in by_type.items()} for by_type in cams]
-    if not all(camfile.is_finite(grids) for by_type in averaged for grids in by_type.values()):
-        raise ValueError("the CAM is not finite: give undamaged weights, or --precision fp32")
+    for by_type in averaged:
+        for grids in by_type.values():
+            _require_finite(bool(np.isfinite(grids).all()))
     return averaged
+
+
+def _require_finite(finite: bool) -> None:
+    if not finite:
+        raise ValueError("the CAM is not finite: give undamaged weights, or --precision fp32")
 
 
 def _view_cams(
@@ -192,6 +198,7 @@ def _view_cams(
         position_rounding=settings.position_rounding,
         affinity=affinity,
     )
+    _require_finite(bool(result.cams.isfinite().all()))
     cams = {}
     if settings.refine == "none" or settings.keep_initial:
         cams[INITIAL] = result.cams

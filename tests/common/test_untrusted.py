@@ -172,7 +172,7 @@ def test_pickle_cannot_change_the_functions_that_it_may_call(tmp_path):
 def test_one_text_cannot_be_encoded_many_times(tmp_path):
     text = "a" * 10_000_000
     value = {"keys": [Reduced(_codecs.encode, (text, "latin1")) for _ in range(40)]}
-    with pytest.raises(ValueError, match="declares 230000000 bytes of content"):
+    with pytest.raises(ValueError, match=r"declares \d+ bytes of content, but has only 10000"):
         read_dict(tmp_path, pickled_dict(value))
 
 
