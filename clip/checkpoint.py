@@ -1,22 +1,21 @@
 """Checkpoint files -> CLIP.
 
-Supported files: OpenAI's TorchScript archives, state dicts (also of DataParallel, or inside a training
-checkpoint), open_clip's state dicts, and safetensors. Loading a file never runs its code: only the tensors of
-archives are read, and restricted unpicklers read the pickles.
+Supported files: OpenAI's TorchScript archives, state dicts (also with prefixes, or inside a training
+checkpoint), state dicts of open_clip and transformers, and safetensors. Loading a file never runs its code,
+see `common.tensors`.
 """
-import pickle
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from clip.download import resolve
+from clip.keys import clean_keys
 from clip.model import CLIP, HEAD_WIDTH, Config, matrices
 from clip.resnet import STRIDE
+from foundation.tensors import read_tensors
 
 PRECISIONS = {
     "fp32": torch.float32,
@@ -24,27 +23,16 @@ PRECISIONS = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-# Globals allowed in the pickle of a TorchScript archive, and their replacements. `_ArchiveReader` also allows
-# module classes and typed lists. Any other global is an error.
-GLOBALS = {
-    ("torch", "BFloat16Storage"): torch.bfloat16,
-    ("torch", "BoolStorage"): torch.bool,
-    ("torch", "ByteStorage"): torch.uint8,
-    ("torch", "DoubleStorage"): torch.float64,
-    ("torch", "FloatStorage"): torch.float32,
-    ("torch", "HalfStorage"): torch.float16,
-    ("torch", "IntStorage"): torch.int32,
-    ("torch", "LongStorage"): torch.int64,
-    ("torch", "device"): lambda *_: None,
-    ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, size, stride, *_: torch.as_strided(
-        storage, size, stride, offset
-    ),
-    ("torch.jit._pickle", "restore_type_tag"): lambda value, _: value,
-    ("collections", "OrderedDict"): dict,
-}
-# Entries of CLIP checkpoints that are not weights: three numbers in OpenAI's files, the causal mask in
-# open_clip's files, and the resampled positions of CLIP-ES's reference implementation.
-NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "positional_embedding_new")
+# Entries of training checkpoints that contain the state dict. "module" is DeepSpeed's.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+# Entries of CLIP checkpoints that are not weights: three numbers in OpenAI's files; the causal mask and the
+# bias of logits in open_clip's files, which changes no softmax; position numbers in transformers' files; and
+# the resampled positions of CLIP-ES's reference implementation.
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "logit_bias", "position_ids",
+               "positional_embedding_new")  # fmt: skip
+LARGEST_LOGIT_SCALE = 88  # float32 has no exponential of larger numbers; CLIP's is 4.6
+MAX_BLOCKS = 1000  # of a tower or stage
+VOCABULARY = 49408  # token ids of the tokenizer
 
 
 def load(
@@ -74,12 +62,18 @@ def load(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     source = resolve(str(name))
-    model = from_state_dict(clean_keys(read_state(source.file)), source.file, **source.conventions)
+    state = clean_keys(read_state(source.file), source.file)
+    model = from_state_dict(state, source.file, **source.conventions)
     if source.weights_rounded(round_weights):
         for parameter in matrices(model):
             parameter.data = parameter.data.half().float()
+        cure = "load it without rounding (--round_weights off), or use another checkpoint"
+        _check_finite(model.named_parameters(), f"{source.file}, rounded to float16,", cure)
     target = pick_device(device)
-    model.visual_precision(PRECISIONS[precision])
+    if PRECISIONS[precision] != torch.float32:
+        model.visual_precision(PRECISIONS[precision])
+        cure = "use --precision fp32 or bf16"
+        _check_finite(model.visual.named_parameters(), f"{source.file} in --precision {precision}", cure)
     if target.type == "cuda":  # by default torch uses TF32 in convolutions
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     if compile:
@@ -127,6 +121,8 @@ def from_state_dict(state: dict[str, Tensor], file: Path | str = "state dict", *
         if key.split(".")[-1] in NOT_WEIGHTS:
             continue
         shape = expected[key].shape if key in expected else value.shape
+        if key == "logit_scale" and value.shape == (1,):
+            value = value[0]
         if value.shape != shape:
             raise ValueError(
                 f"{file} is not a CLIP checkpoint: {key} has shape {tuple(value.shape)}, expected "
@@ -143,11 +139,31 @@ def from_state_dict(state: dict[str, Tensor], file: Path | str = "state dict", *
             f"{file} is not a complete CLIP checkpoint: {len(missing)} weights are missing"
             f"{_first(missing)} and {len(unexpected)} are unknown{_first(unexpected)}"
         )
+    _check_finite(weights.items(), str(file), "use another checkpoint")
     return model
 
 
+def _check_finite(weights: Iterable[tuple[str, Tensor]], file: str, cure: str) -> None:
+    """Raise ValueError if a weight would make all results invalid: NaN, infinity, or a negative variance.
+
+    The check takes about as long as to copy the weights.
+    """
+    for key, value in weights:
+        low, high = value.aminmax() if value.numel() else (value.sum(),) * 2
+        if not (low.isfinite() and high.isfinite()):
+            raise ValueError(f"{file} has NaN or infinity in {key}: {cure}")
+        if key.endswith("running_var") and low < 0:
+            raise ValueError(f"{file} has variances below 0 in {key}: {cure}")
+        if key == "logit_scale" and high > LARGEST_LOGIT_SCALE:
+            raise ValueError(
+                f"{file} has the logit_scale {float(high):g}, of which the exponential function is used: it "
+                f"must be at most {LARGEST_LOGIT_SCALE}; store the logarithm of the scale"
+            )
+
+
 def _first(keys: list[str]) -> str:
-    return f" ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})" if keys else ""
+    shown = [" ".join(key.split())[:80] for key in sorted(keys)[:3]]
+    return f" ({', '.join(shown)}{', ...' if len(keys) > 3 else ''})" if keys else ""
 
 
 def infer_config(state: dict[str, Tensor], file: Path | str = "state dict") -> Config:
@@ -179,13 +195,26 @@ def infer_config(state: dict[str, Tensor], file: Path | str = "state dict") -> C
             context_length=len(state["positional_embedding"]),
             vocab_size=len(state["token_embedding.weight"]),
             text_width=len(state["ln_final.weight"]),
-            text_layers=count("transformer.resblocks."),
+            text_layers=min(count("transformer.resblocks."), MAX_BLOCKS),
         )
     except (KeyError, ValueError, IndexError, TypeError) as error:
-        missing = isinstance(error, KeyError)
-        fault = f"it has no {error.args[0]}" if missing else "a weight has an unexpected shape"
+        fault = "a weight has an unexpected shape"
+        if isinstance(error, KeyError):
+            fault = f"it has no {error.args[0]}, but {len(state)} others{_first([*state])}"
         raise ValueError(f"{file} is not a CLIP checkpoint of OpenAI or open_clip: {fault}") from None
-    widths = (config.text_width, *([config.vision_width] if config.patch_size else []))
+    stages = config.vision_layers if isinstance(config.vision_layers, tuple) else ()
+    depths = stages or (config.vision_layers,)
+    if config.patch_size == 0 or config.vision_width < 2 or not all(0 < n < MAX_BLOCKS for n in depths):
+        raise ValueError(
+            f"{file} is not a CLIP checkpoint: its image tower has {depths} blocks of {config.vision_width} "
+            f"channels, and patches of {config.patch_size} pixels"
+        )
+    if config.vocab_size < VOCABULARY:
+        raise ValueError(
+            f"{file} has a vocabulary of {config.vocab_size} tokens, but the tokenizer of CLIP has "
+            f"{VOCABULARY}: use a checkpoint with this tokenizer"
+        )
+    widths = (config.text_width, *([config.vision_width] if not stages else []))
     if any(width % HEAD_WIDTH or not width for width in widths):
         raise ValueError(
             f"{file} is not a CLIP checkpoint: tower widths must be multiples of {HEAD_WIDTH}, got "
@@ -194,82 +223,16 @@ def infer_config(state: dict[str, Tensor], file: Path | str = "state dict") -> C
     return config
 
 
-def clean_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors, with wrapper prefixes removed: DataParallel's `module.` and open_clip's `text.`."""
-    return {
-        str(key).replace("module.", "").removeprefix("text."): value
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }
-
-
 def read_state(file: Path | str) -> dict[str, Tensor]:
     """Return the state dict in a file of any supported format.
 
     Raises:
         ValueError: the format is not supported, or the file is truncated.
     """
-    file = Path(file)
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                    return dict(_named_tensors(_ArchiveReader(archive).load()))
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{file} is not a readable checkpoint: it is damaged, or it contains Python objects other than "
-            "tensors (such as settings), which are not loaded for safety: save only its state dict"
-        ) from None
-    except Exception:  # readers raise exceptions of many types for damaged files
-        raise ValueError(
-            f"{file} is not a readable checkpoint: it is truncated, or it is not a TorchScript archive, "
-            "a state dict of plain tensors or a safetensors file"
-        ) from None
-    for wrapper in ("state_dict", "model_state_dict", "model"):
+    state = read_tensors(file)
+    for wrapper in 2 * WRAPPERS:  # one may be inside another
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
         raise ValueError(f"{file} contains a {type(state).__name__}, expected a state dict")
     return state
-
-
-class _Module:
-    """Replacement for every scripted module class; unpickling stores the module's attributes in __dict__."""
-
-
-class _ArchiveReader(pickle.Unpickler):
-    """Unpickler of the module tree of a TorchScript archive; raises UnpicklingError for other globals."""
-
-    def __init__(self, archive: zipfile.ZipFile):
-        self.archive, self.root = archive, archive.namelist()[0].split("/")[0]
-        self.storages: dict[str, Tensor] = {}  # record name -> flat values
-        super().__init__(archive.open(f"{self.root}/data.pkl"))
-
-    def find_class(self, module: str, name: str):
-        if module.startswith("__torch__"):
-            return _Module
-        if (module, name) in GLOBALS:
-            return GLOBALS[module, name]
-        if module == "torch.jit._pickle":  # build_intlist and similar: typed lists of plain values
-            return list
-        raise pickle.UnpicklingError(f"unexpected global {module}.{name}")
-
-    def persistent_load(self, identifier):
-        _, dtype, key, _, _ = identifier
-        if key not in self.storages:
-            record = bytearray(self.archive.read(f"{self.root}/data/{key}"))
-            values = torch.frombuffer(record, dtype=dtype) if record else torch.empty(0, dtype=dtype)
-            self.storages[key] = values
-        return self.storages[key]
-
-
-def _named_tensors(module: _Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of a module and its submodules, with the names of a state dict."""
-    for name, value in vars(module).items():
-        if isinstance(value, _Module):
-            yield from _named_tensors(value, f"{prefix}{name}.")
-        elif isinstance(value, Tensor):
-            yield prefix + name, value

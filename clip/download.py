@@ -3,6 +3,7 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -34,6 +35,8 @@ TOWER_KEYS = {
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
 }
 TOWER_VALUES = {"head_width": 64, "mlp_ratio": 4.0, "vocab_size": 49408}
+
+TIMEOUT = 60  # seconds that a download waits for data
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,10 @@ def _conventions(config: dict, preprocessing: dict, name: str | Path) -> dict[st
 
 
 def _cache() -> Path:
-    return Path.home() / ".cache" / "clip"
+    try:
+        return Path.home() / ".cache" / "clip"
+    except RuntimeError:
+        raise OSError("there is no home folder for the cache: set HOME, or give a checkpoint file") from None
 
 
 def fetch(url: str, folder: Path) -> Path:
@@ -166,7 +172,7 @@ def fetch(url: str, folder: Path) -> Path:
         return target
     digest = hashlib.sha256()
     try:
-        with urlopen(url) as response, replacing(target) as file:
+        with urlopen(url, timeout=TIMEOUT) as response, replacing(target) as file:
             total = int(response.headers.get("Content-Length") or 0) or None
             with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=no_progress()) as bar:
                 while chunk := response.read(1 << 20):
@@ -179,8 +185,9 @@ def fetch(url: str, folder: Path) -> Path:
                     f"the download of {url} has the sha256 {digest.hexdigest()}, expected {checksum}: "
                     "try again"
                 )
-    except URLError as error:
+    except (URLError, HTTPException) as error:
+        reason = getattr(error, "reason", type(error).__name__)
         raise OSError(
-            f"cannot download {url} ({error.reason}): check the connection, or give a checkpoint file"
+            f"cannot download {url} ({reason}): check the connection, or give a checkpoint file"
         ) from None
     return target

@@ -1,5 +1,6 @@
 """Class names -> text features, computed once per model and class list and cached on disk."""
 import hashlib
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -14,8 +15,11 @@ from torch import Tensor
 from clip.model import CLIP
 from clip.tokenizer import tokenize
 from foundation.files import replacing
+from foundation.logs import log
+from foundation.untrusted import parse_npy
 
 PROMPTS_PER_BATCH = 256
+DIGEST_BYTES = 32  # sha256
 
 
 @torch.no_grad()
@@ -29,14 +33,26 @@ def encode_prompts(model: CLIP, names: Sequence[str], templates: Sequence[str]) 
         templates: texts with one `{}`, which is replaced by the class name.
 
     Raises:
-        ValueError: a filled template has more tokens than the model's context.
+        ValueError: a filled template has more tokens than the model's context, or a feature is not finite.
     """
     texts = [template.format(name) for name in names for template in templates]
     tokens = tokenize(texts, model.config.context_length).to(model.device)
     features = torch.cat([model.encode_text(batch) for batch in tokens.split(PROMPTS_PER_BATCH)])
     features = F.normalize(features.float(), dim=-1)
     features = features.view(len(names), len(templates), features.shape[-1])  # (N, T, E)
-    return F.normalize(features.mean(1), dim=-1)
+    features = F.normalize(features.mean(1), dim=-1)
+    valid = are_unit_vectors(features)
+    if not valid.all():
+        name = names[int(valid.int().argmin())]
+        raise ValueError(
+            f"the text feature of {name!r} is 0 or not finite: use an undamaged checkpoint"
+        )
+    return features
+
+
+def are_unit_vectors(features: Tensor) -> Tensor:
+    """Return (N,) bool: whether the features (N, E) are finite and have the length 1, up to rounding."""
+    return (features.norm(dim=-1) - 1).abs() < 1e-3
 
 
 def text_features(model: CLIP, names: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -45,16 +61,54 @@ def text_features(model: CLIP, names: Sequence[str], templates: Sequence[str]) -
     The environment variable CLIP_WSSS_CACHE names the cache folder; the default is ~/.cache/clip-wsss.
     """
     recipe = json.dumps([fingerprint(model), list(templates), list(names)])
-    folder = Path(os.environ.get("CLIP_WSSS_CACHE") or Path.home() / ".cache" / "clip-wsss")
-    file = folder / f"text-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.npy"
-    with suppress(OSError, ValueError, EOFError):  # the file is missing or damaged, or contains a pickle
-        features = np.load(file)
-        if features.shape == (len(names), model.config.embed_dim):
-            return torch.from_numpy(features).to(model.device)
-    features = encode_prompts(model, names, templates)
-    with suppress(OSError), replacing(file) as stream:  # if the cache is not writable, nothing is cached
-        np.save(stream, features.cpu().numpy())
-    return features
+    folder = cache_folder()
+    file = folder and folder / f"text-{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.npy"
+    features = _read(file, (len(names), model.config.embed_dim)) if file else None
+    if features is None:
+        features = encode_prompts(model, names, templates)
+        with suppress(OSError):  # if the cache is not writable, nothing is cached
+            if file:
+                _write(file, features.cpu().numpy())
+    return features.to(model.device)
+
+
+def cache_folder() -> Path | None:
+    """Return the folder of the cache, see `text_features`; None if the user has no home folder."""
+    if folder := os.environ.get("CLIP_WSSS_CACHE"):
+        return Path(folder)
+    try:
+        return Path.home() / ".cache" / "clip-wsss"
+    except RuntimeError:
+        return None
+
+
+def _read(file: Path, shape: tuple[int, int]) -> Tensor | None:
+    """Return the features (N, E) in a file; None if there is none, or if it is damaged."""
+    try:
+        with open(file, "rb") as stream:
+            content = stream.read(4 * shape[0] * shape[1] + 2**16)  # a larger file is damaged
+    except OSError:
+        return None
+    with suppress(ValueError):
+        array, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+        if hashlib.sha256(array).digest() != digest:
+            raise ValueError("it has no sha256 of its content")
+        features = parse_npy(array)
+        if features.dtype != np.float32 or features.shape != shape:
+            raise ValueError("it has other features")
+        features = torch.from_numpy(features)
+        if are_unit_vectors(features).all():
+            return features
+    log.info("%s is damaged or was written by an earlier version: the text features are computed again", file)
+    return None
+
+
+def _write(file: Path, features: np.ndarray) -> None:
+    """Write features as an .npy file, and the sha256 of its content after it, which `numpy.load` ignores."""
+    stream = io.BytesIO()
+    np.save(stream, features)
+    with replacing(file) as target:
+        target.write(stream.getvalue() + hashlib.sha256(stream.getvalue()).digest())
 
 
 def fingerprint(model: CLIP) -> str:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from clip.checkpoint import read_state
 from deeplab.keymaps import FAMILIES, STRIDE_IN, Family, family_of, own_key, unwrap
+from foundation.tensors import START_BYTES, foreign_format
+from foundation.untrusted import read_npz
 
 # Minimum of |A and B| / |A or B|; A and B are the names of the backbone tensors of the file and of the model.
 MIN_COMMON = 0.9
@@ -158,14 +160,20 @@ def _tensors(file: Path) -> dict[str, Tensor]:
             f"docs/deeplab_weights.md, which requires {framework}, and give the .npz file"
         )
     if file.suffix == ".npz":
+        with open(file, "rb") as stream:
+            start = stream.read(START_BYTES)
         try:
-            with np.load(file, allow_pickle=False) as arrays:
-                return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+            arrays = read_npz(file)
+            return {key: torch.from_numpy(_native(array)) for key, array in arrays.items()}
         except Exception:  # damaged files raise exceptions of many types
-            raise ValueError(
-                f"{file} cannot be read as .npz: it is damaged, or contains more than arrays of numbers"
-            ) from None
+            fault = foreign_format(start) or "it is damaged, or contains more than arrays of numbers"
+            raise ValueError(f"{file} cannot be read as .npz: {fault}") from None
     return {str(key): value for key, value in read_state(file).items() if isinstance(value, Tensor)}
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """Return an array in this machine's byte order, which torch requires."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _family(state: Mapping[str, Tensor], source: object) -> Family:
@@ -188,6 +196,8 @@ def _weights(file: str | Path) -> Weights:
         state, dropped = family.convert(tensors)
     except ValueError as error:
         raise ValueError(f"{file} is not a complete checkpoint: {error}") from None
+    except (RuntimeError, IndexError):  # of torch, for tensors without or with too many axes
+        raise ValueError(f"{file} is not a complete checkpoint: a tensor has an unexpected shape") from None
     for key, value in state.items():
         if not (value.is_floating_point() or key.endswith(COUNTER)):
             raise ValueError(f"{file} is not a checkpoint: {key} has type {value.dtype}, not float")

@@ -20,27 +20,32 @@ import numpy as np
 FREE_BYTES = 2**26  # 64 MB, which the content of any file may take
 RATIO = 16  # further bytes of content per stored byte; arrays of weights and CAMs compress to a half at most
 MEMO = 1_000_000  # highest index of an object that a pickle may refer to; 8 MB
+OPCODES = 1_000_000  # of a pickle; its objects take up to 100 bytes each. Checkpoints have 40 per tensor
 HEADER_BYTES = 10_000  # of an array; NumPy's own limit
 # What `_reconstruct` and `scalar` may build: bool, integers and floats, of either byte order.
 NUMBER = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
 
 
-def check_size(declared: int, stored: int, what: str) -> None:
-    """Raise ValueError if content of `declared` bytes is implausible for `stored` bytes of a file."""
+class Implausible(ValueError):
+    """The content of a file would take far more memory than is stored; the message starts with "it"."""
+
+
+def check_size(declared: int, stored: int, what: str = "it") -> None:
+    """Raise Implausible if content of `declared` bytes is implausible for `stored` bytes of a file."""
     if declared > FREE_BYTES + RATIO * stored:
-        raise ValueError(f"{what} declares {declared} bytes of content, but has only {stored} bytes")
+        raise Implausible(f"{what} declares {declared} bytes of content, but has only {stored} bytes")
 
 
 def open_zip(file: str | Path) -> zipfile.ZipFile:
     """Return an open zip archive whose members declare plausible sizes and lie within the file.
 
     Raises:
-        ValueError: the sizes are implausible.
+        Implausible: the sizes are implausible.
         zipfile.BadZipFile, OSError: not a zip archive.
     """
     archive = zipfile.ZipFile(file)
     try:
-        check_size(sum(member.file_size for member in archive.infolist()), Path(file).stat().st_size, "it")
+        check_size(sum(member.file_size for member in archive.infolist()), Path(file).stat().st_size)
     except ValueError:
         archive.close()
         raise
@@ -99,15 +104,22 @@ def _npy_header(content: bytes) -> tuple[np.dtype, str, tuple[int, ...], int]:
 
 
 def check_pickle(stream: BinaryIO) -> None:
-    """Raise ValueError if the pickle at the position of a stream would allocate far more than it stores.
+    """Raise Implausible if the pickle at the position of a stream would allocate far more than it stores.
 
-    The memo of an unpickler is an array, so an index of 2e8 takes gigabytes. All other sizes are those of
-    stored bytes. The position is restored.
+    The memo of an unpickler is an array, so an index of 2e8 takes gigabytes. An opcode of one byte creates an
+    object of up to 100 bytes, and many opcodes take few bytes in a compressed archive. All other sizes are
+    those of stored bytes. The position is restored.
+
+    Raises:
+        Implausible: see above.
+        ValueError: it is not a pickle, or incomplete.
     """
     start = stream.tell()
-    for opcode, argument, _ in pickletools.genops(stream):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > MEMO:
-            raise ValueError(f"its memo index {argument} is above {MEMO}")
+            raise Implausible(f"its memo index {argument} is above {MEMO}")
+        if count > OPCODES:
+            raise Implausible(f"it has a pickle of more than {OPCODES} operations")
     stream.seek(start)
 
 
@@ -160,16 +172,7 @@ class _Array:
 
 
 def _from_buffer(data: Any, dtype: _Type, shape: tuple, order: str = "C", *_) -> np.ndarray:
-    kind = dtype.resolve()
-    if isinstance(data, str):  # bytes of Python 2
-        data = data.encode("latin1")
-    return np.frombuffer(data, kind).reshape(shape, order=order)
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it uses the encoding {encoding}, which is not allowed")
-    return text.encode("latin1")
+    return np.frombuffer(data, dtype.resolve()).reshape(shape, order=order)
 
 
 def _globals() -> dict[tuple[str, str], Any]:
@@ -177,7 +180,6 @@ def _globals() -> dict[tuple[str, str], Any]:
     allowed = {
         ("numpy", "ndarray"): None,  # only an argument of _reconstruct
         ("numpy", "dtype"): Function(_Type),
-        ("_codecs", "encode"): Function(_encode),  # bytes in protocols 0 to 2
         ("__builtin__", "bytes"): Function(lambda: b""),  # empty bytes in protocols 0 to 2
     }
     for core in ("numpy.core", "numpy._core"):  # of NumPy 1 and 2
@@ -189,15 +191,41 @@ def _globals() -> dict[tuple[str, str], Any]:
     return allowed
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickler of containers, numbers, text and arrays of numbers."""
+class ArrayUnpickler(pickle.Unpickler):
+    """Unpickler of containers, numbers, text and arrays of numbers; check the pickle by `check_pickle` first.
+
+    Args:
+        stream: contains the pickle.
+        stored: bytes of the file, see `check_size`.
+    """
 
     GLOBALS: Mapping[tuple[str, str], Any] = _globals()
 
+    def __init__(self, stream: BinaryIO, stored: int):
+        super().__init__(stream)
+        self.declared, self.stored = 0, stored
+
     def find_class(self, module: str, name: str):
+        if (module, name) == ("_codecs", "encode"):  # bytes in protocols 0 to 2
+            return Function(self._encode)
         if (module, name) in self.GLOBALS:
             return self.GLOBALS[module, name]
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not allowed")
+
+    def claim(self, size: int) -> None:
+        """Count `size` bytes that a call allocates: one stored object can be the argument of many calls.
+
+        Raises:
+            Implausible: the sum of all calls is implausible.
+        """
+        self.declared += size
+        check_size(self.declared, self.stored)
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        if encoding != "latin1":
+            raise pickle.UnpicklingError(f"it uses the encoding {encoding}, which is not allowed")
+        self.claim(len(text))
+        return text.encode("latin1")
 
 
 def read_npy_dict(file: str | Path) -> dict[str, Any]:
@@ -217,7 +245,7 @@ def read_npy_dict(file: str | Path) -> dict[str, Any]:
             raise ValueError(f"it contains an array of {dtype}, expected a dict of CAMs")
         stream.seek(start)
         check_pickle(stream)
-        value = getattr(_ArrayUnpickler(stream).load(), "value", None)
+        value = getattr(ArrayUnpickler(stream, Path(file).stat().st_size).load(), "value", None)
     if not isinstance(value, dict):
         raise ValueError(f"it contains a {type(value).__name__}, expected a dict of CAMs")
     return {key: item.value if isinstance(item, _Array) else item for key, item in value.items()}

@@ -142,6 +142,9 @@ def batch_cams(
 
     Returns:
         For each image, CAM type -> (K, h, w) float32 in [0, 1] on the patch grid of the largest scale.
+
+    Raises:
+        ValueError: a CAM is not finite.
     """
     counts = [len(features) for features in text_features]
     padded = pad_sequence(list(text_features), batch_first=True)  # (B, K, E)
@@ -155,7 +158,16 @@ def batch_cams(
             of_images = grids.transpose(0, 1).cpu().numpy()  # (B, views, K, h, w)
             for image_cams, count, grid in zip(cams, counts, of_images, strict=True):
                 image_cams.setdefault(cam_type, []).extend(grid[:, :count])
-    return [{cam_type: _average(grids) for cam_type, grids in by_type.items()} for by_type in cams]
+    averaged = [{cam_type: _average(grids) for cam_type, grids in by_type.items()} for by_type in cams]
+    for by_type in averaged:
+        for grids in by_type.values():
+            _require_finite(bool(np.isfinite(grids).all()))
+    return averaged
+
+
+def _require_finite(finite: bool) -> None:
+    if not finite:
+        raise ValueError("the CAM is not finite: give undamaged weights, or --precision fp32")
 
 
 def _view_cams(
@@ -185,6 +197,7 @@ def _view_cams(
         position_rounding=settings.position_rounding,
         affinity=affinity,
     )
+    _require_finite(bool(result.cams.isfinite().all()))
     cams = {}
     if settings.refine == "none" or settings.keep_initial:
         cams[INITIAL] = result.cams

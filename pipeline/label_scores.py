@@ -11,6 +11,7 @@ import numpy as np
 
 from foundation.files import replacing, write_file
 from foundation.logs import log
+from foundation.untrusted import read_npz
 from pipeline.flags import beside_images
 from pipeline.run import first_few, write_json
 from segmentation import labels
@@ -33,18 +34,34 @@ def write_scores(folder: str | Path, scores: Mapping[str, np.ndarray]) -> Path:
 
 
 def read_scores(folder: str | Path, num_classes: int) -> dict[str, np.ndarray]:
-    """Return all scores in a folder, image name -> (K,) float32; a damaged file raises ValueError."""
+    """Return all scores in a folder, image name -> (K,) float32. A damaged file is logged and skipped."""
     scores: dict[str, np.ndarray] = {}
     for file in sorted(Path(folder).glob(f"scores-*{SUFFIX}")):
         try:
-            with np.load(file) as content:  # raises for pickles
-                names, values = content["names"], content["scores"]
-            if values.shape != (len(names), num_classes):
-                raise ValueError(f"its scores have the shape {values.shape}")
+            names, values = _read_scores(file, num_classes)
         except Exception as error:  # zipfile and NumPy raise many types on damaged files
-            raise ValueError(f"{file} is damaged ({error}): remove it and run the command again") from None
-        scores.update(zip(names.tolist(), values, strict=True))
+            reason = " ".join(str(error).split()) or type(error).__name__
+            log.warning("%s is damaged (%s): its images are scored again; remove the file", file, reason)
+            continue
+        scores.update(zip(names, values, strict=True))
     return scores
+
+
+def _read_scores(file: Path, num_classes: int) -> tuple[list[str], np.ndarray]:
+    """Return the n image names and the scores (n, K) float32 of one file."""
+    content = read_npz(file, text=True)
+    if not {"names", "scores"} <= content.keys():
+        raise ValueError("it has no names or no scores")
+    names, values = content["names"], content["scores"]
+    if names.dtype.kind != "U" or values.dtype.kind != "f":
+        raise ValueError(f"its names and scores have the types {names.dtype} and {values.dtype}")
+    if names.ndim != 1 or values.shape != (len(names), num_classes):
+        raise ValueError(f"its scores have the shape {values.shape}")
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32, copy=False)
+    if not np.isfinite(values).all():
+        raise ValueError("its scores are not finite")
+    return names.tolist(), values
 
 
 class LabelRule(NamedTuple):

@@ -6,6 +6,7 @@ lattice (Kraehenbuehl and Koltun, NeurIPS 2011).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ from refinement.presets import IMAGE_MODES, PRESETS, UNARY_TYPES, Preset, guide_
 if TYPE_CHECKING:  # at run time, only the backends import torch and numba, when they are used
     import torch
     from torch import Tensor
+
+# Allowed below 0 and above 1, where values are clipped: bfloat16 rounds probabilities by up to 0.004.
+TOLERANCE = 0.01
 
 __all__ = ["BACKENDS", "IMAGE_MODES", "PRESETS", "UNARY_TYPES", "Preset", "densecrf", "densecrf_batch"]
 
@@ -31,13 +35,15 @@ def densecrf(
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        probabilities: (C, H, W) float in [0, 1], including background; the sum over C need not be 1.
+        probabilities: (C, H, W) in [0, 1], including background; the sum over C need not be 1. Number types
+            other than float16 and float32 are converted to float32.
         preset: a name in `PRESETS`, or a `Preset`.
         backend: a name in `BACKENDS`, or "auto": torch on a GPU, numba on a CPU.
 
     Raises:
-        ValueError: shapes do not match, the preset or backend is unknown, the backend is not installed, or
-            kernels are too narrow for the image size.
+        ValueError: shapes do not match, probabilities are not numbers, not finite or outside [0, 1], the
+            preset or backend is unknown, the backend is not installed, kernels are too narrow for the image
+            size, or the posterior is not finite.
     """
     return densecrf_batch([image], [probabilities], preset, backend)[0]
 
@@ -69,6 +75,9 @@ def densecrf_batch(
         raise ValueError(f"no CRF backend {backend!r}: choose one of auto, {', '.join(BACKENDS)}")
     if len(images) != len(probabilities):
         raise ValueError(f"{len(images)} images but {len(probabilities)} arrays of probabilities for the CRF")
+    for array in (*images, *probabilities):
+        if not hasattr(array, "dtype"):
+            raise ValueError(f"the CRF requires arrays or tensors, got a {type(array).__name__}")
     for image, classes in zip(images, probabilities, strict=True):
         if str(image.dtype).removeprefix("torch.") != "uint8" or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
@@ -81,11 +90,48 @@ def densecrf_batch(
             raise ValueError(f"the CRF requires at least one class and pixel, got shape {shape} (C, H, W)")
     if not images:
         return []
+    probabilities = [_as_float(classes) for classes in probabilities]
     if device is None:
         device = "cpu" if isinstance(probabilities[0], np.ndarray) else probabilities[0].device
     if backend == "auto":
         backend = "numba" if str(device) == "cpu" else "torch"
     return BACKENDS[backend](images, probabilities, preset, device)
+
+
+def _as_float(probabilities: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    """Return probabilities in float16 or float32 of this machine's byte order, without gradient.
+
+    Other types are converted to float32, so that all backends compute with the same numbers.
+    """
+    dtype = str(probabilities.dtype).removeprefix("torch.")
+    if isinstance(probabilities, np.ndarray):
+        if probabilities.dtype.kind not in "biuf":
+            raise ValueError(f"class probabilities must be numbers, got {dtype}: convert them to float32")
+        with np.errstate(over="ignore"):  # the backends raise ValueError for infinity
+            half = probabilities.dtype.kind == "f" and probabilities.dtype.itemsize == 2
+            return probabilities.astype(np.float16 if half else np.float32, copy=False)
+    if probabilities.is_complex() or probabilities.is_quantized or probabilities.is_sparse:
+        raise ValueError("class probabilities must be dense real numbers: convert the tensor to float32")
+    return probabilities.detach() if dtype in ("float16", "float32") else probabilities.detach().float()
+
+
+def _check_range(low: float, high: float) -> None:
+    """Raise ValueError if the smallest and largest of some probabilities are invalid."""
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise ValueError("class probabilities have NaN or infinity: give undamaged CAMs or network outputs")
+    if low < -TOLERANCE or high > 1 + TOLERANCE:
+        raise ValueError(
+            f"class probabilities must be in 0..1, got {low:g}..{high:g}: apply a softmax to logits, or "
+            "divide by the largest possible value"
+        )
+
+
+def _require_finite(finite: bool) -> None:
+    if not finite:
+        raise ValueError(
+            "the posterior of the CRF is not finite: give a preset with a larger clip (1e-5 is common) or "
+            "smaller gaussian_compat and bilateral_compat"
+        )
 
 
 def _per_image(
@@ -100,7 +146,10 @@ def _per_image(
     posteriors = []
     for pair in zip(images, probabilities, strict=True):
         image, classes = (x if isinstance(x, np.ndarray) else x.detach().cpu().numpy() for x in pair)
+        values = classes.astype(np.float32, copy=False)  # the minimum of float16 takes three times as long
+        _check_range(float(values.min()), float(values.max()))
         posterior = infer(guide_image(image, preset), unary(classes, preset), preset)
+        _require_finite(np.isfinite(posterior).all())
         if not isinstance(pair[1], np.ndarray):
             import torch
 
@@ -152,7 +201,12 @@ def _torch(images, probabilities, preset, device) -> list[np.ndarray | Tensor]:
         # torch does not accept views with negative strides and warns of read-only arrays: copy them.
         return torch.as_tensor(values.copy() if isinstance(values, np.ndarray) else values, device=device)
 
-    posteriors = densecrf_torch.infer([*map(on_device, images)], [*map(on_device, probabilities)], preset)
+    classes = [*map(on_device, probabilities)]
+    ranges = torch.stack([torch.stack(values.float().aminmax()) for values in classes])  # (B, 2)
+    for low, high in ranges.tolist():
+        _check_range(low, high)
+    posteriors = densecrf_torch.infer([*map(on_device, images)], classes, preset)
+    _require_finite(torch.stack([posterior.isfinite().all() for posterior in posteriors]).all())
     return [
         posterior.cpu().numpy() if isinstance(classes, np.ndarray) else posterior
         for classes, posterior in zip(probabilities, posteriors, strict=True)

@@ -87,4 +87,5 @@ def unary(probabilities: np.ndarray, preset: Preset) -> np.ndarray:
     """Return the energies -log p, (C, H, W) float32, computed in the type `preset.unary_type`."""
     dtype = np.dtype(preset.unary_type)
     clipped = np.clip(probabilities.astype(dtype), dtype.type(preset.clip), dtype.type(1))
-    return -np.log(clipped).astype(np.float32)
+    with np.errstate(divide="ignore"):  # float16 rounds a very small preset.clip to 0
+        return -np.log(clipped).astype(np.float32)

@@ -78,8 +78,8 @@ def infer(
         precision: a name in `PRECISIONS`, the type of the network's products; the softmax is float32.
 
     Raises:
-        ValueError: the model is in training mode, the precision is unknown, or the image is too small for a
-            scale.
+        ValueError: the model is in training mode, the precision is unknown, the image is too small for a
+            scale, or the network's output is not finite.
     """
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() before inference")
@@ -107,7 +107,10 @@ def infer(
         total = added if total is None else total.add_(added)
         count += len(full)
     mean = total / count
-    return Segmented(mean if protocol.average == "probabilities" else mean.softmax(0), unscaled)
+    probabilities = mean if protocol.average == "probabilities" else mean.softmax(0)
+    if not probabilities.isfinite().all():
+        raise ValueError("the network's output is not finite: give undamaged weights, or --precision fp32")
+    return Segmented(probabilities, unscaled)
 
 
 def rescale(image: np.ndarray, scale: float, resize: str = "linear") -> np.ndarray:

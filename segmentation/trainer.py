@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from foundation.logs import log, no_progress
+from foundation.tensors import read_tensors
 from segmentation import checkpoints
 from segmentation.checkpoints import FINAL, RESUME, trained_state
 from segmentation.config import OptimConfig, RunConfig
@@ -343,30 +344,47 @@ class Trainer:
         """Continue from the resume file and return True; return False if there is none.
 
         Raises:
-            ValueError: the file is damaged, or belongs to another network.
+            ValueError: the file is damaged, contains NaN or infinity, or belongs to another network.
         """
         file = self.folder / RESUME
         if not file.is_file():
             return False
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = read_tensors(file)
             if state["model"].keys() != trained_state(self.model, self.frozen).keys():
                 raise ValueError("its tensors belong to another network")
+            if not all(type(state[key]) is int and state[key] >= 0 for key in ("iteration", "validated")):
+                raise ValueError("it has no iteration")
             self.model.load_state_dict(state["model"], strict=False)  # it does not contain frozen submodules
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             if hasattr(self.objective, "load_state_dict"):
                 self.objective.load_state_dict(state["objective"])
             self.done, self.validated = state["iteration"], state["validated"]
-            self.recent.extend(state["recent_losses"])
-            self.last_good = state["last_good"]
+            self.recent.extend(map(float, state["recent_losses"]))
+            self.last_good = str(state["last_good"])
         except (OSError, MemoryError, torch.cuda.OutOfMemoryError):  # not a damaged file
             raise
         except Exception:  # damaged files raise exceptions of many types
             raise ValueError(
                 f"{file} is damaged or belongs to another network: remove it to start from scratch"
             ) from None
+        if invalid := _not_finite({key: state[key] for key in ("model", "optimizer")}):
+            raise ValueError(f"{file} has NaN or infinity in {invalid}: remove it to start from scratch")
         return True
+
+
+def _not_finite(state: Mapping, prefix: str = "") -> str | None:
+    """Return the name, such as "model.0.bias", of a tensor in nested dicts that has NaN or infinity."""
+    for key, value in state.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            name = _not_finite(value, f"{name}.")
+            if name:
+                return name
+        elif isinstance(value, Tensor) and not value.isfinite().all():
+            return name
+    return None
 
 
 def hash_seed(*parts: int) -> int:

@@ -37,6 +37,7 @@ from clip.tokenizer import tokenize
 from foundation import logs
 from foundation.cli import Parser
 from foundation.settings import Settings, add_flags, from_args, setting
+from foundation.tensors import read_tensors
 from segmentation.checkpoints import write_tensors
 from segmentation.metrics import confusion, scores
 from shapes.world import BACKGROUNDS, CAPTION_TEMPLATES, CLASSES, draw
@@ -317,9 +318,9 @@ def train(recipe: Recipe, out: Path, log_every: int = 50, probe_every: int = 500
 
 def _read_resume(file: Path, recipe: Recipe) -> dict:
     try:
-        state = torch.load(file, weights_only=True)
+        state = read_tensors(file)
         same = state["recipe"] == asdict(recipe)
-    except Exception as error:  # damaged bytes make torch.load raise exceptions of any type
+    except Exception as error:  # the file is damaged, or has other content
         reason = type(error).__name__  # the message has several lines
         raise ValueError(f"resume file {file} cannot be read ({reason}): delete it to restart") from None
     if not same:

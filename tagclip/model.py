@@ -120,7 +120,7 @@ def tag_images(
         batch = clip.normalize(pixels, model.config.mean, model.config.std)  # (B, 3, H', W')
         tokens, attention, grid = patch_level(visual, batch, settings)
         coarse = _finite(class_probabilities(tokens[:, 1:], text_features, model.logit_scale))  # (B, n, C)
-        refined = refined_probabilities(coarse, attention, grid, settings)  # (B, n, C)
+        refined = _finite(refined_probabilities(coarse, attention, grid, settings))  # (B, n, C)
         for index, image, scores in zip(indices, batch, refined, strict=True):
             maps = scores[:, :num_classes].T.unflatten(-1, grid).cpu().numpy()
             tags[index] = Tags(maps.max((1, 2)), maps, {})

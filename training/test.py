@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from foundation.cli import Parser
 from foundation.files import below, replacing
@@ -100,7 +101,9 @@ class Evaluation(Step):
     def _segment(self, decoded: EvaluationInput) -> dict[str, np.ndarray]:
         segmented, outputs = self.segmenter(decoded.image), {}
         if LOGITS in decoded.missing:
-            outputs[LOGITS] = segmented.logits.cpu().numpy().astype(self.save_logits)
+            outputs[LOGITS] = segmented.logits.to(getattr(torch, self.save_logits)).cpu().numpy()
+            if not np.isfinite(outputs[LOGITS]).all():
+                raise ValueError("the logits are too large for float16: give --save_logits float32")
         if MASKS in decoded.missing:
             outputs[MASKS] = segmented.labels
         if CRF_MASKS in decoded.missing:

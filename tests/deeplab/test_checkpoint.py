@@ -1,6 +1,7 @@
 """Weight files of every family and format load; wrong files are errors."""
 import re
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -462,6 +463,34 @@ def test_file_that_is_no_checkpoint_is_an_error(tmp_path):
         assert message in sentence and str(tmp_path / name) in sentence, sentence
     assert not (tmp_path / "ran").exists()
     assert "the state dict has no weights" in error_of(family, {})
+
+
+def test_npz_files_of_other_content_or_declared_size_are_errors(tmp_path):
+    (tmp_path / "pointer.npz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", bytes(200_000_000))
+    for name, message in (("pointer.npz", "Git LFS pointer"), ("bomb.npz", "it is damaged")):
+        with pytest.raises(ValueError, match=rf"{name} cannot be read as \.npz: .*{message}"):
+            load_init(net_a(), tmp_path / name)
+
+
+def test_big_endian_npz_is_read(tmp_path):
+    state = net_a(seed=1).state_dict()
+    np.savez(tmp_path / "a.npz", **{key: value.numpy().astype(">f4") for key, value in state.items()})
+    read_state = read(tmp_path / "a.npz")
+    assert torch.equal(read_state["base.layer2.block1.reduce.conv.weight"],
+                       state["base.layer2.block1.reduce.conv.weight"])  # fmt: skip
+
+
+def test_unexpected_shapes_in_caffe_blobs_are_errors(tmp_path):
+    one = torch.ones(4)
+    blobs = {"bn2a_branch1/0": one, "bn2a_branch1/1": one, "bn2a_branch1/2": torch.ones(0),
+             "scale2a_branch1/0": one, "scale2a_branch1/1": one, "res2a_branch1/0": torch.ones(4, 3, 1, 1),
+             "res2a_branch1/1": torch.ones(5)}  # fmt: skip
+    for changed in ({}, {"bn2a_branch1/2": torch.ones(1)}):
+        torch.save(blobs | changed, tmp_path / "a.pth")
+        with pytest.raises(ValueError, match=r"a\.pth is not a complete checkpoint|common"):
+            load_init(net_a(), tmp_path / "a.pth")
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "deeplab_weights.md"

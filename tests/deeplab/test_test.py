@@ -335,6 +335,19 @@ def test_ground_truth_of_0_and_255_is_an_error(tiny, tree):
     assert tiny("--no_scores") == 0
 
 
+def test_images_whose_logits_are_not_finite_get_no_mask(tiny, tree):
+    """The weights are finite, but the sum over the branches of the head is not."""
+    state = torch.load(tree / "run" / "checkpoint_final.pth")
+    for key in [key for key in state if "aspp" in key and key.endswith("bias")]:
+        state[key].fill_(3e38)
+    torch.save(state, tree / "run" / "checkpoint_final.pth")
+    assert tiny() == 1
+    out = tree / "run" / "test"
+    failed = (out / "failed.txt").read_text().splitlines()
+    assert failed and all("the network's output is not finite" in line for line in failed)
+    assert not [*(out / "masks").glob("*.png")]
+
+
 def test_mask_of_another_size_is_reported_for_a_finished_prediction(tiny, tree):
     assert tiny() == 0
     write_mask(tree / "truth" / "im1.png", np.zeros((50, 75), np.uint8), voc_palette())

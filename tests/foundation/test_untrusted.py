@@ -1,5 +1,6 @@
 """Readers of files from unknown sources: small files cannot take gigabytes, and types are checked."""
 
+import _codecs
 import io
 import pickle
 import struct
@@ -166,3 +167,16 @@ def test_pickle_cannot_change_the_functions_that_it_may_call(tmp_path):
         with pytest.raises(pickle.UnpicklingError, match="changes a function"):
             read_dict(tmp_path, content)
     assert (dict(vars(untrusted._Array)), dict(vars(untrusted._Type))) == before
+
+
+def test_one_text_cannot_be_encoded_many_times(tmp_path):
+    text = "a" * 10_000_000
+    value = {"keys": [Reduced(_codecs.encode, (text, "latin1")) for _ in range(40)]}
+    with pytest.raises(ValueError, match=r"declares \d+ bytes of content, but has only 10000"):
+        read_dict(tmp_path, pickled_dict(value))
+
+
+def test_pickle_of_millions_of_objects_raises(tmp_path):
+    pickled = b"\x80\x02(" + b"}" * 2_000_000 + b"t."
+    with pytest.raises(ValueError, match="more than 1000000 operations"):
+        read_dict(tmp_path, npy("{'descr': '|O', 'fortran_order': False, 'shape': ()}", pickled))

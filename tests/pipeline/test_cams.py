@@ -69,6 +69,21 @@ def test_processes_and_formats_agree(voc, tmp_path, monkeypatch, parity_file):
             np.testing.assert_array_equal(full, compact)
 
 
+def test_images_whose_cams_are_not_finite_fail(voc, tmp_path, monkeypatch, parity_file):
+    """This position is finite in the file, but not after its rounding to float16."""
+    state = torch.load(parity_file("tiny", 1))
+    state["visual.positional_embedding"][1] = 7e4
+    torch.save(state, tmp_path / "large.pt")
+    for format in ("full", "compact"):
+        out = tmp_path / format
+        assert run(monkeypatch, voc, out, tmp_path / "large.pt", "--cam_format", format) == 1
+        failed = (out / "failed.txt").read_text().splitlines()
+        assert len(failed) == 3 and all("the CAM is not finite: give undamaged" in line for line in failed)
+        assert not files(out)
+    more = ["--position_rounding", "resampled"]  # images of the size of CLIP's training are not rounded
+    assert run(monkeypatch, voc, tmp_path / "other", tmp_path / "large.pt", *more) == 1
+
+
 def test_bad_images_do_not_stop_a_run(voc, tmp_path, monkeypatch, parity_file, capsys):
     (voc / "JPEGImages" / "es_b.png").write_bytes(b"not an image")
     (voc / "Annotations" / "other.xml").write_text("<annotation></annotation>")

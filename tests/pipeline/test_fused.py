@@ -405,6 +405,17 @@ def test_damaged_images_are_left_out_and_listed(model, tmp_path, capsys):
     assert "images without labels: 1 (near)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_images_whose_cams_are_not_finite_get_no_mask(backend, data, tmp_path, parity_file):
+    state = torch.load(parity_file("tiny", 1))
+    state["visual.positional_embedding"][1] = 7e4  # becomes infinite by its rounding to float16
+    torch.save(state, tmp_path / "large.pt")
+    flags = ["--model", tmp_path / "large.pt", "--crf_backend", backend]
+    assert fused(data, tmp_path / "o", *flags, code=1) == {}
+    failed = (tmp_path / "o" / "failed.txt").read_text().splitlines()
+    assert len(failed) == len(IMAGES) and all("the CAM is not finite" in line for line in failed)
+
+
 def test_bfloat16_masks_agree_with_float32(drawn, drawn_masks, tmp_path):
     masks = fused(drawn, tmp_path / "masks", "--precision", "bf16", benchmark="shapes")
     assert masks != files(drawn_masks)  # the precision had an effect

@@ -189,3 +189,97 @@ def test_invalid_arguments_raise():
         replace(CLIP_ES, image_mode="gray")
     with pytest.raises(ValueError, match="unary_type must be one of float16, float32, got 'float8'"):
         Preset(1, 1, 1, 1, 1, 1, unary_type="float8")
+
+
+def prob(dtype) -> np.ndarray:
+    """Probabilities (2, 4, 5) of 0, 0.5 and 1, which every floating type represents; or of 0 and 1."""
+    values = np.array([0, 0.5, 1, 0.5, 1] * 4).reshape(4, 5)
+    return np.stack([values, 1 - values]).round(0 if np.dtype(dtype).kind in "biu" else 1).astype(dtype)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@pytest.mark.parametrize("preset", ["clip_es", "deeplab"])
+@pytest.mark.parametrize("dtype", ["<f2", ">f2", ">f4", ">f8", "f8", "g", "?", "u1", ">i8"])
+def test_number_types_are_converted(backend, preset, dtype):
+    image, probabilities = drawn(0, (4, 5))[0], prob(dtype)
+    expected = densecrf(image, probabilities.astype(np.float32), preset, "numba")
+    posterior = densecrf(image, probabilities, preset, backend)
+    assert posterior.dtype == np.float32 and posterior.dtype.isnative
+    np.testing.assert_allclose(posterior, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "float8_e4m3fn", "uint8", "bool"])
+def test_types_of_tensors_are_converted(backend, dtype):
+    image = drawn(0, (4, 5))[0]
+    probabilities = torch.from_numpy(prob("u1" if dtype in ("uint8", "bool") else "f4"))
+    expected = densecrf(image, probabilities.float().numpy(), backend="numba")
+    tensor = probabilities.to(getattr(torch, dtype))
+    (posterior,) = densecrf_batch([torch.from_numpy(image)], [tensor], backend=backend)
+    np.testing.assert_allclose(posterior, expected, atol=1e-6)
+    strided = torch.stack([tensor, tensor], -1)[..., 0]
+    (posterior,) = densecrf_batch([image], [strided], backend=backend)
+    np.testing.assert_allclose(posterior, expected, atol=1e-6)
+    if tensor.is_floating_point() and tensor.itemsize > 1:
+        (posterior,) = densecrf_batch([image], [tensor.requires_grad_()], backend=backend)
+        assert not posterior.requires_grad
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (np.nan, "have NaN or infinity"),
+        (np.inf, "have NaN or infinity"),
+        (-np.inf, "have NaN or infinity"),
+        (1e300, "have NaN or infinity"),
+        (7.5, r"must be in 0\.\.1, got 0\.\.7\.5: apply a softmax"),
+        (-3, r"must be in 0\.\.1, got -3\.\.1: apply a softmax"),
+    ],
+)
+def test_invalid_probabilities_raise(backend, as_tensor, value, message):
+    image = drawn(0, (4, 5))[0]
+    for dtype in (np.float16, np.float32, np.float64):
+        if abs(value) == 1e300 and dtype != np.float64:
+            continue
+        probabilities = prob(dtype)
+        probabilities[1, 2, 3] = value
+        probabilities = torch.from_numpy(probabilities) if as_tensor else probabilities
+        with pytest.raises(ValueError, match=f"^class probabilities {message}"):
+            densecrf_batch([image], [probabilities], backend=backend)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_rounding_errors_of_probabilities_are_clipped(backend):
+    image, probabilities = drawn(0, (4, 5))[0], prob(np.float32)
+    rounded = probabilities.copy()
+    rounded[0, 0, 0], rounded[1, 0, 0] = -0.004, 1.004
+    np.testing.assert_array_equal(
+        densecrf(image, rounded, backend=backend), densecrf(image, probabilities, backend=backend)
+    )
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_posterior_that_is_not_finite_raises(backend):
+    """float16 has no energy of a probability below 1e-8, so that no class is possible."""
+    image, preset = drawn(0, (4, 5))[0], replace(CLIP_ES, clip=1e-9)
+    with pytest.raises(ValueError, match="posterior of the CRF is not finite: give a preset with a larger"):
+        densecrf(image, np.zeros((2, 4, 5), np.float32), preset, backend)
+
+
+@pytest.mark.parametrize(
+    "probabilities, message",
+    [
+        (np.zeros((2, 4, 5), complex), "must be numbers, got complex128"),
+        (np.zeros((2, 4, 5), object), "must be numbers, got object"),
+        (np.zeros((2, 4, 5), "U1"), "must be numbers, got <U1"),
+        (torch.zeros((2, 4, 5), dtype=torch.complex64), "must be dense real numbers"),
+        (torch.zeros((2, 4, 5)).to_sparse(), "must be dense real numbers"),
+        ([[[1.0] * 5] * 4] * 2, "requires arrays or tensors, got a list"),
+        (None, "requires arrays or tensors, got a NoneType"),
+    ],
+)
+def test_other_types_raise(probabilities, message):
+    with pytest.raises(ValueError, match=message):
+        densecrf_batch([np.zeros((4, 5, 3), np.uint8)], [probabilities])

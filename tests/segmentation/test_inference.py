@@ -182,3 +182,12 @@ def test_seam_protocol_matches_golden(index, size):
     found = probabilities.log() - probabilities.log().mean(0)  # the logits, up to a constant
     np.testing.assert_allclose(found, logits - logits.mean(0), atol=1e-4 * np.abs(logits).max())
     assert (probabilities.argmax(0).numpy() == expected[prefix + "label"]).all()
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_output_that_is_not_finite_raises(average, value):
+    logits = torch.zeros(1, 3, 4, 4)
+    logits[0, 1, 2, 2] = value
+    with pytest.raises(ValueError, match="the network's output is not finite"):
+        segment(Constant(logits), np.zeros((3, 8, 8), np.float32), Protocol(average=average))

@@ -295,6 +295,45 @@ def test_damaged_resume_file_raises_one_line(world, tmp_path, damage):
     assert not start(world, tmp_path / "elsewhere").load_resume()
 
 
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        (("model", "0.bias"), float("nan"), r"has NaN or infinity in model\.0\.bias: remove it"),
+        (("model", "1.running_var"), float("inf"), r"has NaN or infinity in model\.1\.running_var"),
+        (("optimizer", "state", 0, "momentum_buffer"), float("inf"), r"has NaN or infinity in optimizer\.st"),
+        (("iteration",), -1, "is damaged"),
+        (("iteration",), "3", "is damaged"),
+        (("recent_losses",), ["x"], "is damaged"),
+    ],
+)
+def test_invalid_numbers_in_a_resume_file_raise(world, tmp_path, path, value, message):
+    trainer = start(world, tmp_path, optim=replace(OPTIM, iterations=1), validate_every=0)
+    trainer.run()
+    trainer.save_resume()
+    state = state_of(tmp_path / RESUME)
+    *parents, last = path
+    inner = state
+    for key in parents:
+        inner = inner[key]
+    if isinstance(inner[last], torch.Tensor):
+        inner[last].fill_(value)
+    else:
+        inner[last] = value
+    torch.save(state, tmp_path / RESUME)
+    with pytest.raises(ValueError, match=rf"{RESUME} {message}"):
+        start(world, tmp_path).load_resume()
+
+
+def test_resume_file_that_declares_too_much_raises(world, tmp_path):
+    trainer = start(world, tmp_path)
+    trainer.save_resume()
+    state = state_of(tmp_path / RESUME)
+    state["model"]["0.bias"] = torch.zeros(1).expand(2**32)
+    torch.save(state, tmp_path / RESUME)
+    with pytest.raises(ValueError, match="is damaged or belongs to another network"):
+        start(world, tmp_path).load_resume()
+
+
 def test_nan_loss_stops_before_the_weights_change(world, tmp_path):
     calls = []
 

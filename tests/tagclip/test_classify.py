@@ -143,6 +143,36 @@ def test_stopped_run_resumes(world, tmp_path, monkeypatch):
     assert classify.main(flags(world, out)) == 0 and not left
 
 
+@pytest.mark.parametrize("damage", ["cut", "not finite"])
+def test_images_of_a_damaged_file_of_scores_are_scored_again(world, tmp_path, caplog, damage):
+    assert classify.main(flags(world, tmp_path / "o")) == 0
+    labels = (tmp_path / "o" / "labels.txt").read_text()
+    (file,) = (tmp_path / "o").glob("scores-*.npz")
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:300])
+    else:
+        with np.load(file) as content:
+            names, values = content["names"], content["scores"]
+        np.savez(file, names=names, scores=values * np.float32(np.nan))
+    assert classify.main(flags(world, tmp_path / "o")) == 0
+    assert (tmp_path / "o" / "labels.txt").read_text() == labels
+    assert f"{file.name} is damaged" in caplog.text
+    caplog.clear()
+    assert classify.main(flags(world, tmp_path / "o")) == 0 and "is damaged" not in caplog.text
+
+
+def test_images_without_finite_scores_fail(world, tmp_path):
+    """These positions are finite in the file, but not after their rounding to float16."""
+    state = torch.load(world / "tiny12.pt")
+    state["visual.positional_embedding"][:] = 7e4
+    torch.save(state, tmp_path / "large.pt")
+    more = ["--model", tmp_path / "large.pt", "--position_rounding", "always"]
+    assert classify.main(flags(world, tmp_path / "o", *more)) == 1
+    failed = (tmp_path / "o" / "failed.txt").read_text().splitlines()
+    assert len(failed) == len(IMAGES) and all("features are not finite" in line for line in failed)
+    assert not (tmp_path / "o" / "labels.txt").read_text() and not [*(tmp_path / "o").glob("scores-*")]
+
+
 def test_two_ranks_give_the_same_labels(world, tmp_path):
     """Each rank writes its own file of scores; only rank 0 prints."""
     expected = str(golden("end_to_end")["voc/label_file"])
