@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.common.test_untrusted import Reduced
 
 from foundation.tensors import foreign_format, read_tensors
+from tests.foundation.test_untrusted import Reduced
 
 
 def everything() -> dict:

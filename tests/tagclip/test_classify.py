@@ -332,7 +332,7 @@ def test_user_errors_are_reported(world, tmp_path):
     with pytest.raises(ValueError, match="voting_layers is 30, but 12 blocks can vote: give at most 12"):
         classify.main(flags(world, tmp_path / "o", "--voting_layers", 30))
     for rule, threshold, sentence in (
-        ("absolute", None, "requires --label_threshold X: give it"),
+        ("absolute", None, "requires --label_threshold X"),
         ("absolute", "inf", "must be a finite number, got inf"),
         ("relative", "5", "must be a number from 0 to 1, got 5"),
         ("relative", "nan", "must be a number from 0 to 1, got nan"),
