@@ -16,7 +16,7 @@ from lxml import etree
 from segmentation.benchmark import IGNORE, Benchmark
 from segmentation.images import image_files
 from segmentation.masks import read_mask
-from segmentation.names import NAMES, image_name, shortened
+from segmentation.names import NAMES, check_listable, image_name, shortened
 
 # Image name -> distinct class indices, in order of first appearance. Raises ValueError or OSError, with a
 # message for the user, if the labels cannot be read.
@@ -130,12 +130,9 @@ def split_of(
     names = [Path(file).stem for file in image_files(str(image_root))]
     for name in names:
         try:
-            listed = image_name(name)
+            check_listable(name)
         except ValueError as error:
             raise ValueError(f"image folder {image_root}: {error}") from None
-        if listed != name or len(name.split()) != 1:  # a list cannot contain it
-            what = "backslash" if listed != name else "blank"
-            raise ValueError(f"image {name!r} in {image_root} has a {what} in its name: rename it")
     return {name: [] for name in names}
 
 

@@ -41,6 +41,14 @@ def name_of_file(text: str) -> str:
     return image_name(PurePosixPath(text.replace("\\", "/")).stem)
 
 
+def check_listable(name: str) -> None:
+    """Raise ValueError if a split file cannot contain a name, which comes from an image file."""
+    blank = len(name.split()) != 1
+    if image_name(name) != name or blank:
+        what = "blank" if blank else "backslash"
+        raise ValueError(f"image name {shortened(name)} contains a {what}: rename the image")
+
+
 def shortened(text: object) -> str:
     """Return the start of a text in quotes, for messages; characters that cannot be printed are escaped."""
     shown = repr(text)
