@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import sys
+from contextlib import suppress
 from typing import Any
 
 from foundation import logs
@@ -39,6 +41,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(**{"formatter_class": HelpFormatter, **options})
         logs.show(logging.INFO)
+        with suppress(AttributeError):  # a stream that is not a terminal, file or pipe
+            # As stderr: a file name that cannot be encoded is printed with escapes and raises no error.
+            sys.stdout.reconfigure(errors="backslashreplace")
         group = self.add_argument_group("messages")
         for flags, level, help in (
             (("-v", "--verbose"), logging.DEBUG, "also print details, and the traceback of each failure"),

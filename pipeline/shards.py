@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from glob import glob
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from foundation.files import replacing
 from pipeline.cams import CamStep
@@ -36,6 +36,7 @@ LABELS = "cls"
 FAILED = ".failed.txt"  # suffix of the list of failed images of one shard
 MAX_BYTES = {**dict.fromkeys(IMAGES, 2**28), LABELS: 2**16}  # of one file: 256 MB, and 64 kB for labels
 MAX_HEADER_BYTES = 2**20  # of a long name or other additional header
+MAX_ENDS = 10  # reads at the end of a stream; tarfile needs two for a complete archive
 # Bytes that a compressed shard may unpack to: 64 MB, and this many per stored byte. JPEGs hardly compress,
 # raw masks to a hundredth.
 FREE_BYTES, RATIO = 2**26, 256
@@ -110,7 +111,8 @@ class ShardStep(Step):
         self.flow = replace(self.images.flow, prefetch=1)  # a block is one shard
 
     def is_done(self, name: str) -> bool:
-        return _is_complete(self._file(name))
+        file = self._file(name)
+        return _is_complete(file, file.with_suffix(FAILED).is_file())
 
     def done_outcomes(self, name: str) -> Iterator[Outcome]:
         """Yield the failures that are listed next to a finished shard."""
@@ -200,12 +202,13 @@ def _sample(key: str, files: Sequence[_File]) -> Sample:
 
 
 def _files(shard: str) -> Iterator[_File]:
-    """Yield the files of a shard that belong to a sample. Only the content of one file is in memory."""
+    """Yield the files of a shard that belong to a sample."""
     from webdataset.gopen import gopen
 
     with gopen(shard) as stream:
         content = _Unpacked(stream)
-        with tarfile.open(fileobj=content, mode="r|", tarinfo=_Member, encoding="utf-8") as archive:
+        options = {"tarinfo": _Member, "encoding": "utf-8", "bufsize": 2**16}
+        with tarfile.open(fileobj=content, mode="r|", **options) as archive:
             for member in archive:
                 archive.members = []  # otherwise it keeps all members in memory
                 folder, slash, name = member.name.rpartition("/")
@@ -213,7 +216,7 @@ def _files(shard: str) -> Iterator[_File]:
                 # Names without key or suffix are no part of a sample; __ marks metadata of the archive.
                 if stem and dot and not member.isdir() and not member.name.startswith("__"):
                     yield _read(archive, member, folder + slash + stem, suffix.lower())
-        while stream.read(2**20):  # read the padding: some `pipe:` commands fail if the pipe closes early
+        while content.read(2**20):  # gzip's checksum is at the end, and some `pipe:` commands must end
             pass
 
 
@@ -237,39 +240,40 @@ class _Unpacked:
     """The content of a stream, which is unpacked if it is compressed. A reader for tarfile.
 
     Raises:
-        ValueError: while reading, if it unpacks to far more bytes than are stored.
+        ValueError: while reading, if it unpacks to far more bytes than are stored, or if it has ended long
+            before: to skip a file that declares 1 TB, tarfile would read 100 million times at the end.
     """
 
     def __init__(self, stream: Any):
-        self.stored, self.size = _Counted(stream), 0
-        self.stream: BinaryIO = io.BufferedReader(self.stored, 2**16)
-        start = self.stream.peek(8)
-        for magic, unpack in UNPACK.items():
-            if start.startswith(magic):
-                self.stream = unpack(self.stream, "rb")
+        self.stored, self.size, self.ends = _Counted(stream), 0, 0
+        unpack = (unpack for start, unpack in UNPACK.items() if self.stored.start.startswith(start))
+        self.stream = next(unpack, lambda stream: stream)(self.stored)
 
     def read(self, size: int) -> bytes:
         content = self.stream.read(size)
         self.size += len(content)
+        self.ends += not content
+        if self.ends > MAX_ENDS:
+            raise ValueError("it is cut short")
         if self.size > FREE_BYTES + RATIO * self.stored.size:
             raise ValueError(f"it unpacks to more than {RATIO} times its size: store it without compression")
         return content
 
 
-class _Counted(io.RawIOBase):
-    """Counts the bytes that are read from a stream."""
+class _Counted:
+    """Counts the bytes that are read from a stream; `start` are the first bytes."""
 
     def __init__(self, stream: Any):
-        self.stream, self.size = stream, 0
+        self.stream, self.start = stream, stream.read(8)
+        self.size = len(self.start)
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        content = self.stream.read(len(buffer))
-        buffer[: len(content)] = content
+    def read(self, size: int) -> bytes:
+        if self.start:
+            content, self.start = self.start[:size], self.start[size:]
+            return content
+        content = self.stream.read(size)
         self.size += len(content)
-        return len(content)
+        return content
 
 
 class _Member(tarfile.TarInfo):
@@ -295,9 +299,10 @@ class _Member(tarfile.TarInfo):
         return header
 
 
-def _is_complete(file: Path) -> bool:
+def _is_complete(file: Path, may_be_empty: bool) -> bool:
     """Return whether a result shard exists and is undamaged, by its headers, its end and the checksums of its
-    masks and compact CAM files. This takes 60 us per mask."""
+    masks and compact CAM files. This takes 35 us per mask."""
+    count = 0
     try:
         with open(file, "rb") as stream:
             stream.seek(-2 * tarfile.BLOCKSIZE, os.SEEK_END)
@@ -307,6 +312,7 @@ def _is_complete(file: Path) -> bool:
             with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Member) as archive:
                 for member in archive:
                     archive.members = []
+                    count += 1
                     suffix = Path(member.name).suffix
                     if member.issparse() or not member.isreg():
                         return False
@@ -318,7 +324,7 @@ def _is_complete(file: Path) -> bool:
                                 return False
     except Exception:  # damaged files raise exceptions of many types
         return False
-    return True
+    return count > 0 or may_be_empty
 
 
 def _write(file: Path, results: dict[str, dict[str, bytes]]) -> None:

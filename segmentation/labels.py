@@ -18,7 +18,7 @@ from segmentation.class_names import find_class
 from segmentation.coco import one_line, read_coco_json
 from segmentation.images import image_files
 from segmentation.masks import CONVERTER, check_class_pixels, read_mask
-from segmentation.names import NAMES, image_name, shortened
+from segmentation.names import NAMES, check_listable, image_name, shortened
 
 # Image name -> distinct class indices, in order of first appearance. Raises ValueError or OSError, with a
 # message for the user, if the labels cannot be read.
@@ -134,12 +134,9 @@ def split_of(
     names = [Path(file).stem for file in image_files(str(image_root))]
     for name in names:
         try:
-            listed = image_name(name)
+            check_listable(name)
         except ValueError as error:
             raise ValueError(f"image folder {image_root}: {error}") from None
-        if listed != name or len(name.split()) != 1:  # a list cannot contain it
-            what = "backslash" if listed != name else "blank"
-            raise ValueError(f"image {name!r} in {image_root} has a {what} in its name: rename it")
     return {name: [] for name in names}
 
 

@@ -32,6 +32,14 @@ def image_name(text: str) -> str:
     return "/".join(parts)
 
 
+def check_listable(name: str) -> None:
+    """Raise ValueError if a split file cannot contain a name, which comes from an image file."""
+    blank = len(name.split()) != 1
+    if image_name(name) != name or blank:
+        what = "blank" if blank else "backslash"
+        raise ValueError(f"image name {shortened(name)} contains a {what}: rename the image")
+
+
 def shortened(text: object) -> str:
     """Return the start of a text in quotes, for messages; characters that cannot be printed are escaped."""
     shown = repr(text)

@@ -17,6 +17,7 @@ from foundation.files import DiskFull, write_file
 from foundation.logs import no_progress
 from foundation.settings import count
 from segmentation.images import find_image, read_image, read_size
+from segmentation.names import check_listable
 
 PRINTED = 3  # number of problems of each kind that are printed; the file lists all
 EXIT_CODES = """\
@@ -86,6 +87,8 @@ def inspect_all(
         for inspection in progress:
             name, sizes = inspection.name, inspection.sizes
             problems += inspection.problems
+            with collecting(problems, "name"):
+                check_listable(name)
             if len(set(sizes.values())) > 1:
                 listed = ", ".join(f"{kind} {height} x {width}" for kind, (height, width) in sizes.items())
                 problems.append(Problem("differing sizes", f"{name}: height x width differ: {listed}"))
@@ -98,11 +101,14 @@ def write_split(
 ) -> None:
     """Write lines `name index ...` (LF, one space between fields) and print their number.
 
+    Names that a list cannot contain are left out; `inspect_all` reports them.
+
     Args:
         split: image name -> class indices, which may be empty.
         count: number of lines of the published list; None: there is no published list.
         sha256: sha256 of the published list; None: only the number of lines is compared.
     """
+    split = {name: labels for name, labels in split.items() if _is_listable(name)}
     content = "".join(" ".join([name, *map(str, labels)]) + "\n" for name, labels in split.items()).encode()
     write_file(file, content)
     verdict = ""
@@ -113,6 +119,14 @@ def write_split(
     elif count not in (None, len(split)):
         verdict = f"; differs from the published list, which has {count} images"
     print(f"{file}: {len(split)} images{verdict}")
+
+
+def _is_listable(name: str) -> bool:
+    try:
+        check_listable(name)
+    except ValueError:
+        return False
+    return True
 
 
 def report(problems: Sequence[Problem], file: Path) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from foundation.files import replacing, sweep
+from foundation.files import below, replacing, sweep, write_file
 
 ROOT = Path(__file__).parents[2]
 WRITER = """
@@ -67,3 +67,57 @@ def test_sweep_removes_only_temporary_files_of_killed_processes(tmp_path, writer
     writer.wait()
     sweep(tmp_path)
     assert sorted(folder.iterdir()) == sorted(kept)
+
+
+def test_sweep_ignores_temporary_names_that_it_cannot_remove(tmp_path, writer):
+    (temporary,) = (tmp_path / "deep").iterdir()
+    writer.kill()
+    writer.wait()
+    temporary.unlink()
+    temporary.mkdir()  # unlink raises OSError
+    sweep(tmp_path)
+    assert temporary.is_dir()
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("file/a.txt", "File exists"),
+        ("file/deep/a.txt", "Not a directory"),
+        ("folder", "Is a directory"),
+        ("dangling/a.txt", "File exists"),
+        (f"folder/{'x' * 260}", "File name too long"),
+    ],
+)
+def test_file_that_cannot_be_written_is_named_in_one_line(tmp_path, name, reason):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(OSError) as error:
+        write_file(tmp_path / name, "text")
+    message = f"{tmp_path / name} cannot be written ({reason}): check its folder, or choose another one"
+    assert str(error.value) == message
+
+
+def test_error_of_the_block_is_not_changed(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"\[Errno 2\] .*nowhere"), replacing(tmp_path / "a.txt"):
+        (tmp_path / "nowhere").read_bytes()
+
+
+def test_longest_file_names_are_written(tmp_path):
+    names = ["x" * 255, "y" * 251 + ".png", os.fsdecode(b"caf\xe9.txt")]
+    for name in names:
+        write_file(tmp_path / name, "text")
+    assert {file.name for file in tmp_path.iterdir()} == {*names}
+
+
+def test_text_that_cannot_be_encoded_is_written_with_escapes(tmp_path):
+    write_file(tmp_path / "a.txt", "caf\udce9 caf\u00e9")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "caf\\udce9 caf\u00e9"
+
+
+@pytest.mark.parametrize("name", ["/x.png", "../x.png", "a/../../x.png", "a/.."])
+def test_outputs_outside_their_folder_are_refused(tmp_path, name):
+    assert below(tmp_path, "a/..x.png") == tmp_path / "a" / "..x.png"
+    with pytest.raises(ValueError, match="is outside the output folder"):
+        below(tmp_path, name)

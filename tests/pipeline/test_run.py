@@ -3,11 +3,13 @@
 import json
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ from hypothesis import strategies as st
 from foundation import logs
 from foundation.files import replacing
 from pipeline.processes import Outcome, device_of, part_of
-from pipeline.run import Record, Run, command, read_settings
+from pipeline.run import Record, Run, command, read_settings, write_failures, write_json
 from pipeline.step import Decoded, Step
+from segmentation.distributed import WorkFailed
 
 ROOT = Path(__file__).parents[2]
 NAMES = [str(number) for number in range(11)]
@@ -182,6 +185,84 @@ def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
     left.touch()
     Run(tmp_path)
     assert not left.exists() and (tmp_path / "a.npy").exists()
+
+
+class Files(Step):
+    """Writes a file for each name; after the name "5" it calls `fault`."""
+
+    def __init__(self, folder: Path, fault):
+        self.folder, self.fault = folder, fault
+
+    def is_done(self, name):
+        return (self.folder / f"{name}.npy").exists()
+
+    def decode(self, name):
+        return Decoded(name)
+
+    def compute(self, batch):
+        return batch
+
+    def write(self, decoded, result):
+        with replacing(self.folder / f"{decoded.name}.npy"):
+            pass
+        if decoded.name == "5":
+            self.fault()
+
+
+def rename(folder: Path) -> None:
+    folder.rename(folder.with_name("gone"))
+
+
+def empty(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("remove, num_workers", [(shutil.rmtree, 1), (empty, 1), (rename, 1), (rename, 2)])
+def test_run_whose_folder_is_removed_fails_and_continues(tmp_path, remove, num_workers):
+    folder, kept = tmp_path / "out", tmp_path / "kept"
+    record = Record("masks", {"a": (1, 2)}, {"model": "abc"}, ("*.npy",))
+    for fault in (partial(remove, folder), int):
+        run = Run(folder, record, further={kept: replace(record, step="cams")})
+        run.map(Files(folder, fault), NAMES, num_workers)
+        if fault is not int:
+            with pytest.raises(WorkFailed, match="out was removed or emptied during the run, and files"):
+                run.finish()
+            assert len(list(folder.glob("*.npy"))) < len(NAMES)
+    assert run.finish() == 0 and len(list(folder.glob("*.npy"))) == len(NAMES)
+    assert read_settings(folder)["settings"] == {"a": [1, 2]} and read_settings(kept)["step"] == "cams"
+
+
+def test_record_of_a_removed_folder_is_restored_before_the_run_ends(tmp_path):
+    """So that the same command continues even if the run is killed."""
+    run = Run(tmp_path / "out", Record("masks", {"a": 1}), further={tmp_path / "cams": Record("cams")})
+    before = [read_settings(tmp_path / name) for name in ("out", "cams")]
+    for name in ("out", "cams"):
+        shutil.rmtree(tmp_path / name)
+    run.take(Outcome("x"))
+    assert [read_settings(tmp_path / name) for name in ("out", "cams")] == before
+
+
+def test_run_whose_folder_another_run_has_filled_fails(tmp_path):
+    run = Run(tmp_path, Record("masks", {"a": 1}))
+    Run(tmp_path, Record("masks", {"a": 2}))
+    with pytest.raises(WorkFailed, match="another run with other settings filled"):
+        run.finish()
+    runs = [Run(tmp_path, Record("masks", {"a": 1.0, "b": (2,)})) for _ in range(2)]
+    assert [run.finish() for run in runs] == [0, 0]  # the same settings
+
+
+def test_output_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match="out is a file: give a folder"):
+        Run(tmp_path / "out")
+
+
+def test_names_that_cannot_be_encoded_are_listed_with_escapes(tmp_path):
+    write_failures(tmp_path / "failed.txt", [("caf\udce9", "no image caf\udce9")])
+    assert (tmp_path / "failed.txt").read_text() == "caf\\udce9\tno image caf\\udce9\n"
+    write_json(tmp_path / "a.json", {"caf\udce9": 1})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"caf\udce9": 1}
 
 
 @pytest.mark.parametrize("text", ['{"settings": {', "[1]", "3", '{"settings": 3}', '{"inputs": [1]}', "\xff",

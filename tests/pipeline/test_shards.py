@@ -1,15 +1,20 @@
 """Images in tar shards give the same files as images in a folder; damaged and missing shards."""
 
+import bz2
 import gzip
+import lzma
+import re
 import sys
 import tarfile
+import time
+import tracemalloc
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 
-from pipeline.shards import shard_files
+from pipeline.shards import DamagedShard, _samples, shard_files
 from segmentation import camfile
 from tests.conftest import parity_image
 from tests.pipeline.conftest import write_voc
@@ -361,3 +366,199 @@ def test_shards_exclude_the_flags_of_image_folders(data, model, tmp_path, capsys
     with pytest.raises(SystemExit):
         masks(data, model, tmp_path / "masks", "--split_file", data / "split.txt")
     assert "--shards" in capsys.readouterr().err
+
+
+# Shards of other origin
+
+
+def archive(*entries: tuple, **options) -> bytes:
+    """Return a tar archive of entries (name, content, further attributes of the member)."""
+    stream = BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", **options) as tar:
+        for name, content, *attributes in entries:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            for attribute, value in attributes[0].items() if attributes else ():
+                setattr(member, attribute, value)
+            tar.addfile(member, BytesIO(content) if member.isreg() else None)
+    return stream.getvalue()
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """Return the header of a member that declares a size."""
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def pair(key: str) -> list[tuple[str, bytes]]:
+    return [(f"{key}.jpg", b"image"), (f"{key}.cls", b"0")]
+
+
+def samples(folder: Path, content: bytes) -> list:
+    (folder / "s.tar").write_bytes(content)
+    return [*_samples(str(folder / "s.tar"))]
+
+
+HARD_LINK = {"type": tarfile.LNKTYPE, "linkname": "x.jpg"}
+SYMLINK = {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}
+DOT = "a key ends at its first dot"
+
+
+@pytest.mark.parametrize(
+    "entries, faults",
+    [
+        ([("x.rf.1a2b.jpg", b""), ("x.rf.1a2b.cls", b"0")], {"x": rf"x\.rf\.1a2b\.jpg: {DOT}"}),
+        ([*pair("x.2"), *pair("x.3"), *pair("y")], {"x": rf"x\.2\.jpg: {DOT}", "y": ""}),
+        ([("x.2.jpg", b"")], {"x": DOT}),  # labels in a file
+        ([("x.jpg", b""), ("x.cls", b""), *pair("x.2")], {"x": rf"x\.2\.jpg: {DOT}"}),
+        ([("x.jpg", b""), ("x.2.cls", b"")], {"x": rf"x\.2\.cls: {DOT}"}),
+        ([("x.jpg", b""), ("x.seg.png", b""), ("x.cls", b"0"), ("x.a.json", b"")], {"x": ""}),
+        ([*pair("/x"), *pair("C:\\x")], {"/x": "is an absolute path", "C:\\\\x": "is an absolute path"}),
+        ([*pair("../x"), *pair("a/../../x")], {"../x": "contains `..`", "a/../../x": "contains `..`"}),
+        ([*pair("caf\udce9"), *pair("x\n")], {r"caf\udce9": "not UTF-8", r"x\n": "control character"}),
+        ([*pair("./x"), *pair("a.b/y"), *pair("a b")], {"x": "", "a.b/y": "", "a b": ""}),
+        ([("x.jpg", b"", SYMLINK), ("x.cls", b"0"), ("y.txt", b"", SYMLINK)], {"x": "is a link", "y": ""}),
+        ([*pair("x"), ("y.jpg", b"", HARD_LINK)], {"x": "", "y": "is a link"}),
+        ([("x.jpg", b"", {"type": tarfile.CHRTYPE})], {"x": "is a link, a device or a sparse file"}),
+        ([("x.jpg", b"", {"type": tarfile.FIFOTYPE})], {"x": "is a link, a device or a sparse file"}),
+        ([("x.jpg", b"", {"type": tarfile.DIRTYPE}), *pair("y")], {"y": ""}),
+        ([("x.cls", bytes(2**16 + 1))], {"x": "x.cls has 65537 bytes, more than the 65536 that are read"}),
+        (
+            [("x.jpg", b"", {"pax_headers": {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**40)}})],
+            {"x": "is a link, a device or a sparse file"},
+        ),
+    ],
+)
+def test_sample_that_cannot_be_used_is_a_failure_with_its_reason(tmp_path, entries, faults):
+    content = archive(*entries, errors="surrogateescape")
+    found = {sample.name: sample.fault for sample in samples(tmp_path, content)}
+    assert found.keys() == faults.keys()
+    for name, fault in faults.items():
+        assert re.search(fault, found[name]) if fault else not found[name]
+        found[name].encode()
+
+
+@pytest.mark.parametrize("labels", ["3.0", "-1", "0,3", "[0, 3]", "\u0663", "9" * 5000, "cat"])
+def test_labels_that_are_no_class_indices_fail_the_image(copies, model, tmp_path, labels):
+    content = members(copies / "in-000.tar")
+    write(copies / "in-000.tar", {**content, "image_1.cls": labels.encode()})
+    masks(copies, model, tmp_path / "masks", shards="in-000.tar", code=1)
+    line = (tmp_path / "masks" / "failed.txt").read_text()
+    assert line.startswith("image_1\timage_1.cls contains '") and len(line) < 250
+    assert "expected class indices 0..19, separated by spaces" in line
+    assert members(tmp_path / "masks" / "in-000.tar").keys() == {"image_0.png", "image_2.png"}
+
+
+def test_keys_with_dots_are_failures_of_the_run(copies, model, tmp_path, capsys):
+    content = members(copies / "in-000.tar")
+    names = {name: name.replace("image_1", "image.1") for name in content}
+    write(copies / "in-000.tar", {names[name]: value for name, value in content.items()})
+    masks(copies, model, tmp_path / "masks", shards="in-000.tar", code=1)
+    assert f"failed: image: image.1.cls: {DOT}" in capsys.readouterr().err
+
+
+def bomb(unpack, name: str, megabytes: int) -> bytes:
+    """Return a compressed archive of one member that contains zeros."""
+    stream = BytesIO()
+    with unpack(stream, "wb") as packed:
+        packed.write(header(name, megabytes * 2**20))
+        for _ in range(megabytes):
+            packed.write(bytes(2**20))
+    return stream.getvalue()
+
+
+HOSTILE = {
+    "size": lambda: header("x.jpg", 2**40) + bytes(512),
+    "size of another file": lambda: header("x.npy", 2**40) + bytes(512),
+    "labels": lambda: header("x.cls", 2**31) + bytes(512),
+    "negative size": lambda: header("x.jpg", -512) + archive(*pair("x")),
+    "pax size": lambda: archive(("x.jpg", b"", {"pax_headers": {"size": "9" * 25}})),
+    "negative pax size": lambda: archive(("x.jpg", b"", {"pax_headers": {"size": "-5"}})),
+    "pax header": lambda: header("x", 2**40, tarfile.XHDTYPE) + bytes(512),
+    "long name": lambda: header("x", 2**40, tarfile.GNUTYPE_LONGNAME) + bytes(512),
+    "long names": lambda: (header("x", 2, tarfile.GNUTYPE_LONGNAME) + b"y".ljust(512, b"\0")) * 3000,
+    "sparse": lambda: header("x.jpg", 2**33, tarfile.GNUTYPE_SPARSE) + bytes(100),
+    "sparse pax": lambda: archive(
+        ("x.jpg", b"x" * 600, {"pax_headers": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}})
+    ),
+    "gzip": lambda: bomb(gzip.open, "x.jpg", 200),
+    "gzip of another file": lambda: bomb(gzip.open, "x.npy", 200),
+    "bzip2": lambda: bomb(bz2.open, "x.npy", 80),
+    "xz": lambda: bomb(lzma.open, "x.npy", 100),
+    "pax in gzip": lambda: gzip.compress(header("x", 2**31, tarfile.XHDTYPE) + bytes(2**27)),
+    "cut gzip": lambda: gzip.compress(archive(*pair("x")))[:-9],
+    "checksum of gzip": lambda: gzip.compress(archive(*pair("x")))[:-8] + bytes(8),
+    "files apart": lambda: archive(pair("x")[0], *pair("y"), pair("x")[1]),
+    "image twice": lambda: archive(("x.jpg", b""), ("x.JPG", b"")),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_shard_is_refused_in_little_time_and_memory(tmp_path, case):
+    content = HOSTILE[case]()
+    start = time.monotonic()
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedShard, match=r"shard .*s\.tar cannot be read: .") as error:
+            samples(tmp_path, content)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert peak < 2**28 and time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_shards_have_the_same_samples(tmp_path, pack):
+    plain = archive(*pair("x"), *pair("y"))
+    assert samples(tmp_path, pack(plain)) == samples(tmp_path, plain) and len(samples(tmp_path, plain)) == 2
+
+
+RESULT_DAMAGES = {
+    "in a mask": lambda content: content[:600] + bytes([content[600] ^ 1]) + content[601:],
+    "cut in a mask": lambda content: content[:700],
+    "cut between masks": lambda content: content[: third_header(content)],
+    "without end": lambda content: content.rstrip(b"\0"),
+    "zeros": lambda content: bytes(len(content)),
+    "empty": lambda content: b"",
+    "no archive": lambda content: b"<html>no such file</html>" * 100,
+}
+
+
+@pytest.mark.parametrize("damage", RESULT_DAMAGES)
+def test_damaged_result_shard_is_made_again(damage, data, model, sharded, tmp_path):
+    for shard in SHARDS:
+        (tmp_path / shard).write_bytes((sharded / shard).read_bytes())
+    (tmp_path / "settings.json").write_bytes((sharded / "settings.json").read_bytes())
+    whole = (tmp_path / "in-001.tar").read_bytes()
+    (tmp_path / "in-001.tar").write_bytes(RESULT_DAMAGES[damage](whole))
+    assert masks(data, model, tmp_path) == results(sharded)
+
+
+def test_damaged_cam_in_a_result_shard_is_made_again(data, model, tmp_path):
+    first = masks(data, model, tmp_path, "--keep_cams", "compact")
+    content = bytearray(first["in-000.tar"])
+    with tarfile.open(tmp_path / "in-000.tar") as tar:
+        member = next(member for member in tar if member.name.endswith(".npz"))
+    content[member.offset_data + member.size // 2] ^= 1
+    (tmp_path / "in-000.tar").write_bytes(content)
+    assert masks(data, model, tmp_path, "--keep_cams", "compact") == first
+
+
+def test_damaged_list_of_failures_counts_as_failures(copies, model, tmp_path, capsys):
+    out = tmp_path / "masks"
+    masks(copies, model, out, shards="in-000.tar")
+    (out / "in-000.failed.txt").write_bytes(b"caf\xe9\n\nx\tno image\n")
+    masks(copies, model, out, shards="in-000.tar", code=1)
+    printed = capsys.readouterr().err
+    assert "failed: caf\\xe9: it is listed in" in printed and "failed: x: no image" in printed
+
+
+def test_result_shard_that_cannot_be_written_fails_alone(data, model, sharded, tmp_path, capsys):
+    masks(data, model, tmp_path, shards="in-{001..002}.tar")
+    (tmp_path / "in-000.tar").mkdir()
+    (tmp_path / "in-002.tar").unlink()
+    run("pseudo_masks", *model, "--shards", data / "in-*.tar", "--output", tmp_path, code=1)
+    assert "in-000.tar cannot be written (Is a directory)" in capsys.readouterr().err
+    assert (tmp_path / "in-002.tar").read_bytes() == (sharded / "in-002.tar").read_bytes()

@@ -95,8 +95,8 @@ def test_read_split_returns_names_with_slashes(tmp_path):
     [
         (b"caf\xe9.png", r"image name 'caf\\udce9' contains a control character, or bytes that are not"),
         (b"new\nline.png", "contains a control character"),
-        (b"a b.png", "has a blank in its name"),
-        (b"a\\b.png", "has a backslash in its name: rename it"),
+        (b"a b.png", "contains a blank: rename"),
+        (b"a\\b.png", "contains a backslash: rename"),
         (b"x.jpg.png", r"image name 'x\.jpg' has the suffix \.jpg"),
         (b"a,1.png", "ends in a comma or in numbers after one"),
         (b"NUL.png", "is reserved by Windows"),

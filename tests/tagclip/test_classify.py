@@ -1,6 +1,7 @@
 """classify.py and pseudo_masks.py --labels auto: golden vectors, interruptions and user errors."""
 
 import json
+import os
 import pickle
 from functools import partial
 
@@ -11,7 +12,7 @@ import torch
 import clip
 from cocostuff.prepare import convert_split
 from pipeline import run
-from pipeline.label_scores import read_scores
+from pipeline.label_scores import LabelRule, read_scores, write_labels, write_scores
 from segmentation import camfile
 from segmentation.labels import read_split
 from segmentation.masks import read_mask
@@ -314,8 +315,48 @@ def test_hidden_files_are_ignored_and_blanks_are_errors(world, tmp_path):
     assert classify.main(arguments) == 0
     assert [*read_split(tmp_path / "o" / "labels.txt")] == ["a"]
     image("tagclip-4").save(tmp_path / "IMG 7.png")
-    with pytest.raises(ValueError, match=r"image .IMG 7. in .* has a blank in its name: rename it"):
+    with pytest.raises(ValueError, match=r"image folder .*: image name .IMG 7. contains a blank: rename"):
         classify.main(arguments)
+
+
+def test_name_that_is_not_utf8_is_refused_before_images_are_scored(world, tmp_path):
+    (tmp_path / "images").mkdir()
+    image("tagclip-4").save(tmp_path / "images" / os.fsdecode(b"caf\xe9.png"))
+    arguments = flags(world, tmp_path / "o")
+    arguments[arguments.index("--image_root") + 1] = str(tmp_path / "images")
+    position = arguments.index("--split_file")
+    del arguments[position : position + 2]
+    arguments[arguments.index("--benchmark") + 1] = str(tmp_path / "own.yaml")
+    (tmp_path / "own.yaml").write_text("{name: own, classes: [dog, cat], backgrounds: [grass]}")
+    with pytest.raises(ValueError, match=r"image name 'caf\\udce9' contains .* bytes that are not UTF-8"):
+        classify.main(arguments)
+    assert not (tmp_path / "o").exists()
+
+
+def test_scores_whose_names_cannot_be_encoded_are_kept(tmp_path):
+    scores = {"caf\udce9": np.float32([1, 2]), "x": np.float32([3, 4])}
+    write_scores(tmp_path, scores)
+    kept = read_scores(tmp_path, 2)
+    assert kept.keys() == scores.keys() and all((kept[name] == scores[name]).all() for name in scores)
+    write_labels(tmp_path / "labels.txt", kept, LabelRule(0.5))
+    assert (tmp_path / "labels.txt").read_text() == "caf\\udce9 1\nx 1\n"
+
+
+def test_scores_that_cannot_be_written_at_once_are_written_later(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step, "PERIOD", 0)
+    write, failures = step.write_scores, []
+
+    def fail_twice(folder, scores):
+        if len(failures) < 2:
+            failures.append(len(scores))
+            raise PermissionError(f"{folder}/scores.npz cannot be written (Permission denied)")
+        return write(folder, scores)
+
+    monkeypatch.setattr(step, "write_scores", fail_twice)
+    assert classify.main(flags(world, tmp_path / "o", "--threads", 1)) == 0
+    assert failures[0] < failures[1] or failures == [1, 1]
+    assert (tmp_path / "o" / "labels.txt").read_text() == str(golden("end_to_end")["voc/label_file"])
+    assert capsys.readouterr().err.count("the scores are kept in memory and written later") == 2
 
 
 def test_images_without_true_labels_are_not_scored(world, tmp_path, capsys):

@@ -11,6 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from foundation.files import sha256
+from pipeline.run import command
 from segmentation.checkpoints import FINAL, RESUME
 from segmentation.masks import read_mask
 from segmentation.trainer import Trainer
@@ -102,6 +103,36 @@ def test_resuming_restores_the_state_of_the_objective_exactly(world, trained, tm
     assert batch.extras["image_labels"].dtype == torch.bool and len(batch.extras["image_labels"]) == 3
     assert batch.extras["caption"] == [f"a photo of {name}" for name in batch.names]
     assert {*batch.labels.unique().tolist()} <= {0, 255}
+
+
+@pytest.mark.parametrize("iteration", [3, 8])
+def test_run_folder_removed_during_training_is_reported_and_training_resumes(
+    world, trained, tmp_path, monkeypatch, capsys, iteration
+):
+    folder, iterate = tmp_path / "run", Trainer.iterate
+
+    def remove(self, chunk):
+        result = iterate(self, chunk)
+        if self.done == iteration:
+            shutil.rmtree(folder)
+        return result
+
+    def run(*flags) -> tuple[int, str]:
+        words = ["--config", f"{world}/toy.yaml", f"run.output={folder}", *flags]
+        with pytest.raises(SystemExit) as end:
+            command(lambda: train.main(toy.RECIPE, words))
+        return end.value.code, capsys.readouterr().err
+
+    monkeypatch.setattr(Trainer, "iterate", remove)
+    code, printed = run()
+    last = printed.splitlines()[-1]
+    assert code == 1 and last.startswith(f"error: {folder} was removed or emptied during the run")
+    assert "--resume continues" in last and "Traceback" not in printed
+    assert (folder / (FINAL if iteration == 8 else RESUME)).is_file()
+    monkeypatch.setattr(Trainer, "iterate", iterate)
+    assert run("--resume")[0] == 0
+    first, second = (torch.load(f / FINAL, weights_only=True) for f in (trained[0], folder))
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 def test_the_network_is_tested_with_its_own_protocol(world, trained, tmp_path):

@@ -1,5 +1,6 @@
 """VOC12: the benchmark's classes and prompts, and `prepare` on small complete or damaged copies."""
 import hashlib
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -283,3 +284,14 @@ def test_2007_error_suggests_the_inner_folder(copy_2007, capsys):
     with pytest.raises(SystemExit):
         prepare.main(["--root", str(copy_2007.root.parent), "--year", "2007"])
     assert re.search("is not a copy of VOC2007: .*; did you mean --root .*VOC2007", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", [b"2008_000002 (1)", b"caf\xe9", b"x.jpg"])
+def test_masks_whose_names_a_list_cannot_contain_are_problems(copy, capsys, name):
+    name = os.fsdecode(name)
+    shutil.copy(copy.root / "SegmentationClassAug" / f"{EXTRA[0]}.png",
+                copy.root / "SegmentationClassAug" / f"{name}.png")
+    assert run(copy) == 1
+    assert "bad name: 1\n    image name " in capsys.readouterr().out
+    assert "bad name: image name" in (copy.out / "problems.txt").read_text()
+    assert labels.read_split(copy.out / "train_aug.txt").keys() == {*TRAIN, *EXTRA}
