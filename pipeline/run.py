@@ -147,7 +147,7 @@ class Run:
     def _restore_records(self) -> None:
         """Write the records of output folders that were removed or emptied during the run.
 
-        Without them, the same command would refuse the folders. The check takes 2 us per folder.
+        Without them, the same command would refuse the folders. The check takes a few us per folder.
         """
         for folder, content in self.records.items():
             if not os.path.isfile(folder / SETTINGS):
