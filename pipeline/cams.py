@@ -158,16 +158,7 @@ def batch_cams(
             of_images = grids.transpose(0, 1).cpu().numpy()  # (B, views, K, h, w)
             for image_cams, count, grid in zip(cams, counts, of_images, strict=True):
                 image_cams.setdefault(cam_type, []).extend(grid[:, :count])
-    averaged = [{cam_type: _average(grids) for cam_type, grids in by_type.items()} for by_type in cams]
-    for by_type in averaged:
-        for grids in by_type.values():
-            _require_finite(bool(np.isfinite(grids).all()))
-    return averaged
-
-
-def _require_finite(finite: bool) -> None:
-    if not finite:
-        raise ValueError("the CAM is not finite: give undamaged weights, or --precision fp32")
+    return [{cam_type: _average(grids) for cam_type, grids in by_type.items()} for by_type in cams]
 
 
 def _view_cams(
@@ -197,17 +188,22 @@ def _view_cams(
         position_rounding=settings.position_rounding,
         affinity=affinity,
     )
-    _require_finite(bool(result.cams.isfinite().all()))
-    cams = {}
+    initial, cams = _finite(result.cams), {}
     if settings.refine == "none" or settings.keep_initial:
-        cams[INITIAL] = result.cams
+        cams[INITIAL] = initial
     if settings.refine != "none":
         boxes = None
         if settings.refine == "caa":
-            boxes = box_masks(result.cams, settings.box_threshold, settings.include_edge)
-        cams[REFINED] = min_max_normalize(refine(result.cams, result.affinity, boxes))
+            boxes = box_masks(initial, settings.box_threshold, settings.include_edge)
+        cams[REFINED] = min_max_normalize(_finite(refine(initial, result.affinity, boxes)))
     views = {cam_type: grids.unflatten(0, (-1, len(pixels))) for cam_type, grids in cams.items()}
     return {cam_type: torch.cat([grids[:1], grids[1:].flip(-1)]) for cam_type, grids in views.items()}
+
+
+def _finite(cams: Tensor) -> Tensor:
+    if not cams.isfinite().all():
+        raise ValueError("the CAM is not finite: give undamaged weights, or --precision fp32")
+    return cams
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
