@@ -33,7 +33,7 @@ from tests.processes import ROOT, Process, Started, ranks, torchrun
 from tests.processes import script as run_script
 
 IMAGES = 80
-ATTEMPTS = 5  # maximum number of attempts to hit a run before it finishes
+ATTEMPTS = 15  # maximum number of attempts to hit a run before it finishes
 LOST = "error: another process of torchrun died: run the command again to continue\n"
 linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
 
