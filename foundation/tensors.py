@@ -72,7 +72,7 @@ def read_tensors(file: str | Path) -> Any:
     try:
         return _read(file, start)
     except Implausible as error:
-        fault = f"{error}: it is damaged, or made to exhaust the memory; use another file"
+        fault = f"{error}: it is truncated or damaged, use another file"
     except _Refused as error:
         fault = str(error)
     except pickle.UnpicklingError as error:
@@ -259,10 +259,11 @@ def _read_legacy(content: bytes) -> Any:
         raise pickle.UnpicklingError("it lacks storages")
     for key in keys:
         count = int.from_bytes(stream.read(8), "little")
-        if count != len(storages[key]):
+        size = count * storages[key].element_size()
+        if count != len(storages[key]) or stream.tell() + size > len(content):
             raise pickle.UnpicklingError("it has a storage of another size")
         if count:
-            data = bytearray(stream.read(count * storages[key].element_size()))
+            data = bytearray(stream.read(size))
             storages[key].copy_(torch.frombuffer(data, dtype=storages[key].dtype))
     return result
 

@@ -212,6 +212,12 @@ class ArrayUnpickler(pickle.Unpickler):
             return self.GLOBALS[module, name]
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not allowed")
 
+    def load(self) -> Any:
+        try:
+            return super().load()
+        finally:
+            self.memo.clear()  # it refers to this object and would keep all arrays until garbage collection
+
     def claim(self, size: int) -> None:
         """Count `size` bytes that a call allocates: one stored object can be the argument of many calls.
 

@@ -2,12 +2,14 @@
 of other formats."""
 
 import _codecs
+import gc
 import gzip
 import io
 import pickle
 import struct
 import sys
 import tarfile
+import weakref
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -158,7 +160,7 @@ def test_content_far_larger_than_the_file_raises(tmp_path, kind, bomb):
         file = legacy(tmp_path / "a.pt", content)
     else:
         file = archive(tmp_path / "a.pt", content, kind == "TorchScript", compression=zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match=r"a\.pt is not a readable checkpoint: it.*exhaust the memory"):
+    with pytest.raises(ValueError, match=r"a\.pt is not a readable checkpoint: it.*truncated or damaged"):
         read_tensors(file)
 
 
@@ -257,3 +259,18 @@ def test_content_determines_the_format_not_the_suffix(tmp_path):
     (tmp_path / "cut.bin").write_bytes((tmp_path / "a.bin").read_bytes()[:-1])
     with pytest.raises(ValueError, match="truncated"):
         read_tensors(tmp_path / "cut.bin")
+
+
+def test_tensors_are_freed_without_garbage_collection(tmp_path):
+    """Else two copies of the weights stay in memory."""
+    torch.save({"a": torch.zeros(2)}, tmp_path / "a.pt")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "b.pt", _use_new_zipfile_serialization=False)
+    gc.disable()
+    try:
+        for name in ("a.pt", "b.pt"):
+            content = read_tensors(tmp_path / name)
+            storage = weakref.ref(content["a"])
+            del content
+            assert storage() is None
+    finally:
+        gc.enable()
