@@ -2,7 +2,7 @@
 
 Supported files: OpenAI's TorchScript archives, state dicts (also with prefixes, or inside a training
 checkpoint), state dicts of open_clip and transformers, and safetensors. Loading a file never runs its code,
-see `common.tensors`.
+see `foundation.tensors`.
 """
 from collections.abc import Iterable
 from dataclasses import replace

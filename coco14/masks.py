@@ -28,8 +28,9 @@ def rasterize(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, An
     """Return the pixels of an annotation as COCO's compressed RLE.
 
     Besides COCO's polygons and run lengths, this reads variants that annotation tools write: polygons as
-    point pairs, one polygon without the list around it, and lists of run lengths. pycocotools trusts its
-    input: wrong run lengths make it crash, and distant points take gigabytes. So everything is checked first.
+    point pairs, one polygon without the list around it, and lists of run lengths. pycocotools does not
+    check its input: wrong run lengths make it crash, and distant points take gigabytes. So all input is
+    checked first.
 
     Args:
         annotation: its `segmentation`, and, if there is one, its `area`.
@@ -140,8 +141,8 @@ def _run_lengths(shape: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]
 def _decompress(text: str | bytes) -> Sequence[int]:
     """Return the run lengths of COCO's compressed RLE.
 
-    Each character has 5 bits of a number, lowest bits first, and a bit that tells whether more follow; the
-    last one has the sign. From the fourth run on, numbers are differences to the run two before.
+    Each character has 5 bits of a number, lowest bits first, and a bit that is set if more characters follow.
+    The last character has the sign. From the fourth run on, numbers are differences to the run two before.
     """
     counts: list[int] = []
     value = shift = 0

@@ -1,9 +1,10 @@
 """Read YAML by the fields of a dataclass: values as they are written, and errors with file, line and field.
 
-YAML guesses the type of a value from its text: `no` is false, `1e3` is text and `12:30` is 750. Here the type
-of the field decides. Text stays as it is written; only numbers and booleans have a notation.
+YAML derives the type of a value from its text: `no` is false, `1e3` is text and `12:30` is 750. Here the type
+of the field decides: text is read as written, and only numbers and booleans are interpreted.
 
-Files may come from strangers: tags, anchors and aliases are refused, and size and depth are bounded.
+Files can come from untrusted sources, so tags, anchors and aliases are errors, and size and depth are
+limited.
 """
 
 import re
@@ -67,6 +68,22 @@ def read(cls: type, file: str | Path, kind: str, references: bool = False) -> di
             outside its range.
     """
     source = f"{kind} {file}"
+    root, entries = read_root(file, source), {}
+    if root is not None:
+        _read_section(root, "", schema(cls), lambda node: f"{source}, {_line(node)}", references, entries)
+    return entries
+
+
+def read_root(file: str | Path, source: str) -> yaml.Node | None:
+    """Return the root node of a YAML file without tags, anchors and aliases; None if the file is empty.
+
+    Args:
+        source: start of errors, which contains the file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is not YAML, is too large or too deeply nested, or has several documents.
+    """
     with open(file, "rb") as stream:
         content = stream.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -76,10 +93,7 @@ def read(cls: type, file: str | Path, kind: str, references: bool = False) -> di
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{source}, line {line}: it is not UTF-8 text: save the file as UTF-8") from None
-    root, entries = _compose(text, source), {}
-    if root is not None:
-        _read_section(root, "", schema(cls), lambda node: f"{source}, {_line(node)}", references, entries)
-    return entries
+    return _compose(text, source)
 
 
 def read_word(cls: type, word: str, references: bool = False) -> dict[str, Entry]:

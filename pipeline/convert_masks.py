@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short_repr
+from typing import Any
 
 import numpy as np
 import yaml
@@ -16,6 +17,7 @@ from PIL import Image
 from foundation.cli import Parser
 from foundation.logs import log
 from foundation.settings import count
+from foundation.yamlfile import read_root
 from pipeline.processes import Outcome, cores
 from pipeline.run import SHOWN, Record, Run, command
 from pipeline.step import Step
@@ -173,13 +175,12 @@ def read_colors(file: str) -> dict[Code, int]:
         ValueError: the file cannot be read; a value or color is out of range; two values have one color.
     """
     try:
-        loader = yaml.SafeLoader(Path(file).read_text(encoding="utf-8-sig"))
-        root = loader.get_single_node()
-        lines = root.value if isinstance(root, yaml.MappingNode) else []
-        # Not a dict, which would drop a line with a value that was there before.
-        content = [[loader.construct_object(node, deep=True) for node in line] for line in lines]
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"--colors: {file} cannot be read: {' '.join(str(error).split())}") from None
+        root = read_root(file, f"--colors: {file}")
+    except OSError as error:
+        raise ValueError(f"--colors: {file} cannot be read: {error.strerror}") from None
+    lines = root.value if isinstance(root, yaml.MappingNode) else []
+    # Not a dict: two lines can have the same value.
+    content = [[_plain(node) for node in line] for line in lines]
     if not content:
         raise ValueError(f"--colors: {file} has no lines `value: [red, green, blue]`")
     mapping: dict[Code, int] = {}
@@ -200,6 +201,17 @@ def read_colors(file: str) -> dict[Code, int]:
                     "remove one"
                 )
     return mapping
+
+
+def _plain(node: yaml.Node) -> Any:
+    """Return the value of a node: a list, an integer as YAML reads it, or else text."""
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item) for item in node.value]
+    if node.tag == "tag:yaml.org,2002:int":
+        return yaml.SafeLoader("").construct_yaml_int(node)
+    return node.value
 
 
 def read_values(pairs: Sequence[str]) -> dict[Code, int]:

@@ -167,15 +167,16 @@ def test_empty_and_cut_files_fail_and_the_others_are_converted(convert, tmp_path
 @pytest.mark.parametrize("content, message", [
     ("[1, 2]", "no lines"),
     ("", "no lines"),
-    ("1: [0, 0", "cannot be read"),
+    ("1: [0, 0", "line 1: the file ends before the bracket or quote of this line is closed"),
     ("256: [0, 0, 0]", "has the mask value 256: expected 0..255"),
     ("cat: [0, 0, 0]", "has the mask value 'cat': expected 0..255"),
     ("1: [0, 0, 256]", r"mask value 1: expected \[red, green, blue\], 0..255 each, got \[0, 0, 256\]"),
     ("1: [0, 0]", r"got \[0, 0\]"),
     ("1: [[0, 0, 0], 3]", "got 3"),
     ("1: black", "got 'black'"),
-    ("1: &a [*a]", "cannot be read"),
-    ("[" * 2000, "cannot be read"),
+    ("1: {a: 1}", "got 'a mapping'"),
+    ("1: &a [*a]", "line 1: anchors .* are not allowed"),
+    ("[" * 2000, "line 1: values are nested more than 20 deep"),
     ("1: [0, 0, 0]\n2: [0, 0, 0]", r"gives \[0, 0, 0\] to the mask values 1 and 2"),
 ])  # fmt: skip
 def test_invalid_color_files_raise(tmp_path, content, message):
